@@ -1,0 +1,171 @@
+"""Settings: one frozen dataclass, filled from arguments, then the environment, then defaults."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import logging
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Final, Literal, cast
+
+_LOG = logging.getLogger(__name__)
+
+CaptureContent = Literal["no_content", "span_only", "event_only", "span_and_event"]
+EvaluationTraces = Literal["linked", "nested"]
+Redact = Callable[[str], str]
+
+ENV_CAPTURE_CONTENT: Final = "OTEL_INSTRUMENTATION_GENAI_CAPTURE_MESSAGE_CONTENT"
+ENV_CONTENT_LIMIT: Final = "OTEL_DSPY_CONTENT_LIMIT"
+ENV_CAPTURE_MEDIA: Final = "OTEL_DSPY_CAPTURE_MEDIA"
+ENV_REDACT: Final = "OTEL_DSPY_REDACT"
+ENV_ADAPTER_SPANS: Final = "OTEL_DSPY_ADAPTER_SPANS"
+ENV_EVALUATION_TRACES: Final = "OTEL_DSPY_EVALUATION_TRACES"
+ENV_OPENINFERENCE: Final = "OTEL_DSPY_OPENINFERENCE"
+ENV_METRICS: Final = "OTEL_DSPY_METRICS"
+
+_CONTENT_MODES: Final[Mapping[str, CaptureContent]] = {
+    "no_content": "no_content",
+    "span_only": "span_only",
+    "event_only": "event_only",
+    "span_and_event": "span_and_event",
+    # Spellings of older releases of the same variable.
+    "true": "span_only",
+    "false": "no_content",
+}
+_TRACE_MODES: Final[Mapping[str, EvaluationTraces]] = {"linked": "linked", "nested": "nested"}
+_BOOLEANS: Final = {
+    "true": True,
+    "1": True,
+    "on": True,
+    "yes": True,
+    "false": False,
+    "0": False,
+    "off": False,
+    "no": False,
+}
+
+
+class _Unusable(ValueError):
+    """A setting's value cannot be used; the message says what would be."""
+
+
+def _choice(choices: Mapping[str, Any]) -> Callable[[Any], Any]:
+    def parse(value: Any) -> Any:
+        try:
+            return choices[str(value).strip().lower()]
+        except KeyError:
+            raise _Unusable(f"use one of {', '.join(choices)}") from None
+
+    return parse
+
+
+def _boolean(value: Any) -> bool:
+    return bool(_choice(_BOOLEANS)(value))
+
+
+def _positive_integer(value: Any) -> int:
+    try:
+        number = int(value)
+    except (TypeError, ValueError, OverflowError):
+        number = 0
+    if number < 1 or isinstance(value, bool):
+        raise _Unusable("use a whole number above zero")
+    return number
+
+
+def _function(value: Any) -> Redact | None:
+    if value is None or callable(value):
+        return cast("Redact | None", value)
+    try:
+        module, _, name = str(value).partition(":")
+        found = getattr(importlib.import_module(module), name)
+    except Exception as error:
+        raise _Unusable(f"use module:function, importable from here ({type(error).__name__})") from None
+    if not callable(found):
+        raise _Unusable("use module:function, and a function")
+    return cast("Redact", found)
+
+
+def _setting(default: Any, env: str, parse: Callable[[Any], Any]) -> Any:
+    return dataclasses.field(default=default, metadata={"env": env, "parse": parse})
+
+
+@dataclass(frozen=True)
+class Config:
+    """What is recorded, and how much of it.
+
+    Build it with :meth:`load`, which also reads the environment; the constructor takes every value as it is.
+    """
+
+    capture_content: CaptureContent = _setting("no_content", ENV_CAPTURE_CONTENT, _choice(_CONTENT_MODES))
+    """Where prompts, completions, inputs, outputs, tool arguments and exception messages go. Default: nowhere."""
+
+    content_limit: int = _setting(65536, ENV_CONTENT_LIMIT, _positive_integer)
+    """Most bytes (UTF-8) of one content attribute. Longer content is cut inside its JSON, which stays valid."""
+
+    capture_media: bool = _setting(False, ENV_CAPTURE_MEDIA, _boolean)
+    """With content on: images, audio and files as they are, not only as type and size."""
+
+    redact: Redact | None = _setting(None, ENV_REDACT, _function)
+    """Called with each piece of content text, gives what may be recorded. If it raises, that content is dropped."""
+
+    adapter_spans: bool = _setting(False, ENV_ADAPTER_SPANS, _boolean)
+    """Spans for an adapter's format and parse. Off: parse failures and fallbacks are events on the Predict span."""
+
+    evaluation_traces: EvaluationTraces = _setting("linked", ENV_EVALUATION_TRACES, _choice(_TRACE_MODES))
+    """``linked``: each evaluated example is a trace of its own, linked both ways. ``nested``: one tree."""
+
+    openinference: bool = _setting(True, ENV_OPENINFERENCE, _boolean)
+    """OpenInference's span kind and input/output keys, which Phoenix, MLflow and Langfuse read."""
+
+    metrics: bool = _setting(True, ENV_METRICS, _boolean)
+    """Record metrics (they cost nothing without a meter provider)."""
+
+    @property
+    def content_on_spans(self) -> bool:
+        """Whether content may become span attributes."""
+        return self.capture_content in ("span_only", "span_and_event")
+
+    @property
+    def content_on_events(self) -> bool:
+        """Whether content may become log events."""
+        return self.capture_content in ("event_only", "span_and_event")
+
+    @property
+    def content(self) -> bool:
+        """Whether any content may be recorded at all."""
+        return self.capture_content != "no_content"
+
+    @classmethod
+    def load(cls, **arguments: Any) -> Config:
+        """Settings from ``arguments``, else the environment, else the defaults.
+
+        Args:
+            **arguments: any field of this class. ``None`` means "not given".
+
+        Returns:
+            The settings. A value that cannot be used is replaced by the default, with one warning that says what
+            would be right: telemetry must not stop a program.
+
+        Raises:
+            TypeError: for an argument that is no setting (a mistake in code, not in configuration).
+        """
+        fields = {field.name: field for field in dataclasses.fields(cls)}
+        unknown = sorted(set(arguments) - set(fields))
+        if unknown:
+            raise TypeError(f"unknown option {', '.join(unknown)}; known: {', '.join(fields)}")
+        values: dict[str, Any] = {}
+        for name, field in fields.items():
+            source, value = name, arguments.get(name)
+            if value is None:
+                source = field.metadata["env"]
+                value = os.environ.get(source, "").strip() or None
+            if value is None:
+                continue
+            try:
+                values[name] = field.metadata["parse"](value)
+            except _Unusable as problem:
+                _LOG.warning("dspy-otel: %s: %s; using %r", source, problem, field.default)
+        return cls(**values)

@@ -1,0 +1,90 @@
+"""Adapters: which one served a predictor, parse failures, fallbacks, and full spans by option."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .. import semconv as names
+from ..telemetry.attributes import Attributes
+from ..telemetry.scope import Scope, current_scope, open_scope
+from ..telemetry.spans import Call, Operation, Start, openinference
+from .module import put_inputs, put_outputs
+
+
+class AdapterOperation(Operation):
+    """``Adapter.__call__`` and ``acall``: no span of its own, but notes and events on the predictor's span."""
+
+    kind = "adapter"
+
+    def start(self, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any], parent: Scope | None) -> Start | None:
+        if parent is not None and parent.kind == "module":
+            notes, name = parent.notes, type(instance).__name__
+            notes.setdefault("adapter", name)
+            failed = notes.pop("failed_adapter", None)
+            if failed is not None and failed != name:
+                attributes: Attributes = {names.ADAPTER_FALLBACK_FROM: failed, names.ADAPTER_NAME: name}
+                self.telemetry.add_event(parent.span, names.EVENT_ADAPTER_FALLBACK, attributes)
+        return None
+
+    def watch(self, original: Any) -> Any:
+        """In place of ``Adapter._call_postprocess``, the one place in which every adapter's parsing fails."""
+
+        def _call_postprocess(adapter: Any, *args: Any, **kwargs: Any) -> Any:
+            try:
+                return original(adapter, *args, **kwargs)
+            except Exception as error:
+                self.telemetry.safely("adapter failure", None, self._note_failure, adapter, error)
+                raise
+
+        return _call_postprocess
+
+    def _note_failure(self, adapter: Any, error: BaseException) -> None:
+        scope = current_scope()
+        if scope is None or scope.kind != "module" or not self.telemetry.enabled():
+            return
+        name = type(adapter).__name__
+        scope.notes["failed_adapter"] = name
+        attributes: Attributes = {names.ADAPTER_NAME: name, names.ERROR_TYPE: type(error).__name__}
+        completion = getattr(error, "lm_response", None)
+        if completion is not None:
+            self.telemetry.put_content(attributes, names.ADAPTER_COMPLETION, completion)
+        self.telemetry.add_event(scope.span, names.EVENT_ADAPTER_PARSE_ERROR, attributes)
+
+
+class AdapterSpanOperation(Operation):
+    """``format`` or ``parse`` of an adapter, as a span (option ``adapter_spans``).
+
+    Args:
+        telemetry: shared state.
+        method: ``format`` or ``parse``.
+    """
+
+    def __init__(self, telemetry: Any, method: str) -> None:
+        super().__init__(telemetry)
+        self.method = method
+        self.kind = f"adapter.{method}"
+
+    def start(self, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any], parent: Scope | None) -> Start | None:
+        if parent is not None and parent.kind == self.kind and parent.owner is instance:
+            # An inherited method that calls the one it overrides is one formatting, not two.
+            return None
+        name = type(instance).__name__
+        attributes: Attributes = {names.ADAPTER_NAME: name}
+        openinference(attributes, self.telemetry, names.KIND_CHAIN)
+        scope = open_scope(self.kind, instance, parent)
+        # LM calls that an adapter makes itself (TwoStepAdapter) belong to its span, its notes to the predictor's.
+        return Start(f"{name}.{self.method}", scope, attributes)
+
+    def detail(self, call: Call) -> Attributes:
+        attributes: Attributes = {}
+        position = 2 if self.method == "format" else 1
+        name = "inputs" if self.method == "format" else "completion"
+        value = call.kwargs.get(name, call.args[position] if len(call.args) > position else None)
+        put_inputs(self.telemetry, attributes, value)
+        return attributes
+
+    def result(self, call: Call, result: Any, error: BaseException | None) -> Attributes:
+        attributes: Attributes = {}
+        if error is None:
+            put_outputs(self.telemetry, attributes, result)
+        return attributes

@@ -1,0 +1,250 @@
+"""Evaluations: one span for ``Evaluate``, one for each example, with its score or its failure."""
+
+from __future__ import annotations
+
+import math
+import secrets as random_source
+from dataclasses import dataclass
+from typing import Any
+
+from opentelemetry.trace import Link
+
+from .. import semconv as names
+from ..telemetry.attributes import Attributes
+from ..telemetry.errors import error_type
+from ..telemetry.scope import Scope, open_scope
+from ..telemetry.spans import Call, Operation, Start, openinference
+from ..telemetry.totals import Totals
+from .module import put_inputs, put_outputs
+from .program import Programs
+
+MAX_LINKS = 128
+"""Links from an evaluation to its examples: the SDK keeps no more by default. From an example back there is always one."""
+
+
+class EvaluateOperation(Operation):
+    """``Evaluate.__call__``."""
+
+    kind = "evaluate"
+
+    def __init__(self, telemetry: Any, programs: Programs) -> None:
+        super().__init__(telemetry)
+        self.programs = programs
+
+    def start(self, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any], parent: Scope | None) -> Start | None:
+        given = arguments(instance, args, kwargs)
+        scope = open_scope(self.kind, instance, parent)
+        totals = Totals()
+        program = self.programs.find(given["program"]) if hasattr(given["program"], "named_predictors") else None
+        scope.program = None
+        scope.role = names.ROLE_TASK
+        scope.totals = (*scope.totals, totals)
+        scope.stamps = {**scope.stamps, names.EVALUATION_ID: random_source.token_hex(8)}
+        metric = metric_name(given["metric"])
+        scope.notes.update(
+            totals=totals,
+            metric=metric,
+            program=given["program"] if program is not None else None,
+            program_name=program.name if program else callable_name(given["program"]),
+            links=0,
+            failures=0,
+        )
+        attributes: Attributes = {names.PROGRAM_NAME: scope.notes["program_name"]}
+        if program is not None and program.id is not None:
+            attributes[names.PROGRAM_ID] = program.id
+        if metric is not None:
+            attributes[names.EVALUATION_METRIC_NAME] = metric
+        attributes.update(size_attributes(given))
+        openinference(attributes, self.telemetry, names.KIND_EVALUATOR)
+        return Start(f"{names.SPAN_EVALUATE} {scope.notes['program_name']}", scope, attributes)
+
+    def result(self, call: Call, result: Any, error: BaseException | None) -> Attributes:
+        notes = call.scope.notes
+        attributes: Attributes = {names.EVALUATION_FAILURES: notes["failures"], **notes["totals"].attributes()}
+        score = score_of(getattr(result, "score", None))
+        if score is not None:
+            attributes[names.EVALUATION_SCORE] = score
+        return attributes
+
+    def measure(self, call: Call, result: Any, error: BaseException | None, seconds: float) -> None:
+        score = score_of(getattr(result, "score", None))
+        if score is not None:
+            self.telemetry.metrics.evaluation_score.record(score, evaluation_labels(call.scope), call.context)
+
+
+@dataclass
+class ExampleRun:
+    """One example, about to be run.
+
+    Attributes:
+        example: the dataset row.
+        index: its place in the evaluated dataset, or -1 when that is not known.
+        again: DSPy has submitted it before (a straggler).
+        evaluate: scope of the evaluation.
+    """
+
+    example: Any
+    index: int
+    again: bool
+    evaluate: Scope
+
+
+class ExampleOperation(Operation):
+    """One example of an evaluation: the program's answer and the metric's verdict on it."""
+
+    kind = "example"
+
+    def __init__(self, telemetry: Any, programs: Programs) -> None:
+        super().__init__(telemetry)
+        self.programs = programs
+
+    def start(self, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any], parent: Scope | None) -> Start | None:
+        run: ExampleRun = instance
+        evaluate = run.evaluate
+        # The scope's owner is the evaluated program, so that its answer can be told from what the metric calls.
+        scope = open_scope(self.kind, evaluate.notes["program"], evaluate)
+        attributes: Attributes = {names.PROGRAM_NAME: evaluate.notes["program_name"]}
+        if run.index >= 0:
+            attributes[names.EXAMPLE_INDEX] = run.index
+        if run.again:
+            attributes[names.EXAMPLE_RESUBMITTED] = True
+        if evaluate.notes["metric"] is not None:
+            attributes[names.EVALUATION_METRIC_NAME] = evaluate.notes["metric"]
+        openinference(attributes, self.telemetry, names.KIND_CHAIN)
+        linked = self.telemetry.config.evaluation_traces == "linked"
+        links = [Link(evaluate.span.get_span_context())] if linked and evaluate.span is not None else []
+        name = f"{names.SPAN_EXAMPLE} {evaluate.notes['program_name']}"
+        return Start(name, scope, attributes, root=linked, links=links)
+
+    def detail(self, call: Call) -> Attributes:
+        run: ExampleRun = call.instance
+        attributes: Attributes = {}
+        example_id = self.programs.example_id(run.example)
+        if example_id is not None:
+            attributes[names.EXAMPLE_ID] = example_id
+        if self.telemetry.config.content_on_spans:
+            inputs, expected = split_example(run.example)
+            put_inputs(self.telemetry, attributes, inputs)
+            self.telemetry.put_content(attributes, names.EXAMPLE_EXPECTED, expected)
+        span, notes = run.evaluate.span, run.evaluate.notes
+        if self.telemetry.config.evaluation_traces == "linked" and span is not None and notes["links"] < MAX_LINKS:
+            notes["links"] += 1
+            if span.is_recording():
+                span.add_link(call.span.get_span_context(), {names.EXAMPLE_INDEX: run.index})
+        return attributes
+
+    def result(self, call: Call, result: Any, error: BaseException | None) -> Attributes:
+        attributes: Attributes = {}
+        if error is not None or not isinstance(result, tuple) or len(result) != 2:
+            return attributes
+        prediction, verdict = result
+        shown = prediction[0] if isinstance(prediction, tuple) and prediction else prediction
+        put_outputs(self.telemetry, attributes, shown)
+        score = score_of(verdict)
+        if score is not None:
+            attributes[names.EXAMPLE_SCORE] = score
+        feedback = feedback_of(verdict)
+        if feedback is not None:
+            self.telemetry.put_text(attributes, names.EXAMPLE_FEEDBACK, feedback)
+        return attributes
+
+    def measure(self, call: Call, result: Any, error: BaseException | None, seconds: float) -> None:
+        run: ExampleRun = call.instance
+        evaluate = run.evaluate
+        labels = evaluation_labels(evaluate)
+        if error is not None:
+            evaluate.notes["failures"] += 1
+            labels[names.EXAMPLE_OUTCOME] = names.OUTCOME_FAILED
+        else:
+            labels[names.EXAMPLE_OUTCOME] = names.OUTCOME_SCORED
+        self.telemetry.metrics.evaluation_examples.add(1, labels, call.context)
+        verdict = result[1] if isinstance(result, tuple) and len(result) == 2 else None
+        self._emit_result(call, verdict, error)
+
+    def _emit_result(self, call: Call, verdict: Any, error: BaseException | None) -> None:
+        """The ``gen_ai.evaluation.result`` event of this example."""
+        run: ExampleRun = call.instance
+        attributes: Attributes = {names.GEN_AI_EVALUATION_NAME: run.evaluate.notes["metric"] or "metric"}
+        attributes.update(call.scope.stamps)
+        if run.index >= 0:
+            attributes[names.EXAMPLE_INDEX] = run.index
+        score = score_of(verdict)
+        if score is not None:
+            attributes[names.GEN_AI_EVALUATION_SCORE_VALUE] = score
+        if error is not None:
+            attributes[names.ERROR_TYPE] = error_type(error)
+        feedback = feedback_of(verdict)
+        if feedback is not None and self.telemetry.config.content_on_events:
+            attributes[names.GEN_AI_EVALUATION_EXPLANATION] = self.telemetry.content.text(feedback)
+        self.telemetry.emit_event(names.LOG_EVALUATION_RESULT, attributes, call.context)
+
+
+# --- pure mapping ------------------------------------------------------------------------------------------------
+
+
+def arguments(evaluate: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """What an evaluation works with: the call's arguments, else the instance's own settings."""
+    order = ("program", "metric", "devset", "num_threads")
+    given = dict(zip(order, args, strict=False))
+    given.update({name: kwargs[name] for name in order if name in kwargs})
+    return {name: given.get(name) if given.get(name) is not None else getattr(evaluate, name, None) for name in order}
+
+
+def size_attributes(given: dict[str, Any]) -> Attributes:
+    """Number of examples and of threads."""
+    attributes: Attributes = {}
+    if isinstance(given["devset"], (list, tuple)):
+        attributes[names.EVALUATION_SIZE] = len(given["devset"])
+    if isinstance(given["num_threads"], int):
+        attributes[names.EVALUATION_NUM_THREADS] = given["num_threads"]
+    return attributes
+
+
+def callable_name(function: Any) -> str:
+    """The name of a function, or the class of any other callable."""
+    name = getattr(function, "__name__", None)
+    return name if isinstance(name, str) else type(function).__name__
+
+
+def metric_name(metric: Any) -> str | None:
+    """The name DSPy gives a metric in its tables, or ``None`` without one."""
+    return None if metric is None else callable_name(metric)
+
+
+def score_of(verdict: Any) -> float | None:
+    """The score in what a metric returned: a number, a boolean, or something with a ``score``. Not finite: ``None``."""
+    if not isinstance(verdict, (bool, int, float)):
+        verdict = getattr(verdict, "score", None)
+    if not isinstance(verdict, (bool, int, float)):
+        return None
+    number = float(verdict)
+    return number if math.isfinite(number) else None
+
+
+def feedback_of(verdict: Any) -> str | None:
+    """The feedback text of a metric that returned ``Prediction(score, feedback)``."""
+    if verdict is None or isinstance(verdict, (bool, int, float)):
+        return None
+    feedback = getattr(verdict, "feedback", None)
+    return feedback if isinstance(feedback, str) else None
+
+
+def split_example(example: Any) -> tuple[Any, Any]:
+    """Inputs and expected fields of a dataset row. A row that does not say which is which is all input."""
+    values = getattr(example, "_store", None)
+    keys = getattr(example, "_input_keys", None)
+    if not isinstance(values, dict):
+        return example, {}
+    if keys is None:
+        return values, {}
+    inputs = {key: value for key, value in values.items() if key in keys}
+    expected = {key: value for key, value in values.items() if key not in keys}
+    return inputs, expected
+
+
+def evaluation_labels(evaluate: Scope) -> Attributes:
+    """Low-cardinality attributes of an evaluation's metrics."""
+    labels: Attributes = {names.PROGRAM_NAME: evaluate.notes["program_name"]}
+    if evaluate.notes["metric"] is not None:
+        labels[names.EVALUATION_METRIC_NAME] = evaluate.notes["metric"]
+    return labels

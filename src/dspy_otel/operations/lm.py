@@ -1,0 +1,522 @@
+"""LM calls: every ``BaseLM``, on any engine, with the usage, cost and cache state of that very call."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+from urllib.parse import urlsplit
+
+from opentelemetry.trace import SpanKind
+
+from .. import semconv as names
+from ..telemetry import secrets
+from ..telemetry.attributes import Attributes
+from ..telemetry.errors import error_type
+from ..telemetry.scope import Scope, current_scope, open_scope
+from ..telemetry.spans import Call, Operation, Start, openinference
+from ..telemetry.totals import LMUsage
+from .messages import input_messages, output_messages, tool_definitions
+
+# DSPy's model prefixes (LiteLLM's and lm15's provider ids) as the GenAI conventions name those providers.
+PROVIDERS: Final[Mapping[str, str]] = {
+    "azure": "azure.ai.openai",
+    "azure_ai": "azure.ai.inference",
+    "bedrock": "aws.bedrock",
+    "gemini": "gcp.gemini",
+    "google": "gcp.gemini",
+    "vertex": "gcp.vertex_ai",
+    "vertex_ai": "gcp.vertex_ai",
+    "vertex-express": "gcp.vertex_ai",
+    "mistral": "mistral_ai",
+    "xai": "x_ai",
+    "watsonx": "ibm.watsonx.ai",
+}
+
+# Request parameters by name, and the type each must have to be recorded.
+_REQUEST_NUMBERS: Final = {
+    "temperature": names.GEN_AI_REQUEST_TEMPERATURE,
+    "top_p": names.GEN_AI_REQUEST_TOP_P,
+    "frequency_penalty": names.GEN_AI_REQUEST_FREQUENCY_PENALTY,
+    "presence_penalty": names.GEN_AI_REQUEST_PRESENCE_PENALTY,
+}
+_REQUEST_INTEGERS: Final = {
+    "max_tokens": names.GEN_AI_REQUEST_MAX_TOKENS,
+    "max_completion_tokens": names.GEN_AI_REQUEST_MAX_TOKENS,
+    "max_output_tokens": names.GEN_AI_REQUEST_MAX_TOKENS,
+    "seed": names.GEN_AI_REQUEST_SEED,
+    "top_k": names.GEN_AI_REQUEST_TOP_K,
+}
+_ENGINES: Final = {
+    "LM15Engine": "lm15",
+    "AsyncLM15Engine": "lm15",
+    "LiteLLMEngine": "litellm",
+    "AsyncLiteLLMEngine": "litellm",
+    "LegacyEngine": "legacy",
+    "AsyncLegacyEngine": "legacy",
+}
+
+
+@dataclass
+class Outcome:
+    """What DSPy knows of one finished LM call, whichever engine made it.
+
+    Attributes:
+        outputs: DSPy's list of texts or dictionaries, one for each candidate.
+        usage: usage counters as DSPy reports them; empty on a cache hit.
+        cost: US dollars as DSPy prices the answer, also on a cache hit; ``None`` when it cannot.
+        cache_hit: answered from DSPy's cache.
+        model: the model that answered.
+        response_id: the provider's id of the answer.
+        finish_reasons: one for each candidate.
+    """
+
+    outputs: list[Any]
+    usage: Mapping[str, Any]
+    cost: float | None
+    cache_hit: bool
+    model: str | None
+    response_id: str | None
+    finish_reasons: list[str]
+
+
+class LMOperation(Operation):
+    """``BaseLM.__call__`` and ``acall``."""
+
+    kind = "lm"
+
+    def start(self, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any], parent: Scope | None) -> Start | None:
+        scope = open_scope(self.kind, instance, parent)
+        settings = request_settings(instance, args, kwargs)
+        for key in ("api_key", "api_token"):
+            secrets.remember(settings.get(key))
+        attributes = request_attributes(instance, settings)
+        scope.notes["request"] = attributes.copy()
+        if scope.role is not None:
+            attributes[names.LM_ROLE] = scope.role
+        if scope.program is not None:
+            attributes[names.PROGRAM_NAME] = scope.program.name
+            if scope.program.id is not None:
+                attributes[names.PROGRAM_ID] = scope.program.id
+        openinference(attributes, self.telemetry, names.KIND_LLM)
+        name = f"{attributes[names.GEN_AI_OPERATION_NAME]} {attributes[names.GEN_AI_REQUEST_MODEL]}"
+        return Start(name, scope, attributes, SpanKind.CLIENT)
+
+    def detail(self, call: Call) -> Attributes:
+        if not self.telemetry.config.content_on_spans:
+            return {}
+        return self.telemetry.safely("LM input content", {}, self._input_content, call)
+
+    def _input_content(self, call: Call) -> Attributes:
+        system, messages = input_messages(call.args, call.kwargs)
+        parts = (
+            (names.GEN_AI_SYSTEM_INSTRUCTIONS, system),
+            (names.GEN_AI_INPUT_MESSAGES, messages),
+            (names.GEN_AI_TOOL_DEFINITIONS, tool_definitions(call.args, call.kwargs)),
+        )
+        return {key: self.telemetry.content.json(value) for key, value in parts if value}
+
+    def result(self, call: Call, result: Any, error: BaseException | None) -> Attributes:
+        notes = call.scope.notes
+        attributes: Attributes = {}
+        if "engine" in notes:
+            attributes[names.LM_ENGINE] = notes["engine"]
+        if "provider" in notes:
+            attributes[names.GEN_AI_PROVIDER_NAME] = notes["provider"]
+        if "retries" in notes:
+            attributes[names.LM_RETRIES] = notes["retries"]
+        if "chunks" in notes:
+            attributes[names.GEN_AI_REQUEST_STREAM] = True
+            attributes[names.LM_CHUNKS] = notes["chunks"]
+            attributes[names.GEN_AI_RESPONSE_TIME_TO_FIRST_CHUNK] = notes["first_chunk"] - call.started
+        if error is not None:
+            attributes.update(error_attributes(error))
+        outcome = notes.get("outcome")
+        if outcome is not None:
+            attributes.update(response_attributes(outcome))
+            if self.telemetry.config.content_on_spans:
+                messages = output_messages(outcome.outputs, outcome.finish_reasons)
+                self.telemetry.put_content(attributes, names.GEN_AI_OUTPUT_MESSAGES, messages)
+        return attributes
+
+    def measure(self, call: Call, result: Any, error: BaseException | None, seconds: float) -> None:
+        scope, metrics = call.scope, self.telemetry.metrics
+        notes = scope.notes
+        outcome: Outcome | None = notes.get("outcome")
+        usage = lm_usage(outcome)
+        if error is None:
+            for totals in scope.totals:
+                totals.add(usage)
+        labels = metric_attributes(scope, notes)
+        if outcome is not None and outcome.model is not None:
+            labels[names.GEN_AI_RESPONSE_MODEL] = outcome.model
+        if usage.cache_hit:
+            metrics.cache_hits.add(1, labels, call.context)
+        else:
+            # An answer from the cache is no operation of the provider: it would hide how slow that is.
+            timed = {**labels, names.ERROR_TYPE: error_type(error)} if error is not None else labels
+            metrics.operation_duration.record(seconds, timed, call.context)
+            for kind, tokens in (
+                (names.TOKEN_TYPE_INPUT, usage.input_tokens),
+                (names.TOKEN_TYPE_OUTPUT, usage.output_tokens),
+            ):
+                if tokens is not None:
+                    metrics.token_usage.record(tokens, {**labels, names.GEN_AI_TOKEN_TYPE: kind}, call.context)
+            if usage.cost:
+                metrics.lm_cost.add(usage.cost, labels, call.context)
+        if "first_chunk" in notes:
+            metrics.time_to_first_chunk.record(notes["first_chunk"] - call.started, labels, call.context)
+        if self.telemetry.config.content_on_events and call.span.get_span_context().trace_flags.sampled:
+            self.telemetry.safely("LM content event", None, self._emit_details, call, outcome)
+
+    def _emit_details(self, call: Call, outcome: Outcome | None) -> None:
+        """The call's content as an ``inference.operation.details`` event."""
+        attributes: Attributes = dict(call.scope.notes["request"])
+        attributes.update(self._input_content(call))
+        if outcome is not None:
+            attributes.update(response_attributes(outcome))
+            attributes[names.GEN_AI_OUTPUT_MESSAGES] = self.telemetry.content.json(
+                output_messages(outcome.outputs, outcome.finish_reasons)
+            )
+        self.telemetry.emit_event(names.LOG_INFERENCE_DETAILS, attributes, call.context)
+
+    # --- hooks below the entry point; each finds its call through the scope ------------------------------------------
+    def wrap_finalize(self, original: Any) -> Any:
+        """``dspy.clients.execution.finalize`` (3.4): the call's own result, before DSPy shares it with histories."""
+
+        def finalize(lm: Any, call: Any, result: Any) -> Any:
+            self.telemetry.safely("LM result", None, self._note_outcome, outcome_of_call_result, result)
+            return original(lm, call, result)
+
+        return finalize
+
+    def wrap_process_response(self, original: Any) -> Any:
+        """``BaseLM._process_lm_response`` (3.3): likewise."""
+
+        def _process_lm_response(lm: Any, response: Any, *args: Any, **kwargs: Any) -> Any:
+            outputs = original(lm, response, *args, **kwargs)
+            self.telemetry.safely("LM result", None, self._note_outcome, outcome_of_response, response, outputs)
+            return outputs
+
+        return _process_lm_response
+
+    def wrap_finalize_typed(self, original: Any) -> Any:
+        """``BaseLM._finalize_lm_response`` (3.3, typed requests): likewise."""
+
+        def _finalize_lm_response(lm: Any, request: Any, response: Any, *args: Any, **kwargs: Any) -> Any:
+            final = original(lm, request, response, *args, **kwargs)
+            self.telemetry.safely("LM result", None, self._note_outcome, outcome_of_typed_response, final)
+            return final
+
+        return _finalize_lm_response
+
+    def _note_outcome(self, make: Any, *parts: Any) -> None:
+        scope = current_scope()
+        if scope is not None and scope.kind == self.kind:
+            scope.notes["outcome"] = make(*parts)
+
+    def wrap_engine(self, original: Any) -> Any:
+        """``dspy.clients.execution._engine`` (3.4): which engine and provider serve the call."""
+
+        def _engine(lm: Any, call: Any, asynchronous: Any) -> Any:
+            chosen = original(lm, call, asynchronous)
+            self.telemetry.safely("LM engine", None, self._note_engine, chosen)
+            return chosen
+
+        return _engine
+
+    def _note_engine(self, chosen: Any) -> None:
+        scope = current_scope()
+        if scope is None or scope.kind != self.kind:
+            return
+        backend, _, provider = chosen
+        name = type(backend).__name__
+        scope.notes["engine"] = _ENGINES.get(name, name)
+        if isinstance(provider, str) and names.GEN_AI_PROVIDER_NAME not in scope.notes["request"]:
+            scope.notes["provider"] = PROVIDERS.get(provider, provider)
+
+    def wrap_delay(self, original: Any) -> Any:
+        """``dspy.clients.execution._delay`` (3.4): asked once before each retry."""
+
+        def _delay(error: Any, attempt: Any) -> Any:
+            seconds = original(error, attempt)
+            self.telemetry.safely("LM retry", None, self._note_retry, error, attempt, seconds)
+            return seconds
+
+        return _delay
+
+    def _note_retry(self, error: BaseException, attempt: int, seconds: float) -> None:
+        scope = current_scope()
+        if scope is None or scope.kind != self.kind:
+            return
+        scope.notes["retries"] = scope.notes.get("retries", 0) + 1
+        attributes: Attributes = {
+            names.LM_RETRY_ATTEMPT: attempt + 1,
+            names.LM_RETRY_DELAY: float(seconds),
+            names.ERROR_TYPE: error_type(error),
+            **error_attributes(error),
+        }
+        self.telemetry.add_event(scope.span, names.EVENT_LM_RETRY, attributes)
+        labels = metric_attributes(scope, scope.notes)
+        self.telemetry.metrics.retries.add(1, {**labels, names.ERROR_TYPE: error_type(error)})
+
+    def wrap_stream_emitted(self, original: Any) -> Any:
+        """``stream_emitted``: called for each chunk that a streamed answer hands on."""
+
+        def stream_emitted(*args: Any, **kwargs: Any) -> Any:
+            self.telemetry.safely("LM stream", None, self._note_chunk)
+            return original(*args, **kwargs)
+
+        return stream_emitted
+
+    def _note_chunk(self) -> None:
+        scope = current_scope()
+        if scope is not None and scope.kind == self.kind:
+            notes = scope.notes
+            notes.setdefault("first_chunk", time.perf_counter())
+            notes["chunks"] = notes.get("chunks", 0) + 1
+
+
+# --- pure mapping ------------------------------------------------------------------------------------------------
+
+
+def split_model(model: str) -> tuple[str | None, str]:
+    """DSPy's ``provider/model`` as (GenAI provider name or ``None``, model as the provider calls it)."""
+    provider, slash, name = model.partition("/")
+    if not slash:
+        return None, model
+    return PROVIDERS.get(provider, provider), name
+
+
+def explicit_request(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """The typed request object a call was given instead of a prompt or messages, or ``None``."""
+    request = kwargs.get("request")
+    if request is None and args and not isinstance(args[0], str) and hasattr(args[0], "messages"):
+        request = args[0]
+    return request
+
+
+def request_settings(lm: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The LM's own parameters, overridden by those of the call (a typed request brings its own config)."""
+    request = explicit_request(args, kwargs)
+    settings: dict[str, Any] = dict(getattr(lm, "kwargs", None) or {})
+    if request is not None:
+        config = getattr(request, "config", None)
+        settings = {key: settings[key] for key in ("api_base", "base_url", "api_key") if key in settings}
+        for name in ("temperature", "top_p", "max_tokens", "top_k", "seed", "stop", "n"):
+            if getattr(config, name, None) is not None:
+                settings[name] = getattr(config, name)
+    settings.update(kwargs)
+    return settings
+
+
+def request_attributes(lm: Any, settings: Mapping[str, Any]) -> Attributes:
+    """What is asked of which model. Never prompts, headers or keys."""
+    provider, model = split_model(str(lm.model))
+    kind = getattr(lm, "model_type", "chat")
+    attributes: Attributes = {
+        names.GEN_AI_OPERATION_NAME: names.OPERATION_TEXT_COMPLETION if kind == "text" else names.OPERATION_CHAT,
+        names.GEN_AI_REQUEST_MODEL: model,
+    }
+    if provider is not None:
+        attributes[names.GEN_AI_PROVIDER_NAME] = provider
+    for name, key in _REQUEST_NUMBERS.items():
+        value = settings.get(name)
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            attributes[key] = float(value)
+    for name, key in _REQUEST_INTEGERS.items():
+        value = settings.get(name)
+        if isinstance(value, int) and not isinstance(value, bool):
+            attributes[key] = value
+    stop = settings.get("stop")
+    if isinstance(stop, str):
+        attributes[names.GEN_AI_REQUEST_STOP_SEQUENCES] = [stop]
+    elif isinstance(stop, (list, tuple)) and stop and all(isinstance(item, str) for item in stop):
+        attributes[names.GEN_AI_REQUEST_STOP_SEQUENCES] = list(stop)
+    count = settings.get("n")
+    if isinstance(count, int) and not isinstance(count, bool) and count > 1:
+        attributes[names.GEN_AI_REQUEST_CHOICE_COUNT] = count
+    effort = settings.get("reasoning_effort")
+    if isinstance(effort, str):
+        attributes[names.GEN_AI_REQUEST_REASONING_LEVEL] = effort
+    if settings.get("response_format") is not None:
+        attributes[names.GEN_AI_OUTPUT_TYPE] = "json"
+    rollout = settings.get("rollout_id")
+    if isinstance(rollout, (int, str)) and not isinstance(rollout, bool):
+        attributes[names.LM_ROLLOUT_ID] = str(rollout)
+    attributes.update(server_attributes(settings.get("api_base") or settings.get("base_url")))
+    return attributes
+
+
+def server_attributes(url: Any) -> Attributes:
+    """Host and port of an endpoint; nothing else of its address, which may hold credentials."""
+    if not isinstance(url, str):
+        return {}
+    try:
+        parts = urlsplit(url)
+        host, port = parts.hostname, parts.port
+    except ValueError:
+        return {}
+    if not host:
+        return {}
+    attributes: Attributes = {names.SERVER_ADDRESS: host}
+    port = port or {"http": 80, "https": 443}.get(parts.scheme)
+    if port:
+        attributes[names.SERVER_PORT] = port
+    return attributes
+
+
+def _value(holder: Any, name: str) -> Any:
+    return holder.get(name) if isinstance(holder, Mapping) else getattr(holder, name, None)
+
+
+def _string(value: Any) -> str | None:
+    return value if isinstance(value, str) and value else None
+
+
+def outcome_of_call_result(result: Any) -> Outcome:
+    """From DSPy 3.4's ``CallResult``: lm15 responses, or the raw response of LiteLLM or a custom LM."""
+    responses = result.responses
+    if responses:
+        reasons = [str(response.finish_reason) for response in responses if response.finish_reason]
+        response_id = _string(getattr(responses[0], "id", None))
+    else:
+        reasons, response_id = choice_reasons(result.raw), _string(_value(result.raw, "id"))
+    return Outcome(
+        outputs=list(result.outputs),
+        usage=result.usage or {},
+        cost=result.cost,
+        cache_hit=bool(result.cache_hit),
+        model=_string(result.response_model),
+        response_id=response_id,
+        finish_reasons=reasons,
+    )
+
+
+def outcome_of_response(response: Any, outputs: Any) -> Outcome:
+    """From the OpenAI-shaped response that DSPy 3.3's LMs return."""
+    hidden = getattr(response, "_hidden_params", None)
+    return Outcome(
+        outputs=list(outputs) if isinstance(outputs, (list, tuple)) else [],
+        usage=dict(getattr(response, "usage", None) or {}),
+        cost=hidden.get("response_cost") if isinstance(hidden, Mapping) else None,
+        cache_hit=bool(getattr(response, "cache_hit", False)),
+        model=_string(getattr(response, "model", None)),
+        response_id=_string(getattr(response, "id", None)),
+        finish_reasons=choice_reasons(response),
+    )
+
+
+def outcome_of_typed_response(response: Any) -> Outcome:
+    """From DSPy 3.3's experimental ``LMResponse``."""
+    usage = getattr(response, "usage", None)
+    dump = getattr(usage, "model_dump", None)
+    return Outcome(
+        outputs=list(response.to_legacy_outputs()),
+        usage=dump() if callable(dump) else dict(usage or {}),
+        cost=getattr(response, "cost", None),
+        cache_hit=bool(getattr(response, "cache_hit", False)),
+        model=_string(getattr(response, "model", None)),
+        response_id=_string(getattr(response, "response_id", None)),
+        finish_reasons=[
+            str(output.finish_reason)
+            for output in getattr(response, "outputs", ())
+            if getattr(output, "finish_reason", None)
+        ],
+    )
+
+
+def choice_reasons(response: Any) -> list[str]:
+    """Finish reasons of an OpenAI-shaped response, one for each choice."""
+    choices = _value(response, "choices")
+    if not isinstance(choices, (list, tuple)):
+        return []
+    return [str(reason) for choice in choices if (reason := _value(choice, "finish_reason"))]
+
+
+def _count(holder: Any, *keys: str) -> int | None:
+    for key in keys:
+        value = _value(holder, key) if holder is not None else None
+        if isinstance(value, int) and not isinstance(value, bool):
+            return value
+    return None
+
+
+def lm_usage(outcome: Outcome | None) -> LMUsage:
+    """Tokens and billed cost of a call. Counters that are all zero were not reported (LiteLLM's streams): absent."""
+    if outcome is None:
+        return LMUsage()
+    if outcome.cache_hit:
+        return LMUsage(cost=0.0 if outcome.cost is not None else None, cache_hit=True)
+    inputs = _count(outcome.usage, "prompt_tokens", "input_tokens")
+    outputs = _count(outcome.usage, "completion_tokens", "output_tokens")
+    if not inputs and not outputs:
+        return LMUsage()
+    return LMUsage(inputs, outputs, outcome.cost)
+
+
+def response_attributes(outcome: Outcome) -> Attributes:
+    """What came back, with usage and cost of this very call."""
+    usage = lm_usage(outcome)
+    attributes: Attributes = {names.LM_CACHE_HIT: outcome.cache_hit}
+    if outcome.model is not None:
+        attributes[names.GEN_AI_RESPONSE_MODEL] = outcome.model
+    if outcome.response_id is not None:
+        attributes[names.GEN_AI_RESPONSE_ID] = outcome.response_id
+    if outcome.finish_reasons:
+        attributes[names.GEN_AI_RESPONSE_FINISH_REASONS] = outcome.finish_reasons
+    if usage.cost is not None:
+        attributes[names.LM_COST] = usage.cost
+    if outcome.cache_hit:
+        if outcome.cost is not None:
+            attributes[names.LM_COST_SAVED] = outcome.cost
+        return attributes
+    if usage.input_tokens is None and usage.output_tokens is None:
+        return attributes
+    prompt = _value(outcome.usage, "prompt_tokens_details") or _value(outcome.usage, "input_tokens_details")
+    completion = _value(outcome.usage, "completion_tokens_details") or _value(outcome.usage, "output_tokens_details")
+    for key, tokens in (
+        (names.GEN_AI_USAGE_INPUT_TOKENS, usage.input_tokens),
+        (names.GEN_AI_USAGE_OUTPUT_TOKENS, usage.output_tokens),
+        (names.GEN_AI_USAGE_CACHE_READ_INPUT_TOKENS, _count(prompt, "cached_tokens")),
+        (names.GEN_AI_USAGE_CACHE_WRITE_INPUT_TOKENS, _count(prompt, "cache_creation_tokens")),
+        (names.GEN_AI_USAGE_REASONING_OUTPUT_TOKENS, _count(completion, "reasoning_tokens")),
+    ):
+        if tokens is not None:
+            attributes[key] = tokens
+    return attributes
+
+
+def error_attributes(error: BaseException) -> Attributes:
+    """HTTP status and request id of a failed request, where DSPy's ``LMError`` knows them."""
+    attributes: Attributes = {}
+    status = getattr(error, "status", None)
+    if isinstance(status, int) and not isinstance(status, bool):
+        attributes[names.HTTP_STATUS_CODE] = status
+    request_id = _string(getattr(error, "request_id", None))
+    if request_id is not None:
+        attributes[names.LM_REQUEST_ID] = request_id
+    return attributes
+
+
+_METRIC_KEYS: Final = (
+    names.GEN_AI_OPERATION_NAME,
+    names.GEN_AI_PROVIDER_NAME,
+    names.GEN_AI_REQUEST_MODEL,
+    names.SERVER_ADDRESS,
+    names.SERVER_PORT,
+)
+
+
+def metric_attributes(scope: Scope, notes: Mapping[str, Any]) -> Attributes:
+    """Low-cardinality attributes of an LM call's metrics."""
+    request = notes["request"]
+    labels: Attributes = {key: request[key] for key in _METRIC_KEYS if key in request}
+    if "provider" in notes:
+        labels[names.GEN_AI_PROVIDER_NAME] = notes["provider"]
+    if scope.program is not None:
+        labels[names.PROGRAM_NAME] = scope.program.name
+    if scope.role is not None:
+        labels[names.LM_ROLE] = scope.role
+    return labels

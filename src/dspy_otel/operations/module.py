@@ -1,0 +1,170 @@
+"""Programs, modules and agents: every ``dspy.Module`` call."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+from .. import semconv as names
+from ..telemetry.attributes import Attributes
+from ..telemetry.core import Telemetry
+from ..telemetry.errors import error_type
+from ..telemetry.scope import Program, Scope, open_scope
+from ..telemetry.spans import Call, Operation, Start, openinference
+from ..telemetry.totals import Totals
+from .program import Programs
+
+AGENT_CLASSES: Final = frozenset({"ReAct", "ReActV2", "CodeAct", "RLM"})
+"""DSPy modules in which an LM chooses what to do next."""
+
+
+class ModuleOperation(Operation):
+    """``Module.__call__`` and ``acall``: the outermost program, an agent, or a module inside."""
+
+    kind = "module"
+
+    def __init__(self, telemetry: Telemetry, programs: Programs) -> None:
+        super().__init__(telemetry)
+        self.programs = programs
+
+    def start(self, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any], parent: Scope | None) -> Start | None:
+        scope = open_scope(self.kind, instance, parent)
+        path: str | None = None
+        outermost = scope.program is None
+        if outermost:
+            program = self.programs.find(instance) or Program(type(instance).__name__, None, {})
+            scope.program, scope.paths = program, program.paths
+            # Each program keeps its own totals; those of an evaluation or compile around it go on as well.
+            totals = Totals()
+            scope.totals = (*scope.totals, totals)
+            scope.notes["totals"] = totals
+        else:
+            path = (scope.paths or {}).get(id(instance))
+            if path is None:
+                # Made during the call (a copy, say): its own modules are named from here.
+                made = self.programs.find(instance)
+                scope.paths = made.paths if made else scope.paths
+        name, attributes = describe(instance, scope, path, outermost)
+        openinference(attributes, self.telemetry, names.KIND_AGENT if is_agent(instance) else names.KIND_CHAIN)
+        return Start(name, scope, attributes)
+
+    def detail(self, call: Call) -> Attributes:
+        attributes = signature_attributes(call.instance, call.kwargs, self.programs)
+        telemetry = self.telemetry
+        if telemetry.config.content_on_spans:
+            signature = attributes_signature(call.instance, call.kwargs)
+            if signature is not None:
+                telemetry.put_text(attributes, names.SIGNATURE_INSTRUCTIONS, signature.instructions)
+            inputs: Any = call.kwargs if not call.args else {"args": call.args, **call.kwargs}
+            put_inputs(telemetry, attributes, inputs)
+        return attributes
+
+    def result(self, call: Call, result: Any, error: BaseException | None) -> Attributes:
+        attributes: Attributes = {}
+        notes = call.scope.notes
+        if "adapter" in notes:
+            attributes[names.ADAPTER_NAME] = notes["adapter"]
+        if "totals" in notes:
+            attributes.update(notes["totals"].attributes())
+        if error is None:
+            # Optimizers let a program return (prediction, trace); the trace is not the program's output.
+            shown = (
+                result[0] if isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], list) else result
+            )
+            put_outputs(self.telemetry, attributes, shown)
+        return attributes
+
+    def measure(self, call: Call, result: Any, error: BaseException | None, seconds: float) -> None:
+        scope = call.scope
+        attributes: Attributes = {names.MODULE_CLASS: type(call.instance).__name__}
+        if scope.program is not None:
+            attributes[names.PROGRAM_NAME] = scope.program.name
+        path = scope.notes.get("path")
+        if path:
+            attributes[names.MODULE_PATH] = path
+        if error is not None:
+            attributes[names.ERROR_TYPE] = error_type(error)
+        self.telemetry.metrics.module_duration.record(seconds, attributes, call.context)
+        parent = scope.parent
+        if parent is not None and parent.kind == "example" and parent.owner in (None, call.instance):
+            # The evaluated program has answered. What the metric calls from here on is judging it.
+            parent.role = names.ROLE_JUDGE
+
+
+def is_agent(instance: Any) -> bool:
+    """Whether ``instance`` is one of DSPy's agent modules, or a subclass of one."""
+    return any(
+        base.__name__ in AGENT_CLASSES and base.__module__.startswith("dspy.") for base in type(instance).__mro__
+    )
+
+
+def describe(instance: Any, scope: Scope, path: str | None, outermost: bool) -> tuple[str, Attributes]:
+    """Span name and identifying attributes of a module call.
+
+    Args:
+        instance: the module.
+        scope: the call's scope; its program is set.
+        path: where the module sits in the program, if it does.
+        outermost: whether the module is the program itself.
+    """
+    class_name = type(instance).__name__
+    attributes: Attributes = {names.MODULE_CLASS: class_name}
+    program = scope.program
+    if program is not None:
+        attributes[names.PROGRAM_NAME] = program.name
+        if program.id is not None:
+            attributes[names.PROGRAM_ID] = program.id
+    if path:
+        attributes[names.MODULE_PATH] = path
+        scope.notes["path"] = path
+    if is_agent(instance):
+        agent = path or class_name
+        attributes[names.GEN_AI_OPERATION_NAME] = names.OPERATION_INVOKE_AGENT
+        attributes[names.GEN_AI_AGENT_NAME] = agent
+        return f"{names.OPERATION_INVOKE_AGENT} {agent}", attributes
+    if outermost:
+        attributes[names.GEN_AI_OPERATION_NAME] = names.OPERATION_INVOKE_WORKFLOW
+        attributes[names.GEN_AI_WORKFLOW_NAME] = class_name
+        return f"{names.OPERATION_INVOKE_WORKFLOW} {class_name}", attributes
+    return f"{class_name} {path}" if path else class_name, attributes
+
+
+def attributes_signature(instance: Any, kwargs: dict[str, Any]) -> Any:
+    """The signature a module call works with: the call's own, else the module's, else ``None``."""
+    signature = kwargs.get("signature")
+    if not isinstance(signature, type):
+        signature = vars(instance).get("signature")
+    return signature if isinstance(signature, type) else None
+
+
+def signature_attributes(instance: Any, kwargs: dict[str, Any], programs: Programs) -> Attributes:
+    """Name and field names of the module's signature, and the number of its demos."""
+    attributes: Attributes = {}
+    signature = attributes_signature(instance, kwargs)
+    if signature is not None:
+        attributes[names.SIGNATURE_NAME] = signature.__name__
+        fields = programs.signature_fields(signature)
+        if fields is not None:
+            attributes[names.SIGNATURE_FIELDS] = fields
+    demos = kwargs.get("demos", vars(instance).get("demos"))
+    if isinstance(demos, (list, tuple)):
+        attributes[names.DEMOS_COUNT] = len(demos)
+    return attributes
+
+
+def put_inputs(telemetry: Telemetry, attributes: Attributes, value: Any) -> None:
+    """Add an operation's inputs, under OpenInference's key or, with that switched off, under DSPy's."""
+    _put(telemetry, attributes, value, names.MODULE_INPUTS, names.INPUT_VALUE, names.INPUT_MIME_TYPE)
+
+
+def put_outputs(telemetry: Telemetry, attributes: Attributes, value: Any) -> None:
+    """Add an operation's outputs, like :func:`put_inputs`."""
+    _put(telemetry, attributes, value, names.MODULE_OUTPUTS, names.OUTPUT_VALUE, names.OUTPUT_MIME_TYPE)
+
+
+def _put(telemetry: Telemetry, attributes: Attributes, value: Any, own: str, shared: str, mime: str) -> None:
+    if not telemetry.config.openinference:
+        telemetry.put_content(attributes, own, value)
+        return
+    telemetry.put_content(attributes, shared, value)
+    if shared in attributes:
+        attributes[mime] = names.MIME_JSON

@@ -1,0 +1,119 @@
+"""DSPy's worker threads: the OpenTelemetry context goes into each of them, and each evaluated example gets its span."""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections import defaultdict, deque
+from collections.abc import Callable
+from typing import Any
+
+from opentelemetry import context as otel_context
+from opentelemetry.context import Context
+
+from .. import semconv as names
+from ..telemetry.attributes import Attributes
+from ..telemetry.scope import Scope, current_scope, open_scope
+from ..telemetry.spans import Call, Operation, Start, detach, openinference
+from .evaluation import ExampleOperation, ExampleRun
+
+
+class ParallelOperation(Operation):
+    """``ParallelExecutor.execute``: what ``dspy.Parallel``, ``Module.batch``, ``Evaluate`` and optimizers run on.
+
+    DSPy copies its own settings into the workers, but not the OpenTelemetry context.
+    """
+
+    kind = "parallel"
+
+    def __init__(self, telemetry: Any, examples: ExampleOperation) -> None:
+        super().__init__(telemetry)
+        self.examples = examples
+
+    def start(self, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any], parent: Scope | None) -> Start | None:
+        attributes: Attributes = {names.PARALLEL_SIZE: len(args[1])}
+        if isinstance(instance.num_threads, int):
+            attributes[names.PARALLEL_NUM_THREADS] = instance.num_threads
+        openinference(attributes, self.telemetry, names.KIND_CHAIN)
+        return Start(names.SPAN_PARALLEL, open_scope(self.kind, instance, parent), attributes)
+
+    def result(self, call: Call, result: Any, error: BaseException | None) -> Attributes:
+        return {names.PARALLEL_FAILURES: len(call.instance.failed_indices)}
+
+    def wrap_execute(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        """In place of ``ParallelExecutor.execute(function, data)``."""
+
+        @functools.wraps(original)
+        def execute(executor: Any, function: Any, data: Any) -> Any:
+            if not self.telemetry.enabled():
+                return original(executor, function, data)
+            scope = current_scope()
+            if scope is not None and scope.kind == "evaluate" and not scope.notes.get("executing"):
+                # An evaluation's own loop. A program that runs threads of its own inside an example does not come
+                # here: its scope is the example's.
+                scope.notes["executing"] = True
+                wrapped = self.telemetry.safely("examples", function, self._evaluate_each, function, data, scope)
+                return original(executor, wrapped, data)
+            return traced(executor, function, data)
+
+        def run(executor: Any, function: Any, data: Any) -> Any:
+            return original(executor, bind(function), data)
+
+        traced = self.wrap(run)
+        return execute
+
+    def _evaluate_each(self, function: Callable[[Any], Any], data: Any, evaluate: Scope) -> Callable[[Any], Any]:
+        """``function`` with one example span around each call."""
+        waiting: defaultdict[int, deque[int]] = defaultdict(deque)
+        for index, example in enumerate(data):
+            waiting[id(example)].append(index)
+        last: dict[int, int] = {}
+        lock = threading.Lock()
+        examples = self.examples
+        surrounding = otel_context.get_current()
+
+        def place(example: Any) -> ExampleRun:
+            key = id(example)
+            with lock:
+                again = not waiting[key]
+                # DSPy submits a straggler a second time: same example, same index.
+                index = last.get(key, -1) if again else waiting[key].popleft()
+                last[key] = index
+            return ExampleRun(example, index, again, evaluate)
+
+        def call_one(run: ExampleRun, example: Any) -> Any:
+            return function(example)
+
+        # Called in a worker: the run is what the example's span is made from.
+        spanned = examples.wrap(call_one)
+
+        @functools.wraps(function)
+        def in_example(example: Any) -> Any:
+            token = otel_context.attach(surrounding)
+            try:
+                run = self.telemetry.safely("example", None, place, example)
+                return function(example) if run is None else spanned(run, example)
+            finally:
+                detach(token)
+
+        return in_example
+
+
+def bind(function: Callable[..., Any], context: Context | None = None) -> Callable[..., Any]:
+    """``function``, always run in one OpenTelemetry context, whichever thread calls it.
+
+    Args:
+        function: any synchronous callable.
+        context: default, the context in which ``bind`` is called.
+    """
+    captured = otel_context.get_current() if context is None else context
+
+    @functools.wraps(function)
+    def bound(*args: Any, **kwargs: Any) -> Any:
+        token = otel_context.attach(captured)
+        try:
+            return function(*args, **kwargs)
+        finally:
+            detach(token)
+
+    return bound

@@ -1,0 +1,253 @@
+"""Programs: their identity, and where each of their modules sits."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import operator
+import weakref
+from collections.abc import Callable, Iterator
+from itertools import islice
+from typing import Any, Final
+
+from ..telemetry.content import Content
+from ..telemetry.guard import guarded
+from ..telemetry.scope import Program
+
+ID_LENGTH: Final = 16
+"""Hex digits of ``dspy.program.id`` and of an example's id: 64 bits."""
+
+_MAX_MODULES: Final = 2000
+_MAX_ITEMS: Final = 256
+
+# State of a module that holds no modules and may be long or costly to look at.
+_NOT_STRUCTURE: Final = frozenset(
+    {"history", "callbacks", "traces", "train", "demos", "signature", "config", "fields", "stage", "lm", "_compiled"}
+)
+_LEAVES: Final = frozenset({str, int, float, bool, type(None), bytes})
+
+# Room for whole instructions and demos: an identity must not depend on how much of them telemetry may show.
+_CANONICAL: Final = Content(limit=1 << 20, media=True)
+
+
+class _ModuleTypes(dict[type, bool]):
+    """Whether a class is a kind of ``dspy.Module`` (told by its bases' names, without importing DSPy), from memory."""
+
+    def __missing__(self, kind: type) -> bool:
+        answer = any(base.__name__ == "BaseModule" and base.__module__.startswith("dspy.") for base in kind.__mro__)
+        if len(self) < 4096:
+            self[kind] = answer
+        return answer
+
+
+_MODULE_TYPES: Final = _ModuleTypes()
+
+
+def walk(root: Any) -> Iterator[tuple[str, Any]]:
+    """Every module below ``root`` with its path, as ``named_predictors()`` would write it; ``root`` itself is ``""``.
+
+    Faster than DSPy's own ``named_sub_modules()``, and bounded: 2,000 modules, 256 items of a container.
+    """
+    seen = {id(root)}
+    stack: list[tuple[str, Any]] = [("", root)]
+    found = 0
+    while stack and found < _MAX_MODULES:
+        path, module = stack.pop()
+        found += 1
+        yield path, module
+        children: list[tuple[str, Any]] = []
+        for name, value in list(module.__dict__.items()):
+            kind = type(value)
+            if kind in _LEAVES or name in _NOT_STRUCTURE:
+                continue
+            if _MODULE_TYPES[kind]:
+                children.append((f"{path}.{name}" if path else name, value))
+            elif kind in (list, tuple, dict):
+                children.extend(_items(f"{path}.{name}" if path else name, value, 2))
+        for child in reversed(children):
+            if id(child[1]) not in seen:
+                seen.add(id(child[1]))
+                stack.append(child)
+
+
+def _items(path: str, container: Any, depth: int) -> Iterator[tuple[str, Any]]:
+    if isinstance(container, dict):
+        pairs = [
+            (f"{path}[{key!r}]", value) for key, value in islice(container.items(), _MAX_ITEMS) if type(key) in _LEAVES
+        ]
+    else:
+        pairs = [(f"{path}[{index}]", value) for index, value in enumerate(islice(container, _MAX_ITEMS))]
+    for name, value in pairs:
+        if _MODULE_TYPES[type(value)]:
+            yield name, value
+        elif depth and type(value) in (list, tuple, dict):
+            yield from _items(name, value, depth - 1)
+
+
+def _state_objects(module: Any) -> list[Any]:
+    """The objects a predictor's state consists of. As long as these are the same ones, so is the state.
+
+    A demo changed in place (``demo["answer"] = ...``) shows, because its values are in the list.
+    """
+    stored = module.__dict__
+    signature = stored.get("signature")
+    if signature is None:
+        return []
+    # `instructions` is a property that makes a new string each time; the text lives in `__doc__`.
+    objects: list[Any] = [signature, vars(signature).get("__doc__") if isinstance(signature, type) else None]
+    demos = stored.get("demos")
+    if isinstance(demos, (list, tuple)):
+        for demo in demos:
+            values = demo if isinstance(demo, dict) else getattr(demo, "_store", None)
+            if isinstance(values, dict):
+                objects.extend(values.values())
+            else:
+                objects.append(demo)
+    return objects
+
+
+def program_digest(program: Any) -> str | None:
+    """A stable digest of a program's state: instructions, field texts and demos of every predictor, by name.
+
+    The same before ``save()`` and after ``load()``, and for an optimizer's candidate and the program it returns.
+
+    Args:
+        program: a ``dspy.Module``.
+
+    Returns:
+        16 hex digits, or ``None`` for a program without predictors.
+    """
+    state = {name: _predictor_state(predictor) for name, predictor in program.named_predictors()}
+    return digest(state) if state else None
+
+
+def _predictor_state(predictor: Any) -> dict[str, Any]:
+    signature = predictor.signature
+    return {
+        "instructions": signature.instructions,
+        "fields": [
+            [name, (field.json_schema_extra or {}).get("prefix"), (field.json_schema_extra or {}).get("desc")]
+            for name, field in signature.fields.items()
+        ],
+        "demos": [_demo_state(demo) for demo in predictor.demos],
+    }
+
+
+def _demo_state(demo: Any) -> Any:
+    values = demo if isinstance(demo, dict) else getattr(demo, "_store", demo)
+    if not isinstance(values, dict):
+        return values
+    # What DSPy itself saves of a value is its JSON form, so that is what must be compared.
+    return {str(key): _saved(value) for key, value in values.items() if not str(key).startswith("dspy_")}
+
+
+def _saved(value: Any) -> Any:
+    if type(value) in _LEAVES:
+        return value
+    dump = getattr(type(value), "model_dump", None)
+    if dump is not None:
+        # As DSPy's serialize_object does: a model is saved as its JSON values, and comes back as those.
+        return value.model_dump(mode="json")
+    if isinstance(value, (list, tuple)):
+        return [_saved(item) for item in value]
+    if isinstance(value, dict):
+        return {str(key): _saved(item) for key, item in value.items()}
+    return value
+
+
+def digest(value: Any) -> str:
+    """16 hex digits of SHA-256 over the canonical JSON of ``value``."""
+    text = json.dumps(_CANONICAL.plain(value), sort_keys=True, ensure_ascii=True)
+    return hashlib.sha256(text.encode("ascii")).hexdigest()[:ID_LENGTH]
+
+
+class ByObject:
+    """Results kept for as long as the object they belong to lives, and only while it has not changed.
+
+    Keyed by identity with a weak reference: a user's class may lack ``__hash__`` or have a hostile ``__eq__``.
+    """
+
+    def __init__(self) -> None:
+        self._kept: dict[int, tuple[weakref.ref[Any], list[Any], list[Any], Any]] = {}
+
+    def get(self, owner: Any, shape: list[Any], objects: list[Any], make: Callable[[], Any]) -> Any:
+        """The result kept for ``owner``, or ``make()``, which is kept from now on.
+
+        Args:
+            owner: the object the result belongs to.
+            shape: plain values; the kept result counts only while they are equal.
+            objects: likewise, but they must be the very same objects. They are kept alive, so that no other object
+                can take their identity: they must not refer to ``owner``.
+            make: works the result out.
+        """
+        key = id(owner)
+        kept = self._kept.get(key)
+        if (
+            kept is not None
+            and kept[0]() is owner
+            and kept[1] == shape
+            and len(kept[2]) == len(objects)
+            and all(map(operator.is_, kept[2], objects))
+        ):
+            return kept[3]
+        result = make()
+        with contextlib.suppress(TypeError):  # An object that cannot be weakly referenced is asked anew each time.
+            self._kept[key] = (weakref.ref(owner, lambda _: self._kept.pop(key, None)), shape, objects, result)
+        return result
+
+
+class Programs:
+    """Knows the programs that were called: their name, id, and the paths of their modules."""
+
+    def __init__(self) -> None:
+        self._programs = ByObject()
+        self._examples = ByObject()
+        self._signatures = ByObject()
+
+    @guarded("program paths")
+    def find(self, root: Any) -> Program:
+        """The program whose outermost module is ``root``. Cheap when nothing changed since the last call.
+
+        Reads the program's structure and the identity of its state on each call, because both may change between
+        calls; paths and digest are only worked out anew when they did.
+        """
+        modules = list(walk(root))
+        shape: list[Any] = []
+        objects: list[Any] = []
+        for path, module in modules:
+            # Ids, not the modules: a kept reference to a module that knows its parent would never end.
+            state = _state_objects(module)
+            shape += (id(module), path, len(state))
+            objects += state
+        found: Program = self._programs.get(root, shape, objects, lambda: self._make(root, modules))
+        return found
+
+    def _make(self, root: Any, modules: list[tuple[str, Any]]) -> Program:
+        name = type(root).__name__
+        paths = {id(module): path for path, module in modules}
+        return Program(name, _safe_digest(root), paths)
+
+    @guarded("example id")
+    def example_id(self, example: Any) -> str | None:
+        """A stable id of a dataset row: a digest of its fields, the same in every evaluation that uses the row."""
+        values = getattr(example, "_store", None)
+        if not isinstance(values, dict):
+            return None
+        found: str = self._examples.get(example, [], list(values.values()), lambda: digest(values))
+        return found
+
+    @guarded("signature fields")
+    def signature_fields(self, signature: Any) -> str:
+        """``"question -> answer"``: the signature's field names, kept per signature class."""
+        found: str = self._signatures.get(signature, [], [], lambda: _field_names(signature))
+        return found
+
+
+@guarded("program id")
+def _safe_digest(root: Any) -> str | None:
+    return program_digest(root)
+
+
+def _field_names(signature: Any) -> str:
+    return f"{', '.join(signature.input_fields)} -> {', '.join(signature.output_fields)}"

@@ -1,0 +1,82 @@
+"""Retrieval: ``dspy.Retrieve``, ``dspy.Embeddings``, ``dspy.ColBERTv2`` and ``dspy.KNN``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import islice
+from typing import Any
+
+from opentelemetry.trace import SpanKind
+
+from .. import semconv as names
+from ..telemetry.attributes import Attributes
+from ..telemetry.scope import Scope, open_scope
+from ..telemetry.spans import Call, Operation, Start, openinference
+from .lm import server_attributes
+
+
+class RetrievalOperation(Operation):
+    """The call of a retriever; one instance for each kind.
+
+    Args:
+        telemetry: shared state.
+        remote: whether it asks a server (span kind CLIENT).
+    """
+
+    kind = "retrieval"
+
+    def __init__(self, telemetry: Any, remote: bool = False) -> None:
+        super().__init__(telemetry)
+        self.span_kind = SpanKind.CLIENT if remote else SpanKind.INTERNAL
+
+    def start(self, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any], parent: Scope | None) -> Start | None:
+        name = type(instance).__name__
+        attributes: Attributes = {
+            names.GEN_AI_OPERATION_NAME: names.OPERATION_RETRIEVAL,
+            names.GEN_AI_DATA_SOURCE_ID: name,
+        }
+        top_k = kwargs.get("k", getattr(instance, "k", None))
+        if isinstance(top_k, int) and not isinstance(top_k, bool):
+            attributes[names.GEN_AI_RETRIEVAL_TOP_K] = top_k
+        attributes.update(server_attributes(getattr(instance, "url", None)))
+        openinference(attributes, self.telemetry, names.KIND_RETRIEVER)
+        scope = open_scope(self.kind, instance, parent)
+        return Start(f"{names.OPERATION_RETRIEVAL} {name}", scope, attributes, self.span_kind)
+
+    def detail(self, call: Call) -> Attributes:
+        attributes: Attributes = {}
+        if self.telemetry.config.content_on_spans:
+            query = call.args[0] if call.args else call.kwargs.get("query", call.kwargs)
+            if isinstance(query, str):
+                self.telemetry.put_text(attributes, names.GEN_AI_RETRIEVAL_QUERY_TEXT, query)
+            else:
+                self.telemetry.put_content(attributes, names.GEN_AI_RETRIEVAL_QUERY_TEXT, query)
+        return attributes
+
+    def result(self, call: Call, result: Any, error: BaseException | None) -> Attributes:
+        attributes: Attributes = {}
+        if error is None and self.telemetry.config.content_on_spans:
+            self.telemetry.put_content(attributes, names.GEN_AI_RETRIEVAL_DOCUMENTS, documents(result))
+        return attributes
+
+
+def documents(result: Any) -> list[dict[str, Any]]:
+    """Retrieved passages as ``{id, content, score}``, as far as the retriever gives them (at most 1,000)."""
+    passages = getattr(result, "passages", result)
+    if not isinstance(passages, Sequence) or isinstance(passages, str):
+        return []
+    indices = getattr(result, "indices", None)
+    found = []
+    for position, passage in enumerate(islice(passages, 1000)):
+        document: dict[str, Any] = {}
+        if isinstance(passage, Mapping):
+            document["content"] = passage.get("long_text", passage.get("text"))
+            for source, key in (("pid", "id"), ("score", "score")):
+                if source in passage:
+                    document[key] = passage[source]
+        else:
+            document["content"] = passage
+        if isinstance(indices, Sequence) and position < len(indices):
+            document["id"] = indices[position]
+        found.append(document)
+    return found

@@ -1,0 +1,1 @@
+"""Optimizers: every ``compile`` becomes a span that knows its run."""

@@ -1,0 +1,223 @@
+"""Every span, attribute, event and metric name this package emits, in one room.
+
+Three vocabularies meet here:
+
+* ``gen_ai.*`` - OpenTelemetry's GenAI semantic conventions (status: development). They have never been
+  tagged and are renamed often, so they are spelled out here instead of imported.
+* ``dspy.*`` - what no convention covers: programs, modules, evaluations, optimizers.
+* OpenInference - the few keys that Phoenix, MLflow and Langfuse need to type a span that is not an LM call.
+
+``docs/semantic-conventions.md`` documents each name with its type, unit, presence and an example; a test keeps the
+two in step.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+SCHEMA_URL: Final = "https://opentelemetry.io/schemas/1.41.0"
+"""Newest schema of the core conventions that still carries the ``gen_ai.*`` names used below."""
+
+SCOPE_NAME: Final = "dspy_otel"
+"""Instrumentation scope of every tracer, meter and logger."""
+
+# --- OpenTelemetry, general -------------------------------------------------------------------------------------
+ERROR_TYPE: Final = "error.type"
+EXCEPTION_TYPE: Final = "exception.type"
+EXCEPTION_MESSAGE: Final = "exception.message"
+EXCEPTION_STACKTRACE: Final = "exception.stacktrace"
+SERVER_ADDRESS: Final = "server.address"
+SERVER_PORT: Final = "server.port"
+SESSION_ID: Final = "session.id"
+USER_ID: Final = "user.id"
+
+# --- GenAI: operations ------------------------------------------------------------------------------------------
+GEN_AI_OPERATION_NAME: Final = "gen_ai.operation.name"
+GEN_AI_PROVIDER_NAME: Final = "gen_ai.provider.name"
+OPERATION_CHAT: Final = "chat"
+OPERATION_TEXT_COMPLETION: Final = "text_completion"
+OPERATION_EMBEDDINGS: Final = "embeddings"
+OPERATION_RETRIEVAL: Final = "retrieval"
+OPERATION_EXECUTE_TOOL: Final = "execute_tool"
+OPERATION_INVOKE_AGENT: Final = "invoke_agent"
+OPERATION_INVOKE_WORKFLOW: Final = "invoke_workflow"
+
+# --- GenAI: inference -------------------------------------------------------------------------------------------
+GEN_AI_REQUEST_MODEL: Final = "gen_ai.request.model"
+GEN_AI_REQUEST_TEMPERATURE: Final = "gen_ai.request.temperature"
+GEN_AI_REQUEST_TOP_P: Final = "gen_ai.request.top_p"
+GEN_AI_REQUEST_TOP_K: Final = "gen_ai.request.top_k"
+GEN_AI_REQUEST_MAX_TOKENS: Final = "gen_ai.request.max_tokens"
+GEN_AI_REQUEST_FREQUENCY_PENALTY: Final = "gen_ai.request.frequency_penalty"
+GEN_AI_REQUEST_PRESENCE_PENALTY: Final = "gen_ai.request.presence_penalty"
+GEN_AI_REQUEST_STOP_SEQUENCES: Final = "gen_ai.request.stop_sequences"
+GEN_AI_REQUEST_SEED: Final = "gen_ai.request.seed"
+GEN_AI_REQUEST_CHOICE_COUNT: Final = "gen_ai.request.choice.count"
+GEN_AI_REQUEST_STREAM: Final = "gen_ai.request.stream"
+GEN_AI_REQUEST_REASONING_LEVEL: Final = "gen_ai.request.reasoning.level"
+GEN_AI_REQUEST_ENCODING_FORMATS: Final = "gen_ai.request.encoding_formats"
+GEN_AI_OUTPUT_TYPE: Final = "gen_ai.output.type"
+GEN_AI_RESPONSE_ID: Final = "gen_ai.response.id"
+GEN_AI_RESPONSE_MODEL: Final = "gen_ai.response.model"
+GEN_AI_RESPONSE_FINISH_REASONS: Final = "gen_ai.response.finish_reasons"
+GEN_AI_RESPONSE_TIME_TO_FIRST_CHUNK: Final = "gen_ai.response.time_to_first_chunk"
+GEN_AI_USAGE_INPUT_TOKENS: Final = "gen_ai.usage.input_tokens"
+GEN_AI_USAGE_OUTPUT_TOKENS: Final = "gen_ai.usage.output_tokens"
+GEN_AI_USAGE_CACHE_READ_INPUT_TOKENS: Final = "gen_ai.usage.cache_read.input_tokens"
+GEN_AI_USAGE_CACHE_WRITE_INPUT_TOKENS: Final = "gen_ai.usage.cache_write.input_tokens"
+GEN_AI_USAGE_REASONING_OUTPUT_TOKENS: Final = "gen_ai.usage.reasoning.output_tokens"
+GEN_AI_INPUT_MESSAGES: Final = "gen_ai.input.messages"
+GEN_AI_OUTPUT_MESSAGES: Final = "gen_ai.output.messages"
+GEN_AI_SYSTEM_INSTRUCTIONS: Final = "gen_ai.system_instructions"
+GEN_AI_TOOL_DEFINITIONS: Final = "gen_ai.tool.definitions"
+GEN_AI_TOKEN_TYPE: Final = "gen_ai.token.type"
+TOKEN_TYPE_INPUT: Final = "input"
+TOKEN_TYPE_OUTPUT: Final = "output"
+
+# --- GenAI: tools, agents, workflows, retrieval, embeddings, evaluation -----------------------------------------
+GEN_AI_TOOL_NAME: Final = "gen_ai.tool.name"
+GEN_AI_TOOL_TYPE: Final = "gen_ai.tool.type"
+GEN_AI_TOOL_DESCRIPTION: Final = "gen_ai.tool.description"
+GEN_AI_TOOL_CALL_ARGUMENTS: Final = "gen_ai.tool.call.arguments"
+GEN_AI_TOOL_CALL_RESULT: Final = "gen_ai.tool.call.result"
+GEN_AI_AGENT_NAME: Final = "gen_ai.agent.name"
+GEN_AI_WORKFLOW_NAME: Final = "gen_ai.workflow.name"
+GEN_AI_DATA_SOURCE_ID: Final = "gen_ai.data_source.id"
+GEN_AI_RETRIEVAL_QUERY_TEXT: Final = "gen_ai.retrieval.query.text"
+GEN_AI_RETRIEVAL_DOCUMENTS: Final = "gen_ai.retrieval.documents"
+GEN_AI_RETRIEVAL_TOP_K: Final = "gen_ai.retrieval.top_k"
+GEN_AI_EMBEDDINGS_DIMENSION_COUNT: Final = "gen_ai.embeddings.dimension.count"
+GEN_AI_EVALUATION_NAME: Final = "gen_ai.evaluation.name"
+GEN_AI_EVALUATION_SCORE_VALUE: Final = "gen_ai.evaluation.score.value"
+GEN_AI_EVALUATION_EXPLANATION: Final = "gen_ai.evaluation.explanation"
+
+# --- DSPy: programs and modules ---------------------------------------------------------------------------------
+PROGRAM_NAME: Final = "dspy.program.name"
+PROGRAM_ID: Final = "dspy.program.id"
+MODULE_CLASS: Final = "dspy.module.class"
+MODULE_PATH: Final = "dspy.module.path"
+SIGNATURE_NAME: Final = "dspy.signature.name"
+SIGNATURE_FIELDS: Final = "dspy.signature.fields"
+SIGNATURE_INSTRUCTIONS: Final = "dspy.signature.instructions"
+DEMOS_COUNT: Final = "dspy.demos.count"
+ADAPTER_NAME: Final = "dspy.adapter.name"
+MODULE_INPUTS: Final = "dspy.module.inputs"
+MODULE_OUTPUTS: Final = "dspy.module.outputs"
+
+# --- DSPy: LM calls ---------------------------------------------------------------------------------------------
+LM_CACHE_HIT: Final = "dspy.lm.cache_hit"
+LM_ROLE: Final = "dspy.lm.role"
+LM_RETRIES: Final = "dspy.lm.retries"
+LM_ROLLOUT_ID: Final = "dspy.lm.rollout_id"
+LM_ENGINE: Final = "dspy.lm.engine"
+LM_COST: Final = "dspy.lm.cost"
+LM_COST_SAVED: Final = "dspy.lm.cost.saved"
+LM_CHUNKS: Final = "dspy.lm.chunks"
+HTTP_STATUS_CODE: Final = "http.response.status_code"
+LM_REQUEST_ID: Final = "dspy.lm.request.id"
+LM_RETRY_DELAY: Final = "dspy.lm.retry.delay"
+LM_RETRY_ATTEMPT: Final = "dspy.lm.retry.attempt"
+
+ROLE_TASK: Final = "task"
+ROLE_JUDGE: Final = "judge"
+ROLE_PROPOSER: Final = "proposer"
+ROLE_REFLECTION: Final = "reflection"
+ROLE_TEACHER: Final = "teacher"
+
+# --- DSPy: totals on parents. Never gen_ai.usage.*: backends add those up over the tree ---------------------------
+USAGE_INPUT_TOKENS: Final = "dspy.usage.input_tokens"
+USAGE_OUTPUT_TOKENS: Final = "dspy.usage.output_tokens"
+USAGE_COST: Final = "dspy.usage.cost"
+USAGE_LM_CALLS: Final = "dspy.usage.lm_calls"
+USAGE_CACHE_HITS: Final = "dspy.usage.cache_hits"
+USAGE_UNPRICED_CALLS: Final = "dspy.usage.unpriced_calls"
+
+# --- DSPy: evaluation -------------------------------------------------------------------------------------------
+EVALUATION_ID: Final = "dspy.evaluation.id"
+EVALUATION_SCORE: Final = "dspy.evaluation.score"
+EVALUATION_SIZE: Final = "dspy.evaluation.size"
+EVALUATION_FAILURES: Final = "dspy.evaluation.failures"
+EVALUATION_METRIC_NAME: Final = "dspy.evaluation.metric.name"
+EVALUATION_KIND: Final = "dspy.evaluation.kind"
+EVALUATION_NUM_THREADS: Final = "dspy.evaluation.num_threads"
+EXAMPLE_INDEX: Final = "dspy.example.index"
+EXAMPLE_ID: Final = "dspy.example.id"
+EXAMPLE_SCORE: Final = "dspy.example.score"
+EXAMPLE_FEEDBACK: Final = "dspy.example.feedback"
+EXAMPLE_EXPECTED: Final = "dspy.example.expected"
+EXAMPLE_RESUBMITTED: Final = "dspy.example.resubmitted"
+PARALLEL_SIZE: Final = "dspy.parallel.size"
+PARALLEL_FAILURES: Final = "dspy.parallel.failures"
+PARALLEL_NUM_THREADS: Final = "dspy.parallel.num_threads"
+
+# --- DSPy: code interpreter -------------------------------------------------------------------------------------
+INTERPRETER_NAME: Final = "dspy.interpreter.name"
+INTERPRETER_CODE: Final = "dspy.interpreter.code"
+INTERPRETER_OUTPUT: Final = "dspy.interpreter.output"
+
+# --- DSPy: optimizers -------------------------------------------------------------------------------------------
+OPTIMIZER_NAME: Final = "dspy.optimizer.name"
+OPTIMIZER_RUN_ID: Final = "dspy.optimizer.run.id"
+OPTIMIZER_PHASE: Final = "dspy.optimizer.phase"
+OPTIMIZER_PARAMS_PREFIX: Final = "dspy.optimizer.params."
+OPTIMIZER_OUTCOME: Final = "dspy.optimizer.outcome"
+DATASET_TRAIN_SIZE: Final = "dspy.dataset.train.size"
+DATASET_VAL_SIZE: Final = "dspy.dataset.val.size"
+DATASET_TRAIN_DIGEST: Final = "dspy.dataset.train.digest"
+DATASET_VAL_DIGEST: Final = "dspy.dataset.val.digest"
+INITIAL_PROGRAM_ID: Final = "dspy.optimizer.initial_program.id"
+
+# --- OpenInference ----------------------------------------------------------------------------------------------
+OPENINFERENCE_SPAN_KIND: Final = "openinference.span.kind"
+KIND_CHAIN: Final = "CHAIN"
+KIND_LLM: Final = "LLM"
+KIND_TOOL: Final = "TOOL"
+KIND_AGENT: Final = "AGENT"
+KIND_RETRIEVER: Final = "RETRIEVER"
+KIND_EMBEDDING: Final = "EMBEDDING"
+KIND_EVALUATOR: Final = "EVALUATOR"
+INPUT_VALUE: Final = "input.value"
+INPUT_MIME_TYPE: Final = "input.mime_type"
+OUTPUT_VALUE: Final = "output.value"
+OUTPUT_MIME_TYPE: Final = "output.mime_type"
+MIME_JSON: Final = "application/json"
+
+# --- Span names. Low-cardinality: a number or an id is an attribute, never part of a name ------------------------
+SPAN_EVALUATE: Final = "evaluate"
+SPAN_EXAMPLE: Final = "example"
+SPAN_EXECUTE_CODE: Final = "execute_code"
+SPAN_PARALLEL: Final = "parallel"
+SPAN_COMPILE: Final = "compile"
+
+# --- Span events ------------------------------------------------------------------------------------------------
+EVENT_EXCEPTION: Final = "exception"
+EVENT_LM_RETRY: Final = "dspy.lm.retry"
+EVENT_ADAPTER_PARSE_ERROR: Final = "dspy.adapter.parse_error"
+EVENT_ADAPTER_FALLBACK: Final = "dspy.adapter.fallback"
+ADAPTER_FALLBACK_FROM: Final = "dspy.adapter.fallback.from"
+ADAPTER_COMPLETION: Final = "dspy.adapter.completion"
+EVENT_EXAMPLE_FAILURE: Final = "dspy.example.failure"
+
+# --- Log events (logs signal) -----------------------------------------------------------------------------------
+LOG_INFERENCE_DETAILS: Final = "gen_ai.client.inference.operation.details"
+LOG_EVALUATION_RESULT: Final = "gen_ai.evaluation.result"
+
+# --- Metrics ----------------------------------------------------------------------------------------------------
+METRIC_OPERATION_DURATION: Final = "gen_ai.client.operation.duration"
+METRIC_TOKEN_USAGE: Final = "gen_ai.client.token.usage"
+METRIC_TIME_TO_FIRST_CHUNK: Final = "gen_ai.client.operation.time_to_first_chunk"
+METRIC_TOOL_DURATION: Final = "gen_ai.execute_tool.duration"
+METRIC_MODULE_DURATION: Final = "dspy.module.duration"
+METRIC_LM_COST: Final = "dspy.lm.cost"
+METRIC_LM_CACHE_HITS: Final = "dspy.lm.cache.hits"
+METRIC_LM_RETRIES: Final = "dspy.lm.retries"
+METRIC_EVALUATION_EXAMPLES: Final = "dspy.evaluation.examples"
+METRIC_EVALUATION_SCORE: Final = "dspy.evaluation.score"
+
+EXAMPLE_OUTCOME: Final = "dspy.example.outcome"
+OUTCOME_SCORED: Final = "scored"
+OUTCOME_FAILED: Final = "failed"
+
+# Advised bucket boundaries of the GenAI metric conventions; seconds and tokens.
+DURATION_BUCKETS: Final = tuple(0.01 * 2**k for k in range(14))
+TOKEN_BUCKETS: Final = tuple(float(4**k) for k in range(14))

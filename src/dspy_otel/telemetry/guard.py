@@ -1,0 +1,67 @@
+"""Nothing of ours raises into a user's program: failures here become one warning for each cause."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import threading
+from collections.abc import Callable, Hashable
+from typing import Any, Final, TypeVar
+
+from typing_extensions import ParamSpec
+
+_LOG = logging.getLogger("dspy_otel")
+_LIMIT: Final = 256
+_seen: set[Hashable] = set()
+_lock = threading.Lock()
+_Result = TypeVar("_Result")
+_Arguments = ParamSpec("_Arguments")
+
+
+def warn_once(cause: Hashable, message: str, *arguments: Any) -> None:
+    """Log ``message % arguments`` as a warning, the first time this ``cause`` shows (at most 256 causes).
+
+    Args:
+        cause: what makes two warnings the same.
+        message: a %-format; ``dspy-otel: `` is put before it.
+        arguments: for the format. Never content of the user's program.
+    """
+    with _lock:
+        if cause in _seen or len(_seen) >= _LIMIT:
+            return
+        _seen.add(cause)
+    _LOG.warning("dspy-otel: " + message, *arguments)
+
+
+def failed(where: str, error: BaseException) -> None:
+    """Say once that the part named ``where`` failed with this type of error; its detail is lost, nothing else."""
+    # The message of an error may hold what the program works on: only its type is said.
+    name = type(error).__name__
+    warn_once((where, name), "%s failed (%s); that detail is missing from telemetry", where, name)
+
+
+def reset_warnings() -> None:
+    """Forget which warnings were given, so that each may show again (after ``uninstrument()``, and in tests)."""
+    with _lock:
+        _seen.clear()
+
+
+def guarded(where: str) -> Callable[[Callable[_Arguments, _Result]], Callable[_Arguments, _Result | None]]:
+    """Make a function total: an error inside it becomes ``None`` and one warning.
+
+    Args:
+        where: the name the warning uses.
+    """
+
+    def decorate(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result | None]:
+        @functools.wraps(function)
+        def safe(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result | None:
+            try:
+                return function(*args, **kwargs)
+            except Exception as error:
+                failed(where, error)
+                return None
+
+        return safe
+
+    return decorate
