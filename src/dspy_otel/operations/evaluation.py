@@ -19,7 +19,7 @@ from .module import put_inputs, put_outputs
 from .program import Programs
 
 MAX_LINKS = 128
-"""Links from an evaluation to its examples: the SDK keeps no more by default. From an example back there is always one."""
+"""Most links from an evaluation to its examples (the SDK keeps no more). From an example back there is always one."""
 
 
 class EvaluateOperation(Operation):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any, Final
 
+from opentelemetry import baggage
+
 from .. import semconv as names
 from ..telemetry.attributes import Attributes
 from ..telemetry.core import Telemetry
@@ -37,6 +39,9 @@ class ModuleOperation(Operation):
             totals = Totals()
             scope.totals = (*scope.totals, totals)
             scope.notes["totals"] = totals
+            caller = caller_attributes()
+            if caller:
+                scope.stamps = {**scope.stamps, **caller}
         else:
             path = (scope.paths or {}).get(id(instance))
             if path is None:
@@ -88,6 +93,12 @@ class ModuleOperation(Operation):
         if parent is not None and parent.kind == "example" and parent.owner in (None, call.instance):
             # The evaluated program has answered. What the metric calls from here on is judging it.
             parent.role = names.ROLE_JUDGE
+
+
+def caller_attributes() -> Attributes:
+    """Session and user that the application has put into OpenTelemetry's baggage, for all spans of a program call."""
+    found = baggage.get_all()
+    return {key: str(found[key]) for key in (names.SESSION_ID, names.USER_ID) if key in found} if found else {}
 
 
 def is_agent(instance: Any) -> bool:

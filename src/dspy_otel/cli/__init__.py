@@ -1,0 +1,84 @@
+"""The `dspy-otel` command."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from importlib.util import find_spec
+
+from dspy_otel.version import __version__
+
+_NEEDED = {
+    "dspy": "dspy",
+    "mlflow": "mlflow",
+    "opentelemetry.sdk": "opentelemetry-sdk",
+    "optuna": "optuna",
+    "rich": "rich",
+}
+_KEYS = {
+    "openai": ("OPENAI_API_KEY",),
+    "anthropic": ("ANTHROPIC_API_KEY",),
+    "gemini": ("GEMINI_API_KEY", "GOOGLE_API_KEY"),
+    "groq": ("GROQ_API_KEY",),
+    "mistral": ("MISTRAL_API_KEY",),
+    "openrouter": ("OPENROUTER_API_KEY",),
+}
+"""Where each hosted provider's key is looked for; other providers are left to speak for themselves."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit status: 0 done, 1 failed, 2 wrong usage or something missing.
+
+    `argv` are the arguments without the program's name; None takes `sys.argv[1:]`.
+    """
+    parser = argparse.ArgumentParser(prog="dspy-otel", description="OpenTelemetry instrumentation for DSPy.")
+    parser.add_argument("--version", action="version", version=f"dspy-otel {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+    demo = commands.add_parser(
+        "demo",
+        help="run, evaluate and optimize a small program with telemetry on",
+        description="Runs, evaluates and optimizes a small DSPy program with telemetry on, stores it in MLflow and "
+        "shows what was recorded. By default on an embedded model: no key, no network.",
+    )
+    demo.add_argument("--model", metavar="PROVIDER/NAME", help="a real model, for example openai/gpt-4o-mini")
+    demo.add_argument("--optimizer", choices=("mipro", "gepa", "both"), default="both")
+    demo.add_argument("--tracking-uri", metavar="URI", help="MLflow to write to (default: sqlite in ./demo-mlflow/)")
+    demo.add_argument(
+        "--content",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="record prompts and answers (default: yes, the data is public)",
+    )
+    demo.add_argument("--quick", action="store_true", help="less data and fewer trials")
+    options = parser.parse_args(argv)
+
+    missing = [package for module, package in _NEEDED.items() if not _installed(module)]
+    if missing:
+        return _refuse(f"the demo needs {', '.join(missing)}. Install it with: pip install 'dspy-otel[demo]'")
+    keys = _KEYS.get((options.model or "").split("/")[0], ())
+    if keys and not any(os.environ.get(key) for key in keys):
+        return _refuse(f"{options.model} needs an API key: set {' or '.join(keys)} in the environment.")
+
+    from dspy_otel.cli.demo.run import run_demo
+
+    return run_demo(
+        model=options.model,
+        optimizer=options.optimizer,
+        tracking_uri=options.tracking_uri,
+        content=options.content,
+        quick=options.quick,
+    )
+
+
+def _installed(module: str) -> bool:
+    try:
+        return find_spec(module) is not None
+    except ModuleNotFoundError:  # the parent package of a dotted name is missing
+        return False
+
+
+def _refuse(reason: str) -> int:
+    print(f"dspy-otel: {reason}", file=sys.stderr)
+    return 2

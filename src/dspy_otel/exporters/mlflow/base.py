@@ -1,0 +1,105 @@
+"""What the two ways into MLflow share: the error, the wished experiment and how it is found."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+from urllib.parse import urlsplit
+
+from opentelemetry.sdk.trace import ReadableSpan
+
+OLDEST_MLFLOW = "3.14"
+"""First release whose OTLP endpoint keeps trace tags and resource attributes (compared over the wheels)."""
+
+
+class ExportError(Exception):
+    """A batch cannot be delivered. It never leaves the exporter.
+
+    Args:
+        cause: short stable key; each cause is logged once, so two failures with one cause give one line.
+        message: what is wrong and what to do about it, free of credentials.
+        permanent: True when trying again in this process cannot help (MLflow missing, unusable URI).
+    """
+
+    def __init__(self, cause: str, message: str, *, permanent: bool = False) -> None:
+        super().__init__(message)
+        self.cause = cause
+        self.permanent = permanent
+
+
+class Destination(Protocol):
+    """Where translated spans go. ``send`` raises :class:`ExportError` when a batch cannot be delivered."""
+
+    def send(self, spans: Sequence[ReadableSpan]) -> None:
+        """Deliver a batch."""
+
+    def after_fork(self) -> None:
+        """In a forked child: give up connections that the parent process still uses."""
+
+    def close(self) -> None:
+        """Release connections."""
+
+
+@dataclass(frozen=True)
+class WantedExperiment:
+    """An experiment as the user named it; ``is_id`` is None when it may be a name or an id."""
+
+    value: str
+    is_id: bool | None
+
+
+class FoundExperiment(NamedTuple):
+    """An experiment as the store knows it."""
+
+    experiment_id: str
+    lifecycle_stage: str
+
+
+class Experiments(Protocol):
+    """The three look-ups of a store that finding an experiment needs."""
+
+    def by_id(self, experiment_id: str) -> FoundExperiment | None:
+        """Return the experiment with this id, or None."""
+
+    def by_name(self, name: str) -> FoundExperiment | None:
+        """Return the experiment with this name, a deleted one included, or None."""
+
+    def create(self, name: str) -> str:
+        """Create an experiment and return its id; raises :class:`ExportError` when the name is taken."""
+
+
+def resolve_experiment(wanted: WantedExperiment, experiments: Experiments) -> str:
+    """Return the id of the wanted experiment, created when it is a name that does not exist.
+
+    Raises:
+        ExportError: an id that does not exist, or an experiment that was deleted.
+    """
+    found = None
+    if wanted.is_id or (wanted.is_id is None and wanted.value.isdigit()):
+        found = experiments.by_id(wanted.value)
+        if found is None and wanted.is_id:
+            raise ExportError("experiment", f"MLflow has no experiment with id {wanted.value} (MLFLOW_EXPERIMENT_ID).")
+    if found is None:
+        found = experiments.by_name(wanted.value)
+    if found is None:
+        try:
+            return experiments.create(wanted.value)
+        except ExportError:
+            # Another process may have created it since we looked.
+            found = experiments.by_name(wanted.value)
+            if found is None:
+                raise
+    if found.lifecycle_stage == "deleted":
+        raise ExportError(
+            "experiment",
+            f"MLflow experiment {wanted.value!r} is deleted: restore it "
+            f"(mlflow experiments restore -x {found.experiment_id}) or choose another.",
+        )
+    return found.experiment_id
+
+
+def public_uri(uri: str) -> str:
+    """Return ``uri`` without a user name or password, fit for a log line."""
+    parts = urlsplit(uri)
+    return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl() if "@" in parts.netloc else uri

@@ -1,0 +1,183 @@
+"""The OpenTelemetry span exporter that writes MLflow traces."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+import weakref
+from collections.abc import Sequence
+from typing import Final
+from urllib.parse import urlsplit
+
+from opentelemetry.sdk.trace import ReadableSpan
+from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
+
+from dspy_otel.exporters.mlflow.base import Destination, ExportError, WantedExperiment, public_uri
+from dspy_otel.exporters.mlflow.translate import translate
+
+_logger = logging.getLogger(__name__)
+
+DEFAULT_TIMEOUT: Final = 60.0
+"""Seconds for one request. A server may import its pricing library on the first batch, which takes 5 to 60 s."""
+
+_PAUSE: Final = 3.0
+"""Seconds without a new attempt after a failed batch, so that a dead backend does not hold up a program's exit.
+Shorter than the 5 s between two batches of ``BatchSpanProcessor``."""
+
+_SQL_SCHEMES: Final = frozenset({"sqlite", "postgresql", "mysql", "mssql"})
+
+
+class MLflowSpanExporter(SpanExporter):
+    """Write spans as MLflow traces, to a server or into an embedded SQL store.
+
+    Nothing is opened before the first batch, so building one is cheap and cannot fail. Every argument has its
+    environment variable, MLflow's own:
+
+    Args:
+        tracking_uri: ``http(s)://`` of an MLflow server (3.14 or newer; MLflow need not be installed here), or a SQL
+            store such as ``sqlite:///mlflow.db`` (the full ``mlflow`` package is needed, no server). Else
+            ``MLFLOW_TRACKING_URI``, else ``sqlite:///mlflow.db`` in the working directory, MLflow's own default.
+        experiment: name or id of the experiment. Else ``MLFLOW_EXPERIMENT_ID``, else ``MLFLOW_EXPERIMENT_NAME``, else
+            MLflow's default experiment (id 0). A name that does not exist is created.
+        timeout: seconds for one request to a server, 60 by default.
+
+    Credentials for a server are those MLflow's client reads: ``MLFLOW_TRACKING_USERNAME`` and
+    ``MLFLOW_TRACKING_PASSWORD`` (or ``~/.mlflow/credentials``), ``MLFLOW_TRACKING_TOKEN``, the TLS variables
+    ``MLFLOW_TRACKING_INSECURE_TLS``, ``MLFLOW_TRACKING_SERVER_CERT_PATH``, ``MLFLOW_TRACKING_CLIENT_CERT_PATH``, and
+    ``MLFLOW_WORKSPACE``. ``OTEL_EXPORTER_OTLP_*`` belongs to another backend and is not read.
+
+    No method raises. What goes wrong is logged once per cause on the logger ``dspy_otel.exporters.mlflow.exporter``.
+    """
+
+    def __init__(
+        self,
+        tracking_uri: str | None = None,
+        *,
+        experiment: str | int | None = None,
+        timeout: float | None = None,
+    ) -> None:
+        self._tracking_uri = tracking_uri
+        self._experiment = None if experiment is None else str(experiment)
+        self._timeout = timeout if timeout is not None and timeout > 0 else DEFAULT_TIMEOUT
+        # A relative store is meant from here, even if the program changes its directory before the first batch.
+        self._directory = os.getcwd()
+        self._lock = threading.Lock()
+        self._stopped = threading.Event()
+        self._destination: Destination | None = None
+        self._dead = False
+        self._resume_at = 0.0
+        self._lost = 0
+        self._reported: set[str] = set()
+        if hasattr(os, "register_at_fork"):
+            after_fork = weakref.WeakMethod(self._after_fork)
+            os.register_at_fork(after_in_child=lambda: (method := after_fork()) and method())
+
+    def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
+        """Deliver a batch; returns FAILURE, and never raises, when it could not be delivered."""
+        if not spans:
+            return SpanExportResult.SUCCESS
+        if self._stopped.is_set():
+            return SpanExportResult.FAILURE
+        if self._dead or time.monotonic() < self._resume_at:
+            self._lost += len(spans)
+            return SpanExportResult.FAILURE
+        try:
+            with self._lock:  # one connection set-up, and one writer for a SQL store
+                if self._destination is None:
+                    self._destination = self._connect()
+                self._destination.send(translate(spans))
+        except ExportError as error:
+            self._dead = error.permanent
+            self._fail(error.cause, str(error), len(spans))
+            return SpanExportResult.FAILURE
+        except Exception as error:
+            self._fail(type(error).__name__, f"Spans could not be written: {type(error).__name__}: {error}", len(spans))
+            return SpanExportResult.FAILURE
+        if self._reported:
+            _logger.warning("MLflow takes spans again; lost in between: %d.", self._lost)
+            self._reported.clear()
+            self._lost = 0
+        return SpanExportResult.SUCCESS
+
+    def shutdown(self) -> None:
+        """Stop; spans that come later are refused. A second call does nothing."""
+        if self._stopped.is_set():
+            return
+        self._stopped.set()
+        if self._lost:
+            _logger.warning("Spans not written to MLflow: %d.", self._lost)
+        try:
+            if self._destination is not None:
+                self._destination.close()
+        except Exception:
+            _logger.debug("closing failed", exc_info=True)
+
+    def force_flush(self, timeout_millis: int = 30000) -> bool:
+        """Nothing is buffered here, so there is nothing to do."""
+        return True
+
+    def _connect(self) -> Destination:
+        uri = self._tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")
+        if not uri:
+            uri = "sqlite:///mlflow.db"
+            path = os.path.join(self._directory, "mlflow.db")
+            _logger.warning(
+                "MLFLOW_TRACKING_URI is not set: traces go to %s. To look at them: mlflow ui --backend-store-uri %s",
+                path,
+                _absolute(uri, self._directory),
+            )
+        scheme = urlsplit(uri).scheme.split("+", 1)[0].lower()
+        if scheme in ("http", "https"):
+            from dspy_otel.exporters.mlflow.server import MLflowServer
+
+            return MLflowServer(uri, self._wanted_experiment(), self._timeout, self._stopped)
+        if scheme in _SQL_SCHEMES:
+            from dspy_otel.exporters.mlflow.store import EmbeddedStore
+
+            return EmbeddedStore(_absolute(uri, self._directory), self._wanted_experiment())
+        if scheme in ("", "file") and not uri.startswith(("databricks", "uc")):
+            raise ExportError(
+                "file store",
+                f"MLflow's file store ({public_uri(uri)}) cannot take OpenTelemetry traces. Use a SQL store, "
+                "for example MLFLOW_TRACKING_URI=sqlite:///mlflow.db, or a server.",
+                permanent=True,
+            )
+        raise ExportError(
+            "uri",
+            f"The MLflow tracking URI {public_uri(uri)} is not supported: use http(s):// of an MLflow server, "
+            "or a SQL store such as sqlite:///mlflow.db.",
+            permanent=True,
+        )
+
+    def _wanted_experiment(self) -> WantedExperiment:
+        if self._experiment is not None:
+            return WantedExperiment(self._experiment, is_id=None)
+        if experiment_id := os.environ.get("MLFLOW_EXPERIMENT_ID"):
+            return WantedExperiment(experiment_id, is_id=True)
+        if name := os.environ.get("MLFLOW_EXPERIMENT_NAME"):
+            return WantedExperiment(name, is_id=False)
+        return WantedExperiment("0", is_id=True)
+
+    def _fail(self, cause: str, message: str, spans: int) -> None:
+        self._lost += spans
+        self._resume_at = time.monotonic() + _PAUSE
+        if cause not in self._reported:
+            self._reported.add(cause)
+            until = "No span will be written." if self._dead else "Spans are dropped until it works."
+            _logger.error("%s %s", message, until)
+
+    def _after_fork(self) -> None:
+        self._lock = threading.Lock()
+        self._lost = 0
+        if self._destination is not None:
+            self._destination.after_fork()
+
+
+def _absolute(uri: str, directory: str) -> str:
+    """A ``sqlite:///`` URI with its relative path, if it has one, taken from ``directory``."""
+    prefix, separator, path = uri.partition(":///")
+    if prefix.split("+", 1)[0] != "sqlite" or not separator or not path or path.startswith((":memory:", "file:")):
+        return uri
+    return f"{prefix}:///{os.path.join(directory, path)}"
