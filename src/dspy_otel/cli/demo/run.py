@@ -142,4 +142,4 @@ def _ui_command(tracking_uri: str) -> str:
     with contextlib.suppress(ValueError):
         mlflow = str(Path(mlflow).relative_to(Path.cwd()))
     # The variable keeps MLflow's start from waiting for a download that LiteLLM, when installed, makes.
-    return f"LITELLM_LOCAL_MODEL_COST_MAP=True {mlflow} ui --backend-store-uri {tracking_uri} --port 5000"
+    return f"LITELLM_LOCAL_MODEL_COST_MAP=True {mlflow} ui --backend-store-uri {tracking_uri} --workers 1 --port 5000"

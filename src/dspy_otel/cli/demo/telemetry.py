@@ -9,10 +9,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from opentelemetry.sdk.resources import Resource
+from opentelemetry import trace
 from opentelemetry.sdk.trace import ReadableSpan, SpanProcessor, TracerProvider
-from opentelemetry.sdk.trace.export import BatchSpanProcessor
 
+import dspy_otel
 from dspy_otel import semconv
 
 EXPERIMENT = "dspy-otel demo"
@@ -73,23 +73,24 @@ def set_up_telemetry(recorder: Recorder, tracking_uri: str, content: bool) -> Ca
     """Instrument DSPy, with spans going to `recorder` and to an MLflow store.
 
     `tracking_uri` is MLflow's (`sqlite:///...` or `http://...`); `content` is whether prompts and answers are
-    recorded. The function it returns sends what is left and switches everything off again.
+    recorded. The function it returns switches instrumentation off and sends what is left.
     """
-    from dspy_otel.exporters.mlflow import MLflowSpanExporter
-    from dspy_otel.instrumentor import DSPyInstrumentor
-
-    os.environ["MLFLOW_TRACKING_URI"] = tracking_uri
-    os.environ["MLFLOW_EXPERIMENT_NAME"] = EXPERIMENT
-    provider = TracerProvider(resource=Resource.create({"service.name": "dspy-otel-demo"}), shutdown_on_exit=False)
-    provider.add_span_processor(recorder)
-    # The embedded model answers in microseconds: room for everything that is made faster than a store can write it.
-    provider.add_span_processor(BatchSpanProcessor(MLflowSpanExporter(), max_queue_size=100_000))
-    instrumentor = DSPyInstrumentor()
-    instrumentor.instrument(tracer_provider=provider, capture_content="span_only" if content else "no_content")
+    # The embedded model answers in microseconds: room for what is made faster than a store can write it.
+    os.environ.setdefault("OTEL_BSP_MAX_QUEUE_SIZE", "100000")
+    instrumentor = dspy_otel.configure(
+        service_name="dspy-otel-demo",
+        mlflow=tracking_uri,
+        experiment=EXPERIMENT,
+        capture_content="span_only" if content else "no_content",
+    )
+    provider = trace.get_tracer_provider()
+    if isinstance(provider, TracerProvider):  # not when OTEL_SDK_DISABLED is set
+        provider.add_span_processor(recorder)
 
     def finish() -> None:
         instrumentor.uninstrument()
-        provider.shutdown()
+        if isinstance(provider, TracerProvider):
+            provider.shutdown()
 
     return finish
 

@@ -1,0 +1,72 @@
+# Needs python3 and make, nothing else. Uses uv when it is there, because it is faster.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+ifeq ($(shell uv --version >/dev/null 2>&1 && echo yes),yes)
+  NEW_VENV = uv venv -q --allow-existing --python $(PYTHON) $(VENV)
+  INSTALL = uv pip install -q --python $(BIN)/python
+else
+  # pip reads dependency groups from 25.1 on.
+  NEW_VENV = $(PYTHON) -m venv $(VENV) && $(BIN)/python -m pip install -q --upgrade "pip>=25.1"
+  INSTALL = $(BIN)/python -m pip install -q
+endif
+
+# No test and no demo waits for LiteLLM's download of a price list, or leaves a cache in the home directory.
+export LITELLM_LOCAL_MODEL_COST_MAP = True
+export DSPY_CACHEDIR = $(CURDIR)/$(VENV)/dspy-cache
+
+.PHONY: help demo test test-slow test-all lint format matrix bench clean
+help: ## show this
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 12
+
+demo: $(VENV)/.demo ## run, evaluate and optimize a small program; see it in MLflow (no key, no network once installed)
+	@$(BIN)/dspy-otel demo $(ARGS)
+
+test: $(VENV)/.test ## the fast tests
+	$(BIN)/python -m pytest $(ARGS)
+
+test-slow: $(VENV)/.test ## the slow tests and those against real servers
+	$(BIN)/python -m pytest -m "slow or integration" $(ARGS)
+
+test-all: $(VENV)/.test ## all tests
+	$(BIN)/python -m pytest -m "" $(ARGS)
+
+lint: $(VENV)/.lint ## style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.lint ## let ruff mend style
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+matrix: ## the fast tests on oldest and newest DSPy and Python
+	@.ci/matrix
+
+bench: $(VENV)/.bench ## what instrumentation costs
+	$(BIN)/python benchmarks/overhead.py $(ARGS)
+
+clean: ## remove what was installed and made here
+	rm -rf $(VENV) .venv-matrix demo-mlflow mlruns dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+# Each stamp says what is installed; a change of pyproject.toml or of the version installs anew.
+$(BIN)/python:
+	@echo "setting up $(VENV)"
+	@$(NEW_VENV)
+
+$(VENV)/.demo: $(BIN)/python pyproject.toml
+	@echo "installing the demo's packages (MLflow is large: some minutes the first time)"
+	@$(INSTALL) -e ".[demo]"
+	@touch $@
+
+$(VENV)/.test: $(VENV)/.demo
+	@$(INSTALL) --group test
+	@touch $@
+
+$(VENV)/.lint: $(VENV)/.demo
+	@$(INSTALL) --group lint --group test
+	@touch $@
+
+$(VENV)/.bench: $(VENV)/.demo
+	@$(INSTALL) --group bench
+	@touch $@
