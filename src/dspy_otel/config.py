@@ -6,7 +6,7 @@ import dataclasses
 import importlib
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, Literal, cast
 
@@ -139,6 +139,18 @@ class Config:
         return self.capture_content != "no_content"
 
     @classmethod
+    def check(cls, arguments: Iterable[str]) -> None:
+        """Nothing, if each of ``arguments`` names a setting.
+
+        Raises:
+            TypeError: for one that does not (a mistake in code, not in configuration).
+        """
+        fields = [field.name for field in dataclasses.fields(cls)]
+        unknown = sorted(set(arguments) - set(fields))
+        if unknown:
+            raise TypeError(f"unknown option {', '.join(unknown)}; known: {', '.join(fields)}")
+
+    @classmethod
     def load(cls, **arguments: Any) -> Config:
         """Settings from ``arguments``, else the environment, else the defaults.
 
@@ -152,10 +164,8 @@ class Config:
         Raises:
             TypeError: for an argument that is no setting (a mistake in code, not in configuration).
         """
+        cls.check(arguments)
         fields = {field.name: field for field in dataclasses.fields(cls)}
-        unknown = sorted(set(arguments) - set(fields))
-        if unknown:
-            raise TypeError(f"unknown option {', '.join(unknown)}; known: {', '.join(fields)}")
         values: dict[str, Any] = {}
         for name, field in fields.items():
             source, value = name, arguments.get(name)

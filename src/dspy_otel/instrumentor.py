@@ -2,31 +2,30 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import sys
 from collections.abc import Collection
+from types import FunctionType
 from typing import Any, Final
 
 from opentelemetry.instrumentation.instrumentor import BaseInstrumentor  # type: ignore[attr-defined]
 from wrapt import register_post_import_hook
 
 from .config import Config
-from .neighbours import warn_about_neighbours
 from .operations.adapter import AdapterOperation, AdapterSpanOperation
 from .operations.embedding import EmbeddingOperation
-from .operations.evaluation import EvaluateOperation, ExampleOperation
 from .operations.interpreter import InterpreterOperation
 from .operations.lm import LMOperation
-from .operations.module import ModuleOperation
 from .operations.parallel import ParallelOperation
 from .operations.program import Programs
 from .operations.retrieval import RetrievalOperation
 from .operations.tool import ToolOperation
-from .optimizers.compile import CompileOperation
+from .optimizers import Optimizers
 from .patching import Patches, resolve
 from .telemetry import secrets
 from .telemetry.core import Telemetry
-from .telemetry.guard import failed, reset_warnings
+from .telemetry.guard import failed, reset_warnings, warn_once
 from .telemetry.spans import Operation
 
 _LOG: Final = logging.getLogger(__name__)
@@ -65,7 +64,7 @@ class DSPyInstrumentor(BaseInstrumentor):  # type: ignore[misc]
         kwargs = {name: value for name, value in kwargs.items() if name not in ("skip_dep_check", "configuration")}
         providers = {name: kwargs.pop(name, None) for name in _PROVIDERS}
         secrets.remember_environment()
-        self._telemetry = Telemetry(Config.load(**kwargs), **providers)
+        self._telemetry = Telemetry(Config.load(**kwargs), **providers, on_provider=track_runs)
         self._generation += 1
         generation = self._generation
         if "dspy" in sys.modules and hasattr(sys.modules["dspy"], "Module"):
@@ -91,47 +90,56 @@ class DSPyInstrumentor(BaseInstrumentor):  # type: ignore[misc]
         try:
             self._patches = Patches()
             apply(self._telemetry, self._patches)
-            warn_about_neighbours()
+            self._telemetry.neighbours.look()
         except Exception as error:  # Never in the way of `import dspy`.
             failed("instrument()", error)
+
+
+def track_runs(provider: Any) -> None:
+    """Let our exporter to MLflow, if this tracer provider has one, record runs too: they need the starts of spans."""
+    if "dspy_otel.exporters.mlflow" in sys.modules:
+        from .exporters.mlflow.runs import track_runs
+
+        track_runs(provider)
 
 
 def apply(telemetry: Telemetry, patches: Patches) -> None:
     """Put every patch in force that this DSPy has a place for."""
     programs = Programs()
     lm = LMOperation(telemetry)
-    module = ModuleOperation(telemetry, programs)
+    optimizers = Optimizers(telemetry, programs)  # what an optimizer calls and evaluates is watched more closely
+    module, evaluate = optimizers.module, optimizers.evaluate
     tool = ToolOperation(telemetry)
     adapter = AdapterOperation(telemetry)
     embedding = EmbeddingOperation(telemetry)
-    evaluate = EvaluateOperation(telemetry, programs)
-    parallel = ParallelOperation(telemetry, ExampleOperation(telemetry, programs))
+    parallel = ParallelOperation(telemetry, optimizers.example)
     local, remote = RetrievalOperation(telemetry), RetrievalOperation(telemetry, remote=True)
-    compiles = CompileOperation(telemetry, programs)
     interpreter = InterpreterOperation(telemetry)
 
-    # Public entry points. (class, its operation, synchronous method, asynchronous method)
-    entry_points: tuple[tuple[str, str, Operation, str, str | None], ...] = (
-        ("dspy.primitives.module", "Module", module, "__call__", "acall"),
-        ("dspy.clients.base_lm", "BaseLM", lm, "__call__", "acall"),
-        ("dspy.clients.typesafe", "TypeSafe", lm, "__call__", "acall"),
-        ("dspy.adapters.types.tool", "Tool", tool, "__call__", "acall"),
-        ("dspy.adapters.base", "Adapter", adapter, "__call__", "acall"),
-        ("dspy.clients.embedding", "Embedder", embedding, "__call__", "acall"),
-        ("dspy.retrievers.retrieve", "Retrieve", local, "__call__", None),
-        ("dspy.retrievers.embeddings", "Embeddings", local, "__call__", None),
-        ("dspy.predict.knn", "KNN", local, "__call__", None),
-        ("dspy.dsp.colbertv2", "ColBERTv2", remote, "__call__", None),
-        ("dspy.evaluate.evaluate", "Evaluate", evaluate, "__call__", None),
-        ("dspy.primitives.python_interpreter", "PythonInterpreter", interpreter, "execute", None),
-        ("dspy.primitives.local_interpreter", "LocalInterpreter", interpreter, "execute", None),
-        ("dspy.teleprompt.teleprompt", "Teleprompter", compiles, "compile", None),
+    # Public entry points: class, its operation, synchronous and asynchronous method, and what is lost without it.
+    # Nothing is said about a class that only some DSPy versions have.
+    entry_points: tuple[tuple[str, str, Operation, str, str | None, str], ...] = (
+        ("dspy.primitives.module", "Module", module, "__call__", "acall", "programs and modules"),
+        ("dspy.clients.base_lm", "BaseLM", lm, "__call__", "acall", "LM calls"),
+        ("dspy.clients.typesafe", "TypeSafe", lm, "__call__", "acall", ""),  # 3.4
+        ("dspy.adapters.types.tool", "Tool", tool, "__call__", "acall", "tool calls"),
+        ("dspy.adapters.base", "Adapter", adapter, "__call__", "acall", "adapter names"),
+        ("dspy.clients.embedding", "Embedder", embedding, "__call__", "acall", "embeddings"),
+        ("dspy.retrievers.retrieve", "Retrieve", local, "__call__", None, "retrieval"),
+        ("dspy.retrievers.embeddings", "Embeddings", local, "__call__", None, "retrieval by embeddings"),
+        ("dspy.predict.knn", "KNN", local, "__call__", None, "retrieval by KNN"),
+        ("dspy.dsp.colbertv2", "ColBERTv2", remote, "__call__", None, "retrieval by ColBERTv2"),
+        ("dspy.evaluate.evaluate", "Evaluate", evaluate, "__call__", None, "evaluations"),
+        ("dspy.primitives.python_interpreter", "PythonInterpreter", interpreter, "execute", None, "executed code"),
+        ("dspy.primitives.local_interpreter", "LocalInterpreter", interpreter, "execute", None, ""),  # 3.4
+        ("dspy.teleprompt.teleprompt", "Teleprompter", optimizers.compile, "compile", None, "optimizations"),
     )
-    for place, name, operation, method, async_method in entry_points:
+    for place, name, operation, method, async_method, loses in entry_points:
         owner = resolve(place, name)
-        if owner is None:
-            continue  # A class of another DSPy version; there is nothing to watch.
-        wrap_class_tree(patches, owner, operation, method, async_method)
+        if owner is not None:
+            wrap_class_tree(patches, owner, operation, method, async_method, loses)
+        elif loses:
+            warn_once(("patch", place, name), "this DSPy has no %s; telemetry lacks %s", name, loses)
 
     # Internals, each where nothing public tells the same. (module, function, wrapper, DSPy versions, lost without it)
     execution = resolve("dspy.clients.execution")
@@ -146,30 +154,36 @@ def apply(telemetry: Telemetry, patches: Patches) -> None:
         loses = "usage, cost and cache hits of LM calls"
         patches.wrap(base_lm, "_process_lm_response", lm.wrap_process_response, loses=loses)
         patches.wrap(base_lm, "_finalize_lm_response", lm.wrap_finalize_typed)
+        clients = resolve("dspy.clients.lm")
+        patches.wrap(clients, "_get_stream_completion_fn", lm.wrap_stream_completion, loses="time to first chunk")
     executor = resolve("dspy.utils.parallelizer", "ParallelExecutor")
     patches.wrap(executor, "execute", parallel.wrap_execute, loses="parents of spans in worker threads, and examples")
     adapters = resolve("dspy.adapters.base", "Adapter")
     patches.wrap(adapters, "_call_postprocess", adapter.watch, loses="parse failures and adapter fallbacks")
+
+    optimizers.patch(patches)
 
     if telemetry.config.adapter_spans and adapters is not None:
         for method in ("format", "parse"):
             wrap_class_tree(patches, adapters, AdapterSpanOperation(telemetry, method), method, None)
 
 
-def wrap_class_tree(patches: Patches, base: type, operation: Operation, method: str, async_method: str | None) -> None:
+def wrap_class_tree(
+    patches: Patches, base: type, operation: Operation, method: str, async_method: str | None, loses: str = ""
+) -> None:
     """Wrap an entry point of ``base``, every override of it in a subclass, and those of subclasses made later.
 
-    DSPy's own overrides of ``__call__`` call the method they override, and are left alone: that one is enough.
+    DSPy's own overrides that call the method they override are left alone: that one is enough.
     """
+    methods = ((method, operation.wrap), *(((async_method, operation.wrap_async),) if async_method else ()))
 
     def wrap(owner: type[Any]) -> None:
-        is_base = owner is base
-        if not is_base and method == "__call__" and owner.__module__.startswith("dspy."):
-            return
-        if method in vars(owner):
-            patches.wrap(owner, method, lambda original: operation.wrap(original, is_base))
-        if async_method is not None and async_method in vars(owner):
-            patches.wrap(owner, async_method, lambda original: operation.wrap_async(original, is_base))
+        override_of = None if owner is base else owner
+        for name, make in methods:
+            if owner is base:
+                patches.wrap(base, name, make, loses=loses)
+            elif name in vars(owner) and not _hands_on(owner, name):
+                patches.wrap(owner, name, functools.partial(make, override_of=override_of))
 
     for owner in (base, *_subclasses(base)):
         wrap(owner)
@@ -181,9 +195,22 @@ def wrap_class_tree(patches: Patches, base: type, operation: Operation, method: 
             own.__func__(cls, **kwargs)
         else:
             super(base, cls).__init_subclass__(**kwargs)  # type: ignore[arg-type]
-        operation.telemetry.safely("subclass", None, wrap, cls)
+        # Somebody may have put theirs around ours: then ours stays after uninstrument().
+        if operation.telemetry.active:
+            operation.telemetry.safely("subclass", None, wrap, cls)
 
     patches.replace(base, "__init_subclass__", classmethod(__init_subclass__))
+
+
+def _hands_on(owner: type, method: str) -> bool:
+    """Whether ``owner`` is a class of DSPy whose override of ``method`` ends in another call that is watched."""
+    if method not in ("__call__", "acall") or not owner.__module__.startswith("dspy."):
+        return False
+    function = vars(owner)[method]
+    if not isinstance(function, FunctionType):
+        return True  # another instrumentation's wrapper around it
+    # By super(), or to the LM it stands for.
+    return "__class__" in function.__code__.co_freevars or owner.__module__ == "dspy.primitives.facade"
 
 
 def _subclasses(base: type[Any]) -> list[type[Any]]:

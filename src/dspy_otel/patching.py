@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -11,8 +12,8 @@ from typing import Any, Final
 from .telemetry.guard import warn_once
 
 _ABSENT: Final = object()
-MARK: Final = "__dspy_otel_original__"
-"""Attribute of every wrapper of ours: the function it stands for."""
+_MARK: Final = "__dspy_otel__"
+"""Attribute of every wrapper of ours: the wrapper itself, the function it stands for, and whose patch it is."""
 
 
 def resolve(module: str, qualname: str = "") -> Any:
@@ -31,15 +32,25 @@ def resolve(module: str, qualname: str = "") -> Any:
     return found
 
 
+def _mark_of(function: Any) -> tuple[Any, Any, int] | None:
+    """The mark of one of our wrappers. A copy of it, as ``functools.wraps`` puts on others' wrappers, is none."""
+    mark = getattr(function, _MARK, None)
+    return mark if isinstance(mark, tuple) and mark[0] is function else None
+
+
 def is_wrapped(function: Any) -> bool:
     """Whether ``function`` is one of our wrappers."""
-    return getattr(function, MARK, None) is not None
+    return _mark_of(function) is not None
+
+
+_numbers: Final = itertools.count(1)
 
 
 @dataclass
 class Patches:
     """The replacements in force. Restoring walks them backwards."""
 
+    _number: int = field(default_factory=lambda: next(_numbers))
     _undo: list[tuple[Any, str, Any, Any]] = field(default_factory=list)
 
     def wrap(self, owner: Any, name: str, make: Callable[[Any], Any], *, loses: str = "") -> bool:
@@ -55,26 +66,37 @@ class Patches:
             Whether the patch is in force.
         """
         original = getattr(owner, name, _ABSENT) if owner is not None else _ABSENT
+        shown = name if owner is None else f"{owner.__name__}.{name}"
         if original is _ABSENT:
             if loses:
-                warn_once(("patch", str(owner), name), "this DSPy has no %s; telemetry lacks %s", name, loses)
+                warn_once(("patch", shown), "this DSPy has no %s; telemetry lacks %s", shown, loses)
             return False
         own = vars(owner).get(name, _ABSENT)
-        if is_wrapped(own):
-            return False
         # A static or class method must stay one: wrap what it holds.
         descriptor = type(own) if isinstance(own, (staticmethod, classmethod)) else None
-        replacement = make(own.__func__ if descriptor else original)
-        setattr(replacement, MARK, original)
+        function = own.__func__ if descriptor else original
+        mark = _mark_of(function)
+        if mark is not None:
+            # Reached the class by another way than ours: copied from a class that was wrapped (`acall = Base.acall`,
+            # `dataclass(slots=True)`), maybe before an uninstrument().
+            _, function, number = mark
+            own = descriptor(function) if descriptor else function
+            if number == self._number:
+                self._undo.append((owner, name, own, vars(owner).get(name)))
+                return False
+        replacement = make(function)
+        setattr(replacement, _MARK, (replacement, function, self._number))
         installed = descriptor(replacement) if descriptor else replacement
-        if self.replace(owner, name, installed):
+        if self._replace(owner, name, installed, own):
             return True
-        warn_once(("patch", str(owner), name), "cannot replace %s of %s; telemetry lacks %s", name, owner, loses)
+        warn_once(("patch", shown), "cannot replace %s; telemetry lacks %s", shown, loses or "what it tells")
         return False
 
     def replace(self, owner: Any, name: str, value: Any) -> bool:
         """Set ``owner.name`` to ``value`` until :meth:`restore`, and say whether that was possible."""
-        own = vars(owner).get(name, _ABSENT)
+        return self._replace(owner, name, value, vars(owner).get(name, _ABSENT))
+
+    def _replace(self, owner: Any, name: str, value: Any, own: Any) -> bool:
         try:
             setattr(owner, name, value)
         except (AttributeError, TypeError):

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import atexit
 import importlib.util
 import logging
 import os
+from collections.abc import Callable
 from importlib.metadata import entry_points
 from typing import Any, Final
 
 from opentelemetry import _logs, metrics, trace
 
+from .config import Config
 from .instrumentor import DSPyInstrumentor
 
 _LOG: Final = logging.getLogger(__name__)
@@ -20,6 +21,11 @@ _GROUPS: Final = {
     "metrics": "opentelemetry_metrics_exporter",
     "logs": "opentelemetry_logs_exporter",
 }
+_PROTOCOLS: Final = ("grpc", "http/protobuf")
+_SDK_MISSING: Final = "dspy_otel.configure() needs the OpenTelemetry SDK: pip install 'dspy-otel[otlp]'"
+
+_Make = Callable[[], Any]
+"""Makes an exporter. Made only for a signal that has no provider yet."""
 
 
 def configure(
@@ -33,11 +39,11 @@ def configure(
 ) -> DSPyInstrumentor:
     """Set up tracing, metrics and log events in one line, and switch instrumentation on.
 
-    Without any destination among the arguments, the environment decides, as OpenTelemetry reads it
-    (``OTEL_TRACES_EXPORTER``, ``OTEL_METRICS_EXPORTER``, ``OTEL_LOGS_EXPORTER``); failing that, everything goes to
-    MLflow when ``MLFLOW_TRACKING_URI`` is set, else by OTLP to ``OTEL_EXPORTER_OTLP_ENDPOINT`` (default:
-    ``localhost``). A provider that somebody has set already is never replaced: its signal is left alone, and a
-    warning says so.
+    Without any destination among the arguments, the environment decides: ``OTEL_TRACES_EXPORTER``,
+    ``OTEL_METRICS_EXPORTER`` and ``OTEL_LOGS_EXPORTER``, if any of them is set (a signal without its own is then off);
+    else ``MLFLOW_TRACKING_URI`` (traces) and ``OTEL_EXPORTER_OTLP_ENDPOINT`` (all three), if set; else OTLP to
+    ``localhost``. A provider that somebody has set already is never replaced: its signal is left alone, and a warning
+    says so.
 
     Args:
         service_name: ``service.name`` of what is recorded; default, from ``OTEL_SERVICE_NAME`` or
@@ -59,13 +65,13 @@ def configure(
             says what to install.
         TypeError: for an unknown option.
     """
-    if importlib.util.find_spec("opentelemetry.sdk") is None:
-        raise RuntimeError("dspy_otel.configure() needs the OpenTelemetry SDK: pip install 'dspy-otel[otlp]'")
+    Config.check(options)
+    if not _installed("opentelemetry.sdk.trace"):
+        raise RuntimeError(_SDK_MISSING)
     if os.environ.get("OTEL_SDK_DISABLED", "").strip().lower() == "true":
         _LOG.warning("dspy-otel: OTEL_SDK_DISABLED is set; nothing will be recorded")
     else:
-        exporters = _exporters(otlp, mlflow, experiment, console)
-        _set_up(exporters, service_name)
+        _set_up(_destinations(otlp, mlflow, experiment, console), service_name)
     instrumentor = DSPyInstrumentor()
     if not instrumentor.is_instrumented_by_opentelemetry:
         instrumentor.instrument(**options)
@@ -74,67 +80,104 @@ def configure(
     return instrumentor
 
 
-def _exporters(
+def _installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # a package above it
+        return False
+
+
+def _destinations(
     otlp: str | bool | None, mlflow: str | bool | None, experiment: str | None, console: bool
-) -> dict[str, list[Any]]:
-    exporters: dict[str, list[Any]] = {signal: [] for signal in _GROUPS}
+) -> dict[str, list[_Make]]:
+    """What makes the exporters of each signal. An exporter that is not installed is an error already here."""
+    found: dict[str, list[_Make]] = {signal: [] for signal in _GROUPS}
+    if not (otlp or mlflow or console):
+        named = {signal: _names(os.environ.get(f"OTEL_{signal.upper()}_EXPORTER", "")) for signal in _GROUPS}
+        if any(named.values()):
+            for signal, names in named.items():
+                found[signal] = [_by_name(signal, name, experiment) for name in names if name != "none"]
+            return found
+        mlflow = bool(os.environ.get("MLFLOW_TRACKING_URI"))
+        otlp = not mlflow or bool(os.environ.get("OTEL_EXPORTER_OTLP_ENDPOINT"))
     if otlp:
         for signal in _GROUPS:
-            exporters[signal].append(_otlp_exporter(signal, otlp if isinstance(otlp, str) else None))
+            found[signal].append(_otlp(signal, otlp if isinstance(otlp, str) else None))
     if mlflow:
-        exporters["traces"].append(_mlflow_exporter(mlflow if isinstance(mlflow, str) else None, experiment))
+        found["traces"].append(_mlflow(mlflow if isinstance(mlflow, str) else None, experiment))
     if console:
-        exporters["traces"].append(_load("traces", "console")())
-    if any(exporters.values()):
-        return exporters
-    for signal in _GROUPS:
-        names = os.environ.get(f"OTEL_{signal.upper()}_EXPORTER", "").strip()
-        for name in filter(None, (part.strip() for part in names.split(","))):
-            if name == "otlp":
-                exporters[signal].append(_otlp_exporter(signal, None))
-            elif name != "none":
-                exporters[signal].append(_load(signal, name)())
-        if not names:
-            if signal == "traces" and os.environ.get("MLFLOW_TRACKING_URI"):
-                exporters[signal].append(_mlflow_exporter(None, experiment))
-            elif not os.environ.get("MLFLOW_TRACKING_URI"):
-                exporters[signal].append(_otlp_exporter(signal, None))
-    return exporters
+        found["traces"].append(_load("traces", "console"))
+    return found
 
 
-def _mlflow_exporter(uri: str | None, experiment: str | None) -> Any:
+def _names(variable: str) -> list[str]:
+    return [part.strip() for part in variable.split(",") if part.strip()]
+
+
+def _by_name(signal: str, name: str, experiment: str | None) -> _Make:
+    if name == "otlp":
+        return _otlp(signal, None)
+    if signal == "traces" and name in ("mlflow", "dspy_mlflow"):
+        return _mlflow(None, experiment)
+    make: _Make = _load(signal, name)
+    return make
+
+
+def _mlflow(uri: str | None, experiment: str | None) -> _Make:
+    needed = ["requests", "opentelemetry.exporter.otlp.proto.common"]
+    if not (uri or os.environ.get("MLFLOW_TRACKING_URI", "")).startswith(("http:", "https:")):
+        needed += ["mlflow", "sqlalchemy"]  # a store of its own, without a server
+    missing = [name for name in needed if not _installed(name)]
+    if missing:
+        raise RuntimeError(f"traces to MLflow need {', '.join(missing)}: pip install 'dspy-otel[mlflow]'")
     from .exporters.mlflow import MLflowSpanExporter
 
-    return MLflowSpanExporter(tracking_uri=uri, experiment=experiment)
+    return lambda: MLflowSpanExporter(tracking_uri=uri, experiment=experiment)
 
 
-def _otlp_exporter(signal: str, endpoint: str | None) -> Any:
-    """OTLP by gRPC or HTTP/protobuf, as the environment, else the port of ``endpoint``, says. Default: HTTP."""
-    protocol = os.environ.get(f"OTEL_EXPORTER_OTLP_{signal.upper()}_PROTOCOL") or os.environ.get(
-        "OTEL_EXPORTER_OTLP_PROTOCOL"
-    )
-    if not protocol:
-        protocol = "grpc" if endpoint is not None and endpoint.rstrip("/").endswith(":4317") else "http/protobuf"
-    if protocol == "grpc":
+def _otlp(signal: str, endpoint: str | None) -> _Make:
+    """OTLP by gRPC or HTTP/protobuf, as the environment, else the port of the endpoint, says. Default: HTTP."""
+    if endpoint is not None and "://" not in endpoint:
+        endpoint = f"http://{endpoint}"
+    if _protocol(signal, endpoint) == "grpc":
         exporter = _load(signal, "otlp_proto_grpc")
-        return (
-            exporter() if endpoint is None else exporter(endpoint=endpoint, insecure=not endpoint.startswith("https"))
-        )
+        if endpoint is None:
+            return exporter  # type: ignore[no-any-return]
+        return lambda: exporter(endpoint=endpoint, insecure=not endpoint.startswith("https:"))
     exporter = _load(signal, "otlp_proto_http")
-    return exporter() if endpoint is None else exporter(endpoint=f"{endpoint.rstrip('/')}/v1/{signal}")
+    if endpoint is None:
+        return exporter  # type: ignore[no-any-return]
+    return lambda: exporter(endpoint=f"{endpoint.rstrip('/')}/v1/{signal}")
+
+
+def _protocol(signal: str, endpoint: str | None) -> str:
+    for variable in (f"OTEL_EXPORTER_OTLP_{signal.upper()}_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL"):
+        protocol = os.environ.get(variable, "").strip().lower()
+        if protocol in _PROTOCOLS:
+            return protocol
+        if protocol:
+            _LOG.warning("dspy-otel: %s: use one of %s", variable, ", ".join(_PROTOCOLS))
+    target = (
+        endpoint
+        or os.environ.get(f"OTEL_EXPORTER_OTLP_{signal.upper()}_ENDPOINT")
+        or os.environ.get("OTEL_EXPORTER_OTLP_ENDPOINT")
+        or ""
+    )
+    return "grpc" if target.strip().rstrip("/").endswith(":4317") else "http/protobuf"
 
 
 def _load(signal: str, name: str) -> Any:
     """The exporter class that an installed package registers under ``name``."""
     for entry in entry_points(group=_GROUPS[signal], name=name):
-        return entry.load()
-    hint = (
-        "pip install 'dspy-otel[otlp]'" if name.startswith(("otlp", "console")) else f"a package that offers {name!r}"
-    )
-    raise RuntimeError(f"no {signal} exporter named {name!r} is installed; install {hint}")
+        try:
+            return entry.load()
+        except ImportError as error:
+            raise RuntimeError(f"the {signal} exporter {name!r} cannot be loaded: {error}") from error
+    hint = "pip install 'dspy-otel[otlp]'" if name.startswith(("otlp", "console")) else "install the package with it"
+    raise RuntimeError(f"no {signal} exporter named {name!r} is installed: {hint}")
 
 
-def _set_up(exporters: dict[str, list[Any]], service_name: str | None) -> None:
+def _set_up(destinations: dict[str, list[_Make]], service_name: str | None) -> None:
     from opentelemetry.sdk._logs import LoggerProvider
     from opentelemetry.sdk._logs.export import BatchLogRecordProcessor
     from opentelemetry.sdk.metrics import MeterProvider
@@ -144,33 +187,32 @@ def _set_up(exporters: dict[str, list[Any]], service_name: str | None) -> None:
     from opentelemetry.sdk.trace.export import BatchSpanProcessor
 
     resource = Resource.create({"service.name": service_name} if service_name else None)
-    if exporters["traces"] and _free("tracer", trace.get_tracer_provider(), TracerProvider):
+    # Each of these providers flushes and shuts down when the program ends.
+    if destinations["traces"] and _free("tracer", trace.get_tracer_provider()):
         tracers = TracerProvider(resource=resource)
-        for exporter in exporters["traces"]:
-            tracers.add_span_processor(BatchSpanProcessor(exporter))
+        for make in destinations["traces"]:
+            tracers.add_span_processor(BatchSpanProcessor(make()))
         trace.set_tracer_provider(tracers)
-    if exporters["metrics"] and _free("meter", metrics.get_meter_provider(), MeterProvider):
-        readers = [
-            exporter if isinstance(exporter, MetricReader) else PeriodicExportingMetricReader(exporter)
-            for exporter in exporters["metrics"]
-        ]
+    if destinations["metrics"] and _free("meter", metrics.get_meter_provider()):
+        made = [make() for make in destinations["metrics"]]
+        readers = [item if isinstance(item, MetricReader) else PeriodicExportingMetricReader(item) for item in made]
         metrics.set_meter_provider(MeterProvider(readers, resource=resource))
-    if exporters["logs"] and _free("logger", _logs.get_logger_provider(), LoggerProvider):
+    if destinations["logs"] and _free("logger", _logs.get_logger_provider()):
         loggers = LoggerProvider(resource=resource)
-        for exporter in exporters["logs"]:
-            loggers.add_log_record_processor(BatchLogRecordProcessor(exporter))
+        for make in destinations["logs"]:
+            loggers.add_log_record_processor(BatchLogRecordProcessor(make()))
         _logs.set_logger_provider(loggers)
-        atexit.register(loggers.shutdown)
 
 
-def _free(signal: str, current: Any, sdk: type) -> bool:
+def _free(signal: str, current: Any) -> bool:
     """Whether no provider is set for a signal yet. The API's own stand-in until then is a proxy."""
-    if type(current).__name__.startswith("Proxy") and not isinstance(current, sdk):
+    kind = type(current)
+    if kind.__module__.startswith("opentelemetry.") and kind.__name__.lstrip("_").startswith("Proxy"):
         return True
     _LOG.warning(
         "dspy-otel: a %s provider (%s) is set already; configure() leaves it as it is and adds no exporter to it. "
         "Use DSPyInstrumentor().instrument() and add exporters where that provider is made",
         signal,
-        type(current).__name__,
+        kind.__name__,
     )
     return False

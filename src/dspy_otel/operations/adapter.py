@@ -6,6 +6,7 @@ from typing import Any
 
 from .. import semconv as names
 from ..telemetry.attributes import Attributes
+from ..telemetry.errors import error_type
 from ..telemetry.scope import Scope, current_scope, open_scope
 from ..telemetry.spans import Call, Operation, Start, openinference
 from .module import put_inputs, put_outputs
@@ -16,15 +17,23 @@ class AdapterOperation(Operation):
 
     kind = "adapter"
 
-    def start(self, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any], parent: Scope | None) -> Start | None:
-        if parent is not None and parent.kind == "module":
-            notes, name = parent.notes, type(instance).__name__
-            notes.setdefault("adapter", name)
-            failed = notes.pop("failed_adapter", None)
-            if failed is not None and failed != name:
-                attributes: Attributes = {names.ADAPTER_FALLBACK_FROM: failed, names.ADAPTER_NAME: name}
-                self.telemetry.add_event(parent.span, names.EVENT_ADAPTER_FALLBACK, attributes)
+    def open(
+        self, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any], override_of: type | None = None
+    ) -> Call | None:
+        """Note which adapter serves the predictor. There is never a call to close."""
+        self.telemetry.safely("adapter", None, self._note, instance)
         return None
+
+    def _note(self, adapter: Any) -> None:
+        scope = current_scope()
+        if scope is None or scope.kind != "module" or not self.telemetry.enabled():
+            return
+        notes, name = scope.notes, type(adapter).__name__
+        notes.setdefault("adapter", name)
+        failed = notes.pop("failed_adapter", None)
+        if failed is not None and failed != name:
+            attributes: Attributes = {names.ADAPTER_FALLBACK_FROM: failed, names.ADAPTER_NAME: name}
+            self.telemetry.add_event(scope.span, names.EVENT_ADAPTER_FALLBACK, attributes)
 
     def watch(self, original: Any) -> Any:
         """In place of ``Adapter._call_postprocess``, the one place in which every adapter's parsing fails."""
@@ -44,10 +53,11 @@ class AdapterOperation(Operation):
             return
         name = type(adapter).__name__
         scope.notes["failed_adapter"] = name
-        attributes: Attributes = {names.ADAPTER_NAME: name, names.ERROR_TYPE: type(error).__name__}
+        attributes: Attributes = {names.ADAPTER_NAME: name, names.ERROR_TYPE: error_type(error)}
         completion = getattr(error, "lm_response", None)
         if completion is not None:
-            self.telemetry.put_content(attributes, names.ADAPTER_COMPLETION, completion)
+            put = self.telemetry.put_text if isinstance(completion, str) else self.telemetry.put_content
+            put(attributes, names.ADAPTER_COMPLETION, completion)
         self.telemetry.add_event(scope.span, names.EVENT_ADAPTER_PARSE_ERROR, attributes)
 
 
@@ -65,9 +75,6 @@ class AdapterSpanOperation(Operation):
         self.kind = f"adapter.{method}"
 
     def start(self, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any], parent: Scope | None) -> Start | None:
-        if parent is not None and parent.kind == self.kind and parent.owner is instance:
-            # An inherited method that calls the one it overrides is one formatting, not two.
-            return None
         name = type(instance).__name__
         attributes: Attributes = {names.ADAPTER_NAME: name}
         openinference(attributes, self.telemetry, names.KIND_CHAIN)

@@ -2,23 +2,79 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
-from opentelemetry.trace import SpanKind
+from opentelemetry import context as otel_context
+from opentelemetry.context import Context
+from opentelemetry.trace import SpanKind, get_current_span
 
 from .. import semconv as names
 from ..telemetry import secrets
 from ..telemetry.attributes import Attributes
 from ..telemetry.errors import error_type
 from ..telemetry.scope import Scope, open_scope
-from ..telemetry.spans import Call, Operation, Start, openinference
+from ..telemetry.spans import Call, Operation, Start, detach, openinference
 from .lm import server_attributes, split_model
+
+
+class Asking:
+    """Retrievals that wait for their embedder.
+
+    ``dspy.Embeddings`` hands each query to a worker thread of its own, which knows nothing of the caller's context and
+    may answer several callers with one call of the embedder.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._waiting: dict[int, list[tuple[str, int, Context]]] = {}
+
+    def add(self, embedder: Any, query: str, context: Context) -> None:
+        """``query`` is about to be handed to the thread that calls ``embedder``."""
+        with self._lock:
+            self._waiting.setdefault(id(embedder), []).append((query, threading.get_ident(), context))
+
+    def remove(self, embedder: Any, context: Context) -> None:
+        """That retrieval has ended."""
+        with self._lock:
+            rest = [entry for entry in self._waiting.pop(id(embedder), ()) if entry[2] is not context]
+            if rest:
+                self._waiting[id(embedder)] = rest
+
+    def of(self, embedder: Any, texts: Any) -> list[Context]:
+        """Contexts of the retrievals on other threads that wait for ``embedder`` to embed any of ``texts``."""
+        if id(embedder) not in self._waiting or not isinstance(texts, list):
+            return []
+        here = threading.get_ident()
+        with self._lock:
+            entries = list(self._waiting.get(id(embedder), ()))
+        return [context for query, thread, context in entries if thread != here and query in texts]
+
+
+ASKING = Asking()
 
 
 class EmbeddingOperation(Operation):
     """``Embedder.__call__`` and ``acall``. DSPy drops the provider's usage, so tokens and cost are not known here."""
 
     kind = "embedding"
+
+    def open(
+        self, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any], override_of: type | None = None
+    ) -> Call | None:
+        none: list[Context] = []
+        asking = self.telemetry.safely("embedder's caller", none, ASKING.of, instance, args[0] if args else None)
+        if not asking:
+            return super().open(instance, args, kwargs, override_of)
+        outer = otel_context.attach(asking[0])
+        call = super().open(instance, args, kwargs, override_of)
+        if call is None:
+            detach(outer)
+            return None
+        call.token = outer  # Undoes both.
+        for other in asking[1:]:
+            call.span.add_link(get_current_span(other).get_span_context())
+        return call
 
     def start(self, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any], parent: Scope | None) -> Start | None:
         hosted = isinstance(instance.model, str)
@@ -44,6 +100,8 @@ class EmbeddingOperation(Operation):
         if self.telemetry.config.openinference:
             texts = call.args[0] if call.args else call.kwargs.get("inputs")
             self.telemetry.put_content(attributes, names.INPUT_VALUE, texts)
+            if attributes:
+                attributes[names.INPUT_MIME_TYPE] = names.MIME_JSON
         return attributes
 
     def result(self, call: Call, result: Any, error: BaseException | None) -> Attributes:

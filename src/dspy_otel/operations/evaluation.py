@@ -46,8 +46,10 @@ class EvaluateOperation(Operation):
             metric=metric,
             program=given["program"] if program is not None else None,
             program_name=program.name if program else callable_name(given["program"]),
+            program_id=program.id if program else None,
             links=0,
-            failures=0,
+            scored=set(),
+            failed=set(),
         )
         attributes: Attributes = {names.PROGRAM_NAME: scope.notes["program_name"]}
         if program is not None and program.id is not None:
@@ -60,7 +62,9 @@ class EvaluateOperation(Operation):
 
     def result(self, call: Call, result: Any, error: BaseException | None) -> Attributes:
         notes = call.scope.notes
-        attributes: Attributes = {names.EVALUATION_FAILURES: notes["failures"], **notes["totals"].attributes()}
+        # A straggler may fail at one attempt and be scored at the other: then it was scored.
+        failures = len(notes["failed"] - notes["scored"])
+        attributes: Attributes = {names.EVALUATION_FAILURES: failures, **notes["totals"].attributes()}
         score = score_of(getattr(result, "score", None))
         if score is not None:
             attributes[names.EVALUATION_SCORE] = score
@@ -104,6 +108,8 @@ class ExampleOperation(Operation):
         # The scope's owner is the evaluated program, so that its answer can be told from what the metric calls.
         scope = open_scope(self.kind, evaluate.notes["program"], evaluate)
         attributes: Attributes = {names.PROGRAM_NAME: evaluate.notes["program_name"]}
+        if evaluate.notes["program_id"] is not None:
+            attributes[names.PROGRAM_ID] = evaluate.notes["program_id"]
         if run.index >= 0:
             attributes[names.EXAMPLE_INDEX] = run.index
         if run.again:
@@ -141,7 +147,7 @@ class ExampleOperation(Operation):
         shown = prediction[0] if isinstance(prediction, tuple) and prediction else prediction
         put_outputs(self.telemetry, attributes, shown)
         score = score_of(verdict)
-        if score is not None:
+        if score is not None and "late" not in call.scope.notes:
             attributes[names.EXAMPLE_SCORE] = score
         feedback = feedback_of(verdict)
         if feedback is not None:
@@ -152,8 +158,14 @@ class ExampleOperation(Operation):
         run: ExampleRun = call.instance
         evaluate = run.evaluate
         labels = evaluation_labels(evaluate)
+        key = run.index if run.index >= 0 else object()
+        scored = evaluate.notes["scored"]
+        if key in scored:
+            # DSPy submitted it twice and has taken the other answer.
+            call.scope.notes["late"] = True
+            return
+        (evaluate.notes["failed"] if error is not None else scored).add(key)
         if error is not None:
-            evaluate.notes["failures"] += 1
             labels[names.EXAMPLE_OUTCOME] = names.OUTCOME_FAILED
         else:
             labels[names.EXAMPLE_OUTCOME] = names.OUTCOME_SCORED

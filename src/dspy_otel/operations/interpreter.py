@@ -30,5 +30,6 @@ class InterpreterOperation(Operation):
     def result(self, call: Call, result: Any, error: BaseException | None) -> Attributes:
         attributes: Attributes = {}
         if error is None and result is not None:
-            self.telemetry.put_content(attributes, names.INTERPRETER_OUTPUT, result)
+            put = self.telemetry.put_text if isinstance(result, str) else self.telemetry.put_content
+            put(attributes, names.INTERPRETER_OUTPUT, result)
         return attributes

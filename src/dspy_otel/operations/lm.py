@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 from urllib.parse import urlsplit
@@ -30,6 +32,7 @@ PROVIDERS: Final[Mapping[str, str]] = {
     "vertex_ai": "gcp.vertex_ai",
     "vertex-express": "gcp.vertex_ai",
     "mistral": "mistral_ai",
+    "text-completion-openai": "openai",
     "xai": "x_ai",
     "watsonx": "ibm.watsonx.ai",
 }
@@ -141,14 +144,22 @@ class LMOperation(Operation):
         return attributes
 
     def measure(self, call: Call, result: Any, error: BaseException | None, seconds: float) -> None:
-        scope, metrics = call.scope, self.telemetry.metrics
-        notes = scope.notes
-        outcome: Outcome | None = notes.get("outcome")
+        scope = call.scope
+        outcome: Outcome | None = scope.notes.get("outcome")
         usage = lm_usage(outcome)
         if error is None:
             for totals in scope.totals:
-                totals.add(usage)
-        labels = metric_attributes(scope, notes)
+                totals.add(usage, scope.role)
+        if self.telemetry.measuring:
+            self._record(call, outcome, usage, error, seconds)
+        if self.telemetry.config.content_on_events and call.span.get_span_context().trace_flags.sampled:
+            self.telemetry.safely("LM content event", None, self._emit_details, call, outcome)
+
+    def _record(
+        self, call: Call, outcome: Outcome | None, usage: LMUsage, error: BaseException | None, seconds: float
+    ) -> None:
+        metrics, notes = self.telemetry.metrics, call.scope.notes
+        labels = metric_attributes(call.scope, notes)
         if outcome is not None and outcome.model is not None:
             labels[names.GEN_AI_RESPONSE_MODEL] = outcome.model
         if usage.cache_hit:
@@ -167,8 +178,6 @@ class LMOperation(Operation):
                 metrics.lm_cost.add(usage.cost, labels, call.context)
         if "first_chunk" in notes:
             metrics.time_to_first_chunk.record(notes["first_chunk"] - call.started, labels, call.context)
-        if self.telemetry.config.content_on_events and call.span.get_span_context().trace_flags.sampled:
-            self.telemetry.safely("LM content event", None, self._emit_details, call, outcome)
 
     def _emit_details(self, call: Call, outcome: Outcome | None) -> None:
         """The call's content as an ``inference.operation.details`` event."""
@@ -197,6 +206,7 @@ class LMOperation(Operation):
         def _process_lm_response(lm: Any, response: Any, *args: Any, **kwargs: Any) -> Any:
             outputs = original(lm, response, *args, **kwargs)
             self.telemetry.safely("LM result", None, self._note_outcome, outcome_of_response, response, outputs)
+            self.telemetry.safely("LM engine", None, self._note_litellm, lm)
             return outputs
 
         return _process_lm_response
@@ -236,6 +246,16 @@ class LMOperation(Operation):
         if isinstance(provider, str) and names.GEN_AI_PROVIDER_NAME not in scope.notes["request"]:
             scope.notes["provider"] = PROVIDERS.get(provider, provider)
 
+    def _note_litellm(self, lm: Any) -> None:
+        """DSPy 3.3 has one engine for its own LM; the class of any other LM says enough."""
+        scope = current_scope()
+        if (
+            scope is not None
+            and scope.kind == self.kind
+            and any(base.__module__ == "dspy.clients.lm" for base in type(lm).__mro__)
+        ):
+            scope.notes["engine"] = "litellm"
+
     def wrap_delay(self, original: Any) -> Any:
         """``dspy.clients.execution._delay`` (3.4): asked once before each retry."""
 
@@ -265,17 +285,45 @@ class LMOperation(Operation):
         """``stream_emitted``: called for each chunk that a streamed answer hands on."""
 
         def stream_emitted(*args: Any, **kwargs: Any) -> Any:
-            self.telemetry.safely("LM stream", None, self._note_chunk)
+            self.telemetry.safely("LM stream", None, self._note_chunk, current_scope())
             return original(*args, **kwargs)
 
         return stream_emitted
 
-    def _note_chunk(self) -> None:
-        scope = current_scope()
+    def wrap_stream_completion(self, original: Any) -> Any:
+        """``dspy.clients.lm._get_stream_completion_fn`` (3.3): it takes the stream of chunks from DSPy's settings."""
+
+        def _get_stream_completion_fn(*args: Any, **kwargs: Any) -> Any:
+            settings = sys.modules["dspy"].settings
+            stream, scope = settings.send_stream, current_scope()
+            if stream is None or scope is None or scope.kind != self.kind:
+                return original(*args, **kwargs)
+            note = functools.partial(self.telemetry.safely, "LM stream", None, self._note_chunk, scope)
+            with settings.context(send_stream=_CountedStream(stream, note)):
+                return original(*args, **kwargs)
+
+        return _get_stream_completion_fn
+
+    def _note_chunk(self, scope: Scope | None) -> None:
         if scope is not None and scope.kind == self.kind:
             notes = scope.notes
             notes.setdefault("first_chunk", time.perf_counter())
             notes["chunks"] = notes.get("chunks", 0) + 1
+
+
+class _CountedStream:
+    """A stream of chunks that tells of each one before it is sent."""
+
+    def __init__(self, stream: Any, note: Callable[[], None]) -> None:
+        self._stream = stream
+        self._note = note
+
+    async def send(self, chunk: Any) -> None:
+        self._note()
+        await self._stream.send(chunk)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
 
 
 # --- pure mapping ------------------------------------------------------------------------------------------------
@@ -428,10 +476,13 @@ def outcome_of_typed_response(response: Any) -> Outcome:
 
 
 def choice_reasons(response: Any) -> list[str]:
-    """Finish reasons of an OpenAI-shaped response, one for each choice."""
+    """Finish reasons of an OpenAI-shaped response, one for each choice (the Responses API gives one status)."""
     choices = _value(response, "choices")
     if not isinstance(choices, (list, tuple)):
-        return []
+        if _value(response, "status") == "completed":
+            return ["stop"]
+        reason = _value(_value(response, "incomplete_details") or {}, "reason")
+        return [str(reason)] if reason else []
     return [str(reason) for choice in choices if (reason := _value(choice, "finish_reason"))]
 
 
@@ -441,6 +492,10 @@ def _count(holder: Any, *keys: str) -> int | None:
         if isinstance(value, int) and not isinstance(value, bool):
             return value
     return None
+
+
+def _first(value: int | None, other: int | None) -> int | None:
+    return other if value is None else value
 
 
 def lm_usage(outcome: Outcome | None) -> LMUsage:
@@ -476,12 +531,23 @@ def response_attributes(outcome: Outcome) -> Attributes:
         return attributes
     prompt = _value(outcome.usage, "prompt_tokens_details") or _value(outcome.usage, "input_tokens_details")
     completion = _value(outcome.usage, "completion_tokens_details") or _value(outcome.usage, "output_tokens_details")
+    flat = functools.partial(_count, outcome.usage)
     for key, tokens in (
         (names.GEN_AI_USAGE_INPUT_TOKENS, usage.input_tokens),
         (names.GEN_AI_USAGE_OUTPUT_TOKENS, usage.output_tokens),
-        (names.GEN_AI_USAGE_CACHE_READ_INPUT_TOKENS, _count(prompt, "cached_tokens")),
-        (names.GEN_AI_USAGE_CACHE_WRITE_INPUT_TOKENS, _count(prompt, "cache_creation_tokens")),
-        (names.GEN_AI_USAGE_REASONING_OUTPUT_TOKENS, _count(completion, "reasoning_tokens")),
+        # Nested as OpenAI does it, else flat as DSPy 3.3's typed responses have it.
+        (
+            names.GEN_AI_USAGE_CACHE_READ_INPUT_TOKENS,
+            _first(_count(prompt, "cached_tokens"), flat("cache_read_tokens")),
+        ),
+        (
+            names.GEN_AI_USAGE_CACHE_WRITE_INPUT_TOKENS,
+            _first(_count(prompt, "cache_creation_tokens"), flat("cache_write_tokens")),
+        ),
+        (
+            names.GEN_AI_USAGE_REASONING_OUTPUT_TOKENS,
+            _first(_count(completion, "reasoning_tokens"), flat("reasoning_tokens")),
+        ),
     ):
         if tokens is not None:
             attributes[key] = tokens

@@ -14,6 +14,8 @@ from typing import Any
 Part = dict[str, Any]
 Message = dict[str, Any]
 
+# As the message schema of the GenAI conventions names them; `gen_ai.response.finish_reasons` keeps the provider's word.
+_FINISH_REASONS = {"tool_calls": "tool_call", "function_call": "tool_call"}
 _MODALITIES = {"image": "image", "input_image": "image", "audio": "audio", "input_audio": "audio", "video": "video"}
 
 
@@ -41,10 +43,27 @@ def input_messages(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[list
     elif kwargs.get("messages"):
         messages = [_message(message) for message in kwargs["messages"]]
     elif first is not None:
-        messages = [{"role": "user", "parts": _parts(first)}]
+        messages = _item_messages(args or (first,))
     else:
         return [], []
     return instructions, messages
+
+
+def _item_messages(items: Sequence[Any]) -> list[Message]:
+    """Messages from positional arguments: message objects as they are (DSPy 3.3), anything else is said by the user."""
+    messages: list[Message] = []
+    for item in items:
+        if isinstance(item, (list, tuple)) and item and all(_is_message(part) for part in item):
+            messages.extend(_message(part) for part in item)
+        elif _is_message(item):
+            messages.append(_message(item))
+        else:
+            messages.append({"role": "user", "parts": _parts(item)})
+    return messages
+
+
+def _is_message(item: Any) -> bool:
+    return hasattr(item, "role") and hasattr(item, "parts")
 
 
 def output_messages(outputs: Sequence[Any], finish_reasons: Sequence[str]) -> list[Message]:
@@ -62,6 +81,7 @@ def output_messages(outputs: Sequence[Any], finish_reasons: Sequence[str]) -> li
             parts.append({"type": "text", "content": fields["text"]})
         parts.extend(_tool_call(call) for call in fields.get("tool_calls") or ())
         reason = finish_reasons[index] if index < len(finish_reasons) else "stop"
+        reason = _FINISH_REASONS.get(reason, reason)
         messages.append({"role": "assistant", "parts": parts, "finish_reason": reason})
     return messages
 

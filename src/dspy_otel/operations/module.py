@@ -80,6 +80,15 @@ class ModuleOperation(Operation):
 
     def measure(self, call: Call, result: Any, error: BaseException | None, seconds: float) -> None:
         scope = call.scope
+        if self.telemetry.measuring:
+            self._record(call, error, seconds)
+        parent = scope.parent
+        if parent is not None and parent.kind == "example" and parent.owner in (None, call.instance):
+            # The evaluated program has answered. What the metric calls from here on is judging it.
+            parent.role = names.ROLE_JUDGE
+
+    def _record(self, call: Call, error: BaseException | None, seconds: float) -> None:
+        scope = call.scope
         attributes: Attributes = {names.MODULE_CLASS: type(call.instance).__name__}
         if scope.program is not None:
             attributes[names.PROGRAM_NAME] = scope.program.name
@@ -89,10 +98,6 @@ class ModuleOperation(Operation):
         if error is not None:
             attributes[names.ERROR_TYPE] = error_type(error)
         self.telemetry.metrics.module_duration.record(seconds, attributes, call.context)
-        parent = scope.parent
-        if parent is not None and parent.kind == "example" and parent.owner in (None, call.instance):
-            # The evaluated program has answered. What the metric calls from here on is judging it.
-            parent.role = names.ROLE_JUDGE
 
 
 def caller_attributes() -> Attributes:
@@ -103,9 +108,20 @@ def caller_attributes() -> Attributes:
 
 def is_agent(instance: Any) -> bool:
     """Whether ``instance`` is one of DSPy's agent modules, or a subclass of one."""
-    return any(
-        base.__name__ in AGENT_CLASSES and base.__module__.startswith("dspy.") for base in type(instance).__mro__
-    )
+    return _AGENT_TYPES[type(instance)]
+
+
+class _AgentTypes(dict[type, bool]):
+    """Whether a class is an agent's, from memory (of at most 4,096 classes)."""
+
+    def __missing__(self, kind: type) -> bool:
+        answer = any(base.__name__ in AGENT_CLASSES and base.__module__.startswith("dspy.") for base in kind.__mro__)
+        if len(self) < 4096:
+            self[kind] = answer
+        return answer
+
+
+_AGENT_TYPES: Final = _AgentTypes()
 
 
 def describe(instance: Any, scope: Scope, path: str | None, outermost: bool) -> tuple[str, Attributes]:

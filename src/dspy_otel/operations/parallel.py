@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import threading
 from collections import defaultdict, deque
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from opentelemetry.context import Context
 
 from .. import semconv as names
 from ..telemetry.attributes import Attributes
+from ..telemetry.errors import hide_frames
 from ..telemetry.scope import Scope, current_scope, open_scope
 from ..telemetry.spans import Call, Operation, Start, detach, openinference
 from .evaluation import ExampleOperation, ExampleRun
@@ -45,6 +47,13 @@ class ParallelOperation(Operation):
 
         @functools.wraps(original)
         def execute(executor: Any, function: Any, data: Any) -> Any:
+            try:
+                return execute_watched(executor, function, data)
+            except BaseException as error:
+                hide_frames(error)
+                raise
+
+        def execute_watched(executor: Any, function: Any, data: Any) -> Any:
             if not self.telemetry.enabled():
                 return original(executor, function, data)
             scope = current_scope()
@@ -93,6 +102,9 @@ class ParallelOperation(Operation):
             try:
                 run = self.telemetry.safely("example", None, place, example)
                 return function(example) if run is None else spanned(run, example)
+            except BaseException as error:
+                hide_frames(error)
+                raise
             finally:
                 detach(token)
 
@@ -103,16 +115,35 @@ def bind(function: Callable[..., Any], context: Context | None = None) -> Callab
     """``function``, always run in one OpenTelemetry context, whichever thread calls it.
 
     Args:
-        function: any synchronous callable.
+        function: any callable; a coroutine function stays one.
         context: default, the context in which ``bind`` is called.
     """
     captured = otel_context.get_current() if context is None else context
 
-    @functools.wraps(function)
+    if inspect.iscoroutinefunction(function):
+
+        @functools.wraps(function)
+        async def bound_coroutine(*args: Any, **kwargs: Any) -> Any:
+            token = otel_context.attach(captured)
+            try:
+                return await function(*args, **kwargs)
+            except BaseException as error:
+                hide_frames(error)
+                raise
+            finally:
+                detach(token)
+
+        return bound_coroutine
+
+    # Name and documentation only: the attributes of a callable object are its state.
+    @functools.wraps(function, updated=())
     def bound(*args: Any, **kwargs: Any) -> Any:
         token = otel_context.attach(captured)
         try:
             return function(*args, **kwargs)
+        except BaseException as error:
+            hide_frames(error)
+            raise
         finally:
             detach(token)
 

@@ -20,6 +20,7 @@ ID_LENGTH: Final = 16
 
 _MAX_MODULES: Final = 2000
 _MAX_ITEMS: Final = 256
+_MAX_OBJECTS: Final = 4096
 
 # State of a module that holds no modules and may be long or costly to look at.
 _NOT_STRUCTURE: Final = frozenset(
@@ -93,7 +94,8 @@ def _state_objects(module: Any) -> list[Any]:
     stored = module.__dict__
     signature = stored.get("signature")
     if signature is None:
-        return []
+        source = stored.get("_module_src")  # dspy.Flex
+        return [] if source is None else [source]
     # `instructions` is a property that makes a new string each time; the text lives in `__doc__`.
     objects: list[Any] = [signature, vars(signature).get("__doc__") if isinstance(signature, type) else None]
     demos = stored.get("demos")
@@ -101,14 +103,31 @@ def _state_objects(module: Any) -> list[Any]:
         for demo in demos:
             values = demo if isinstance(demo, dict) else getattr(demo, "_store", None)
             if isinstance(values, dict):
-                objects.extend(values.values())
+                for value in values.values():
+                    objects.append(value)
+                    if type(value) not in _LEAVES:
+                        _add_parts(value, objects, 3)
             else:
                 objects.append(demo)
     return objects
 
 
+def _add_parts(value: Any, objects: list[Any], depth: int) -> None:
+    """Add what a list, dictionary or model holds: it may be changed in place."""
+    parts: Any = value
+    if not isinstance(value, (list, tuple)):
+        parts = (value if isinstance(value, dict) else getattr(value, "__dict__", {})).values()
+    for part in islice(parts, _MAX_ITEMS):
+        if len(objects) >= _MAX_OBJECTS:  # Looked at on each call.
+            return
+        objects.append(part)
+        if depth and type(part) not in _LEAVES:
+            _add_parts(part, objects, depth - 1)
+
+
 def program_digest(program: Any) -> str | None:
-    """A stable digest of a program's state: instructions, field texts and demos of every predictor, by name.
+    """A stable digest of a program's state: instructions, field texts and demos of every predictor, by name, and the
+    source of every ``dspy.Flex``.
 
     The same before ``save()`` and after ``load()``, and for an optimizer's candidate and the program it returns.
 
@@ -116,9 +135,13 @@ def program_digest(program: Any) -> str | None:
         program: a ``dspy.Module``.
 
     Returns:
-        16 hex digits, or ``None`` for a program without predictors.
+        16 hex digits, or ``None`` for a program with neither.
     """
-    state = {name: _predictor_state(predictor) for name, predictor in program.named_predictors()}
+    state: dict[str, Any] = {name: _predictor_state(predictor) for name, predictor in program.named_predictors()}
+    for path, module in walk(program):
+        source = module.__dict__.get("_module_src")
+        if isinstance(source, str):  # dspy.Flex: its predictors are in its source.
+            state[f"{path}:source"] = source
     return digest(state) if state else None
 
 
@@ -177,8 +200,8 @@ class ByObject:
         Args:
             owner: the object the result belongs to.
             shape: plain values; the kept result counts only while they are equal.
-            objects: likewise, but they must be the very same objects. They are kept alive, so that no other object
-                can take their identity: they must not refer to ``owner``.
+            objects: likewise, but they must be the very same objects. Only plain ones are kept alive: others may refer
+                to ``owner``. Of a container what it holds should follow, for its identity may be taken by another.
             make: works the result out.
         """
         key = id(owner)
@@ -188,13 +211,37 @@ class ByObject:
             and kept[0]() is owner
             and kept[1] == shape
             and len(kept[2]) == len(objects)
-            and all(map(operator.is_, kept[2], objects))
+            and (all(map(operator.is_, kept[2], objects)) or all(map(_stands_for, kept[2], objects)))
         ):
             return kept[3]
         result = make()
         with contextlib.suppress(TypeError):  # An object that cannot be weakly referenced is asked anew each time.
-            self._kept[key] = (weakref.ref(owner, lambda _: self._kept.pop(key, None)), shape, objects, result)
+            handle = weakref.ref(owner, lambda _: self._kept.pop(key, None))
+            self._kept[key] = (handle, shape, [_handle(each) for each in objects], result)
         return result
+
+
+class _Identity(int):
+    """Where a container is. It cannot be weakly referenced."""
+
+
+def _handle(each: Any) -> Any:
+    kind = type(each)
+    if kind in _LEAVES or isinstance(each, type):
+        return each
+    if kind in (list, dict, set):
+        return _Identity(id(each))
+    try:
+        return weakref.ref(each)
+    except TypeError:  # Of a class that has no room for one: tuples, dates, decimals, slots.
+        return each
+
+
+def _stands_for(handle: Any, found: Any) -> bool:
+    if handle is found:
+        return True
+    kind = type(handle)
+    return handle() is found if kind is weakref.ref else kind is _Identity and handle == id(found)
 
 
 class Programs:

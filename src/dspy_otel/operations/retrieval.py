@@ -12,6 +12,7 @@ from .. import semconv as names
 from ..telemetry.attributes import Attributes
 from ..telemetry.scope import Scope, open_scope
 from ..telemetry.spans import Call, Operation, Start, openinference
+from .embedding import ASKING
 from .lm import server_attributes
 
 
@@ -29,13 +30,28 @@ class RetrievalOperation(Operation):
         super().__init__(telemetry)
         self.span_kind = SpanKind.CLIENT if remote else SpanKind.INTERNAL
 
+    def open(
+        self, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any], override_of: type | None = None
+    ) -> Call | None:
+        call = super().open(instance, args, kwargs, override_of)
+        if call is not None and hasattr(instance, "search_fn"):  # dspy.Embeddings
+            query = args[0] if args else kwargs.get("query")
+            if isinstance(query, str):
+                ASKING.add(instance.embedder, query, call.context)
+        return call
+
+    def close(self, call: Call, result: Any, error: BaseException | None) -> None:
+        if hasattr(call.instance, "search_fn"):
+            ASKING.remove(call.instance.embedder, call.context)
+        super().close(call, result, error)
+
     def start(self, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any], parent: Scope | None) -> Start | None:
         name = type(instance).__name__
         attributes: Attributes = {
             names.GEN_AI_OPERATION_NAME: names.OPERATION_RETRIEVAL,
             names.GEN_AI_DATA_SOURCE_ID: name,
         }
-        top_k = kwargs.get("k", getattr(instance, "k", None))
+        top_k = kwargs.get("k", args[1] if len(args) > 1 else getattr(instance, "k", None))
         if isinstance(top_k, int) and not isinstance(top_k, bool):
             attributes[names.GEN_AI_RETRIEVAL_TOP_K] = top_k
         attributes.update(server_attributes(getattr(instance, "url", None)))

@@ -1,1 +1,85 @@
-"""Optimizers: every ``compile`` becomes a span that knows its run."""
+"""Optimizers: every ``compile`` becomes a run with phases, trials and candidates.
+
+One small file for each optimizer that needs hooks of its own; :class:`~dspy_otel.optimizers.plan.Plan` reads all
+others.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+from ..operations.program import Programs
+from ..patching import Patches
+from ..telemetry.core import Telemetry
+from . import (
+    better_together,
+    bootstrap,
+    copro,
+    finetune,
+    gepa,
+    infer_rules,
+    mipro,
+    optuna,
+    random_search,
+    reanchor,
+    simba,
+)
+from .compile import CompileOperation
+from .memory import Optimization, optimization
+from .plan import Plan
+from .spans import CandidateEvaluation, CandidateExample, DirectModule, PhaseOperation, TrialOperation
+
+_FILES: Final = (
+    better_together,
+    bootstrap,
+    copro,
+    finetune,
+    gepa,
+    infer_rules,
+    mipro,
+    optuna,
+    random_search,
+    reanchor,
+    simba,
+)
+
+
+class Optimizers:
+    """The operations that optimizers take part in.
+
+    Attributes:
+        compile: ``Teleprompter.compile``.
+        evaluate: ``Evaluate.__call__``, which is a trial directly inside a compile.
+        example: one example of an evaluation.
+        module: ``Module.__call__``, which has a role when an optimizer calls it.
+        phases: parts of an optimization.
+        trials: scored candidates.
+    """
+
+    def __init__(self, telemetry: Telemetry, programs: Programs) -> None:
+        self.telemetry = telemetry
+        self.programs = programs
+        self.phases = PhaseOperation(telemetry)
+        self.trials = TrialOperation(telemetry)
+        self.evaluate = CandidateEvaluation(telemetry, programs, self.phases, self.trials)
+        self.example = CandidateExample(telemetry, programs)
+        self.module = DirectModule(telemetry, programs, self.phases)
+        self.plans: dict[str, type[Plan]] = {}
+        for file in _FILES:
+            self.plans.update(file.PLANS)
+        self.compile = CompileOperation(telemetry, programs, self.plan_for)
+
+    def plan_for(self, optimizer: Any) -> type[Plan]:
+        """The plan of an optimizer: that of its nearest class of DSPy's which has one."""
+        for kind in type(optimizer).__mro__:
+            if kind.__module__.startswith("dspy.") and kind.__name__ in self.plans:
+                return self.plans[kind.__name__]
+        return Plan
+
+    def patch(self, patches: Patches) -> None:
+        """Put the hooks of single optimizers in force; one that this DSPy lacks costs its detail and a warning."""
+        for file in _FILES:
+            file.patch(self, patches)
+
+
+__all__ = ["Optimization", "Optimizers", "optimization"]

@@ -2,73 +2,156 @@
 
 from __future__ import annotations
 
+import contextlib
+import inspect
 import secrets as random_source
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 from .. import semconv as names
-from ..operations.program import Programs, digest
+from ..operations.program import Programs
 from ..telemetry import secrets
 from ..telemetry.attributes import Attributes, AttributeValue
+from ..telemetry.content import Content
 from ..telemetry.scope import Scope, open_scope
 from ..telemetry.spans import Call, Operation, Start, openinference
 from ..telemetry.totals import Totals
+from .memory import remember_winner
+from .plan import Plan
+from .run import Run, run_of
+from .spans import dataset_attributes
+from .state import put_state, state_of
 
-_DATASETS: Final = {
-    "trainset": (names.DATASET_TRAIN_SIZE, names.DATASET_TRAIN_DIGEST),
-    "valset": (names.DATASET_VAL_SIZE, names.DATASET_VAL_DIGEST),
+_NOT_PARAMETERS: Final = frozenset(
+    {"self", "student", "trainset", "valset", "teacher", "programs", "callbacks", "args", "kwargs", "_args", "_kwargs"}
+)
+# Constructor parameters that optimizers of DSPy keep under another name.
+_STORED_AS: Final = {
+    "metric": "metric_fn",
+    "num_candidate_programs": "num_candidate_sets",
+    "max_bootstrapped_demos": "max_num_samples",
+    "instruction_proposer": "custom_instruction_proposer",
+    "code_proposer": "custom_code_proposer",
 }
-_NOT_PARAMETERS: Final = frozenset({"student", "trainset", "valset", "teacher", "programs", "callbacks", "_args"})
+_CONTENT: Final = Content(limit=4096)
 
 
 class CompileOperation(Operation):
-    """``Teleprompter.compile`` of any optimizer."""
+    """``Teleprompter.compile`` of any optimizer.
+
+    Args:
+        telemetry: where to record.
+        programs: knows the programs' ids.
+        plan_for: gives the kind of plan for an optimizer.
+    """
 
     kind = "compile"
 
-    def __init__(self, telemetry: Any, programs: Programs) -> None:
+    def __init__(self, telemetry: Any, programs: Programs, plan_for: Callable[[Any], type[Plan]]) -> None:
         super().__init__(telemetry)
         self.programs = programs
+        self.plan_for = plan_for
+
+    def wrap(self, original: Callable[..., Any], override_of: type | None = None) -> Callable[..., Any]:
+        if inspect.iscoroutinefunction(original):
+            return self.wrap_async(original, override_of)
+        return super().wrap(original, override_of)
 
     def start(self, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any], parent: Scope | None) -> Start | None:
         if parent is not None and parent.kind == self.kind and parent.owner is instance:
             return None  # compile() calling super().compile() is one optimization
         scope = open_scope(self.kind, instance, parent)
-        totals = Totals()
+        totals = Totals(by_role=True)
         scope.program = None
         scope.totals = (*scope.totals, totals)
-        scope.notes["totals"] = totals
-        run = random_source.token_hex(8)
-        scope.stamps = {**scope.stamps, names.OPTIMIZER_RUN_ID: run}
+        given = bound_arguments(instance, args, kwargs)
+        student = given.get("student")
         name = type(instance).__name__
+        run = Run(self.telemetry, random_source.token_hex(8), name, scope, totals, run_of(parent))
         attributes: Attributes = {names.OPTIMIZER_NAME: name}
-        student = args[0] if args else kwargs.get("student")
         program = self.programs.find(student) if hasattr(student, "named_predictors") else None
         if program is not None:
+            run.student, run.program_name, run.initial_id = student, program.name, program.id
             attributes[names.PROGRAM_NAME] = program.name
             if program.id is not None:
                 attributes[names.INITIAL_PROGRAM_ID] = program.id
+        run.plan = self.plan_for(instance)(run, instance, given)
+        scope.role = run.plan.role
+        stamps = {**scope.stamps, names.OPTIMIZER_RUN_ID: run.id}
+        if run.parent is not None:
+            stamps[names.OPTIMIZER_ROOT_RUN_ID] = run.root.id
+            attributes[names.OPTIMIZER_PARENT_RUN_ID] = run.parent.id
+        elif parent is not None and parent.program is not None:
+            attributes[names.OPTIMIZER_INFERENCE_TIME] = True
+        scope.stamps = stamps
+        scope.notes.update(run=run, given=given)
         openinference(attributes, self.telemetry, names.KIND_CHAIN)
         return Start(f"{names.SPAN_COMPILE} {name}", scope, attributes)
 
+    def open(
+        self, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any], override_of: type | None = None
+    ) -> Call | None:
+        call = super().open(instance, args, kwargs, override_of)
+        if call is not None:
+            Run.enter(1)
+            self.telemetry.safely("compile", None, say_now, call)
+            self.telemetry.safely("optimizer", None, call.scope.notes["run"].plan.begin)
+        return call
+
+    def close(self, call: Call, result: Any, error: BaseException | None) -> None:
+        self.telemetry.safely("optimizer", None, call.scope.notes["run"].plan.end)
+        super().close(call, result, error)
+        Run.enter(-1)
+
     def detail(self, call: Call) -> Attributes:
-        attributes = parameter_attributes(vars(call.instance), call.kwargs)
-        for role, (size, digest_name) in _DATASETS.items():
-            rows = call.kwargs.get(role)
-            if isinstance(rows, (list, tuple)):
-                attributes[size] = len(rows)
-                ids = [self.programs.example_id(row) for row in rows]
-                attributes[digest_name] = digest(ids)
+        given = call.scope.notes["given"]
+        attributes = parameter_attributes(call.instance, given)
+        for name, role in (("trainset", "train"), ("valset", "val")):
+            attributes.update(dataset_attributes(self.programs, given.get(name), role))
+        run: Run = call.scope.notes["run"]
+        if run.student is not None and run.initial_id is not None and self.telemetry.config.content_on_spans:
+            run.remember_state(run.initial_id, state_of(run.student))
+            put_state(self.telemetry, attributes, run.student, names.INITIAL_PROGRAM_STATE)
+        if run.parent is None:  # the optimizations inside work on the same rows
+            for name, key in (("trainset", names.DATASET_TRAIN_ROWS), ("valset", names.DATASET_VAL_ROWS)):
+                if is_dataset(given.get(name)):
+                    self.telemetry.put_content(attributes, key, given[name])
         return attributes
 
-    def result(self, call: Call, result: Any, error: BaseException | None) -> Attributes:
-        attributes: Attributes = dict(call.scope.notes["totals"].attributes())
-        attributes[names.OPTIMIZER_OUTCOME] = outcome_of(error)
+    def measure(self, call: Call, result: Any, error: BaseException | None, seconds: float) -> None:
+        run: Run = call.scope.notes["run"]
+        run.report_spending()
         if error is None and hasattr(result, "named_predictors"):
             program = self.programs.find(result)
             if program is not None and program.id is not None:
-                attributes[names.PROGRAM_ID] = program.id
+                call.scope.notes["made"] = program.id
+                call.scope.notes["winner"] = remember_winner(run, program.id)
+        labels = {**run.labels(), names.OPTIMIZER_OUTCOME: outcome_of(error)}
+        self.telemetry.metrics.optimizer_duration.record(seconds, labels, call.context)
+
+    def result(self, call: Call, result: Any, error: BaseException | None) -> Attributes:
+        notes = call.scope.notes
+        run: Run = notes["run"]
+        attributes: Attributes = dict(run.totals.attributes())
+        attributes[names.OPTIMIZER_OUTCOME] = outcome_of(error)
+        given_validation = notes["given"].get("valset") is not None
+        attributes.update(
+            (key, value) for key, value in run.attributes().items() if not (given_validation and key in run.validation)
+        )
+        if "made" in notes:
+            attributes[names.PROGRAM_ID] = notes["made"]
+            if notes["winner"] is not None:
+                attributes[names.OPTIMIZER_WINNER_TRIAL] = notes["winner"].number
+            if self.telemetry.config.content_on_spans:
+                put_state(self.telemetry, attributes, result)
         return attributes
+
+
+def say_now(call: Call) -> None:
+    """Put on the span what is known so far: it may be looked at long before it ends."""
+    if call.details:
+        call.span.set_attributes(call.details)
+        call.details = {}
 
 
 def outcome_of(error: BaseException | None) -> str:
@@ -78,30 +161,103 @@ def outcome_of(error: BaseException | None) -> str:
     return "failed" if isinstance(error, Exception) else "interrupted"
 
 
-def parameter_attributes(constructor: Mapping[str, Any], compile_arguments: Mapping[str, Any]) -> Attributes:
-    """All parameters of an optimization as ``dspy.optimizer.params.*``; those of ``compile()`` win.
+def bound_arguments(instance: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of ``compile()`` by name, defaults included. What does not fit is left to DSPy to complain of."""
+    with contextlib.suppress(TypeError, ValueError):
+        signature = inspect.signature(type(instance).compile)
+        bound = signature.bind(instance, *args, **kwargs)
+        bound.apply_defaults()
+        given: dict[str, Any] = {}
+        for name, value in bound.arguments.items():
+            if signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD:
+                given.update(value)
+            elif signature.parameters[name].kind is not inspect.Parameter.VAR_POSITIONAL:
+                given[name] = value
+        given.pop(next(iter(signature.parameters)), None)
+        return given
+    given = dict(kwargs)
+    if args:
+        given["student"] = args[0]
+    return given
 
-    Numbers, booleans and short strings as they are; metrics, models and functions by name; secrets masked; other
-    objects (datasets, programs, state that the optimizer keeps) are left out.
+
+def constructor_arguments(instance: Any) -> dict[str, Any]:
+    """What an optimizer was built with, defaults included, as far as it keeps that on itself.
+
+    Parameters of every ``__init__`` of its class count: ``**kwargs`` usually go to the one of a base class.
     """
+    stored = vars(instance)
+    found: dict[str, Any] = {}
+    for kind in type(instance).__mro__:
+        init = vars(kind).get("__init__")
+        if init is None or kind is object:
+            continue
+        try:
+            parameters = inspect.signature(init).parameters
+        except (TypeError, ValueError):
+            continue
+        for name in parameters:
+            if name in found or name == "self":
+                continue
+            for place in (name, _STORED_AS.get(name, name), f"_{name}"):
+                if place in stored:
+                    found[name] = stored[place]
+                    break
+    return found
+
+
+def parameter_attributes(instance: Any, compile_arguments: Mapping[str, Any]) -> Attributes:
+    """All parameters of an optimization as ``dspy.optimizer.params.*``; those given to ``compile()`` win.
+
+    Numbers, booleans and short strings as they are; metrics, models, modules and functions by name; lists and
+    dictionaries as JSON of such; secrets masked; datasets and programs left out, and whatever is ``None``.
+    """
+    given = {name: value for name, value in compile_arguments.items() if value is not None}
     attributes: Attributes = {}
-    for name, value in {**constructor, **compile_arguments}.items():
+    for name, value in {**constructor_arguments(instance), **given}.items():
         if name.startswith("_") or name in _NOT_PARAMETERS:
             continue
-        shown = secrets.MASK if secrets.is_secret_name(name) else parameter(value)
+        shown = secrets.MASK if secrets.hides(name, value) else parameter(value)
         if shown is not None:
             attributes[f"{names.OPTIMIZER_PARAMS_PREFIX}{name}"] = shown
     return attributes
 
 
 def parameter(value: Any) -> AttributeValue | None:
-    """One parameter as an attribute value, or ``None`` when it is not one."""
-    if isinstance(value, (bool, int, float)):
+    """One parameter as an attribute value, or ``None`` when there is nothing to show."""
+    if value is None or isinstance(value, (bool, int, float)):
         return value
     if isinstance(value, str):
-        return secrets.mask(value[:1024])
-    if hasattr(value, "model") and isinstance(getattr(value, "model", None), str):
-        return str(value.model)  # an LM, by its model
-    if callable(value) and isinstance(getattr(value, "__name__", None), str):
-        return str(value.__name__)
-    return None
+        return _CONTENT.text(value)
+    if isinstance(value, (list, tuple, set, frozenset, dict)):
+        if not value or is_dataset(value):
+            return None
+        return _CONTENT.json(_plain(value))
+    return named(value)
+
+
+def _plain(value: Any, depth: int = 0) -> Any:
+    if isinstance(value, dict) and depth < 4:
+        return {
+            str(key) if isinstance(key, (str, int)) else named(key): _plain(item, depth + 1)
+            for key, item in list(value.items())[:100]
+        }
+    if isinstance(value, (list, tuple, set, frozenset)) and depth < 4:
+        return f"<{len(value)} examples>" if is_dataset(value) else [_plain(i, depth + 1) for i in list(value)[:100]]
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    return named(value)
+
+
+def named(value: Any) -> str:
+    """An object by name: a model's, a function's or class's, else that of its class. Never its contents."""
+    model = getattr(value, "model", None)
+    if isinstance(model, str):
+        return model  # an LM
+    name = getattr(value, "__name__", None)
+    return name if isinstance(name, str) and callable(value) else type(value).__name__
+
+
+def is_dataset(value: Any) -> bool:
+    """Whether ``value`` is a list of examples."""
+    return isinstance(value, (list, tuple)) and bool(value) and isinstance(getattr(value[0], "_store", None), dict)

@@ -1,25 +1,27 @@
 """Values of a user's program as bounded JSON text: never raising, never longer than the limit, without secrets.
 
 The cost is bounded by the limits and not by the size of the value: nothing is iterated, rendered or copied beyond
-them, no ``__repr__``, ``__str__``, ``__eq__`` or ``__len__`` of a user's class is ever called, and a generator is never
-consumed.
+them. Nothing of a user's class is ever called: no ``__repr__``, ``__str__``, ``__eq__``, ``__len__``, ``__hash__``,
+``__getattr__``, property or validator, and a generator is never consumed. What has fields (DSPy's examples and
+predictions, pydantic models, dataclasses, attrs classes, named tuples) shows them; anything else is ``<module.Class>``.
 """
 
 from __future__ import annotations
 
 import base64
+import collections
 import datetime
 import decimal
 import enum
+import fractions
 import json
 import math
 import pathlib
 import re
 import types
 import uuid
-from collections import deque
-from collections.abc import Callable, Iterable
-from itertools import islice
+from collections.abc import Callable, Iterable, Iterator
+from itertools import accumulate, islice
 from typing import Any, Final
 
 from . import secrets
@@ -27,238 +29,467 @@ from . import secrets
 MAX_DEPTH: Final = 16
 MAX_ITEMS: Final = 1000
 MAX_NODES: Final = 10_000
+MAX_BITS: Final = 128
+MIN_LIMIT: Final = 64
+"""Fewest bytes a limit can be: room for one mark that says what was cut."""
+_MAX_KEY: Final = 256
 _MARK: Final = "…[cut {} {}]"
-_MARK_SIZE: Final = 40
+_MARKED: Final = re.compile(r"…\[cut (\d{1,12}) characters\]\Z")
+_MARKED_ITEMS: Final = re.compile(r"…\[cut (\d{1,12}) items\]")
+_MARK_SIZE: Final = 48
 _CYCLE: Final = "…[cycle]"
 _DEEPER: Final = "…[deeper]"
+_CHANGING: Final = "…[changing]"
+_MORE: Final = "…"
 
-_AS_TEXT: Final = (
-    datetime.datetime,
-    datetime.date,
-    datetime.time,
-    datetime.timedelta,
-    decimal.Decimal,
-    uuid.UUID,
-    pathlib.PurePosixPath,
-    pathlib.PureWindowsPath,
-    pathlib.PosixPath,
-    pathlib.WindowsPath,
-    complex,
-    range,
+# The slots of `type` itself: a metaclass cannot stand in between, as it can with `kind.__name__`.
+_name_of: Final[Callable[[type], Any]] = type.__dict__["__qualname__"].__get__
+_module_of: Final[Callable[[type], Any]] = type.__dict__["__module__"].__get__
+_bases_of: Final[Callable[[type], tuple[type, ...]]] = type.__dict__["__mro__"].__get__
+_members_of: Final[Callable[[type], Any]] = type.__dict__["__dict__"].__get__
+_arguments_of: Final[Callable[[BaseException], Any]] = BaseException.__dict__["args"].__get__
+
+# By identity: comparing classes may call a metaclass. Only these very classes, whose str() is Python's own.
+_AS_TEXT: Final = frozenset(
+    id(kind)
+    for kind in (
+        datetime.date,
+        datetime.timedelta,
+        decimal.Decimal,
+        fractions.Fraction,
+        uuid.UUID,
+        pathlib.PurePosixPath,
+        pathlib.PureWindowsPath,
+        pathlib.PosixPath,
+        pathlib.WindowsPath,
+        complex,
+        range,
+    )
 )
+_DICT_SLOTS: Final = (types.GetSetDescriptorType, types.MemberDescriptorType)
+_CONTAINERS: Final = (dict, list, tuple, set, frozenset, collections.deque)
+_VIEWS: Final = frozenset(map(id, (type({}.keys()), type({}.values()), type({}.items()))))
 _ARRAY_LIBRARIES: Final = frozenset({"numpy", "pandas", "polars", "torch", "tensorflow", "jax", "jaxlib", "pyarrow"})
-_DATA_URI: Final = re.compile(r"data:([\w.+/-]{0,80})(?:;[\w=.+-]{0,80})*;base64,")
+_BASE64_LENGTH: Final = 256
+_BASE64: Final = re.compile(r"[A-Za-z0-9+/]+")
+_DATA_URI: Final = re.compile(r"data:([\w.+/-]{0,80})(?:;[\w=.+-]{0,80}){0,8};base64,")
 
 
-def _type_name(value: Any) -> str:
-    kind = type(value)
-    name = type.__getattribute__(kind, "__qualname__")
-    module = type.__getattribute__(kind, "__module__")
-    return str(name) if module == "builtins" else f"{module}.{name}"
+def type_name(kind: type) -> str:
+    """``module.Class`` of a class, bare for a built-in one; whatever its metaclass makes of those."""
+    try:
+        name, module = _name_of(kind), _module_of(kind)
+    except AttributeError:
+        return "object"
+    shown = str.__getitem__(name, slice(0, 200)) if isinstance(name, str) else "object"
+    if type(module) is not str or module == "builtins":
+        return shown
+    return f"{module[:200]}.{shown}"
+
+
+def _library(kind: type) -> str:
+    module = _module_of(kind)
+    return module.partition(".")[0] if type(module) is str else ""
 
 
 def _opaque(value: Any) -> str:
-    return f"<{_type_name(value)}>"
+    return f"<{type_name(type(value))}>"
 
 
-def _instance_dict(value: Any) -> dict[Any, Any] | None:
-    try:
-        found = object.__getattribute__(value, "__dict__")
-    except AttributeError:
-        return None
-    return found if type(found) is dict else None
+def _instance_dict(value: Any) -> dict[Any, Any]:
+    """What ``vars(value)`` gives, read past any ``__dict__`` or ``__getattribute__`` of the user's."""
+    for base in _bases_of(type(value)):
+        found = _members_of(base).get("__dict__")
+        if found is not None:
+            stored = found.__get__(value) if type(found) in _DICT_SLOTS else None
+            return stored if type(stored) is dict else {}
+    return {}
+
+
+def _slot(value: Any, name: str) -> tuple[Any, ...]:
+    """The value in a slot, as a tuple of one, or ``()``."""
+    for base in _bases_of(type(value)):
+        found = _members_of(base).get(name)
+        if type(found) is types.MemberDescriptorType:
+            try:
+                return (found.__get__(value),)
+            except AttributeError:
+                return ()
+    return ()
+
+
+def _exact(text: str, most: int) -> str:
+    """At most the first ``most`` characters, of class ``str`` itself."""
+    return str.__getitem__(text, slice(0, most))
+
+
+def _is_base64(start: str) -> bool:
+    """Whether a text that begins so is binary data in base64: one unbroken run of letters in both cases and digits."""
+    return (
+        " " not in start
+        and _BASE64.fullmatch(start) is not None
+        and any(map(str.islower, start))
+        and any(map(str.isupper, start))
+        and any(map(str.isdigit, start))
+    )
 
 
 class _Walk:
     """One pass over a value: gives plain JSON values, with every string already free of secrets."""
 
-    def __init__(self, limit: int, media: bool, redact: Callable[[str], str] | None) -> None:
-        self.limit = limit
-        self.media = media
-        self.redact = redact
-        self.nodes = 0
-        self.size = 0
+    def __init__(self, content: Content) -> None:
+        self.limit = content.limit
+        self.media = content.media
+        self.redact = content.redact
+        self.nodes = min(MAX_NODES, content.limit // 2)
         self.path: set[int] = set()
+        self.failure: Exception | None = None
+        # Strings wait until all are known: only then it is clear how much of each there is room for.
+        self.waiting: list[tuple[Any, Any, str]] = []
 
-    @property
-    def full(self) -> bool:
-        return self.nodes >= MAX_NODES or self.size >= 4 * self.limit
+    def run(self, value: Any) -> Any:
+        root: list[Any] = [None]
+        self.place(root, 0, value, 0)
+        if self.failure is not None:  # On a key.
+            raise self.failure
+        lengths = [str.__len__(text) for _, _, text in self.waiting]
+        longest, room = _share(lengths, self.limit), 2 * self.limit
+        for (holder, key, text), length in zip(self.waiting, lengths, strict=True):
+            if room <= 0:
+                holder[key] = _MARK.format(length, "characters")
+                continue
+            shown = self.text(text, longest)
+            room -= len(shown)
+            holder[key] = shown
+        return root[0]
 
-    def text(self, value: str) -> str:
-        if type(value) is not str:
-            value = str.__str__(value)
-        length = len(value)
-        if not self.media and value.startswith("data:", 0, 5) and (match := _DATA_URI.match(value, 0, 512)):
-            value = f"{match.group(0)}<{(length - match.end()) * 3 // 4} bytes>"
-        elif length > self.limit:
-            value = value[: self.limit + secrets.LONGEST]
-        value = secrets.mask(value)
+    def text(self, value: str, longest: int) -> str:
+        """At most ``longest`` characters of ``value`` (and a mark), without secrets, redacted."""
+        length = str.__len__(value)
+        if (
+            str.startswith(value, "data:")
+            and (not self.media or length > longest)
+            and (match := _DATA_URI.match(_exact(value, 1024)))
+        ):
+            return f"{match.group(0)}<{(length - match.end()) * 3 // 4} bytes>"
+        if not self.media and length >= _BASE64_LENGTH and _is_base64(_exact(value, _BASE64_LENGTH)):
+            return f"<{length * 3 // 4} bytes>"
+        beyond = secrets.lookahead()
+        piece = _exact(value, longest + beyond if length > longest else length)
+        unseen = length - len(piece)
+        shown = secrets.mask(piece)
         if self.redact is not None:
-            value = self.redact(value)
-        if length > self.limit and len(value) > self.limit:
-            value = value[: self.limit] + _MARK.format(length - self.limit, "characters")
-        self.size += len(value)
-        return value
+            try:
+                shown = _exact(self.redact(shown), length + 1024)
+            except Exception as error:
+                self.failure = error
+                raise
+        if unseen:
+            # Where the piece ends, half a secret may stand that nothing could recognise.
+            unseen += min(beyond, len(shown))
+            shown = shown[: max(len(shown) - beyond, 0)]
+        if len(shown) > longest:
+            unseen += len(shown) - longest
+            shown = shown[:longest]
+        return shown + _MARK.format(unseen, "characters") if unseen else shown
 
-    def plain(self, value: Any, depth: int = 0) -> Any:
-        self.nodes += 1
-        if value is None or value is True or value is False:
-            return value
+    def place(self, holder: Any, key: Any, value: Any, depth: int) -> None:
+        """Put ``value`` as plain JSON into ``holder[key]``."""
+        self.nodes -= 1
         kind = type(value)
         if kind is str:
-            return self.text(value)
-        if kind is int:
-            return value if value.bit_length() <= 1024 else f"<int of {value.bit_length()} bits>"
-        if kind is float:
-            return value if math.isfinite(value) else str(value)
-        if depth >= MAX_DEPTH:
-            return _DEEPER
-        if kind is dict or kind is list or kind is tuple:
-            return self.container(value, depth)
-        return self.unusual(value, depth)
+            holder[key] = ""
+            self.waiting.append((holder, key, value))
+            return
+        if value is None or kind is bool:
+            holder[key] = value
+            return
+        try:
+            if issubclass(kind, enum.Enum):
+                value = _instance_dict(value).get("_value_")
+                kind = type(value)
+            elif _library(kind) == "numpy" and getattr(value, "shape", None) == ():
+                value = value.item()  # A number of NumPy's, as Python's.
+                kind = type(value)
+            if issubclass(kind, str):
+                holder[key] = ""
+                self.waiting.append((holder, key, value))
+            else:
+                holder[key] = self.plain(value, kind, depth)
+        except Exception:  # Hostile in a way nobody thought of: it has a class at least.
+            holder[key] = _opaque(value)
 
-    def container(self, value: Any, depth: int) -> Any:
+    def plain(self, value: Any, kind: type, depth: int) -> Any:
+        if kind is bool or value is None:
+            return value
+        if issubclass(kind, int):
+            number = int.__int__(value)
+            return number if number.bit_length() <= MAX_BITS else f"<int of {number.bit_length()} bits>"
+        if issubclass(kind, float):
+            real = float.__float__(value)
+            return real if math.isfinite(real) else str(real)
+        if issubclass(kind, (bytes, bytearray, memoryview)):
+            return self.binary(value, kind)
+        if issubclass(kind, _CONTAINERS) or id(kind) in _VIEWS:
+            return self.within(value, depth, self.container, value, kind, depth)
+        if id(kind) in _AS_TEXT:
+            return str(value)[: self.limit]
+        if issubclass(kind, (datetime.datetime, datetime.time)):
+            return moment(value, kind)
+        if issubclass(kind, type):
+            return f"<class {type_name(value)}>"
+        if kind is types.FunctionType or kind is types.BuiltinFunctionType:
+            return f"<function {value.__qualname__[:200]}>"
+        if kind is types.MethodType and type(value.__func__) is types.FunctionType:
+            return f"<function {value.__func__.__qualname__[:200]}>"
+        if _library(kind) in _ARRAY_LIBRARIES:
+            return array(value, kind)
+        if issubclass(kind, BaseException):
+            return self.within(value, depth, self.exception, value, kind, depth)
+        stored = fields(value, kind)
+        return _opaque(value) if stored is None else self.within(value, depth, self.mapping, stored, depth)
+
+    def within(self, value: Any, depth: int, render: Callable[..., Any], *arguments: Any) -> Any:
+        """``render(*arguments)``, unless ``value`` is being rendered already or is too deep inside."""
         key = id(value)
         if key in self.path:
             return _CYCLE
+        if depth >= MAX_DEPTH:
+            return _DEEPER
         self.path.add(key)
         try:
-            if isinstance(value, dict):
-                return self.mapping(dict.items(value), dict.__len__(value), depth)
-            return self.sequence(value, depth)
+            return render(*arguments)
         finally:
             self.path.discard(key)
 
-    def mapping(self, items: Iterable[tuple[Any, Any]], length: int, depth: int) -> dict[str, Any]:
-        result: dict[str, Any] = {}
-        for key, value in list(islice(items, MAX_ITEMS)):
-            if self.full:
-                break
-            name = self.key(key)
-            result[name] = (
-                secrets.MASK if value is not None and secrets.is_secret_name(name) else self.plain(value, depth + 1)
-            )
-        if len(result) < length:
-            result["…"] = _MARK.format(length - len(result), "items")
-        return result
-
-    def key(self, key: Any) -> str:
-        if isinstance(key, str):
-            return self.text(key)
-        if isinstance(key, tuple):
-            return "(" + ", ".join(self.key(part) for part in islice(tuple.__iter__(key), 8)) + ")"
-        if key is None or isinstance(key, (bool, float)) or (isinstance(key, int) and key.bit_length() <= 1024):
-            return str(key) if type(key) in (bool, int, float, type(None)) else _opaque(key)
-        return _opaque(key)
-
-    def sequence(self, value: Any, depth: int) -> list[Any]:
-        kind = next(base for base in (list, tuple, set, frozenset, deque) if isinstance(value, base))
-        length = kind.__len__(value)
+    def container(self, value: Any, kind: type, depth: int) -> Any:
+        if issubclass(kind, dict):
+            return self.mapping(value, depth)
+        if issubclass(kind, tuple) and kind is not tuple:
+            declared = (_members_of(base).get("_fields") for base in _bases_of(kind))
+            names: tuple[Any, ...] = next((found for found in declared if type(found) is tuple), ())
+            if names and len(names) == tuple.__len__(value):
+                return self.mapping(dict(zip(names, tuple.__iter__(value), strict=True)), depth)
+        base = next((base for base in _CONTAINERS if issubclass(kind, base)), kind)
+        length = base.__len__(value)  # type: ignore[attr-defined]
+        items = _snapshot(lambda: base.__iter__(value))  # type: ignore[attr-defined]
+        if items is None:
+            return _CHANGING
+        if issubclass(kind, (set, frozenset)) and all(type(item) is str for item in items):
+            items.sort()  # Each process has an order of its own for those.
         result: list[Any] = []
-        for item in list(islice(kind.__iter__(value), MAX_ITEMS)):
-            if self.full:
+        for item in items:
+            if self.nodes <= 0:
                 break
-            result.append(self.plain(item, depth + 1))
+            result.append(None)
+            self.place(result, len(result) - 1, item, depth + 1)
         if len(result) < length:
             result.append(_MARK.format(length - len(result), "items"))
         return result
 
-    def unusual(self, value: Any, depth: int) -> Any:
-        if isinstance(value, enum.Enum):
-            return self.plain(object.__getattribute__(value, "_value_"), depth + 1)
-        if isinstance(value, str):
-            return self.text(value)
-        if isinstance(value, (bool, int, float)):
-            return self.plain(int.__int__(value) if isinstance(value, int) else float.__float__(value), depth)
-        if isinstance(value, (dict, list, tuple, set, frozenset, deque)):
-            return self.container(value, depth)
-        if isinstance(value, (bytes, bytearray, memoryview)):
-            return self.binary(value)
-        if type(value) in _AS_TEXT:
-            return self.text(str(value))
-        if isinstance(value, type):
-            return (
-                f"<class {type.__getattribute__(value, '__module__')}.{type.__getattribute__(value, '__qualname__')}>"
-            )
-        if isinstance(value, (types.FunctionType, types.MethodType, types.BuiltinFunctionType)):
-            return f"<function {value.__qualname__}>"
-        if type(value).__module__.partition(".")[0] in _ARRAY_LIBRARIES:
-            return self.array(value)
-        fields = self.fields(value)
-        return _opaque(value) if fields is None else self.container(fields, depth)
+    def mapping(self, value: dict[Any, Any], depth: int) -> Any:
+        length = dict.__len__(value)
+        items = _snapshot(lambda: iter(dict.items(value)))
+        if items is None:
+            return _CHANGING
+        result: dict[str, Any] = {}
+        for key, item in items:
+            if self.nodes <= 0:
+                break
+            name = self.key(key)
+            while name in result:  # 1 and "1" are two keys of Python, and one of JSON.
+                name += "'"
+            if secrets.hides(name, item):
+                result[name] = secrets.MASK
+            else:
+                self.place(result, name, item, depth + 1)
+        if len(result) < length:
+            result[_MORE] = _MARK.format(length - len(result), "items")
+        return result
 
-    def binary(self, value: bytes | bytearray | memoryview) -> str:
-        size = value.nbytes if isinstance(value, memoryview) else len(value)
+    def key(self, key: Any) -> str:
+        kind = type(key)
+        if issubclass(kind, str):
+            return self.text(key, _MAX_KEY)
+        if kind is tuple:
+            return f"({', '.join(self.key(part) for part in islice(key, 8))})"[: 2 * _MAX_KEY]
+        if key is None or kind is bool or kind is float or (kind is int and key.bit_length() <= MAX_BITS):
+            return str(key)
+        return _opaque(key)
+
+    def exception(self, error: BaseException, kind: type, depth: int) -> Any:
+        result: dict[str, Any] = {"type": type_name(kind)}
+        arguments = _arguments_of(error)
+        self.place(result, "args", arguments, depth + 1)
+        return result
+
+    def binary(self, value: Any, kind: type) -> str:
+        base: Any = next(base for base in (bytes, bytearray, memoryview) if issubclass(kind, base))
+        size: int = value.nbytes if base is memoryview else base.__len__(value)
         if not self.media or size > self.limit:
             return f"<{size} bytes>"
-        return self.text(base64.b64encode(bytes(value)).decode("ascii"))
+        return base64.b64encode(base.__getitem__(value, slice(0, size))).decode("ascii")
 
-    def array(self, value: Any) -> Any:
-        """Arrays and tables by kind and shape; a scalar of such a library as its number."""
-        shape = getattr(value, "shape", None)
-        if shape == () and callable(getattr(value, "item", None)):
-            return self.plain(value.item(), MAX_DEPTH)
-        kind = getattr(value, "dtype", "")
-        return f"<{_type_name(value)} {shape} {kind}>".replace(" >", ">")
 
-    def fields(self, value: Any) -> dict[Any, Any] | None:
-        """The stored fields of a DSPy example or prediction, a pydantic model or a dataclass; else ``None``."""
-        stored = _instance_dict(value)
-        if stored is None:
-            return None
-        kind = type(value)
-        if type(stored.get("_store")) is dict:  # dspy.Example, dspy.Prediction and what derives from them
-            return stored["_store"]  # type: ignore[no-any-return]
-        for marker in ("__pydantic_fields__", "__dataclass_fields__"):
-            declared = next((vars(base)[marker] for base in kind.__mro__ if marker in vars(base)), None)
-            if isinstance(declared, dict):
-                return {name: stored[name] for name in islice(declared, MAX_ITEMS) if name in stored}
+def _snapshot(iterate: Callable[[], Iterator[Any]]) -> list[Any] | None:
+    """The first items of a container, or ``None`` if another thread never stops changing it."""
+    for _ in range(3):
+        try:
+            return list(islice(iterate(), MAX_ITEMS))
+        except RuntimeError:  # Changed during iteration.
+            continue
+    return None
+
+
+def moment(value: Any, kind: type) -> str:
+    """A date and time, or a time. A time zone class of the user's is not asked anything."""
+    if kind is datetime.datetime or kind is datetime.time:
+        zone = type(value.tzinfo)
+        if zone is type(None) or zone is datetime.timezone or _module_of(zone) in ("zoneinfo", "dateutil.tz.tz"):
+            return str(value)
+        return f"{value.replace(tzinfo=None)} <{type_name(zone)}>"
+    return str(value) if _library(kind) == "pandas" else f"<{type_name(kind)}>"
+
+
+def array(value: Any, kind: type) -> str:
+    """Arrays and tables by kind, shape and type of their elements."""
+    parts = [type_name(kind)]
+    for name in ("shape", "dtype"):
+        found = getattr(value, name, None)
+        if found is not None:
+            parts.append(str(found)[:200])
+    return f"<{' '.join(parts)}>"
+
+
+def fields(value: Any, kind: type) -> dict[Any, Any] | None:
+    """The stored fields of a DSPy example or prediction, pydantic model, dataclass or attrs class; else ``None``.
+
+    Those that a class keeps out of its own ``repr`` are left out here as well.
+    """
+    if kind is types.SimpleNamespace:
+        return _instance_dict(value)
+    declared: Any = None
+    for base in _bases_of(kind):
+        members = _members_of(base)
+        if _name_of(base) == "Example" and _module_of(base) == "dspy.primitives.example":
+            store = _instance_dict(value).get("_store")
+            return store if isinstance(store, dict) else None
+        for marker in ("__pydantic_fields__", "__dataclass_fields__", "__attrs_attrs__"):
+            if declared is None and marker in members:
+                declared = members[marker]
+    if isinstance(declared, tuple):
+        declared = {attribute.name: attribute for attribute in islice(declared, MAX_ITEMS)}
+    if not isinstance(declared, dict):
         return None
+    stored, result = _instance_dict(value), {}
+    for name, about in islice(dict.items(declared), MAX_ITEMS):
+        if getattr(about, "repr", True) is False or getattr(about, "exclude", None) is True:
+            continue
+        if name in stored:
+            result[name] = stored[name]
+        elif found := _slot(value, name):
+            result[name] = found[0]
+    extra = _slot(value, "__pydantic_extra__")
+    if extra and type(extra[0]) is dict:
+        result.update(islice(extra[0].items(), MAX_ITEMS))
+    return result
 
 
-def _fit(value: Any, longest: int) -> Any:
-    """``value`` with every string cut to ``longest`` characters, saying how much went."""
-    if isinstance(value, str):
-        if len(value) <= longest:
-            return value
-        return value[:longest] + _MARK.format(len(value) - longest, "characters")
-    if isinstance(value, dict):
-        return {key: _fit(item, longest) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_fit(item, longest) for item in value]
-    return value
-
-
-def _lengths(value: Any, into: list[int]) -> list[int]:
-    if isinstance(value, str):
-        into.append(len(value))
-    elif isinstance(value, dict):
-        for item in value.values():
-            _lengths(item, into)
-    elif isinstance(value, list):
-        for item in value:
-            _lengths(item, into)
-    return into
-
-
-def _share(lengths: list[int], budget: int) -> int:
-    """The longest string length at which all strings together fit: short ones stay whole, long ones share the rest."""
-    rest = budget
+def _share(lengths: Iterable[int], budget: int) -> int:
+    """The longest length at which all strings together fit: short ones stay whole, long ones share the rest."""
     ordered = sorted(lengths)
+    rest = budget
     for position, length in enumerate(ordered):
         share = rest // (len(ordered) - position)
         if length > share:
-            return max(share - _MARK_SIZE, 0)
+            return max(share - _MARK_SIZE, MIN_LIMIT)
         rest -= length
     return budget
 
 
+# --- fitting plain values into a number of bytes -------------------------------------------------------------------
+
+
+_ENCODER: Final = json.JSONEncoder(ensure_ascii=False, allow_nan=False, check_circular=False, separators=(",", ":"))
+
+
 def _encode(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    return _ENCODER.encode(value)
+
+
+def _bytes(text: str) -> int:
+    return len(text.encode("utf-8", "surrogatepass"))
+
+
+def _fit(value: Any, room: int) -> Any:
+    """``value`` so that its JSON takes at most ``room`` bytes (64 or more), saying what was cut.
+
+    Short parts stay whole, long ones share the room that is left; when there are too many, the last ones go.
+    """
+    if isinstance(value, str):
+        return _fit_text(value, room)
+    if isinstance(value, dict):
+        keys, items = list(value), list(value.values())
+        more = len(keys) > 0 and keys[-1] == _MORE
+        fixed = [_bytes(_encode(key)) + 2 for key in keys]
+    elif isinstance(value, list):
+        keys, items, fixed = [], value, [1] * len(value)
+        more = len(items) > 0
+    else:
+        return value
+    sizes = [_bytes(_encode(item)) for item in items]
+    room -= 2
+    if sum(sizes) + sum(fixed) <= room:
+        return value
+    least = [min(size, MIN_LIMIT) + around for size, around in zip(sizes, fixed, strict=True)]
+    kept, cut = len(items), 0
+    if sum(least) > room:
+        # What an earlier cut said is added to what this one says.
+        said = _MARKED_ITEMS.fullmatch(items[-1]) if more and isinstance(items[-1], str) else None
+        cut = int(said.group(1)) - 1 if said is not None else 0
+        room -= _MARK_SIZE
+        kept = sum(total <= room for total in accumulate(least))
+    left = room - sum(fixed[:kept])
+    share = max(_share_of(sizes[:kept], left), MIN_LIMIT)
+    fitted = [
+        item if size <= share else _fit(item, share) for item, size in zip(items[:kept], sizes[:kept], strict=True)
+    ]
+    mark = _MARK.format(len(items) - kept + cut, "items") if kept < len(items) else None
+    if isinstance(value, list):
+        return fitted if mark is None else [*fitted, mark]
+    result = dict(zip(keys, fitted, strict=False))
+    if mark is not None:
+        result[_MORE] = mark
+    return result
+
+
+def _share_of(sizes: list[int], room: int) -> int:
+    """The size to which the larger ones must shrink so that all fit."""
+    ordered = sorted(sizes)
+    for position, size in enumerate(ordered):
+        share = room // (len(ordered) - position)
+        if size > share:
+            return share
+        room -= size
+    return room
+
+
+def _fit_text(text: str, room: int) -> str:
+    cut_before = _MARKED.search(text, max(len(text) - _MARK_SIZE, 0))
+    shown, cut = text, 0
+    while (size := _bytes(_encode(shown))) > (room - _MARK_SIZE if cut else room):
+        whole = len(text) if cut_before is None else cut_before.start()
+        keep = min(len(shown) * max(room - _MARK_SIZE - 2, 0) // size, len(shown) - 1, whole)
+        shown, cut = shown[:keep], whole - keep + (0 if cut_before is None else int(cut_before.group(1)))
+    return shown + _MARK.format(cut, "characters") if cut else shown
+
+
+def _utf8(text: str) -> str:
+    """``text`` with lone surrogates replaced (OTLP carries UTF-8 only), and pairs joined."""
     try:
         text.encode("utf-8")
-    except UnicodeEncodeError:  # A lone surrogate: OTLP carries UTF-8 only.
-        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     return text
 
 
@@ -266,13 +497,13 @@ class Content:
     """How content becomes text, as one set of settings wants it.
 
     Args:
-        limit: most bytes (UTF-8) of one text.
+        limit: most bytes (UTF-8) of one text; at least 64.
         media: whether binary data is kept; else it is named by type and size.
         redact: a user's function from text to text, applied to each string.
     """
 
     def __init__(self, limit: int, media: bool = False, redact: Callable[[str], str] | None = None) -> None:
-        self.limit = limit
+        self.limit = max(limit, MIN_LIMIT)
         self.media = media
         self.redact = redact
 
@@ -286,31 +517,22 @@ class Content:
         """
         plain = self.plain(value)
         text = _encode(plain)
-        budget = self.limit
-        for _ in range(4):
-            size = len(text.encode("utf-8"))
-            if size <= self.limit:
-                return text
-            lengths = _lengths(plain, [])
-            # What is not string data (keys, quotes, escapes) stays; the strings get what is left.
-            fixed = max(len(text) - sum(lengths), 0)
-            ratio = max(size / max(len(text), 1), 1.0)
-            budget = int((budget - fixed) / ratio) - 16
-            text = _encode(_fit(plain, _share(lengths, max(budget, 0))))
-            budget = int(budget * 0.8)
-        return text if len(text.encode("utf-8")) <= self.limit else _encode(_MARK.format(len(text), "characters"))
+        # Four bytes is the most a character takes.
+        if 4 * len(text) > self.limit and _bytes(text) > self.limit:
+            text = _encode(_fit(plain, self.limit))
+        return _utf8(text)
 
     def plain(self, value: Any) -> Any:
         """``value`` as plain JSON values, bounded in depth, items and text, but not yet cut to the limit."""
-        return _Walk(self.limit, self.media, self.redact).plain(value)
+        return _Walk(self).run(value)
 
     def text(self, value: Any) -> str:
         """One piece of text (a string as it is, anything else as JSON), of at most ``limit`` bytes."""
-        if not isinstance(value, str):
+        if not issubclass(type(value), str):
             return self.json(value)
-        text = _Walk(self.limit, self.media, self.redact).text(value)
-        data = text.encode("utf-8", "replace")
+        text = _utf8(_Walk(self).text(value, self.limit))
+        data = text.encode("utf-8")
         if len(data) <= self.limit:
-            return data.decode("utf-8")
+            return text
         mark = _MARK.format(len(data) - self.limit + _MARK_SIZE, "bytes")
-        return data[: max(self.limit - _MARK_SIZE, 0)].decode("utf-8", "ignore") + mark
+        return data[: self.limit - _MARK_SIZE].decode("utf-8", "ignore") + mark

@@ -3,24 +3,31 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from opentelemetry import _logs, metrics, propagate, trace
+from opentelemetry import _logs, metrics, trace
+from opentelemetry._logs import NoOpLogger
 from opentelemetry.context import Context
 from opentelemetry.instrumentation.utils import is_instrumentation_enabled
-from opentelemetry.metrics import MeterProvider, NoOpMeterProvider
-from opentelemetry.trace import Span, TracerProvider
+from opentelemetry.metrics import MeterProvider, NoOpMeter, NoOpMeterProvider
+from opentelemetry.trace import ProxyTracer, Span, Tracer, TracerProvider
 
 from .. import semconv as names
 from ..config import Config
+from ..neighbours import Neighbours
 from ..version import __version__
 from .attributes import Attributes
 from .content import Content
 from .guard import failed
+from .ids import with_system_ids
 from .metrics import Metrics
+from .remote import read_context
+from .scope import SCOPE_KEY, current_scope
 
 _Result = TypeVar("_Result")
+_CARRIER = ("traceparent", "tracestate", "baggage")
 
 
 class Telemetry:
@@ -31,6 +38,7 @@ class Telemetry:
         tracer_provider: default, the global one (also one that is set later).
         meter_provider: likewise.
         logger_provider: likewise.
+        on_provider: told once which tracer provider it is, before the first span.
     """
 
     def __init__(
@@ -39,17 +47,40 @@ class Telemetry:
         tracer_provider: TracerProvider | None = None,
         meter_provider: MeterProvider | None = None,
         logger_provider: _logs.LoggerProvider | None = None,
+        on_provider: Callable[[TracerProvider], None] | None = None,
     ) -> None:
         self.config = config
+        self._on_provider = on_provider
         self.active = True
-        self.tracer = trace.get_tracer(names.SCOPE_NAME, __version__, tracer_provider, schema_url=names.SCHEMA_URL)
+        self.neighbours = Neighbours()
+        self._provider = tracer_provider
+        self._tracer: Tracer | None = None
         meters = meter_provider if config.metrics else NoOpMeterProvider()
-        self.metrics = Metrics(metrics.get_meter(names.SCOPE_NAME, __version__, meters, schema_url=names.SCHEMA_URL))
-        self.logger = _logs.get_logger(
-            names.SCOPE_NAME, __version__, logger_provider=logger_provider, schema_url=names.SCHEMA_URL
-        )
+        self.measuring = not isinstance(meters, NoOpMeterProvider)
+        self.metrics = self.safely("meter provider", None, self._make_metrics, meters) or Metrics(NoOpMeter("none"))
+        self.logger = self.safely("logger provider", None, self._make_logger, logger_provider) or NoOpLogger("none")
         self.content = Content(config.content_limit, config.capture_media, config.redact)
-        self.default_parent = parent_of_process()
+        self.default_parent = self.safely("parent of this process", None, parent_of_process)
+        self.default_scope = None if self.default_parent is None else current_scope(self.default_parent)
+
+    def _make_metrics(self, provider: MeterProvider | None) -> Metrics:
+        return Metrics(metrics.get_meter(names.SCOPE_NAME, __version__, provider, schema_url=names.SCHEMA_URL))
+
+    def _make_logger(self, provider: _logs.LoggerProvider | None) -> _logs.Logger:
+        return _logs.get_logger(names.SCOPE_NAME, __version__, logger_provider=provider, schema_url=names.SCHEMA_URL)
+
+    @property
+    def tracer(self) -> Tracer:
+        """Our tracer; of the global provider as soon as there is one."""
+        if self._tracer is not None:
+            return self._tracer
+        tracer = trace.get_tracer(names.SCOPE_NAME, __version__, self._provider, schema_url=names.SCHEMA_URL)
+        if isinstance(tracer, ProxyTracer):  # No provider has been set yet.
+            return tracer
+        if self._on_provider is not None:
+            self.safely("tracer provider", None, self._on_provider, self._provider or trace.get_tracer_provider())
+        self._tracer = with_system_ids(tracer)
+        return self._tracer
 
     @property
     def span_content(self) -> Content | None:
@@ -84,7 +115,12 @@ class Telemetry:
 
     def emit_event(self, name: str, attributes: Attributes, context: Context) -> None:
         """Emit a log event that belongs to the span in ``context``."""
-        self.logger.emit(event_name=name, attributes=attributes, context=context)
+        # A log record keeps its context until it is exported, and the scope in it would keep the program alive.
+        kept = Context({key: value for key, value in context.items() if key != SCOPE_KEY})
+        # As a record: SDKs before 1.38 do not take its parts as arguments.
+        self.logger.emit(
+            _logs.LogRecord(timestamp=time.time_ns(), event_name=name, attributes=attributes, context=kept)
+        )
 
     def add_event(self, span: Span | None, name: str, attributes: Attributes) -> None:
         """Add a span event, if the span is still open and recorded."""
@@ -97,10 +133,8 @@ def parent_of_process() -> Context | None:
 
     OpenTelemetry's "environment variables as context propagation carriers"; read once, when instrumentation starts.
     """
-    carrier = {
-        key: os.environ[key.upper()] for key in ("traceparent", "tracestate", "baggage") if key.upper() in os.environ
-    }
-    if not carrier:
+    carrier = {name: os.environ[name.upper()] for name in _CARRIER if os.environ.get(name.upper())}
+    if "traceparent" not in carrier:
         return None
-    context = propagate.extract(carrier, Context())
+    context = read_context(carrier, Context())
     return context if trace.get_current_span(context).get_span_context().is_valid else None

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import os
 import traceback
-from typing import Any
+from types import TracebackType
+from typing import Any, Final
 
 from .. import semconv as names
 from .attributes import Attributes
-from .content import Content
+from .content import Content, type_name
+
+_OURS: Final = os.path.dirname(os.path.dirname(__file__)) + os.sep
+_FRAMES: Final = 50
+_CHAIN: Final = 8
+_CAUSE: Final = "\nThe above exception was the direct cause of the following exception:\n\n"
+_CONTEXT: Final = "\nDuring handling of the above exception, another exception occurred:\n\n"
 
 
 def error_type(error: BaseException) -> str:
     """The class of ``error``, with its module unless it is a built-in one."""
-    kind = type(error)
-    return kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
+    return type_name(type(error))
 
 
 def exception_attributes(error: BaseException, content: Content | None) -> Attributes:
@@ -27,13 +34,63 @@ def exception_attributes(error: BaseException, content: Content | None) -> Attri
     attributes: Attributes = {names.EXCEPTION_TYPE: error_type(error)}
     if content is not None:
         attributes[names.EXCEPTION_MESSAGE] = content.text(message_of(error))
-        attributes[names.EXCEPTION_STACKTRACE] = content.text(
-            "".join(traceback.format_exception(type(error), error, error.__traceback__, limit=50))
-        )
+        attributes[names.EXCEPTION_STACKTRACE] = content.text(stack_trace(error, content))
     return attributes
 
 
 def message_of(error: BaseException) -> Any:
     """The message of ``error``: its only string argument as it is, otherwise ``str(error)``."""
-    arguments = error.args
-    return arguments[0] if len(arguments) == 1 and isinstance(arguments[0], str) else str(error)
+    try:
+        arguments = error.args
+        return arguments[0] if len(arguments) == 1 and isinstance(arguments[0], str) else str(error)
+    except Exception as problem:
+        return f"<{error_type(error)}: its message raises {error_type(problem)}>"
+
+
+def stack_trace(error: BaseException, content: Content) -> str:
+    """``error`` as Python prints it, from its first cause on.
+
+    Unlike :func:`traceback.format_exception` it is bounded (the 50 innermost frames of the 8 last exceptions), and
+    does not ask the user's objects for names that come close to a missing attribute.
+    """
+    parts: list[str] = []
+    seen: set[int] = set()
+    joint = ""
+    current: BaseException | None = error
+    while current is not None and id(current) not in seen and len(seen) < _CHAIN:
+        seen.add(id(current))
+        frames = traceback.format_list(traceback.extract_tb(current.__traceback__, limit=-_FRAMES))
+        title = "Traceback (most recent call last):\n" if frames else ""
+        message = content.text(message_of(current))
+        line = f"{error_type(current)}: {message}\n" if message else f"{error_type(current)}\n"
+        parts.append(f"{title}{''.join(frames)}{line}{joint}")
+        if current.__cause__ is not None:
+            current, joint = current.__cause__, _CAUSE
+        else:
+            current, joint = (None if current.__suppress_context__ else current.__context__), _CONTEXT
+    return "".join(reversed(parts))
+
+
+def hide_frames(error: BaseException) -> None:
+    """Take our frames out of the traceback of ``error``, before it is raised again.
+
+    DSPy's agents show the first frames of a failed tool's traceback to the LM: frames of ours would change the
+    prompt. Python 3.10 keeps a traceback apart from its exception while that is handled, and the outermost frame of
+    ours, the one that calls this, stays; :func:`without_our_frames` is for that.
+    """
+    error.__traceback__ = without_our_frames(error.__traceback__)
+
+
+def without_our_frames(found: TracebackType | None) -> TracebackType | None:
+    """A traceback, with the frames of this package unlinked."""
+    while found is not None and found.tb_frame.f_code.co_filename.startswith(_OURS):
+        found = found.tb_next
+    kept = found
+    while kept is not None:
+        following = kept.tb_next
+        while following is not None and following.tb_frame.f_code.co_filename.startswith(_OURS):
+            following = following.tb_next
+        if following is not kept.tb_next:
+            kept.tb_next = following
+        kept = following
+    return found

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
-import threading
 from collections.abc import Callable, Hashable
 from typing import Any, Final, TypeVar
 
@@ -12,8 +12,7 @@ from typing_extensions import ParamSpec
 
 _LOG = logging.getLogger("dspy_otel")
 _LIMIT: Final = 256
-_seen: set[Hashable] = set()
-_lock = threading.Lock()
+_seen: dict[Hashable, object] = {}
 _Result = TypeVar("_Result")
 _Arguments = ParamSpec("_Arguments")
 
@@ -26,11 +25,12 @@ def warn_once(cause: Hashable, message: str, *arguments: Any) -> None:
         message: a %-format; ``dspy-otel: `` is put before it.
         arguments: for the format. Never content of the user's program.
     """
-    with _lock:
-        if cause in _seen or len(_seen) >= _LIMIT:
-            return
-        _seen.add(cause)
-    _LOG.warning("dspy-otel: " + message, *arguments)
+    # No lock: a fork, a signal or a finalizer in the middle must find none. `setdefault` lets one thread through.
+    ticket = object()
+    if len(_seen) >= _LIMIT or _seen.setdefault(cause, ticket) is not ticket:
+        return
+    with contextlib.suppress(Exception):  # A handler or a filter of the user's may fail.
+        _LOG.warning("dspy-otel: " + message, *arguments)
 
 
 def failed(where: str, error: BaseException) -> None:
@@ -42,8 +42,7 @@ def failed(where: str, error: BaseException) -> None:
 
 def reset_warnings() -> None:
     """Forget which warnings were given, so that each may show again (after ``uninstrument()``, and in tests)."""
-    with _lock:
-        _seen.clear()
+    _seen.clear()
 
 
 def guarded(where: str) -> Callable[[Callable[_Arguments, _Result]], Callable[_Arguments, _Result | None]]:

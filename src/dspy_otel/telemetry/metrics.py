@@ -2,11 +2,40 @@
 
 from __future__ import annotations
 
-from opentelemetry.metrics import Counter, Histogram, Meter
+from typing import Any, Final
+
+from opentelemetry.context import Context
+from opentelemetry.metrics import Histogram, Meter
 
 from .. import semconv as names
 
 SCORE_BUCKETS = tuple(float(percent) for percent in range(0, 101, 10))
+TRIAL_SCORE_BUCKETS = (*(tenth / 10 for tenth in range(11)), *SCORE_BUCKETS[1:])
+
+
+# Not empty: the SDK takes an empty context for none, and uses the current one.
+_NOWHERE: Final = Context({"dspy_otel.nowhere": True})
+
+
+class WithoutExemplars:
+    """A counter or gauge that is recorded outside of any span.
+
+    Which measurement becomes the exemplar of a counter, the SDK decides by a draw from the ``random`` module: that
+    would change the random numbers of the program. Histograms keep exemplars, by bucket and without a draw.
+
+    Args:
+        instrument: an OpenTelemetry ``Counter`` or ``Gauge``.
+    """
+
+    def __init__(self, instrument: Any) -> None:
+        self._record = instrument.set if hasattr(instrument, "set") else instrument.add
+
+    def add(self, amount: float, attributes: Any = None, context: Context | None = None) -> None:
+        """Count ``amount``; the context is not passed on."""
+        self._record(amount, attributes, _NOWHERE)
+
+    set = add
+    """Set to ``amount``; the context is not passed on."""
 
 
 class Metrics:
@@ -24,8 +53,11 @@ class Metrics:
                 name, "s", description, explicit_bucket_boundaries_advisory=list(names.DURATION_BUCKETS)
             )
 
-        def count(name: str, unit: str, description: str) -> Counter:
-            return meter.create_counter(name, unit, description)
+        def count(name: str, unit: str, description: str) -> WithoutExemplars:
+            return WithoutExemplars(meter.create_counter(name, unit, description))
+
+        def gauge(name: str, unit: str, description: str) -> WithoutExemplars:
+            return WithoutExemplars(meter.create_gauge(name, unit, description))
 
         self.operation_duration = seconds(names.METRIC_OPERATION_DURATION, "Duration of LM and embedding calls")
         self.token_usage = meter.create_histogram(
@@ -46,4 +78,26 @@ class Metrics:
             "1",
             "Score of an evaluation, as DSPy reports it (percent)",
             explicit_bucket_boundaries_advisory=list(SCORE_BUCKETS),
+        )
+        self.optimizer_trials = count(names.METRIC_OPTIMIZER_TRIALS, "{trial}", "Candidates scored by an optimizer")
+        self.optimizer_trials_planned = gauge(
+            names.METRIC_OPTIMIZER_TRIALS_PLANNED, "{trial}", "Trials the current optimization is going to run"
+        )
+        self.optimizer_trial_score = meter.create_histogram(
+            names.METRIC_OPTIMIZER_TRIAL_SCORE,
+            "1",
+            "Score of a trial, as the optimizer reports it (percent, or a mean)",
+            explicit_bucket_boundaries_advisory=list(TRIAL_SCORE_BUCKETS),
+        )
+        self.optimizer_best_score = gauge(
+            names.METRIC_OPTIMIZER_BEST_SCORE, "1", "Best score so far of the current optimization"
+        )
+        self.optimizer_examples = count(names.METRIC_OPTIMIZER_EXAMPLES, "{example}", "Examples an optimizer evaluated")
+        self.optimizer_lm_calls = count(names.METRIC_OPTIMIZER_LM_CALLS, "{call}", "LM calls inside optimizations")
+        self.optimizer_cost = count(names.METRIC_OPTIMIZER_COST, "{USD}", "Billed cost of LM calls in optimizations")
+        self.optimizer_duration = meter.create_histogram(
+            names.METRIC_OPTIMIZER_DURATION,
+            "s",
+            "Duration of optimizations",
+            explicit_bucket_boundaries_advisory=list(names.SECONDS_OF_A_RUN),
         )

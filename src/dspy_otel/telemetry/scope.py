@@ -49,15 +49,15 @@ class Scope:
         role: what the LM calls below are for; ``None`` outside of evaluations and optimizations.
         totals: all running totals an LM call below adds to.
         notes: the operation's own scratch, written by hooks further down.
-        entering: a subclass's override was entered, and the base class's entry point is still to come.
+        override_of: the subclass whose override of the entry point opened this; ``None`` if that was no override.
         failed: identity of an exception that an inner operation has already recorded.
     """
 
     __slots__ = (
-        "entering",
         "failed",
         "kind",
         "notes",
+        "override_of",
         "owner",
         "parent",
         "paths",
@@ -90,7 +90,7 @@ class Scope:
         self.totals = totals
         self.span: Span | None = None
         self.notes: dict[str, Any] = {}
-        self.entering = False
+        self.override_of: type | None = None
         self.failed = 0
 
     def child(self, kind: str, owner: Any) -> Scope:

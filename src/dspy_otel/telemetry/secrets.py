@@ -2,80 +2,177 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 from typing import Any, Final
 
 MASK: Final = "[masked]"
 
+# --- by name -----------------------------------------------------------------------------------------------------
+# Names are compared in snake case: `X-Api-Key`, `apiKey` and `API_KEY` are all `api_key`.
+_ACRONYM: Final = re.compile(r"(?<=[A-Z])(?=[A-Z][a-z])|(?<=[a-z0-9])(?=[A-Z])")
+_SEPARATORS: Final = re.compile(r"[^a-z0-9]+")
 _SECRET_NAME: Final = re.compile(
-    r"(?:^|[_\-.])(?:api[_\-]?keys?|apikey|authorization|auth|access[_\-]?key(?:[_\-]?id)?|secret(?:s|[_\-].*)?|"
-    r"passw(?:or)?d|passphrase|credentials?|private[_\-]?key|cookie|set-cookie|bearer|"
-    r"(?:access|auth|refresh|session|id|security|bearer|hf|github|api)[_\-]?token|token)$",
+    r"(?:^|_)(?:"
+    r"api_?keys?|access_?key(?:_id)?|secret_?key|private_?key|subscription_key|signing_key|encryption_key|account_key|"
+    r"auth|authorization|authentication_token|x_auth|basic_auth|"
+    r"(?:client_|app_|shared_|webhook_|consumer_)?secrets?|secret_(?:access_key|token|id|value)|"
+    r"password|passwd|passphrase|pwd|credentials?|set_cookie|cookies?|bearer|jwt|"
+    r"(?:access|auth|refresh|session|security|bearer|hf|hub|github|gitlab|slack|api|id|csrf|oauth|personal_access)_token"
+    r")$"
+)
+# `token` alone is a word of language models too: under such a name, only what looks like a credential is masked.
+_DOUBTFUL_NAME: Final = re.compile(r"(?:^|_)(?:token|key|session|signature|dsn|connection_string)$")
+_CREDENTIAL: Final = re.compile(r"(?=[^0-9]*[0-9])(?=[^A-Za-z]*[A-Za-z])[\x21-\x7e]{16,}")
+_LONGEST_NAME: Final = 128
+
+# --- by look -----------------------------------------------------------------------------------------------------
+_RUN: Final = 15
+"""Keys are unbroken runs of at least this many letters, digits, ``_`` and ``-``; prose has few of those."""
+_RUN_BYTES: Final = b"x" * _RUN
+_RUN_TABLE: Final = bytes(
+    120 if byte < 128 and (chr(byte).isalnum() or chr(byte) in "_-") else 32 for byte in range(256)
+)
+_KEY: Final = re.compile(
+    r"(?<![A-Za-z0-9])(?:"
+    r"[srp]k-(?!learn)[\w\-]{12,}|[sr]k_(?:live|test)_\w{10,}|csk-\w{12,}|"
+    r"A(?:KIA|SIA|GPA|ROA|IDA)[0-9A-Z]{16}|AIza[\w\-]{30,}|"
+    r"gh[pousr]_\w{16,}|github_pat_\w{16,}|gl(?:pat|rt|dt)-[\w\-]{12,}|"
+    r"hf_[A-Za-z0-9]{12,}|gsk_[A-Za-z0-9]{12,}|xai-\w{12,}|nvapi-[\w\-]{12,}|pplx-\w{12,}|r8_\w{12,}|fw_\w{16,}|jina_\w{16,}|"
+    r"tvly-[\w\-]{10,}|"
+    r"lsv2_\w{12,}|dapi[0-9a-f]{32}|npm_\w{30,}|pypi-[\w\-]{16,}|xox[abeoprs]-[\w\-]{10,}|xapp-[\w\-]{10,}|"
+    r"whsec_\w{12,}|shpat_\w{12,}|dop_v1_\w{12,}|AGE-SECRET-KEY-\w{12,}"
+    r")"
+)
+_DOTTED: Final = re.compile(
+    # A JWT, also one that the end of the text cuts off; Google's OAuth tokens; SendGrid's keys.
+    r"eyJ[\w\-]{8,}(?:\.[\w\-]{8,}(?:\.[\w\-]*)?|\.?[\w\-]*\Z)|ya29\.[\w\-.]{12,}|SG\.[\w\-]{16,}\.[\w\-]{16,}"
+)
+_ASSIGNED: Final = re.compile(
+    r"""(?:api[_\- ]?key|subscription-key|access[_\- ]?key|account[_\- ]?key|secret|token|authorization|password|sig)"""
+    r"""\\?["']?\s?[:=]\s?\\?["']?(?:[A-Za-z]+\s)?\Z""",
     re.IGNORECASE,
 )
-_CAMEL: Final = re.compile(r"(?<=[a-z0-9])(?=[A-Z])")
-
-# A cheap `in` decides whether the pattern beside it is worth running: prompts are long and secrets rare.
+_TOKEN: Final = re.compile(r"[\w\-.~+/]+=*")
+# Each beside a cheap `in` that decides whether it is worth running; each begins with literal text, which is fast.
 _PATTERNS: Final = tuple(
-    (needle, re.compile(pattern))
-    for needle, pattern in (
-        ("sk-", r"\bsk-[A-Za-z0-9_\-]{12,}"),
-        ("Bearer ", r"(?<=Bearer )[A-Za-z0-9._~+/\-]{8,}=*"),
-        ("bearer ", r"(?<=bearer )[A-Za-z0-9._~+/\-]{8,}=*"),
-        ("Basic ", r"(?<=Basic )[A-Za-z0-9+/]{12,}=*"),
-        ("AKIA", r"\bAKIA[0-9A-Z]{16}\b"),
-        ("ASIA", r"\bASIA[0-9A-Z]{16}\b"),
-        ("AIza", r"\bAIza[0-9A-Za-z_\-]{30,}"),
-        ("gh", r"\bgh[pousr]_[A-Za-z0-9]{20,}"),
-        ("github_pat_", r"\bgithub_pat_[A-Za-z0-9_]{20,}"),
-        ("glpat-", r"\bglpat-[A-Za-z0-9_\-]{16,}"),
-        ("hf_", r"\bhf_[A-Za-z0-9]{16,}"),
-        ("gsk_", r"\bgsk_[A-Za-z0-9]{16,}"),
-        ("xai-", r"\bxai-[A-Za-z0-9]{16,}"),
-        ("nvapi-", r"\bnvapi-[A-Za-z0-9_\-]{16,}"),
-        ("pplx-", r"\bpplx-[A-Za-z0-9]{16,}"),
-        ("xox", r"\bxox[abprs]-[A-Za-z0-9\-]{10,}"),
-        ("eyJ", r"\beyJ[A-Za-z0-9_\-]{8,}\.[A-Za-z0-9_\-]{8,}\.[A-Za-z0-9_\-]*"),
-        ("PRIVATE KEY-----", r"-----BEGIN [A-Z ]*PRIVATE KEY-----[\s\S]*?(?:-----END [A-Z ]*PRIVATE KEY-----|\Z)"),
-        ("://", r"(?<=://)[^\s/:@\"']{0,128}:[^\s/@\"']{1,256}(?=@)"),
+    (needle, re.compile(pattern), replacement)
+    for needle, pattern, replacement in (
+        ("earer ", r"earer (?=\S*[0-9=~+_]|\S*[a-z][A-Z])[\w\-.~+/]{8,}=*", f"earer {MASK}"),
+        ("asic ", r"asic (?=\S*[0-9=]|\S*[a-z][A-Z])[A-Za-z0-9+/\-_]{12,}=*", f"asic {MASK}"),
+        (
+            "PRIVATE KEY",
+            r"PRIVATE KEY(?: BLOCK)?-----[\s\S]*?(?:-----END [A-Z ]{0,32}PRIVATE KEY(?: BLOCK)?-----|\Z)",
+            f"PRIVATE KEY-----{MASK}",
+        ),
+        ("://", r"://[^\s/:@\"'<>]{0,128}:[^\s/@\"'<>]{1,256}@", f"://{MASK}@"),
+        ("assword", r"assword((?:\\?[\"'])?[:=]\\?[\"']?|\\?[\"']: ?\\?[\"'])[^\s\"'&;,\\]{4,}", rf"assword\1{MASK}"),
     )
 )
 
-LONGEST: Final = 1024
-"""Text that is to be cut is looked at this much further first, so that no secret survives by being cut in two."""
-
+# --- by value ----------------------------------------------------------------------------------------------------
 _MIN_LENGTH: Final = 8
+_MAX_LENGTH: Final = 4096
 _MOST_KNOWN: Final = 64
+_LONGEST: Final = 1024
 _known: dict[str, None] = {}
+
+
+@functools.lru_cache(maxsize=2048)
+def _name_kind(name: str) -> int:
+    """2: holds a secret; 1: might hold one; 0: does not."""
+    plain = _SEPARATORS.sub("_", _ACRONYM.sub("_", name).lower()).strip("_")
+    return 2 if _SECRET_NAME.search(plain) else 1 if _DOUBTFUL_NAME.search(plain) else 0
 
 
 def is_secret_name(name: str) -> bool:
     """Whether a field, header, parameter or environment variable of this name holds a secret."""
-    if len(name) > 128:
+    return len(name) <= _LONGEST_NAME and _name_kind(name) == 2
+
+
+def hides(name: str, value: Any) -> bool:
+    """Whether ``value`` must be masked because of its name. "None" and "nothing" may be told.
+
+    Args:
+        name: name of the field, header or parameter.
+        value: what it holds; only looked at if it is exactly a ``str``.
+    """
+    if value is None or len(name) > _LONGEST_NAME or (type(value) is str and not value):
         return False
-    return _SECRET_NAME.search(_CAMEL.sub("_", name)) is not None
+    kind = _name_kind(name)
+    return kind == 2 or (kind == 1 and type(value) is str and _CREDENTIAL.fullmatch(value, 0, 4096) is not None)
 
 
 def remember(value: Any) -> None:
-    """Mask this very text wherever it shows from now on (an LM's own ``api_key``, for one)."""
-    if isinstance(value, str) and len(value) >= _MIN_LENGTH and value not in _known and len(_known) < _MOST_KNOWN:
-        _known[value] = None
+    """Mask this very text wherever it shows from now on (an LM's own ``api_key``, for one).
+
+    The 64 last ones are kept. Plain lower-case words (``anonymous``) and texts of less than 8 or more than 4,096
+    characters are not: masking such a word would blot out ordinary text.
+    """
+    if type(value) is not str or not _MIN_LENGTH <= len(value) <= _MAX_LENGTH or value in _known:
+        return
+    if value.isalpha() and value.islower() and len(value) < 20:
+        return
+    while len(_known) >= _MOST_KNOWN:
+        _known.pop(next(iter(tuple(_known))), None)
+    _known[value] = None
 
 
 def remember_environment() -> None:
     """Mask the values of environment variables whose names say that they hold a secret."""
     for name, value in os.environ.items():
-        if is_secret_name(name):
+        if is_secret_name(name) or hides(name, value):
             remember(value)
+
+
+def lookahead() -> int:
+    """How far text that is to be cut must be looked at beyond the cut, so that no secret survives by being cut."""
+    return max(_LONGEST, *map(len, tuple(_known))) if _known else _LONGEST
 
 
 def mask(text: str) -> str:
     """``text`` without the secrets that can be recognised in it."""
+    if len(text) < _MIN_LENGTH:
+        return text
     for known in tuple(_known):
         if known in text:
             text = text.replace(known, MASK)
-    for needle, pattern in _PATTERNS:
+    for needle, pattern, replacement in _PATTERNS:
         if needle in text:
-            text = pattern.sub(MASK, text)
-    return text
+            text = pattern.sub(replacement, text)
+    return _mask_runs(text) if len(text) >= _RUN else text
+
+
+def _mask_runs(text: str) -> str:
+    """Mask keys among the long unbroken runs of ``text``: much cheaper than a search for each prefix."""
+    runs = text.encode("ascii", "replace").translate(_RUN_TABLE)
+    start = runs.find(_RUN_BYTES)
+    if start < 0:
+        return text
+    pieces: list[str] = []
+    done = 0
+    while start >= 0:
+        end = runs.find(b" ", start)
+        end = len(text) if end < 0 else end
+        span = _secret_in_run(text, start, end)
+        if span is not None and span[1] > done:
+            pieces += (text[done : max(span[0], done)], MASK)
+            done = end = max(span[1], done)
+        start = runs.find(_RUN_BYTES, end)
+    return text if not pieces else "".join((*pieces, text[done:]))
+
+
+def _secret_in_run(text: str, start: int, end: int) -> tuple[int, int] | None:
+    """Where in the unbroken run from ``start`` to ``end``, and what belongs to it, a secret is."""
+    found = _KEY.search(text, start, end)
+    if found is not None:
+        return found.span()
+    for first in (start, start - 3, start - 5):
+        dotted = _DOTTED.match(text, first) if first >= 0 else None
+        if dotted is not None:
+            return dotted.span()
+    if _ASSIGNED.search(text[max(start - 48, 0) : start]) and _CREDENTIAL.match(text, start, end):
+        token = _TOKEN.match(text, start)
+        return token.span() if token is not None else None
+    return None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import time
+import types
 from collections.abc import Callable, Sequence
 from contextvars import Token
 from dataclasses import dataclass
@@ -29,7 +30,7 @@ from opentelemetry.trace import (
 from .. import semconv as names
 from .attributes import Attributes
 from .core import Telemetry
-from .errors import error_type, exception_attributes
+from .errors import error_type, exception_attributes, hide_frames
 from .guard import failed
 from .scope import SCOPE_KEY, Scope, current_scope
 
@@ -68,9 +69,26 @@ class Call:
         scope: its scope.
         context: OpenTelemetry context with both; for metrics (exemplars) and events.
         recording: whether anything set on the span is kept.
+        details: attributes collected since the start; set together at the end, which costs a span least.
+        outside: OpenTelemetry context around the call.
+        closed: whether the call has been closed.
     """
 
-    __slots__ = ("args", "context", "instance", "kwargs", "operation", "recording", "scope", "span", "started", "token")
+    __slots__ = (
+        "args",
+        "closed",
+        "context",
+        "details",
+        "instance",
+        "kwargs",
+        "operation",
+        "outside",
+        "recording",
+        "scope",
+        "span",
+        "started",
+        "token",
+    )
 
     operation: Operation
     instance: Any
@@ -80,8 +98,11 @@ class Call:
     scope: Scope
     context: Context
     recording: bool
+    details: Attributes
     started: float
     token: Token[Context] | None
+    outside: Context
+    closed: bool
 
 
 class Operation:
@@ -94,6 +115,18 @@ class Operation:
 
     def __init__(self, telemetry: Telemetry) -> None:
         self.telemetry = telemetry
+
+    def __init_subclass__(cls) -> None:
+        # What a subclass adds around opening and closing may fail like the rest of it.
+        if "open" in vars(cls):
+            cls.open = safe_open(cls.open)  # type: ignore[method-assign]
+        if "close" in vars(cls):
+            cls.close = safe_close(cls.close)  # type: ignore[method-assign]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A class that is pickled by value (by cloudpickle: DSPy's save_program, classes of `__main__`) takes our
+        # wrappers of its methods along. They arrive as wrappers that pass every call on, and need nothing of ours.
+        return types.SimpleNamespace, (), {"open": _NothingToRecord(), "fail": _NothingToRecord()}
 
     def start(self, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any], parent: Scope | None) -> Start | None:
         """What span to open for this call, or ``None`` for none."""
@@ -111,7 +144,9 @@ class Operation:
         """Metrics, totals and log events; asked for whether or not the span is recorded."""
 
     # --- opening and closing -------------------------------------------------------------------------------------
-    def open(self, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any], is_base: bool = True) -> Call | None:
+    def open(
+        self, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any], override_of: type | None = None
+    ) -> Call | None:
         """Open the span of a call and make it current, or give ``None`` when there is nothing to record."""
         telemetry = self.telemetry
         try:
@@ -119,14 +154,19 @@ class Operation:
                 return None
             surrounding = otel_context.get_current()
             parent = current_scope(surrounding)
-            if parent is not None and parent.entering and parent.owner is instance and parent.kind == self.kind:
-                # A subclass's override has opened the span and now calls the method it overrides.
-                parent.entering = not is_base
+            if parent is None:
+                telemetry.neighbours.look()
+                parent = telemetry.default_scope
+            elif (
+                parent.override_of not in (None, override_of) and parent.owner is instance and parent.kind == self.kind
+            ):
+                # A subclass's override has opened the span, and calls the method it overrides: once, or again and
+                # again. Coming back to that override itself is recursion, and another call.
                 return None
             start = self.start(instance, args, kwargs, parent)
             if start is None:
                 return None
-            return self._open(start, instance, args, kwargs, surrounding, entering=not is_base)
+            return self._open(start, instance, args, kwargs, surrounding, override_of)
         except Exception as error:
             failed(f"start of {self.kind}", error)
             return None
@@ -138,11 +178,11 @@ class Operation:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         surrounding: Context,
-        entering: bool = False,
+        override_of: type | None = None,
     ) -> Call:
         telemetry = self.telemetry
         scope = start.scope
-        scope.entering = entering
+        scope.override_of = override_of
         outside = surrounding
         if start.root:
             outside = set_span_in_context(INVALID_SPAN, surrounding)
@@ -156,6 +196,8 @@ class Operation:
         call.args = args
         call.kwargs = kwargs
         call.scope = scope
+        call.outside = surrounding
+        call.closed = False
         call.token = None
         call.span = telemetry.tracer.start_span(
             start.name,
@@ -169,11 +211,10 @@ class Operation:
         scope.span = call.span
         call.recording = call.span.is_recording()
         call.context = Context({**set_span_in_context(call.span, outside), SCOPE_KEY: scope})
+        call.details = {}
         if call.recording:
             try:
-                detail = self.detail(call)
-                if detail:
-                    call.span.set_attributes(detail)
+                call.details = self.detail(call)
             except Exception as error:
                 failed(f"detail of {self.kind}", error)
         call.token = otel_context.attach(call.context)
@@ -183,6 +224,7 @@ class Operation:
     def close(self, call: Call, result: Any, error: BaseException | None) -> None:
         """End the span of a call, and make current again what was current before."""
         seconds = time.perf_counter() - call.started
+        call.closed = True
         detach(call.token)
         try:
             self.measure(call, result, error, seconds)
@@ -192,11 +234,14 @@ class Operation:
             if call.recording:
                 if error is not None:
                     self.record_error(call, error)
-                attributes = self.result(call, result, error)
-                if attributes:
-                    call.span.set_attributes(attributes)
+                call.details.update(self.result(call, result, error))
         except Exception as problem:
             failed(f"result of {self.kind}", problem)
+        try:
+            if call.details:
+                call.span.set_attributes(call.details)
+        except Exception as problem:
+            failed("attributes of span", problem)
         try:
             call.span.end()
         except Exception as problem:
@@ -205,10 +250,16 @@ class Operation:
         if error is not None and parent is not None:
             parent.failed = id(error)
 
+    def fail(self, call: Call | None, error: BaseException) -> None:
+        """Close a call that raised, if it is recorded, and take our frames out of the traceback."""
+        if call is not None:
+            self.close(call, None, error)
+        hide_frames(error)
+
     def record_error(self, call: Call, error: BaseException) -> None:
         """Mark the span as failed. The exception itself is an event on the innermost span only."""
         span, content = call.span, self.telemetry.span_content
-        span.set_attribute(names.ERROR_TYPE, error_type(error))
+        call.details[names.ERROR_TYPE] = error_type(error)
         if call.scope.failed == id(error):
             span.set_status(_ERROR)
             return
@@ -218,46 +269,95 @@ class Operation:
         span.add_event(names.EVENT_EXCEPTION, attributes)
 
     # --- wrapping ------------------------------------------------------------------------------------------------
-    def wrap(self, original: Callable[..., Any], is_base: bool = True) -> Callable[..., Any]:
+    def wrap(self, original: Callable[..., Any], override_of: type | None = None) -> Callable[..., Any]:
         """A plain function in place of the method ``original``.
 
         Args:
             original: the unbound method.
-            is_base: whether it is the class's own entry point; ``False`` for an override in a subclass.
+            override_of: the subclass whose override of an entry point this is; ``None`` for the entry point itself.
         """
 
         @functools.wraps(original)
         def wrapper(self_: Any, /, *args: Any, **kwargs: Any) -> Any:
-            call = self.open(self_, args, kwargs, is_base)
-            if call is None:
-                return original(self_, *args, **kwargs)
+            call = self.open(self_, args, kwargs, override_of)
             try:
                 result = original(self_, *args, **kwargs)
             except BaseException as error:
-                self.close(call, None, error)
+                self.fail(call, error)
                 raise
-            self.close(call, result, None)
+            if call is not None:
+                self.close(call, result, None)
             return result
 
         return wrapper
 
-    def wrap_async(self, original: Callable[..., Any], is_base: bool = True) -> Callable[..., Any]:
+    def wrap_async(self, original: Callable[..., Any], override_of: type | None = None) -> Callable[..., Any]:
         """Like :meth:`wrap`, for a coroutine method."""
 
         @functools.wraps(original)
         async def wrapper(self_: Any, /, *args: Any, **kwargs: Any) -> Any:
-            call = self.open(self_, args, kwargs, is_base)
-            if call is None:
-                return await original(self_, *args, **kwargs)
+            call = self.open(self_, args, kwargs, override_of)
             try:
                 result = await original(self_, *args, **kwargs)
             except BaseException as error:
-                self.close(call, None, error)
+                self.fail(call, error)
                 raise
-            self.close(call, result, None)
+            if call is not None:
+                self.close(call, result, None)
             return result
 
         return wrapper
+
+
+def safe_open(method: Callable[..., Call | None]) -> Callable[..., Call | None]:
+    """An override of :meth:`Operation.open` that cannot raise, nor leave a context behind when it fails."""
+
+    @functools.wraps(method)
+    def open(
+        self: Operation, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any], override_of: type | None = None
+    ) -> Call | None:
+        before = otel_context.get_current()
+        try:
+            call = method(self, instance, args, kwargs, override_of)
+        except Exception as error:
+            failed(f"start of {self.kind}", error)
+            _return_to(before)
+            return None
+        if call is not None:
+            call.outside = before
+        return call
+
+    return open
+
+
+def safe_close(method: Callable[..., None]) -> Callable[..., None]:
+    """An override of :meth:`Operation.close` that cannot raise: when it fails, the call is closed all the same."""
+
+    @functools.wraps(method)
+    def close(self: Operation, call: Call, result: Any, error: BaseException | None) -> None:
+        current = otel_context.get_current()
+        try:
+            method(self, call, result, error)
+        except Exception as problem:
+            failed(f"end of {self.kind}", problem)
+            if not call.closed:
+                Operation.close(self, call, result, error)
+            if current is call.context:
+                _return_to(call.outside)
+
+    return close
+
+
+def _return_to(context: Context) -> None:
+    if otel_context.get_current() is not context:
+        otel_context.attach(context)
+
+
+class _NothingToRecord:
+    """Pickled as a function, by its code: always ``None``."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return types.FunctionType, ((lambda *_: None).__code__, {})
 
 
 def detach(token: Token[Context] | None) -> None:

@@ -27,12 +27,27 @@ class LMUsage:
 
 
 class Totals:
-    """Sums over LM calls, from any thread."""
+    """Sums over LM calls, from any thread.
 
-    __slots__ = ("_lock", "cache_hits", "calls", "cost", "input_tokens", "output_tokens", "priced", "unpriced")
+    Args:
+        by_role: keep sums for each role (task, proposer, ...) as well.
+    """
 
-    def __init__(self) -> None:
+    __slots__ = (
+        "_lock",
+        "cache_hits",
+        "calls",
+        "cost",
+        "input_tokens",
+        "output_tokens",
+        "priced",
+        "roles",
+        "unpriced",
+    )
+
+    def __init__(self, by_role: bool = False) -> None:
         self._lock = threading.Lock()
+        self.roles: dict[str, Totals] | None = {} if by_role else None
         self.calls = 0
         self.cache_hits = 0
         self.priced = 0
@@ -41,8 +56,13 @@ class Totals:
         self.output_tokens: int | None = None
         self.cost = 0.0
 
-    def add(self, usage: LMUsage) -> None:
-        """Count one finished LM call."""
+    def add(self, usage: LMUsage, role: str | None = None) -> None:
+        """Count one finished LM call.
+
+        Args:
+            usage: what it used.
+            role: what it was for, if that is known.
+        """
         with self._lock:
             self.calls += 1
             if usage.cache_hit:
@@ -56,19 +76,37 @@ class Totals:
                 self.input_tokens = (self.input_tokens or 0) + usage.input_tokens
             if usage.output_tokens is not None:
                 self.output_tokens = (self.output_tokens or 0) + usage.output_tokens
+            own = None
+            if self.roles is not None and role is not None:
+                own = self.roles.get(role)
+                if own is None:
+                    own = self.roles[role] = Totals()
+        if own is not None:
+            own.add(usage)
+
+    def by_role(self) -> dict[str, Totals]:
+        """The sums of each role that occurred."""
+        with self._lock:
+            return dict(self.roles or {})
 
     def attributes(self) -> Attributes:
-        """The totals as ``dspy.usage.*``; nothing at all when no LM was called."""
+        """The totals as ``dspy.usage.*`` (and ``dspy.usage.<role>.*``); nothing at all when no LM was called."""
+        result = self._attributes(names.USAGE_PREFIX)
+        for role, totals in self.by_role().items():
+            result.update(totals._attributes(f"{names.USAGE_PREFIX}{role}."))
+        return result
+
+    def _attributes(self, prefix: str) -> Attributes:
+        own = len(names.USAGE_PREFIX)
         with self._lock:
             if not self.calls:
                 return {}
-            result: Attributes = {names.USAGE_LM_CALLS: self.calls, names.USAGE_CACHE_HITS: self.cache_hits}
-            if self.input_tokens is not None:
-                result[names.USAGE_INPUT_TOKENS] = self.input_tokens
-            if self.output_tokens is not None:
-                result[names.USAGE_OUTPUT_TOKENS] = self.output_tokens
-            if self.priced:
-                result[names.USAGE_COST] = self.cost
-            if self.unpriced:
-                result[names.USAGE_UNPRICED_CALLS] = self.unpriced
-            return result
+            known: dict[str, int | float | None] = {
+                names.USAGE_LM_CALLS: self.calls,
+                names.USAGE_CACHE_HITS: self.cache_hits,
+                names.USAGE_INPUT_TOKENS: self.input_tokens,
+                names.USAGE_OUTPUT_TOKENS: self.output_tokens,
+                names.USAGE_COST: self.cost if self.priced else None,
+                names.USAGE_UNPRICED_CALLS: self.unpriced or None,
+            }
+        return {prefix + key[own:]: value for key, value in known.items() if value is not None}

@@ -3,13 +3,16 @@
 * :mod:`.exporter` - the OpenTelemetry exporter: where to write, failures, forks;
 * :mod:`.translate` - pure: finished spans to spans that MLflow shows well;
 * :mod:`.server` - the way to an MLflow server: OTLP and two REST calls, MLflow itself is not needed;
-* :mod:`.store` - the way into an embedded SQL store, in process.
-
-Run tracking (compile, trial and evaluate spans to MLflow runs) will live beside these, in ``runs.py``.
+* :mod:`.store` - the way into an embedded SQL store, in process;
+* :mod:`.runs` - optimizations and evaluations as MLflow runs while they happen: a span processor and its worker;
+* :mod:`.tree` - pure: compile, trial and evaluate spans to what should be in MLflow;
+* :mod:`.runs_server`, :mod:`.runs_store` - runs, links and scores on a server and in an embedded store;
+* :mod:`.load` - a program back from a run.
 """
 
 from __future__ import annotations
 
 from dspy_otel.exporters.mlflow.exporter import MLflowSpanExporter
+from dspy_otel.exporters.mlflow.load import load_best
 
-__all__ = ["MLflowSpanExporter"]
+__all__ = ["MLflowSpanExporter", "load_best"]

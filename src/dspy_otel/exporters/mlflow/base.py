@@ -103,3 +103,9 @@ def public_uri(uri: str) -> str:
     """Return ``uri`` without a user name or password, fit for a log line."""
     parts = urlsplit(uri)
     return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl() if "@" in parts.netloc else uri
+
+
+def first_line(error: Exception) -> str:
+    """Type and first line of an error: SQLAlchemy's go on with statements and parameters, which are content."""
+    lines = str(error).splitlines()
+    return f"{type(error).__name__}: {lines[0][:300] if lines else ''}"

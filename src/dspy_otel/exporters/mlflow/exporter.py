@@ -8,7 +8,7 @@ import threading
 import time
 import weakref
 from collections.abc import Sequence
-from typing import Final
+from typing import TYPE_CHECKING, Final
 from urllib.parse import urlsplit
 
 from opentelemetry.sdk.trace import ReadableSpan
@@ -16,6 +16,9 @@ from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
 
 from dspy_otel.exporters.mlflow.base import Destination, ExportError, WantedExperiment, public_uri
 from dspy_otel.exporters.mlflow.translate import translate
+
+if TYPE_CHECKING:
+    from dspy_otel.exporters.mlflow.runs import RunStore, RunTracker
 
 _logger = logging.getLogger(__name__)
 
@@ -42,11 +45,17 @@ class MLflowSpanExporter(SpanExporter):
         experiment: name or id of the experiment. Else ``MLFLOW_EXPERIMENT_ID``, else ``MLFLOW_EXPERIMENT_NAME``, else
             MLflow's default experiment (id 0). A name that does not exist is created.
         timeout: seconds for one request to a server, 60 by default.
+        runs: also record optimizations and evaluations as MLflow runs. The instrumentor sees to it when it makes its
+            first span: this exporter must be on the provider by then, in a batch or simple processor of the SDK.
 
     Credentials for a server are those MLflow's client reads: ``MLFLOW_TRACKING_USERNAME`` and
     ``MLFLOW_TRACKING_PASSWORD`` (or ``~/.mlflow/credentials``), ``MLFLOW_TRACKING_TOKEN``, the TLS variables
     ``MLFLOW_TRACKING_INSECURE_TLS``, ``MLFLOW_TRACKING_SERVER_CERT_PATH``, ``MLFLOW_TRACKING_CLIENT_CERT_PATH``, and
     ``MLFLOW_WORKSPACE``. ``OTEL_EXPORTER_OTLP_*`` belongs to another backend and is not read.
+
+    Attributes:
+        wants_runs: as ``runs``.
+        tracker: what records the runs, once there is one.
 
     No method raises. What goes wrong is logged once per cause on the logger ``dspy_otel.exporters.mlflow.exporter``.
     """
@@ -57,10 +66,13 @@ class MLflowSpanExporter(SpanExporter):
         *,
         experiment: str | int | None = None,
         timeout: float | None = None,
+        runs: bool = True,
     ) -> None:
         self._tracking_uri = tracking_uri
         self._experiment = None if experiment is None else str(experiment)
         self._timeout = timeout if timeout is not None and timeout > 0 else DEFAULT_TIMEOUT
+        self.wants_runs = runs
+        self.tracker: RunTracker | None = None
         # A relative store is meant from here, even if the program changes its directory before the first batch.
         self._directory = os.getcwd()
         self._lock = threading.Lock()
@@ -76,6 +88,9 @@ class MLflowSpanExporter(SpanExporter):
 
     def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
         """Deliver a batch; returns FAILURE, and never raises, when it could not be delivered."""
+        if self.tracker is not None:
+            # What ended since then has gone to the tracker, which loses nothing in a burst.
+            spans = [span for span in spans if (span.end_time or 0) < self.tracker.since]
         if not spans:
             return SpanExportResult.SUCCESS
         if self._stopped.is_set():
@@ -84,10 +99,7 @@ class MLflowSpanExporter(SpanExporter):
             self._lost += len(spans)
             return SpanExportResult.FAILURE
         try:
-            with self._lock:  # one connection set-up, and one writer for a SQL store
-                if self._destination is None:
-                    self._destination = self._connect()
-                self._destination.send(translate(spans))
+            self.write(spans)
         except ExportError as error:
             self._dead = error.permanent
             self._fail(error.cause, str(error), len(spans))
@@ -101,6 +113,17 @@ class MLflowSpanExporter(SpanExporter):
             self._lost = 0
         return SpanExportResult.SUCCESS
 
+    def write(self, spans: Sequence[ReadableSpan]) -> None:
+        """Deliver a batch.
+
+        Raises:
+            Exception: it could not be delivered.
+        """
+        with self._lock:  # one connection set-up, and one writer for a SQL store
+            if self._destination is None:
+                self._destination = self._connect()
+            self._destination.send(translate(spans))
+
     def shutdown(self) -> None:
         """Stop; spans that come later are refused. A second call does nothing."""
         if self._stopped.is_set():
@@ -108,6 +131,11 @@ class MLflowSpanExporter(SpanExporter):
         self._stopped.set()
         if self._lost:
             _logger.warning("Spans not written to MLflow: %d.", self._lost)
+        if self.tracker is None:
+            self.close()
+
+    def close(self) -> None:
+        """Release connections."""
         try:
             if self._destination is not None:
                 self._destination.close()
@@ -118,25 +146,58 @@ class MLflowSpanExporter(SpanExporter):
         """Nothing is buffered here, so there is nothing to do."""
         return True
 
+    def open_runs(self, stopped: threading.Event) -> RunStore:
+        """Open the way for runs to where the traces go, on a connection of its own.
+
+        Args:
+            stopped: set when the program ends; ends waiting between retries.
+
+        Raises:
+            ExportError: the store cannot be opened.
+        """
+        uri = self._uri()
+        if _is_server(uri):
+            from dspy_otel.exporters.mlflow.runs_server import ServerRuns
+            from dspy_otel.exporters.mlflow.server import MLflowServer
+
+            return ServerRuns(MLflowServer(uri, self._wanted_experiment(), self._timeout, stopped))
+        from dspy_otel.exporters.mlflow.runs_store import EmbeddedRuns
+
+        return EmbeddedRuns(uri, self._wanted_experiment())
+
+    def is_here(self, tracking_uri: str) -> bool:
+        """Whether ``tracking_uri`` is where this exporter writes."""
+        return _absolute(tracking_uri, self._directory).rstrip("/") == self._uri().rstrip("/")
+
     def _connect(self) -> Destination:
-        uri = self._tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")
-        if not uri:
-            uri = "sqlite:///mlflow.db"
+        uri = self._uri()
+        if not (self._tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")):
             path = os.path.join(self._directory, "mlflow.db")
             _logger.warning(
                 "MLFLOW_TRACKING_URI is not set: traces go to %s. To look at them: mlflow ui --backend-store-uri %s",
                 path,
-                _absolute(uri, self._directory),
+                uri,
             )
-        scheme = urlsplit(uri).scheme.split("+", 1)[0].lower()
-        if scheme in ("http", "https"):
+        if _is_server(uri):
             from dspy_otel.exporters.mlflow.server import MLflowServer
 
             return MLflowServer(uri, self._wanted_experiment(), self._timeout, self._stopped)
-        if scheme in _SQL_SCHEMES:
-            from dspy_otel.exporters.mlflow.store import EmbeddedStore
+        from dspy_otel.exporters.mlflow.store import EmbeddedStore
 
-            return EmbeddedStore(_absolute(uri, self._directory), self._wanted_experiment())
+        return EmbeddedStore(uri, self._wanted_experiment())
+
+    def _uri(self) -> str:
+        """The tracking URI, a relative sqlite path made absolute.
+
+        Raises:
+            ExportError: it is of a kind that cannot be used.
+        """
+        uri = self._tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
+        if _is_server(uri):
+            return uri
+        scheme = _scheme(uri)
+        if scheme in _SQL_SCHEMES:
+            return _absolute(uri, self._directory)
         if scheme in ("", "file") and not uri.startswith(("databricks", "uc")):
             raise ExportError(
                 "file store",
@@ -173,6 +234,14 @@ class MLflowSpanExporter(SpanExporter):
         self._lost = 0
         if self._destination is not None:
             self._destination.after_fork()
+
+
+def _scheme(uri: str) -> str:
+    return urlsplit(uri).scheme.split("+", 1)[0].lower()
+
+
+def _is_server(uri: str) -> bool:
+    return _scheme(uri) in ("http", "https")
 
 
 def _absolute(uri: str, directory: str) -> str:

@@ -50,11 +50,14 @@ class MLflowServer:
         experiment: where the traces go.
         timeout: seconds to wait for an answer to one request.
         stopped: set when the exporter shuts down; ends waiting between retries.
+
+    Attributes:
+        uri: the tracking URI.
     """
 
     def __init__(self, uri: str, experiment: WantedExperiment, timeout: float, stopped: threading.Event) -> None:
-        self._uri = uri.rstrip("/")
-        self._name = public_uri(self._uri)
+        self.uri = uri.rstrip("/")
+        self._name = public_uri(self.uri)
         self._wanted = experiment
         self._timeout = timeout
         self._stopped = stopped
@@ -68,11 +71,8 @@ class MLflowServer:
         Raises:
             ExportError: the server cannot be reached, refuses, or has no OTLP endpoint.
         """
-        if self._experiment_id is None:
-            self._check_version()
-            self._experiment_id = resolve_experiment(self._wanted, _RestExperiments(self))
         body = encode_spans(spans).SerializeToString()
-        headers = {"Content-Type": "application/x-protobuf", "x-mlflow-experiment-id": self._experiment_id}
+        headers = {"Content-Type": "application/x-protobuf", "x-mlflow-experiment-id": self.experiment_id()}
         if self._compress:
             body = gzip.compress(body, compresslevel=5)
             headers["Content-Encoding"] = "gzip"
@@ -93,6 +93,17 @@ class MLflowServer:
                 f"It needs MLflow {OLDEST_MLFLOW} or newer with a SQL store.",
             )
         raise self._refused(response)
+
+    def experiment_id(self) -> str:
+        """The id of the experiment; the first call checks the server's version and finds or creates it.
+
+        Raises:
+            ExportError: the server cannot be reached, or the experiment cannot be had.
+        """
+        if self._experiment_id is None:
+            self._check_version()
+            self._experiment_id = resolve_experiment(self._wanted, _RestExperiments(self))
+        return self._experiment_id
 
     def after_fork(self) -> None:
         """Drop the connections shared with the parent process."""
@@ -123,7 +134,7 @@ class MLflowServer:
             try:
                 response = self._session.request(
                     method,
-                    self._uri + path,
+                    self.uri + path,
                     headers={**_workspace(), **(headers or {})},
                     auth=_authorize,
                     timeout=(min(_CONNECT_TIMEOUT, self._timeout), self._timeout),
@@ -183,13 +194,13 @@ class MLflowServer:
     def _refused(self, response: requests.Response) -> ExportError:
         return ExportError(f"status {response.status_code}", f"MLflow at {self._name} refused: {_explain(response)}.")
 
-    def rest(self, method: str, path: str, **kwargs: Any) -> dict[str, Any] | None:
+    def rest(self, method: str, path: str, *, version: str = "2.0", **kwargs: Any) -> dict[str, Any] | None:
         """Call MLflow's REST API; None when what is asked for does not exist.
 
         Raises:
             ExportError: as :meth:`request`, or another refusal.
         """
-        response = self.request(method, "/api/2.0/mlflow/" + path, **kwargs)
+        response = self.request(method, f"/api/{version}/mlflow/{path}", **kwargs)
         if _error_code(response) == "RESOURCE_DOES_NOT_EXIST":
             return None
         try:

@@ -19,6 +19,7 @@ from dspy_otel.exporters.mlflow.base import (
     ExportError,
     FoundExperiment,
     WantedExperiment,
+    first_line,
     public_uri,
     resolve_experiment,
 )
@@ -31,6 +32,9 @@ class EmbeddedStore:
     Args:
         uri: SQLAlchemy URI of the store.
         experiment: where the traces go.
+
+    Attributes:
+        experiment_id: of that experiment.
 
     Raises:
         ExportError: MLflow is missing, too old, not the full package, or cannot open the store.
@@ -46,8 +50,8 @@ class EmbeddedStore:
             self._traces = TracingClient(uri)
             experiments = _ClientExperiments(MlflowClient(tracking_uri=uri))
         except Exception as error:
-            raise ExportError("store", f"MLflow cannot open {self._name}: {_first_line(error)}") from error
-        self._experiment_id = resolve_experiment(experiment, experiments)
+            raise ExportError("store", f"MLflow cannot open {self._name}: {first_line(error)}") from error
+        self.experiment_id = resolve_experiment(experiment, experiments)
 
     def send(self, spans: Sequence[ReadableSpan]) -> None:
         """Write a batch in one transaction.
@@ -56,9 +60,9 @@ class EmbeddedStore:
             ExportError: the store refused it.
         """
         try:
-            self._traces.log_spans(self._experiment_id, _to_mlflow(spans))
+            self._traces.log_spans(self.experiment_id, _to_mlflow(spans))
         except Exception as error:
-            raise ExportError("write", f"MLflow cannot write to {self._name}: {_first_line(error)}") from error
+            raise ExportError("write", f"MLflow cannot write to {self._name}: {first_line(error)}") from error
 
     def after_fork(self) -> None:
         """Forget the parent's database connections without closing them under it."""
@@ -141,10 +145,4 @@ class _ClientExperiments:
         try:
             return str(self._client.create_experiment(name))
         except Exception as error:
-            raise ExportError("experiment", f"MLflow did not create {name!r}: {_first_line(error)}") from error
-
-
-def _first_line(error: Exception) -> str:
-    """Type and first line of an error: SQLAlchemy's go on with statements and parameters, which are content."""
-    lines = str(error).splitlines()
-    return f"{type(error).__name__}: {lines[0][:300] if lines else ''}"
+            raise ExportError("experiment", f"MLflow did not create {name!r}: {first_line(error)}") from error

@@ -1,0 +1,70 @@
+"""COPRO: at each depth, new instructions are proposed for each predictor, and each of them is a trial."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, Final
+
+from .. import semconv as names
+from ..patching import Patches, resolve
+from ..telemetry.attributes import Attributes
+from .plan import Evaluation, Phase, Plan
+from .run import Run
+from .spans import current_run
+
+if TYPE_CHECKING:
+    from . import Optimizers
+
+
+class COPROPlan(Plan):
+    """Depth is told by the proposals so far: one for each predictor at each depth."""
+
+    def __init__(self, run: Run, instance: Any, arguments: Mapping[str, Any]) -> None:
+        super().__init__(run, instance, arguments)
+        self.proposals = 0
+        self.changed: Any = None
+        self.place: tuple[int, str | None] | None = None
+        self.index = 0
+
+    @property
+    def depth(self) -> int:
+        """The depth that is worked on, from 0 as in ``candidate_programs``."""
+        predictors = len(self.run.student.predictors()) if self.run.student is not None else 1
+        return max(self.proposals - 1, 0) // max(predictors, 1)
+
+    def module_phase(self, module: Any) -> Phase | None:
+        self.proposals += 1
+        return Phase(names.PHASE_PROPOSE, attributes={f"{names.TRIAL_PARAMS_PREFIX}depth": self.depth})
+
+    def params(self, about: Evaluation) -> Attributes:
+        found = (name for name, predictor in about.program.named_predictors() if predictor is self.changed)
+        predictor = next(found, None)
+        place = (self.depth, predictor)
+        self.index = self.index + 1 if place == self.place else 0
+        self.place = place
+        params: Attributes = {"depth": self.depth, "candidate": self.index}
+        if predictor is not None:
+            params["predictor"] = predictor
+        return params
+
+
+PLANS: Final[dict[str, type[Plan]]] = {"COPRO": COPROPlan}
+
+
+def patch(optimizers: Optimizers, patches: Patches) -> None:
+    """Which predictor a candidate changes."""
+
+    def note_change(original: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(original)
+        def wrapper(self_: Any, predictor: Any, *args: Any, **kwargs: Any) -> Any:
+            result = original(self_, predictor, *args, **kwargs)
+            run = optimizers.telemetry.safely("COPRO", None, current_run, optimizers.phases)
+            if run is not None and isinstance(run.plan, COPROPlan):
+                run.plan.changed = predictor
+            return result
+
+        return wrapper
+
+    owner = resolve("dspy.teleprompt.copro_optimizer", "COPRO")
+    patches.wrap(owner, "_set_signature", note_change, loses="which predictor a trial of COPRO changes")

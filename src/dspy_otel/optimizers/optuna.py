@@ -1,0 +1,51 @@
+"""BootstrapFewShotWithOptuna: bootstrap once, then one trial for each choice of demos."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, Final
+
+from ..patching import Patches, resolve
+from ..telemetry.attributes import Attributes
+from .plan import Evaluation, Plan
+from .run import Run
+from .spans import current_run
+
+if TYPE_CHECKING:
+    from . import Optimizers
+
+
+class OptunaPlan(Plan):
+    """Optuna's own trial says which demo each predictor got."""
+
+    def __init__(self, run: Run, instance: Any, arguments: Mapping[str, Any]) -> None:
+        super().__init__(run, instance, arguments)
+        self.trial: Any = None
+
+    def begin(self) -> None:
+        if isinstance(self.instance.num_candidate_sets, int):
+            self.run.plan_trials(self.instance.num_candidate_sets)
+
+    def params(self, about: Evaluation) -> Attributes:
+        return {} if self.trial is None else dict(self.trial.params)
+
+
+PLANS: Final[dict[str, type[Plan]]] = {"BootstrapFewShotWithOptuna": OptunaPlan}
+
+
+def patch(optimizers: Optimizers, patches: Patches) -> None:
+    """The parameters of each trial."""
+
+    def note_trial(original: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(original)
+        def wrapper(self_: Any, trial: Any, *args: Any, **kwargs: Any) -> Any:
+            run = optimizers.telemetry.safely("Optuna trial", None, current_run, optimizers.phases)
+            if run is not None and isinstance(run.plan, OptunaPlan):
+                run.plan.trial = trial
+            return original(self_, trial, *args, **kwargs)
+
+        return wrapper
+
+    owner = resolve("dspy.teleprompt.teleprompt_optuna", "BootstrapFewShotWithOptuna")
+    patches.wrap(owner, "objective", note_trial, loses="the parameters of BootstrapFewShotWithOptuna's trials")

@@ -1,0 +1,224 @@
+"""One optimization in flight: what it has tried, what came of it, and what it has spent."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Final
+
+from .. import semconv as names
+from ..telemetry.attributes import Attributes
+from ..telemetry.core import Telemetry
+from ..telemetry.scope import Scope
+from ..telemetry.totals import Totals
+
+if TYPE_CHECKING:
+    from .plan import Plan
+
+PERCENT: Final = "percent"
+MEAN: Final = "mean"
+"""Scales of an optimizer's scores: ``Evaluate``'s percent, or the plain mean of the metric."""
+
+_MOST_STATES: Final = 512
+
+
+@dataclass(frozen=True)
+class Scored:
+    """One finished trial.
+
+    Attributes:
+        number: from 1, in the order in which the run's trials began.
+        kind: ``baseline``, ``minibatch``, ``full``, ``sample`` or ``validation``.
+        candidate: ``dspy.program.id`` of what was scored.
+        score: on the optimizer's own scale, or ``None`` if there is none.
+        decides: whether its score counts for the best one.
+    """
+
+    number: int
+    kind: str
+    candidate: str | None
+    score: float | None
+    decides: bool
+
+
+@dataclass
+class Run:
+    """One optimization.
+
+    Attributes:
+        telemetry: where metrics go.
+        id: ``dspy.optimizer.run.id``.
+        name: the optimizer's class name.
+        scope: of the compile.
+        totals: of all LM calls inside, by role.
+        parent: the optimization that this one is a step of.
+        program_name: class of the program being optimized.
+        initial_id: its id before.
+        student: it.
+        plan: what is particular to this optimizer.
+    """
+
+    telemetry: Telemetry
+    id: str
+    name: str
+    scope: Scope
+    totals: Totals
+    parent: Run | None = None
+    program_name: str | None = None
+    initial_id: str | None = None
+    student: Any = None
+    plan: Plan = field(init=False)
+
+    live: ClassVar[int] = 0
+    """How many optimizations are running in this process. While none is, its hooks cost nothing."""
+    _live_lock: ClassVar[threading.Lock] = threading.Lock()
+
+    def __post_init__(self) -> None:
+        self._lock = threading.Lock()
+        self._numbers = 0
+        self._spent: dict[str, tuple[int, float]] = {}
+        self.finished: list[Scored] = []
+        self._of_candidate: dict[str, list[Scored]] = {}
+        self.best: Scored | None = None
+        self.baseline: float | None = None
+        self.accepted: int | None = None
+        self.rejected: int | None = None
+        self.planned: int | None = None
+        self.examples = 0
+        self.validation: Attributes = {}
+        self.states: dict[str, Any] = {}
+
+    @property
+    def root(self) -> Run:
+        """The outermost optimization around this one, or itself."""
+        return self if self.parent is None else self.parent.root
+
+    @classmethod
+    def enter(cls, change: int) -> None:
+        """Count a run that begins (1) or has ended (-1)."""
+        with cls._live_lock:
+            cls.live += change
+
+    # --- what happens -----------------------------------------------------------------------------------------------
+    def next_number(self) -> int:
+        """The number of the trial that begins now."""
+        with self._lock:
+            self._numbers += 1
+            return self._numbers
+
+    def plan_trials(self, count: int) -> None:
+        """Say how many trials there are going to be."""
+        self.planned = count
+        self.telemetry.metrics.optimizer_trials_planned.set(count, self.labels())
+
+    def verdict(self, accepted: bool) -> None:
+        """Count a candidate that the optimizer has accepted or rejected."""
+        with self._lock:
+            self.accepted = (self.accepted or 0) + accepted
+            self.rejected = (self.rejected or 0) + (not accepted)
+
+    def add_examples(self, count: int) -> None:
+        """Count evaluated examples, here and in the optimizations around this one."""
+        with self._lock:
+            self.examples += count
+        if self.parent is not None:
+            self.parent.add_examples(count)
+        else:
+            self.telemetry.metrics.optimizer_examples.add(count, self.labels())
+
+    def finish_trial(self, trial: Scored, failed: bool) -> tuple[bool, float | None]:
+        """Note a scored trial.
+
+        Args:
+            trial: what came of it.
+            failed: its evaluation raised.
+
+        Returns:
+            Whether it is the best so far, and the best score so far.
+        """
+        with self._lock:
+            self.finished.append(trial)
+            if trial.candidate is not None:
+                self._of_candidate.setdefault(trial.candidate, []).append(trial)
+            if trial.kind == names.TRIAL_BASELINE and self.baseline is None:
+                self.baseline = trial.score
+            is_best = trial.decides and (self.best is None or (trial.score or 0.0) > (self.best.score or 0.0))
+            if is_best:
+                self.best = trial
+            best = None if self.best is None else self.best.score
+        metrics, labels = self.telemetry.metrics, self.labels()
+        outcome = names.OUTCOME_FAILED if failed else names.OUTCOME_SCORED
+        counted = {**labels, names.TRIAL_KIND: trial.kind, names.TRIAL_OUTCOME: outcome}
+        metrics.optimizer_trials.add(1, counted)
+        if trial.score is not None:
+            metrics.optimizer_trial_score.record(trial.score, {**labels, names.TRIAL_KIND: trial.kind})
+        if is_best and best is not None:
+            metrics.optimizer_best_score.set(best, labels)
+        self.report_spending()
+        return is_best, best
+
+    def report_spending(self) -> None:
+        """Bring the metrics of LM calls and cost up to date. A nested run's are its root's."""
+        run = self.root
+        for role, totals in run.totals.by_role().items():
+            with run._lock:
+                calls, cost = run._spent.get(role, (0, 0.0))
+                new_calls, new_cost = totals.calls - calls, totals.cost - cost
+                run._spent[role] = (calls + new_calls, cost + new_cost)
+            labels = {**run.labels(), names.LM_ROLE: role}
+            if new_calls:
+                run.telemetry.metrics.optimizer_lm_calls.add(new_calls, labels)
+            if new_cost > 0:
+                run.telemetry.metrics.optimizer_cost.add(new_cost, labels)
+
+    # --- what is known ----------------------------------------------------------------------------------------------
+    def labels(self) -> Attributes:
+        """Low-cardinality attributes of the run's metrics."""
+        labels: Attributes = {names.OPTIMIZER_NAME: self.name}
+        if self.program_name is not None:
+            labels[names.PROGRAM_NAME] = self.program_name
+        return labels
+
+    def trial_of(self, candidate: str | None) -> Scored | None:
+        """The trial that best speaks for a candidate: the best-scored of those that decide, else the last one."""
+        own = self._of_candidate.get(candidate, []) if candidate is not None else []
+        deciding = [trial for trial in own if trial.decides]
+        if deciding:
+            return max(deciding, key=lambda trial: (trial.score or 0.0, -trial.number))
+        return own[-1] if own else None
+
+    def remember_state(self, candidate: str, state: Any) -> bool:
+        """Keep a candidate's state, to compare its children with. ``False`` if it was known already."""
+        with self._lock:
+            if candidate in self.states:
+                return False
+            if len(self.states) >= _MOST_STATES:
+                self.states.pop(next(iter(self.states)))
+            self.states[candidate] = state
+            return True
+
+    def attributes(self) -> Attributes:
+        """What a compile span says at its end."""
+        known: dict[str, Any] = {
+            names.OPTIMIZER_TRIALS_DONE: len(self.finished) or None,
+            names.OPTIMIZER_TRIALS_PLANNED: self.planned,
+            names.OPTIMIZER_TRIALS_ACCEPTED: self.accepted,
+            names.OPTIMIZER_TRIALS_REJECTED: self.rejected,
+            names.OPTIMIZER_EXAMPLES_EVALUATED: self.examples or None,
+            names.OPTIMIZER_BASELINE_SCORE: self.baseline,
+            names.OPTIMIZER_BEST_SCORE: None if self.best is None else self.best.score,
+            names.OPTIMIZER_SCORE_SCALE: self.plan.scale if self.finished else None,
+        }
+        if self.baseline is not None and self.best is not None and self.best.score is not None:
+            known[names.OPTIMIZER_GAIN] = round(self.best.score - self.baseline, 9)
+        return {**self.validation, **{key: value for key, value in known.items() if value is not None}}
+
+
+def run_of(scope: Scope | None) -> Run | None:
+    """The optimization that ``scope`` is inside of: the innermost one."""
+    while scope is not None:
+        if scope.kind == "compile":
+            run = scope.notes.get("run")
+            return run if isinstance(run, Run) else None
+        scope = scope.parent
+    return None

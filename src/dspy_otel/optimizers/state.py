@@ -1,0 +1,90 @@
+"""A candidate's state in full, and what sets it apart from its parent. Content: only behind the content switch."""
+
+from __future__ import annotations
+
+import json
+from typing import Any, Final
+
+from .. import semconv as names
+from ..telemetry.attributes import Attributes
+from ..telemetry.content import Content
+from ..telemetry.core import Telemetry
+
+MOST: Final = 256 * 1024
+"""Bytes of a saved state that may be recorded whatever the content limit: a cut one cannot be loaded."""
+
+
+def state_of(program: Any) -> dict[str, Any]:
+    """Instructions, field prefixes and demos of every predictor by name.
+
+    Plain copies: optimizers change programs in place.
+    """
+    return {
+        name: {
+            "instructions": predictor.signature.instructions,
+            "prefixes": {
+                field: (info.json_schema_extra or {}).get("prefix")
+                for field, info in predictor.signature.fields.items()
+            },
+            "demos": [dict(demo) if hasattr(demo, "keys") else demo for demo in predictor.demos],
+        }
+        for name, predictor in program.named_predictors()
+    }
+
+
+def differences(parent: dict[str, Any], child: dict[str, Any]) -> dict[str, Any]:
+    """What changed from ``parent`` to ``child``, by predictor.
+
+    Returns:
+        For each changed predictor: ``instructions`` and ``prefixes`` with ``before`` and ``after``; ``demos`` with
+        those ``added`` and the number ``removed``. Empty when nothing changed.
+    """
+    changes: dict[str, Any] = {}
+    for name, state in child.items():
+        before = parent.get(name, {"instructions": None, "prefixes": None, "demos": []})
+        change: dict[str, Any] = {
+            part: {"before": before[part], "after": state[part]}
+            for part in ("instructions", "prefixes")
+            if state[part] != before[part]
+        }
+        added = [demo for demo in state["demos"] if demo not in before["demos"]]
+        removed = sum(demo not in state["demos"] for demo in before["demos"])
+        if added or removed:
+            change["demos"] = {"added": added, "removed": removed}
+        if change:
+            changes[name] = change
+    return changes
+
+
+def saved(program: Any) -> dict[str, Any]:
+    """What ``program.save("x.json")`` writes, and ``program.load`` takes."""
+    from dspy.utils.saving import get_dependency_versions
+
+    return {**program.dump_state(), "metadata": {"dependency_versions": get_dependency_versions()}}
+
+
+def put_state(telemetry: Telemetry, attributes: Attributes, program: Any, key: str = names.PROGRAM_STATE) -> None:
+    """Add a program's saved state under ``key``, if content may be on spans.
+
+    ``<key>.complete`` is False beside it when the text is not the whole state: cut, masked or redacted.
+    """
+    if telemetry.config.content_on_spans:
+        nothing: Attributes = {}
+        attributes.update(telemetry.safely("program state", nothing, _state_attributes, telemetry, program, key))
+
+
+def _state_attributes(telemetry: Telemetry, program: Any, key: str) -> Attributes:
+    state = saved(program)
+    content = telemetry.content
+    text = Content(max(content.limit, MOST), content.media, content.redact).json(state)
+    attributes: Attributes = {key: text}
+    if not _is_whole(state, text):
+        attributes[key + names.STATE_COMPLETE] = False
+    return attributes
+
+
+def _is_whole(state: dict[str, Any], text: str) -> bool:
+    try:
+        return bool(json.loads(json.dumps(state)) == json.loads(text))
+    except (TypeError, ValueError):  # not even DSPy could save it as JSON
+        return False

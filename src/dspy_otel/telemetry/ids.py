@@ -1,0 +1,38 @@
+"""Span and trace ids that leave the ``random`` module alone.
+
+The SDK's default generator draws from the module's shared state. A program that calls ``random.seed()`` would get
+other numbers when it is watched, and the same ids in each of its runs.
+"""
+
+from __future__ import annotations
+
+import os
+
+from opentelemetry.trace import Tracer
+
+
+class SystemIds:
+    """Ids from the operating system's randomness; the interface of the SDK's ``IdGenerator``. Fork-safe."""
+
+    def generate_span_id(self) -> int:
+        """A new span id: 64 bits, never 0."""
+        return int.from_bytes(os.urandom(8), "big") or 1
+
+    def generate_trace_id(self) -> int:
+        """A new trace id: 128 bits, never 0."""
+        return int.from_bytes(os.urandom(16), "big") or 1
+
+    def is_trace_id_random(self) -> bool:
+        """Whether the ids are evenly distributed, as samplers and W3C's ``random`` flag want them."""
+        return True
+
+
+def with_system_ids(tracer: Tracer) -> Tracer:
+    """``tracer``, with :class:`SystemIds` if it would use the SDK's default generator. A user's own is kept.
+
+    The tracer is ours alone: providers keep one for each instrumentation scope.
+    """
+    kind = type(getattr(tracer, "id_generator", None))
+    if kind.__name__ == "RandomIdGenerator" and kind.__module__.startswith("opentelemetry.sdk."):
+        tracer.id_generator = SystemIds()  # type: ignore[attr-defined]
+    return tracer

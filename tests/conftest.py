@@ -1,0 +1,119 @@
+"""Fixtures of every test: a clean DSPy, a clean environment, and an in-memory OpenTelemetry SDK."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+# Both are read when DSPy and LiteLLM are imported.
+os.environ.setdefault("LITELLM_LOCAL_MODEL_COST_MAP", "True")
+os.environ.setdefault("DSPY_CACHEDIR", tempfile.mkdtemp(prefix="dspy-otel-tests-"))
+
+from dspy_otel import DSPyInstrumentor
+from dspy_otel.telemetry import guard, secrets
+from tests.support.openai_server import OpenAIServer, openai_server
+from tests.support.spans import Recorder
+
+_FOREIGN_SETTINGS = re.compile(
+    r"^(OTEL_|MLFLOW_|TRACEPARENT$|TRACESTATE$|BAGGAGE$|DSPY_(?!CACHEDIR$))|_API_KEY$|_API_BASE$|_BASE_URL$"
+)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    # Its own `dest`: a snapshot plugin may be installed beside us.
+    parser.addoption(
+        "--update-snapshots",
+        action="store_true",
+        dest="write_snapshots",
+        help="write snapshots instead of comparing with them",
+    )
+
+
+@pytest.fixture(autouse=True)
+def isolated(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """No setting, cache entry, history or warning passes from one test to the next."""
+    for name in list(os.environ):
+        if _FOREIGN_SETTINGS.search(name):
+            monkeypatch.delenv(name)
+    guard.reset_warnings()
+    secrets._known.clear()
+    _reset_dspy()
+    yield
+    instrumentor = DSPyInstrumentor()
+    if instrumentor.is_instrumented_by_opentelemetry:
+        instrumentor.uninstrument()
+    _reset_dspy()
+
+
+def _reset_dspy() -> None:
+    dspy = sys.modules.get("dspy")
+    if dspy is None or not hasattr(dspy, "configure_cache"):
+        return
+    settings = sys.modules["dspy.dsp.utils.settings"]
+    settings.main_thread_config.clear()
+    settings.main_thread_config.update(
+        {**settings.DEFAULT_CONFIG, "trace": [], "callbacks": [], "stream_listeners": []}
+    )
+    settings.config_owner_thread_id = None
+    settings.config_owner_async_task = None
+    sys.modules["dspy.clients.base_lm"].GLOBAL_HISTORY.clear()
+    dspy.configure_cache(enable_disk_cache=False, enable_memory_cache=True)
+
+
+@pytest.fixture
+def telemetry() -> Iterator[Recorder]:
+    """An in-memory SDK: `telemetry.instrument(**options)` switches on, the end of the test switches off."""
+    recorder = Recorder()
+    yield recorder
+    recorder.shutdown()
+
+
+@pytest.fixture
+def snapshot(request: pytest.FixtureRequest) -> Callable[..., None]:
+    """``snapshot(text)`` or ``snapshot(text, name)``: compare with ``snapshots/<name>.txt`` beside the test.
+
+    Default name: the test's. A file ``<name>.dspy33.txt`` holds where DSPy 3.3 differs.
+    """
+    update = request.config.getoption("write_snapshots")
+    directory = Path(request.path).parent / "snapshots"
+
+    def compare(text: str, name: str | None = None) -> None:
+        from importlib.metadata import version
+
+        stem = re.sub(r"[^\w.-]+", "-", name or request.node.name.removeprefix("test_")).strip("-")
+        common, older = directory / f"{stem}.txt", directory / f"{stem}.dspy33.txt"
+        is_older = version("dspy").startswith("3.3.")
+        text = text.rstrip() + "\n"
+        if update:
+            directory.mkdir(exist_ok=True)
+            if not is_older or not common.exists():
+                common.write_text(text, encoding="utf-8")
+            elif common.read_text(encoding="utf-8") == text:
+                older.unlink(missing_ok=True)
+            else:
+                older.write_text(text, encoding="utf-8")
+            return
+        place = older if is_older and older.exists() else common
+        assert place.exists(), f"no snapshot {place.name}; write it with --update-snapshots and read it"
+        expected = place.read_text(encoding="utf-8")
+        if text != expected:
+            lines = difflib.unified_diff(
+                expected.splitlines(), text.splitlines(), place.name, "exported", lineterm="", n=4
+            )
+            pytest.fail("\n".join(lines), pytrace=False)
+
+    return compare
+
+
+@pytest.fixture
+def server() -> Iterator[OpenAIServer]:
+    """A localhost OpenAI-compatible server; `server.lm()` is a `dspy.LM` on it."""
+    with openai_server() as running:
+        yield running

@@ -1,0 +1,1 @@
+"""Each DSPy operation, watched whole: snapshots of every exported span."""

@@ -1,0 +1,196 @@
+"""`dspy.program.id`: the same for the same state, however it came about, and another one for another state."""
+
+from __future__ import annotations
+
+import copy
+import datetime
+
+import dspy
+import pydantic
+import pytest
+
+from dspy_otel import program_id
+from dspy_otel.operations.program import Programs
+
+from .common import Research, dummy
+
+
+class City(pydantic.BaseModel):
+    name: str
+    sights: list[str] = []
+    walk: datetime.timedelta = datetime.timedelta(hours=25)  # saved as "P1DT1H"
+
+
+def with_demos():
+    program = Research()
+    for number, (_, predictor) in enumerate(program.named_predictors()):
+        predictor.demos = [
+            dspy.Example(question=f"q{number}", query="a", city=City(name="Bern", sights=["bears"]), n=[1, {"a": 2.5}]),
+            {"question": "plain dictionary", "query": "b", "augmented": True},
+        ]
+    return program
+
+
+def test_equal_after_save_and_load_of_the_state(tmp_path):
+    program = with_demos()
+    program.save(tmp_path / "state.json")
+    loaded = Research()
+    assert program_id(loaded) != program_id(program)
+    loaded.load(tmp_path / "state.json")
+    assert program_id(loaded) == program_id(program)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_equal_after_save_and_load_of_the_whole_program(tmp_path):
+    program = with_demos()
+    program.save(tmp_path / "program", save_program=True)
+    options = {"allow_pickle": True} if "allow_pickle" in dspy.load.__code__.co_varnames else {}
+    assert program_id(dspy.load(str(tmp_path / "program"), **options)) == program_id(program)
+
+
+def test_equal_for_copies():
+    program = with_demos()
+    assert program_id(program.deepcopy()) == program_id(copy.deepcopy(program)) == program_id(program)
+    assert program_id(Research()) == program_id(Research()) == program_id(program.reset_copy())
+
+
+def change_instructions(program):
+    predictor = program.check
+    predictor.signature = predictor.signature.with_instructions("Be strict.")
+
+
+def change_instructions_in_place(program):
+    program.check.signature.instructions = "Be strict."
+
+
+def add_demo(program):
+    program.check.demos.append(dspy.Example(answer="a", good=True))
+
+
+def remove_demo(program):
+    program.check.demos.pop()
+
+
+def change_demo(program):
+    program.check.demos[0]["question"] = "another"
+
+
+def change_dictionary_demo(program):
+    program.check.demos[1]["question"] = "another"
+
+
+def change_model_in_demo(program):
+    program.check.demos[0]["city"].name = "Basel"
+
+
+def change_list_in_model_in_demo(program):
+    program.check.demos[0]["city"].sights.append("clock")
+
+
+def change_number_in_nested_demo(program):
+    program.check.demos[0]["n"][1]["a"] = 3
+
+
+def change_field_description(program):
+    program.check.signature = program.check.signature.with_updated_fields("good", desc="whether it is good")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        change_instructions,
+        change_instructions_in_place,
+        add_demo,
+        remove_demo,
+        change_demo,
+        change_dictionary_demo,
+        change_model_in_demo,
+        change_list_in_model_in_demo,
+        change_number_in_nested_demo,
+        change_field_description,
+    ],
+    ids=lambda change: change.__name__,
+)
+def test_every_change_is_seen_through_the_cache(change):
+    program, programs = with_demos(), Programs()
+    before = programs.find(program).id
+    assert before == program_id(program)
+    assert programs.find(program).id == before
+    change(program)
+    after = programs.find(program).id
+    assert after == program_id(program)
+    assert after != before
+
+
+def test_settings_that_are_no_state_do_not_count(telemetry):
+    program = with_demos()
+    before = program_id(program)
+    program.set_lm(dummy({"answer": "a"}))
+    program.check.traces.append("x")
+    program.history.append("x")
+    assert program_id(program) == before
+
+
+def test_program_without_predictors_has_none(telemetry):
+    class Bare(dspy.Module):
+        def forward(self):
+            return 1
+
+    telemetry.instrument()
+    Bare()()
+    assert "dspy.program.id" not in telemetry.spans[0].attributes
+    assert program_id(Bare()) is None
+
+
+def test_flex_is_known_by_its_source():
+    one, same, other = (dspy.Flex("question -> answer") for _ in range(3))
+    programs = Programs()
+    before = programs.find(other).id
+    assert program_id(one) == program_id(same) == before
+    other._module_src = other.module_src + "\n# rewritten"
+    assert programs.find(other).id == program_id(other) != before
+
+
+ROWS = [
+    dspy.Example(question=f"q{n}", city=City(name=f"city {n}", sights=["a", "b"])).with_inputs("question")
+    for n in range(4)
+]
+
+
+class Guide(dspy.Module):
+    def __init__(self):
+        super().__init__()
+        self.ask = dspy.Predict(
+            dspy.Signature({"question": (str, dspy.InputField()), "city": (City, dspy.OutputField())})
+        )
+
+    def forward(self, question):
+        return self.ask(question=question)
+
+
+@pytest.mark.parametrize("optimizer", ["LabeledFewShot", "BootstrapFewShot"])
+def test_candidate_winner_and_production_share_the_id(telemetry, tmp_path, optimizer):
+    """What was evaluated, what is saved, and what runs after loading is one program."""
+    telemetry.instrument()
+    answers = [{"city": row.city.model_dump_json()} for row in ROWS] * 3
+    with dspy.context(lm=dummy(*answers)):
+        if optimizer == "LabeledFewShot":
+            compiled = dspy.LabeledFewShot(k=2).compile(Guide(), trainset=ROWS)
+        else:
+            compiled = dspy.BootstrapFewShot(metric=lambda *_: True, max_bootstrapped_demos=2).compile(
+                Guide(), trainset=ROWS
+            )
+        assert compiled.ask.demos
+        telemetry.clear()
+        dspy.Evaluate(devset=ROWS[:1], metric=lambda *_: 1, num_threads=1, display_progress=False)(compiled)
+        compiled.save(tmp_path / "guide.json")
+        loaded = Guide()
+        loaded.load(tmp_path / "guide.json")
+        loaded(question="q0")
+    evaluated, *programs = (
+        span.attributes["dspy.program.id"]
+        for span in telemetry.spans
+        if "evaluate" in span.name or "workflow" in span.name
+    )
+    assert programs == [evaluated, evaluated]
+    assert evaluated != program_id(Guide())

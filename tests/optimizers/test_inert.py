@@ -1,0 +1,163 @@
+"""An optimization is the same with and without us: candidates, scores, prompts and random numbers."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import random
+from collections import Counter
+from typing import Any
+
+import dspy
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from dspy_otel import program_id
+from tests.optimizers import common
+from tests.optimizers.common import quietly, scripted_lm
+from tests.support.spans import Recorder
+
+FIXED = ["MIPROv2", "GEPA", "SIMBA", "BootstrapFewShotWithRandomSearch", "COPRO"]
+
+
+def outcome(name: str, seed: int) -> dict[str, Any]:
+    """Everything an optimization leaves behind that does not depend on the clock."""
+    lm = scripted_lm()
+    common.asked.clear()
+    random.seed(seed)
+    program, optimizer = quietly(common.RUNS[name], lm, seed=seed)
+    left: dict[str, Any] = {
+        "program": program_id(program),
+        "random": random.getstate(),
+        "prompts": Counter(common.asked),
+        "kept": sorted(vars(optimizer)),
+        "kept on program": sorted(vars(program)),
+    }
+    if hasattr(program, "candidate_programs"):
+        left["candidates"] = [(entry["score"], program_id(entry["program"])) for entry in program.candidate_programs]
+    if hasattr(program, "trial_logs"):
+        left["trials"] = {
+            number: {key: value for key, value in log.items() if isinstance(value, (int, float))}
+            for number, log in program.trial_logs.items()
+        }
+    if hasattr(program, "detailed_results"):
+        results = program.detailed_results
+        left["results"] = (
+            results.val_aggregate_scores,
+            results.val_subscores,
+            results.parents,
+            results.discovery_eval_counts,
+            [program_id(candidate) for candidate in results.candidates],
+        )
+    if getattr(optimizer, "rng", None) is not None:
+        left["own random"] = optimizer.rng.getstate()
+    if hasattr(optimizer, "strategies"):
+        left["strategies"] = [getattr(strategy, "__wrapped__", None) for strategy in optimizer.strategies]
+    return left
+
+
+@pytest.mark.parametrize("name", FIXED)
+@settings(max_examples=3, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(seed=st.integers(1, 2**16), content=st.sampled_from(["no_content", "span_and_event"]))
+def test_same_with_and_without(name: str, seed: int, content: str) -> None:
+    bare = outcome(name, seed)
+    recorder = Recorder()
+    recorder.instrument(capture_content=content)
+    try:
+        watched = outcome(name, seed)
+    finally:
+        recorder.shutdown()
+    assert recorder.named("trial")
+    for part, value in bare.items():
+        assert watched[part] == value, part
+
+
+PATCHED = [
+    ("dspy.teleprompt.mipro_optimizer_v2", "MIPROv2._select_and_insert_instructions_and_demos"),
+    ("dspy.teleprompt.mipro_optimizer_v2", "MIPROv2.compile"),
+    ("dspy.teleprompt.copro_optimizer", "COPRO._set_signature"),
+    ("dspy.teleprompt.bootstrap", "BootstrapFewShot._bootstrap_one_example"),
+    ("dspy.teleprompt.bootstrap_finetune", "BootstrapFinetune.finetune_lms"),
+    ("dspy.teleprompt.simba", "wrap_program"),
+    ("dspy.teleprompt.simba", "prepare_models_for_resampling"),
+    ("dspy.predict.parallel", "Parallel.__call__"),
+    ("dspy.teleprompt.grpo", "GRPO.report_validation_metrics"),
+    ("gepa", "optimize"),
+]
+
+
+def current() -> list[Any]:
+    found = []
+    for module, path in PATCHED:
+        owner: Any = importlib.import_module(module)
+        *classes, name = path.split(".")
+        for part in classes:
+            owner = getattr(owner, part)
+        found.append(vars(owner)[name])
+    return found
+
+
+def test_every_hook_is_taken_back(telemetry: Any) -> None:
+    before = current()
+    telemetry.instrument()
+    assert not any(new is old for new, old in zip(current(), before, strict=True))
+    telemetry.shutdown()
+    assert all(new is old for new, old in zip(current(), before, strict=True))
+
+
+def test_a_missing_hook_costs_its_detail_and_one_warning(
+    telemetry: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    optimizer = dspy.COPRO(metric=common.same_family, breadth=2, depth=1)
+    optimizer._set_signature = optimizer._set_signature  # kept for DSPy itself; the class has none
+    monkeypatch.delattr(dspy.COPRO, "_set_signature")
+    telemetry.instrument()
+    said = [record.getMessage() for record in caplog.records if record.name == "dspy_otel"]
+    assert len(said) == 1
+    assert "_set_signature" in said[0]
+    scripted_lm()
+    rows = common.load_examples("train", 4)
+    program = quietly(optimizer.compile, common.ColourFamily(), trainset=rows, eval_kwargs={"num_threads": 1})
+    found = common.trials(telemetry, "COPRO")
+    assert len(found) == program.total_calls
+    assert all("trial.params.depth" in trial and "trial.params.predictor" not in trial for trial in found)
+
+
+def test_a_hook_that_raises_costs_its_detail_and_one_warning(
+    telemetry: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from dspy_otel.optimizers.gepa import GEPAPlan
+    from dspy_otel.optimizers.mipro import MIPROv2Plan
+    from dspy_otel.optimizers.simba import SIMBAPlan
+
+    def broken(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("a new release")
+
+    telemetry.instrument()
+    bare = {name: outcome(name, 1) for name in ("MIPROv2", "GEPA", "SIMBA")}
+    for plan in (MIPROv2Plan, GEPAPlan, SIMBAPlan):
+        for method in ("begin", "end", "evaluation", "params", "score", "scored"):
+            monkeypatch.setattr(plan, method, broken)
+        for method in [name for name in vars(plan) if name.startswith(("on_", "new_step", "evaluated", "phase"))]:
+            if callable(getattr(plan, method)):
+                monkeypatch.setattr(plan, method, broken)
+    telemetry.clear()
+    for name, expected in bare.items():
+        assert outcome(name, 1) == expected
+        assert len(telemetry.named(f"compile {name}")) == 1
+    assert not telemetry.named("trial")
+    warnings = Counter(record.getMessage() for record in caplog.records if record.name == "dspy_otel")
+    assert warnings
+    assert set(warnings.values()) == {1}
+
+
+def test_strategies_of_simba_are_the_same_list_again(telemetry: Any) -> None:
+    scripted_lm()
+    telemetry.instrument()
+    optimizer = dspy.SIMBA(metric=common.same_family, bsize=4, num_candidates=2, max_steps=1, num_threads=2)
+    strategies = optimizer.strategies
+    kept = copy.copy(strategies)
+    quietly(optimizer.compile, common.ColourFamily(), trainset=common.load_examples("train", 8))
+    assert optimizer.strategies is strategies
+    assert strategies == kept

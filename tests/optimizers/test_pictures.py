@@ -1,0 +1,89 @@
+"""What a compile looks like: its trace, its trial table, and beside it what DSPy itself reports."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from tests.optimizers import common
+from tests.optimizers.common import quietly, scripted_lm, table
+
+COLUMNS = {
+    "MIPROv2": [f"trial.params.{place}_predictor_{part}" for place in (0, 1) for part in ("instruction", "demos")],
+    "BootstrapFewShotWithRandomSearch": ["trial.params.seed", "trial.params.strategy"],
+    "COPRO": ["trial.params.depth", "trial.params.predictor", "trial.params.candidate"],
+    "SIMBA": ["trial.params.step", "trial.params.strategy", "trial.params.applied", "trial.params.source"],
+    "GEPA": [
+        "trial.params.iteration",
+        "trial.params.components",
+        "trial.params.minibatch_ids",
+        "trial.score_before",
+        "trial.score_after",
+        "trial.accepted",
+        "trial.on_pareto_front",
+    ],
+    "BetterTogether": ["trial.params.strategy", "trial.params.optimizer"],
+    "InferRules": ["trial.params.candidate"],
+}
+SHOWN = ("compile ", "bootstrap", "propose", "search", "sample", "reflect", "final_evaluation", "trial", "evaluate ")
+
+
+def outline(telemetry: Any, span: Any, indent: str = "") -> list[str]:
+    """The compile's own trace, down to its evaluations; equal neighbours are counted."""
+    lines: list[list[str]] = []
+    for child in telemetry.children(span):
+        if child.name.startswith(SHOWN):
+            number = child.attributes.get("dspy.trial.number") if child.name == "trial" else None
+            own = [f"{indent}{child.name}{'' if number is None else f' {number}'}"]
+            lines.append(own + outline(telemetry, child, indent + "  "))
+    text: list[str] = []
+    for place, block in enumerate(lines):
+        if place and block == lines[place - 1]:
+            continue
+        again = next((step for step, other in enumerate(lines[place:]) if other != block), len(lines) - place)
+        text += [block[0] + (f" x{again}" if again > 1 else ""), *block[1:]]
+    return text
+
+
+def reported(program: Any) -> list[str]:
+    """What DSPy left on the program."""
+    lines = []
+    for number, log in getattr(program, "trial_logs", {}).items():
+        kept = {key: value for key, value in log.items() if isinstance(value, (int, float))}
+        lines.append(f"trial_logs[{number}]: {kept}")
+    for entry in getattr(program, "candidate_programs", []):
+        plain = {
+            key: value for key, value in entry.items() if key in ("score", "seed", "depth", "strategy", "full_eval")
+        }
+        lines.append(f"candidate: {plain}")
+    results = getattr(program, "detailed_results", None)
+    if results is not None:
+        lines.append(f"val_aggregate_scores: {[round(score, 4) for score in results.val_aggregate_scores]}")
+        lines.append(f"parents: {results.parents}")
+    return lines
+
+
+@pytest.mark.parametrize("name", sorted(COLUMNS))
+def test_picture(telemetry: Any, snapshot: Callable[..., None], name: str) -> None:
+    lm = scripted_lm()
+    telemetry.instrument()
+    program, _ = quietly(common.RUNS[name], lm)
+    span = common.compile_span(telemetry, name)
+    columns = ["trial.number", "trial.kind", "trial.size", *COLUMNS[name], "candidate.id", "candidate.parent_ids"]
+    columns += ["trial.score", "trial.best_score", "trial.is_best"]
+    totals = {
+        key.removeprefix("dspy."): value
+        for key, value in sorted(span.attributes.items())
+        if key.startswith(("dspy.optimizer.", "dspy.usage."))
+        and "params" not in key
+        and not key.endswith((".id", "cost"))
+    }
+    parts = [
+        "\n".join([span.name, *outline(telemetry, span, "  ")]),
+        table(telemetry, name, *columns),
+        "\n".join(["DSPy:", *reported(program)]),
+        "\n".join(f"{key}: {value}" for key, value in totals.items()),
+    ]
+    snapshot("\n\n".join(parts), name)

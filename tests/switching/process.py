@@ -1,0 +1,72 @@
+"""Programs in fresh processes, with nothing of this one's telemetry settings."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from dataclasses import dataclass
+from importlib.metadata import entry_points
+from pathlib import Path
+
+import pytest
+
+APP = Path(__file__).with_name("app.py")
+ROOT = Path(__file__).parents[2]
+
+_FOREIGN = re.compile(r"^(OTEL_|MLFLOW_|TRACEPARENT$|TRACESTATE$|BAGGAGE$)")
+_COMMAND = Path(sys.executable).with_name("opentelemetry-instrument")
+
+installed = pytest.mark.skipif(
+    not entry_points(group="opentelemetry_instrumentor", name="dspy_otel") or not _COMMAND.exists(),
+    reason="needs dspy-otel and opentelemetry-instrument installed beside this Python (make test does that)",
+)
+"""For tests that need our entry points: those exist only when the package is installed."""
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A program that has ended well."""
+
+    output: str
+    errors: str
+
+    @property
+    def warnings(self) -> list[str]:
+        """What we warned about."""
+        return [line for line in self.errors.splitlines() if "dspy-otel: " in line]
+
+
+def environment(**settings: str) -> dict[str, str]:
+    """This process's environment without telemetry settings, but with ``settings``."""
+    inherited = {key: value for key, value in os.environ.items() if not _FOREIGN.search(key)}
+    # Other instrumentations of DSPy may be installed beside ours; both are called `dspy`.
+    return {**inherited, "OTEL_PYTHON_DISABLED_INSTRUMENTATIONS": "dspy", **settings}
+
+
+def instrumented(*arguments: str, program: Path = APP, cwd: Path | None = None, **settings: str) -> Finished:
+    """``opentelemetry-instrument python app.py arguments``, as a user types it."""
+    return _run([str(_COMMAND), sys.executable, str(program), *arguments], cwd, settings)
+
+
+def python(code: str, *arguments: str, cwd: Path | None = None, **settings: str) -> Finished:
+    """``python -c code arguments``; finds this package, installed or not, and ``tests``."""
+    return _run([sys.executable, "-c", code, *arguments], cwd, {"PYTHONPATH": _path(), **settings})
+
+
+def script(program: Path, *arguments: str, **settings: str) -> Finished:
+    """``python program arguments``, likewise."""
+    return _run([sys.executable, str(program), *arguments], None, {"PYTHONPATH": _path(), **settings})
+
+
+def _path() -> str:
+    return os.pathsep.join(filter(None, [str(ROOT / "src"), str(ROOT), os.environ.get("PYTHONPATH", "")]))
+
+
+def _run(command: list[str], cwd: Path | None, settings: dict[str, str]) -> Finished:
+    done = subprocess.run(
+        command, env=environment(**settings), cwd=cwd, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return Finished(done.stdout, done.stderr)

@@ -1,0 +1,275 @@
+"""``dspy_otel.configure(...)``: one line for a program with nothing set up. Each in a fresh process: providers are
+global, and set once."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dspy_otel.config import Config
+from tests.support.otlp_receiver import OtlpReceiver
+from tests.switching.process import Finished, python
+
+ONE_CALL = ["Predict reply", "chat echo", "invoke_workflow App"]
+
+_PROGRAM = """
+import json, sys
+import dspy_otel
+{before}
+dspy_otel.configure(**json.loads(sys.argv[1]))
+from tests.switching.app import main
+sys.argv = sys.argv[:1]
+main()
+{after}
+"""
+
+
+def configured(*, before: str = "", after: str = "", arguments: dict[str, Any] | None = None, **rest: Any) -> Finished:
+    """The program of app.py after ``configure(**arguments)``."""
+    return python(_PROGRAM.format(before=before, after=after), json.dumps(arguments or {}), **rest)
+
+
+@pytest.fixture
+def receiver() -> Iterator[OtlpReceiver]:
+    with OtlpReceiver() as running:
+        yield running
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("protocol", ["grpc", "http"])
+def test_otlp_by_argument(receiver: OtlpReceiver, protocol: str):
+    endpoint = receiver.grpc if protocol == "grpc" else receiver.http
+    # Port 4317 would say gRPC by itself; the receiver's is another.
+    settings = {"OTEL_EXPORTER_OTLP_PROTOCOL": "grpc"} if protocol == "grpc" else {}
+    done = configured(arguments={"otlp": endpoint, "service_name": "sky"}, **settings)
+    assert done.output == "answer: blue\n"
+    assert done.warnings == []
+    assert receiver.span_names() == ONE_CALL
+    assert "gen_ai.client.token.usage" in receiver.metric_names()
+    assert {request.transport for request in receiver.received} == {protocol}
+    assert {span.resource["service.name"] for span in receiver.spans()} == {"sky"}
+
+
+@pytest.mark.integration
+def test_an_argument_wins_over_the_environment(receiver: OtlpReceiver):
+    done = configured(
+        arguments={"otlp": receiver.http.removeprefix("http://"), "capture_content": "span_only", "metrics": False},
+        OTEL_EXPORTER_OTLP_ENDPOINT="http://127.0.0.1:9",
+        OTEL_INSTRUMENTATION_GENAI_CAPTURE_MESSAGE_CONTENT="no_content",
+        OTEL_TRACES_EXPORTER="console",
+        OTEL_EXPORTER_OTLP_HEADERS="x-tenant=blue",
+    )
+    assert done.output == "answer: blue\n"
+    assert receiver.span_names() == ONE_CALL
+    assert receiver.metric_names() == set()
+    (program,) = receiver.spans("invoke_workflow")
+    assert "Which colour is the sky?" in program.attributes["input.value"]
+    assert receiver.requests("traces")[0].headers["x-tenant"] == "blue"
+
+
+@pytest.mark.integration
+def test_environment_chooses_the_exporters(receiver: OtlpReceiver):
+    done = configured(
+        OTEL_METRICS_EXPORTER="otlp", OTEL_TRACES_EXPORTER="console", OTEL_EXPORTER_OTLP_ENDPOINT=receiver.http
+    )
+    assert '"name": "invoke_workflow App"' in done.output
+    assert "gen_ai.client.token.usage" in receiver.metric_names()
+    assert receiver.span_names() == []
+    assert receiver.event_names() == []
+
+
+@pytest.mark.integration
+def test_environment_names_only_an_endpoint(receiver: OtlpReceiver):
+    configured(OTEL_EXPORTER_OTLP_ENDPOINT=receiver.http, OTEL_SERVICE_NAME="sky")
+    assert receiver.span_names() == ONE_CALL
+    assert receiver.metric_names()
+    assert {span.resource["service.name"] for span in receiver.spans()} == {"sky"}
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("how", ["argument", "environment", "environment and endpoint"])
+def test_mlflow_store(receiver: OtlpReceiver, tmp_path: Path, how: str):
+    mlflow = pytest.importorskip("mlflow", reason="needs the extra mlflow")
+    store = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    if how == "argument":
+        done = configured(arguments={"mlflow": store, "experiment": "sky"}, cwd=tmp_path)
+    else:
+        endpoint = {"OTEL_EXPORTER_OTLP_ENDPOINT": receiver.http} if "endpoint" in how else {}
+        done = configured(MLFLOW_TRACKING_URI=store, MLFLOW_EXPERIMENT_NAME="sky", cwd=tmp_path, **endpoint)
+    assert done.output == "answer: blue\n"
+    assert done.warnings == []
+    client = mlflow.MlflowClient(store)
+    (trace,) = client.search_traces(locations=[client.get_experiment_by_name("sky").experiment_id])
+    assert sorted(span.name for span in trace.data.spans) == ONE_CALL
+    assert receiver.span_names() == (ONE_CALL if "endpoint" in how else [])
+
+
+@pytest.mark.integration
+def test_console_alone():
+    done = configured(arguments={"console": True})
+    assert done.output.count('"name": "chat echo"') == 1
+    assert done.warnings == []
+
+
+@pytest.mark.integration
+def test_a_provider_somebody_set_is_left_alone_and_gets_the_spans():
+    done = configured(
+        before=(
+            "from opentelemetry import trace\n"
+            "from tests.support.spans import Recorder\n"
+            "mine = Recorder()\n"
+            "trace.set_tracer_provider(mine.tracer_provider)"
+        ),
+        arguments={"console": True},
+        after="assert trace.get_tracer_provider() is mine.tracer_provider; print([s.name for s in mine.spans])",
+    )
+    assert done.output == "answer: blue\n['invoke_workflow App', 'Predict reply', 'chat echo']\n"
+    (warning,) = done.warnings
+    assert "a tracer provider (TracerProvider) is set already" in warning
+
+
+@pytest.mark.integration
+def test_sdk_disabled():
+    done = configured(arguments={"console": True}, OTEL_SDK_DISABLED="true")
+    assert done.output == "answer: blue\n"
+    (warning,) = done.warnings
+    assert "OTEL_SDK_DISABLED" in warning
+
+
+def refused(call: str, hidden: str = "", **settings: str) -> str:
+    """What ``configure(...)`` says when it refuses, with the module ``hidden`` (and all below) not installed."""
+    code = f"""
+import importlib.abc, sys
+class Hide(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if {hidden!r} and (name + ".").startswith({hidden + "."!r}):
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+sys.meta_path.insert(0, Hide())
+import dspy_otel
+try:
+    {call}
+except Exception as error:
+    print(f"{{type(error).__name__}}: {{error}}")
+print(dspy_otel.DSPyInstrumentor().is_instrumented_by_opentelemetry)
+"""
+    message, instrumented = python(code, **settings).output.splitlines()
+    assert instrumented == "False"
+    return message
+
+
+@pytest.mark.parametrize(
+    ("call", "hidden", "settings", "said"),
+    [
+        ("dspy_otel.configure()", "opentelemetry.sdk", {}, "RuntimeError: .*SDK: pip install 'dspy-otel\\[otlp\\]'"),
+        (
+            "dspy_otel.configure(mlflow='sqlite:///x.db')",
+            "mlflow",
+            {},
+            "RuntimeError: traces to MLflow need mlflow.*: pip install 'dspy-otel\\[mlflow\\]'",
+        ),
+        (
+            "dspy_otel.configure(otlp='http://127.0.0.1:4317')",
+            "opentelemetry.exporter.otlp.proto.grpc",
+            {},
+            "RuntimeError: the traces exporter 'otlp_proto_grpc' cannot be loaded",
+        ),
+        (
+            "dspy_otel.configure()",
+            "",
+            {"OTEL_TRACES_EXPORTER": "zipkn"},
+            "RuntimeError: no traces exporter named 'zipkn' is installed",
+        ),
+        ("dspy_otel.configure(consoles=True)", "", {}, "TypeError: unknown option consoles; known: capture_content"),
+    ],
+)
+def test_what_cannot_work_is_said_at_once(call: str, hidden: str, settings: dict[str, str], said: str):
+    import re
+
+    assert re.match(said, refused(call, hidden, **settings))
+
+
+# --- settings -------------------------------------------------------------------------------------------------------
+WRONG = {
+    "OTEL_INSTRUMENTATION_GENAI_CAPTURE_MESSAGE_CONTENT": ("capture_content", "everything", "no_content"),
+    "OTEL_DSPY_CONTENT_LIMIT": ("content_limit", "-1", 65536),
+    "OTEL_DSPY_CAPTURE_MEDIA": ("capture_media", "maybe", False),
+    "OTEL_DSPY_REDACT": ("redact", "no.such.module:function", None),
+    "OTEL_DSPY_ADAPTER_SPANS": ("adapter_spans", "2", False),
+    "OTEL_DSPY_EVALUATION_TRACES": ("evaluation_traces", "tree", "linked"),
+    "OTEL_DSPY_OPENINFERENCE": ("openinference", "y e s", True),
+    "OTEL_DSPY_METRICS": ("metrics", "none", True),
+}
+RIGHT = {
+    "OTEL_INSTRUMENTATION_GENAI_CAPTURE_MESSAGE_CONTENT": ("capture_content", "SPAN_AND_EVENT", "span_and_event"),
+    "OTEL_DSPY_CONTENT_LIMIT": ("content_limit", " 100 ", 100),
+    "OTEL_DSPY_CAPTURE_MEDIA": ("capture_media", "1", True),
+    "OTEL_DSPY_REDACT": ("redact", "json:dumps", json.dumps),
+    "OTEL_DSPY_ADAPTER_SPANS": ("adapter_spans", "on", True),
+    "OTEL_DSPY_EVALUATION_TRACES": ("evaluation_traces", "Nested", "nested"),
+    "OTEL_DSPY_OPENINFERENCE": ("openinference", "off", False),
+    "OTEL_DSPY_METRICS": ("metrics", "False", False),
+}
+
+
+def test_every_setting_has_its_cases():
+    import dataclasses
+
+    named = {field.metadata["env"] for field in dataclasses.fields(Config)}
+    assert named == set(WRONG) == set(RIGHT)
+
+
+@pytest.mark.parametrize("variable", WRONG)
+def test_wrong_value_is_one_warning_and_the_default(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, variable: str
+):
+    field, value, default = WRONG[variable]
+    monkeypatch.setenv(variable, value)
+    assert getattr(Config.load(), field) == default
+    (record,) = caplog.records
+    assert record.levelname == "WARNING"
+    assert record.getMessage().startswith(f"dspy-otel: {variable}: use ")
+    assert repr(default) in record.getMessage()
+
+
+@pytest.mark.parametrize("variable", RIGHT)
+def test_right_value_by_environment_and_by_argument(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, variable: str
+):
+    field, value, expected = RIGHT[variable]
+    assert getattr(Config.load(**{field: value}), field) == expected
+    monkeypatch.setenv(variable, value)
+    assert getattr(Config.load(), field) == expected
+    monkeypatch.setenv(variable, WRONG[variable][1])
+    assert getattr(Config.load(**{field: value}), field) == expected
+    assert caplog.records == []
+
+
+@pytest.mark.parametrize("field", [field for field, _, _ in WRONG.values()])
+@pytest.mark.parametrize("value", [object(), b"\xff", [], float("nan"), -3, "\0"])
+def test_any_wrong_argument_is_a_warning(caplog: pytest.LogCaptureFixture, field: str, value: Any):
+    config = Config.load(**{field: value})
+    assert getattr(config, field) == Config.__dataclass_fields__[field].default
+    assert len(caplog.records) == 1
+
+
+def test_the_documentation_has_every_setting():
+    import dataclasses
+    import inspect
+
+    import dspy_otel
+    from tests.switching.process import ROOT
+
+    text = (ROOT / "docs" / "configuration.md").read_text()
+    rows = [line for line in text.splitlines() if line.startswith("| ")]
+    for field in dataclasses.fields(Config):
+        (row,) = [row for row in rows if f"| `{field.name}` |" in row]
+        assert f"| `{field.metadata['env']}` |" in row
+        default = "none" if field.default is None else f"`{str(field.default).lower()}`"
+        assert f"| {default} |" in row
+    for name, parameter in inspect.signature(dspy_otel.configure).parameters.items():
+        if parameter.kind is parameter.KEYWORD_ONLY:
+            assert any(f"| `configure()` | `{name}` |" in row for row in rows)
