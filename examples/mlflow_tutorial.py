@@ -122,18 +122,17 @@ def main() -> None:
 
         mlflow.set_tracking_uri(given.tracking_uri)
         experiment = mlflow.get_experiment_by_name(given.experiment)
-        run = mlflow.search_runs(
-            [experiment.experiment_id],
-            "tags.`dspy.run.kind` = 'compile' AND attributes.run_name LIKE '% ColourFamily'",
-            output_format="list",
-        )[-1]
+        condition = f"tags.`dspy.run.kind` = 'compile' AND tags.`dspy.optimizer.name` = '{names[0]}'"
+        run = mlflow.search_runs([experiment.experiment_id], condition, output_format="list")[0]
         with tempfile.TemporaryDirectory() as directory:
             path = mlflow.artifacts.download_artifacts(f"{run.info.artifact_uri}/best_model.json", dst_path=directory)
             program = ColourFamily()
-            program.load(path)
+            program.load(path, allow_unsafe_lm_state=True)
 
-    # ... or the best one of the experiment, in one line.
-    program = load_best(ColourFamily(), experiment=given.experiment, tracking_uri=given.tracking_uri)
+    # ... or the best one of the experiment, in one line. BetterTogether's program has its LM on it; DSPy wants to be
+    # told that the embedded model's class may be loaded.
+    place = {"experiment": given.experiment, "tracking_uri": given.tracking_uri}
+    program = load_best(ColourFamily(), **place, allow_unsafe_lm_state=True)
     print("program", dspy_otel.program_id(program), "says", program(colour_name="dusty teal").family)
 
 

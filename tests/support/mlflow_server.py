@@ -29,6 +29,7 @@ def mlflow_server(
     environment: Mapping[str, str] | None = None,
     arguments: tuple[str, ...] = (),
     ready_within: float = 240.0,
+    port: int | None = None,
 ) -> Iterator[str]:
     """Run ``mlflow server`` on ``directory/mlflow.db``, wait until it answers, yield its URL, stop all of it.
 
@@ -36,9 +37,10 @@ def mlflow_server(
         directory: an empty directory; the server's log is ``server.log`` in it.
         environment: variables beside those of this process.
         arguments: further arguments of ``mlflow server``.
+        port: a port to listen on; default, a free one.
         ready_within: seconds to wait; a server needs 15 to 50 s on a busy machine of two cores.
     """
-    port = free_port()
+    port = port or free_port()
     url = f"http://127.0.0.1:{port}"
     command = [
         *(sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"),

@@ -15,6 +15,7 @@ from opentelemetry import context as otel_context
 from .. import semconv as names
 from ..patching import Patches, resolve
 from ..telemetry.attributes import Attributes
+from ..telemetry.errors import hide_frames
 from ..telemetry.spans import Call, detach
 from .plan import Evaluation, Phase, Plan, Trial, mean_of
 from .run import MEAN, Run
@@ -201,6 +202,13 @@ def patch(optimizers: Optimizers, patches: Patches) -> None:
     def note_evaluation(original: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(original)
         def __call__(self_: Any, *args: Any, **kwargs: Any) -> Any:
+            try:
+                return evaluate_observed(self_, *args, **kwargs)
+            except BaseException as error:
+                hide_frames(error)
+                raise
+
+        def evaluate_observed(self_: Any, *args: Any, **kwargs: Any) -> Any:
             current = plan()
             pairs = args[0] if args and isinstance(args[0], list) else None
             if current is None or not pairs or not isinstance(pairs[0][0], _Observed):

@@ -74,7 +74,7 @@ class PhaseOperation(Operation):
                 try:
                     result = original(*args, **kwargs)
                 except BaseException as error:
-                    self.close(call, None, error)
+                    self.fail(call, error)
                     raise
                 if finish is not None:
                     self.telemetry.safely("phase", None, finish, run, phase, result)

@@ -6,9 +6,7 @@ import contextlib
 import functools
 import logging
 from collections.abc import Callable, Hashable
-from typing import Any, Final, TypeVar
-
-from typing_extensions import ParamSpec
+from typing import Any, Final, ParamSpec, TypeVar
 
 _LOG = logging.getLogger("dspy_otel")
 _LIMIT: Final = 256

@@ -407,6 +407,7 @@ class _Worker:
         store = self._existing
         while run.later and run.over:
             run.later.pop(0)()
+        run.metrics.sort(key=lambda metric: "score" not in metric.key)  # MLflow's table shows columns as they came
         while run.tags or run.params or run.metrics:
             metrics = run.metrics[:_METRICS_AT_ONCE]
             params, tags = _some(run.params, _TAGS_AT_ONCE), _some(run.tags, _TAGS_AT_ONCE)

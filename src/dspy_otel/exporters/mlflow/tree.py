@@ -51,6 +51,9 @@ HOW_TO_GET_CONTENT: Final = (
 
 COMPILE, TRIAL, EVALUATION = "compile", "trial", "evaluation"
 
+_ON_VALIDATION: Final = frozenset({sc.TRIAL_BASELINE, sc.TRIAL_FULL, sc.TRIAL_VALIDATION})
+"""Trials on the whole validation set, when the size is the same too."""
+
 _INTERRUPTIONS: Final = frozenset({"KeyboardInterrupt", "SystemExit", "CancelledError", "GeneratorExit"})
 _LM_OPERATIONS: Final = frozenset({sc.OPERATION_CHAT, sc.OPERATION_TEXT_COMPLETION, sc.OPERATION_EMBEDDINGS})
 # Of a compile span, as tags; everything else of interest has a place of its own.
@@ -423,6 +426,8 @@ class Tree:
         self._describe_compile(compile_, at)
         run.tag({name: at.get(name) for name in _COMPILE_TAGS})
         step = max([trial["number"] for trial in compile_.trials], default=0)
+        # The best score under its children's name too: MLflow's table of runs compares by name.
+        run.point({"score": at.get(sc.OPTIMIZER_BEST_SCORE)}, when, step)
         run.point({label: at.get(name) for name, label in _COMPILE_METRICS.items()}, when, step)
         run.point(usage(at), when, step)
         best = program_of(at, sc.PROGRAM_STATE)
@@ -513,7 +518,7 @@ class Tree:
         if sc.CANDIDATE_DIFF in at:
             run.artifacts["changes.json"] = str(at[sc.CANDIDATE_DIFF])
         validation = compile_.run.seen_datasets.get("val")
-        if validation is not None and at.get(sc.TRIAL_SIZE) == validation.size and kind != sc.TRIAL_MINIBATCH:
+        if validation is not None and kind in _ON_VALIDATION and at.get(sc.TRIAL_SIZE) == validation.size:
             run.dataset(validation)
         compile_.examples += int(at.get(sc.TRIAL_SIZE, 0))
         compile_.run.point(
@@ -594,15 +599,16 @@ class Tree:
         row: dict[str, Any] = {
             "index": at.get(sc.EXAMPLE_INDEX),
             "id": at.get(sc.EXAMPLE_ID),
-            "inputs": load_json(at.get(sc.MODULE_INPUTS)),
+            "inputs": load_json(at.get(sc.MODULE_INPUTS, at.get(sc.INPUT_VALUE))),
             "expected": load_json(at.get(sc.EXAMPLE_EXPECTED)),
-            "prediction": load_json(at.get(sc.MODULE_OUTPUTS)),
+            "prediction": load_json(at.get(sc.MODULE_OUTPUTS, at.get(sc.OUTPUT_VALUE))),
             "score": at.get(sc.EXAMPLE_SCORE),
             "feedback": at.get(sc.EXAMPLE_FEEDBACK),
             "error": at.get(sc.ERROR_TYPE),
             "trace_id": trace_id_of(span),
         }
-        content = (sc.MODULE_INPUTS, sc.EXAMPLE_EXPECTED, sc.MODULE_OUTPUTS, sc.EXAMPLE_FEEDBACK)
+        # With OpenInference's keys on, inputs and outputs are recorded once, under those.
+        content = (sc.MODULE_INPUTS, sc.INPUT_VALUE, sc.EXAMPLE_EXPECTED, sc.MODULE_OUTPUTS, sc.OUTPUT_VALUE)
         evaluation.size += sum(len(str(at.get(key, ""))) for key in content)
         if evaluation.size > MAX_TABLE:
             evaluation.without += 1

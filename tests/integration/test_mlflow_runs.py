@@ -1,0 +1,477 @@
+"""Optimizations as runs in a real MLflow: every optimizer, on a server and in sqlite, read by MLflow's client."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import dspy
+import pytest
+from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
+from opentelemetry.sdk.trace.export import BatchSpanProcessor, SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+
+from dspy_otel import DSPyInstrumentor, program_id
+from dspy_otel import semconv as sc
+from dspy_otel.cli.demo.task import ColourFamily, load_examples, same_family, same_family_with_feedback
+from dspy_otel.exporters.mlflow import MLflowSpanExporter, load_best
+from tests.optimizers.common import RUNS, quietly, scripted_lm
+from tests.support.mlflow_server import mlflow_server
+
+pytest.importorskip("mlflow")
+pytestmark = pytest.mark.integration
+
+OPTIMIZERS = ["MIPROv2", "GEPA", "SIMBA", "COPRO", "BootstrapFewShotWithRandomSearch", "BetterTogether"]
+
+
+@pytest.fixture(scope="module")
+def server_uri(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with mlflow_server(tmp_path_factory.mktemp("mlflow-server")) as url:
+        yield url
+
+
+@pytest.fixture(params=["server", "sqlite"])
+def uri(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    if request.param == "server":
+        return str(request.getfixturevalue("server_uri"))
+    monkeypatch.chdir(tmp_path)  # MLflow puts artifacts beside it
+    return f"sqlite:///{tmp_path / 'mlflow.db'}"
+
+
+@dataclass
+class Store:
+    """One experiment, being written and read back."""
+
+    uri: str
+    experiment: str
+    spans: InMemorySpanExporter = field(default_factory=InMemorySpanExporter)
+
+    def __post_init__(self) -> None:
+        self.provider = TracerProvider()
+        self.provider.add_span_processor(SimpleSpanProcessor(self.spans))
+        self.provider.add_span_processor(BatchSpanProcessor(MLflowSpanExporter(self.uri, experiment=self.experiment)))
+
+    def instrument(self, **options: Any) -> None:
+        DSPyInstrumentor().instrument(tracer_provider=self.provider, **{"capture_content": "span_only", **options})
+
+    def flush(self) -> None:
+        assert self.provider.force_flush(120_000)
+
+    def named(self, name: str) -> list[ReadableSpan]:
+        return [span for span in self.spans.get_finished_spans() if span.name.split(" ")[0] == name]
+
+    @property
+    def client(self) -> Any:
+        from mlflow.tracking import MlflowClient
+
+        return MlflowClient(tracking_uri=self.uri)
+
+    @property
+    def experiment_id(self) -> str:
+        return str(self.client.get_experiment_by_name(self.experiment).experiment_id)
+
+    def runs(self) -> dict[str, Any]:
+        """Runs by the key that their spans' ids make up."""
+        found = self.client.search_runs([self.experiment_id], max_results=1000)
+        return {run.data.tags["dspy.run.key"]: run for run in found}
+
+    def traces(self, run: Any) -> list[Any]:
+        return list(self.client.search_traces(locations=[self.experiment_id], run_id=run.info.run_id, max_results=500))
+
+    def artifact(self, run: Any, path: str, directory: Path) -> Any:
+        place = directory / f"{run.info.run_id}"
+        place.mkdir(exist_ok=True)
+        return json.loads(Path(self.client.download_artifacts(run.info.run_id, path, str(place))).read_text())
+
+    def artifacts(self, run: Any) -> set[str]:
+        return {item.path for item in self.client.list_artifacts(run.info.run_id)}
+
+
+@pytest.fixture
+def store(uri: str, request: pytest.FixtureRequest) -> Iterator[Store]:
+    store = Store(uri, request.node.name)
+    yield store
+    if DSPyInstrumentor().is_instrumented_by_opentelemetry:
+        DSPyInstrumentor().uninstrument()
+    store.provider.shutdown()
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_runs_are_what_the_spans_say(store: Store, optimizer: str, tmp_path: Path) -> None:
+    if optimizer == "GEPA":
+        pytest.importorskip("gepa")
+    lm = scripted_lm()
+    store.instrument()
+    program, _ = quietly(RUNS[optimizer], lm)
+    store.flush()
+    runs = store.runs()
+    compiles = {span.attributes[sc.OPTIMIZER_RUN_ID]: span for span in store.named("compile")}
+    trials = {f"{s.attributes[sc.OPTIMIZER_RUN_ID]}/{s.attributes[sc.TRIAL_NUMBER]}": s for s in store.named("trial")}
+
+    # The tree: one run for each compile and trial, each under its own parent, none at the top but the outermost.
+    assert set(runs) == set(compiles) | set(trials)
+    assert {run.info.status for run in runs.values()} == {"FINISHED"}
+    ids = {key: run.info.run_id for key, run in runs.items()}
+    for key, run in runs.items():
+        above = key.split("/")[0] if key in trials else compiles[key].attributes.get(sc.OPTIMIZER_PARENT_RUN_ID)
+        assert run.data.tags.get("mlflow.parentRunId") == (None if above is None else ids[above]), key
+    (top,) = [key for key, span in compiles.items() if sc.OPTIMIZER_PARENT_RUN_ID not in span.attributes]
+    assert runs[top].info.run_name == f"{optimizer} ColourFamily"
+
+    # Scores: each trial's own, and as one curve for each kind on the parent.
+    for key, span in trials.items():
+        kind, score = span.attributes[sc.TRIAL_KIND], span.attributes.get(sc.TRIAL_SCORE)
+        metrics = runs[key].data.metrics
+        assert (metrics.get("score"), metrics.get(f"score.{kind}")) == (score, score), key
+        assert f"trial {span.attributes[sc.TRIAL_NUMBER]} {kind}" in runs[key].info.run_name
+    for kind in {span.attributes[sc.TRIAL_KIND] for span in trials.values()}:
+        expected = {
+            (span.attributes[sc.TRIAL_NUMBER], span.attributes[sc.TRIAL_SCORE])
+            for key, span in trials.items()
+            if key.startswith(top) and span.attributes[sc.TRIAL_KIND] == kind
+        }
+        curve = store.client.get_metric_history(ids[top], f"score.{kind}")
+        assert {(point.step, point.value) for point in curve} == expected, kind
+
+    # Parameters and totals of the parent.
+    parent, said = runs[top], compiles[top].attributes
+    for key, value in said.items():
+        if key.startswith(sc.OPTIMIZER_PARAMS_PREFIX) and not isinstance(value, (str, tuple, bool)):
+            assert float(parent.data.params[key.removeprefix(sc.OPTIMIZER_PARAMS_PREFIX)]) == float(value)
+    assert parent.data.metrics["best_score"] == said[sc.OPTIMIZER_BEST_SCORE]
+    assert parent.data.metrics["lm_calls"] == said[sc.USAGE_LM_CALLS]
+    assert parent.data.metrics["cost"] == pytest.approx(said[sc.USAGE_COST])
+    assert parent.data.metrics["task.input_tokens"] == said["dspy.usage.task.input_tokens"]
+    assert parent.data.tags["dspy.program.id"] == program_id(program)
+
+    # Datasets: real inputs, once each.
+    inputs = {item.tags[0].value: item.dataset for item in parent.inputs.dataset_inputs}
+    assert len(inputs) == len(parent.inputs.dataset_inputs)
+    assert inputs["train"].digest == said[sc.DATASET_TRAIN_DIGEST]
+    assert json.loads(inputs["train"].profile) == {"num_rows": said[sc.DATASET_TRAIN_SIZE]}
+    rows = store.artifact(parent, "trainset.json", tmp_path)
+    assert rows["columns"] == ["colour_name", "family"]
+    assert len(rows["data"]) == said[sc.DATASET_TRAIN_SIZE]
+
+    # Traces: every example on the run of its trial, with its score.
+    for key in trials:
+        mine = [
+            s
+            for s in store.named("example")
+            if f"{s.attributes[sc.OPTIMIZER_RUN_ID]}/{s.attributes[sc.TRIAL_NUMBER]}" == key
+        ]
+        expected = {f"tr-{span.context.trace_id:032x}": span.attributes[sc.EXAMPLE_SCORE] for span in mine}
+        got = {trace.info.trace_id: [a.value for a in trace.info.assessments] for trace in store.traces(runs[key])}
+        assert got == {trace_id: [score] for trace_id, score in expected.items()}, key
+        table = store.artifact(runs[key], "evaluation_table.json", tmp_path)
+        of_table = {
+            row[table["columns"].index("trace_id")]: row[table["columns"].index("score")] for row in table["data"]
+        }
+        assert of_table == expected
+
+    # Programs: every trial's and the best one load, and are the program they are said to be.
+    for key, span in trials.items():
+        if sc.CANDIDATE_ID in span.attributes:
+            path = store.client.download_artifacts(ids[key], "model.json", str(tmp_path))
+            assert loaded(path) == span.attributes[sc.CANDIDATE_ID]
+    assert loaded(store.client.download_artifacts(ids[top], "best_model.json", str(tmp_path))) == program_id(program)
+    best = load_best(ColourFamily(), experiment=store.experiment, tracking_uri=store.uri, allow_unsafe_lm_state=True)
+    assert program_id(best) == program_id(program)
+
+
+def loaded(path: str) -> str | None:
+    program = ColourFamily()
+    program.load(path, allow_unsafe_lm_state=True)
+    return program_id(program)
+
+
+def test_the_candidate_table_names_the_runs(store: Store, tmp_path: Path) -> None:
+    lm = scripted_lm()
+    store.instrument()
+    quietly(RUNS["MIPROv2"], lm)
+    store.flush()
+    runs = store.runs()
+    top = next(run for run in runs.values() if "mlflow.parentRunId" not in run.data.tags)
+    table = store.artifact(top, "candidates.json", tmp_path)
+    rows = [dict(zip(table["columns"], row, strict=True)) for row in table["data"]]
+    key = top.data.tags["dspy.run.key"]
+    assert [row["run_id"] for row in rows] == [runs[f"{key}/{row['number']}"].info.run_id for row in rows]
+    winners = [
+        run
+        for run in runs.values()
+        if run.info.run_name.endswith("(winner)") and run.data.tags["mlflow.parentRunId"] == top.info.run_id
+    ]
+    assert [run.info.run_id for run in winners] == [top.data.tags["dspy.winner.run_id"]]
+    assert winners[0].data.tags["dspy.program.id"] == top.data.tags["dspy.program.id"]
+
+
+def test_an_evaluation_of_its_own_is_a_run(store: Store, tmp_path: Path) -> None:
+    scripted_lm()
+    store.instrument()
+    val = load_examples("val", 8)
+    result = quietly(dspy.Evaluate(devset=val, metric=same_family_with_feedback, num_threads=2), ColourFamily())
+    store.flush()
+    (run,) = store.runs().values()
+    assert (run.info.run_name, run.info.status) == ("Evaluate ColourFamily", "FINISHED")
+    assert run.data.metrics["score"] == result.score
+    traces = [trace for trace in store.traces(run) if trace.info.assessments]
+    scores = {trace.info.assessments[0].value for trace in traces}
+    assert (len(traces), scores) == (8, {row[2].score for row in result.results})
+    (assessment,) = traces[0].info.assessments
+    assert assessment.name == "same_family_with_feedback"
+    assert assessment.rationale.startswith(("Right", "Wrong"))
+    assert assessment.metadata["mlflow.assessment.sourceRunId"] == run.info.run_id
+    table = store.artifact(run, "evaluation_table.json", tmp_path)
+    rows = [dict(zip(table["columns"], row, strict=True)) for row in table["data"]]
+    assert [row["inputs"] for row in rows] == [{"colour_name": example.colour_name} for example in val]
+    assert [row["expected"] for row in rows] == [{"family": example.family} for example in val]
+    assert [row["prediction"]["family"] for row in rows] == [row[1].family for row in result.results]
+    assert [item.dataset.name for item in run.inputs.dataset_inputs] == ["ColourFamily eval"]
+
+
+def test_without_content_there_is_all_that_is_no_content(store: Store, tmp_path: Path) -> None:
+    lm = scripted_lm()
+    store.instrument(capture_content="no_content")
+    quietly(RUNS["BootstrapFewShotWithRandomSearch"], lm)
+    store.flush()
+    runs = store.runs()
+    top = next(run for run in runs.values() if "mlflow.parentRunId" not in run.data.tags)
+    assert store.artifacts(top) == {"candidates.json"}
+    assert top.data.tags["dspy.content"].startswith("off: ")
+    assert top.data.metrics["best_score"] >= 0
+    trial = runs[f"{top.data.tags['dspy.run.key']}/1"]
+    assert store.artifacts(trial) == {"evaluation_table.json"}
+    table = store.artifact(trial, "evaluation_table.json", tmp_path)
+    assert table["columns"] == ["index", "id", "score", "trace_id"]
+    assert len([trace for trace in store.traces(trial) if trace.info.assessments]) == 8
+    everything = json.dumps([[run.data.tags, run.data.params] for run in runs.values()])
+    assert "colour" not in everything.replace("ColourFamily", "").replace("colour-words", "")
+    with pytest.raises(LookupError, match="CAPTURE_MESSAGE_CONTENT"):
+        load_best(ColourFamily(), experiment=store.experiment, tracking_uri=store.uri)
+
+
+def test_every_one_of_a_thousand_scores_arrives(store: Store) -> None:
+    scripted_lm()
+    store.instrument(capture_content="no_content")
+    rows = load_examples("train", 250) * 4
+    result = quietly(
+        dspy.Evaluate(devset=rows, metric=same_family, num_threads=4), dspy.Predict("colour_name -> family")
+    )
+    assert len(result.results) == 1000
+    assert store.provider.force_flush(300_000)
+    (run,) = store.runs().values()
+    found, token = 0, None
+    while True:
+        page = store.client.search_traces(
+            locations=[store.experiment_id], run_id=run.info.run_id, max_results=500, page_token=token
+        )
+        found += sum(len(trace.info.assessments) == 1 for trace in page)
+        token = page.token
+        if not token:
+            break
+    assert found == 1000
+
+
+def test_parallel_compiles_do_not_mix(store: Store) -> None:
+    lm = scripted_lm()
+    store.instrument()
+    threads = [
+        threading.Thread(target=RUNS[name], args=(lm,)) for name in ("BootstrapFewShotWithRandomSearch", "COPRO")
+    ]
+
+    def both() -> None:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+
+    quietly(both)
+    store.flush()
+    runs = store.runs()
+    for span in store.named("example"):
+        at = span.attributes
+        run = runs[f"{at[sc.OPTIMIZER_RUN_ID]}/{at[sc.TRIAL_NUMBER]}"]
+        assert run.data.tags[sc.OPTIMIZER_RUN_ID] == at[sc.OPTIMIZER_RUN_ID]
+    for key, run in runs.items():
+        mine = [
+            s
+            for s in store.named("example")
+            if f"{s.attributes[sc.OPTIMIZER_RUN_ID]}/{s.attributes[sc.TRIAL_NUMBER]}" == key
+        ]
+        if "/" in key:
+            assert {t.info.trace_id for t in store.traces(run)} == {f"tr-{s.context.trace_id:032x}" for s in mine}
+    tops = [run for run in runs.values() if "mlflow.parentRunId" not in run.data.tags]
+    assert sorted(run.info.run_name.split()[0] for run in tops) == ["BootstrapFewShotWithRandomSearch", "COPRO"]
+
+
+def test_a_run_is_there_within_five_seconds_and_a_failure_has_its_reason(store: Store) -> None:
+    scripted_lm()
+    store.instrument()
+    seen: dict[str, Any] = {}
+
+    def metric(example: Any, prediction: Any, trace: Any = None) -> bool:
+        until = time.monotonic() + 5
+        while not seen and time.monotonic() < until:
+            if store.client.get_experiment_by_name(store.experiment) is not None:
+                seen.update({run.info.run_name: run.info.status for run in store.runs().values()})
+            time.sleep(0.2)
+        raise ValueError("no verdict today")
+
+    store.client.create_experiment("warm up the store " + store.experiment)  # importing MLflow is not what is timed
+    optimizer = dspy.BootstrapFewShotWithRandomSearch(
+        metric=metric, num_candidate_programs=1, num_threads=1, max_errors=0
+    )
+    with pytest.raises(Exception):
+        quietly(optimizer.compile, ColourFamily(), trainset=load_examples("train", 4), valset=load_examples("val", 4))
+    store.flush()
+    assert seen["BootstrapFewShotWithRandomSearch ColourFamily"] == "RUNNING"
+    top = next(run for run in store.runs().values() if "mlflow.parentRunId" not in run.data.tags)
+    assert top.info.status == "FAILED"
+    assert top.data.tags["mlflow.note.content"].startswith("**FAILED**: ")
+
+
+def test_a_run_of_the_users_own_is_the_parent(store: Store) -> None:
+    import mlflow
+
+    scripted_lm()
+    store.instrument()
+    before = mlflow.get_tracking_uri()
+    mlflow.set_tracking_uri(store.uri)
+    try:
+        mlflow.set_experiment(store.experiment)
+        with mlflow.start_run(run_name="mine") as mine:
+            quietly(dspy.Evaluate(devset=load_examples("val", 2), metric=same_family), ColourFamily())
+        store.flush()
+    finally:
+        mlflow.set_tracking_uri(before)
+    runs = store.client.search_runs([store.experiment_id])
+    (ours,) = [run for run in runs if run.info.run_name != "mine"]
+    assert ours.data.tags["mlflow.parentRunId"] == mine.info.run_id
+
+
+PROGRAM = """
+    import contextlib, io, sys, time
+    import dspy
+    from tests.optimizers.common import RUNS, scripted_lm, ColourFamily, load_examples, same_family
+    {setup}
+    lm = scripted_lm()
+    def metric(example, prediction, trace=None):
+        {metric}
+        return same_family(example, prediction)
+    optimizer = dspy.BootstrapFewShotWithRandomSearch(metric=metric, num_candidate_programs=2, num_threads=1)
+    print("ready", flush=True)
+    optimizer.compile(ColourFamily(), trainset=load_examples("train", 6), valset=load_examples("val", 6))
+    print("done", flush=True)
+"""
+
+
+def start(tmp_path: Path, metric: str, environment: dict[str, str], setup: str = "", *command: str) -> Any:
+    root = Path(__file__).parents[2]
+    script = tmp_path / "program.py"
+    script.write_text(textwrap.dedent(PROGRAM).format(metric=metric, setup=setup))
+    inherited = {key: value for key, value in os.environ.items() if not key.startswith(("MLFLOW_", "OTEL_"))}
+    paths = os.pathsep.join([str(root), str(root / "src"), os.environ.get("PYTHONPATH", "")])
+    return subprocess.Popen(
+        [*(command or (sys.executable,)), str(script)],
+        cwd=tmp_path,
+        env={**inherited, "PYTHONPATH": paths, **environment},
+        stdout=subprocess.PIPE,
+        stderr=(tmp_path / "stderr.txt").open("w"),
+        text=True,
+    )
+
+
+CONFIGURE = "import dspy_otel; dspy_otel.configure()"
+
+
+def test_the_environment_alone_is_enough_and_an_interrupted_compile_is_killed(server_uri: str, tmp_path: Path) -> None:
+    environment = {
+        "MLFLOW_TRACKING_URI": server_uri,
+        "MLFLOW_EXPERIMENT_NAME": "interrupted",
+        "OTEL_TRACES_EXPORTER": "mlflow",
+    }
+    process = start(tmp_path, "time.sleep(0.3)", environment, CONFIGURE)
+    assert process.stdout.readline() == "ready\n"
+    store = Store(server_uri, "interrupted")
+    until = time.monotonic() + 60
+    while time.monotonic() < until:
+        if store.client.get_experiment_by_name("interrupted") and any("/" in key for key in store.runs()):
+            break
+        time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    process.wait(90)
+    assert "KeyboardInterrupt" in (tmp_path / "stderr.txt").read_text()
+    runs = store.runs().values()
+    assert {run.info.status for run in runs if "mlflow.parentRunId" not in run.data.tags} == {"KILLED"}
+    assert "RUNNING" not in {run.info.status for run in runs}
+    store.provider.shutdown()
+
+
+def test_a_server_that_restarts_in_the_middle_loses_nothing(tmp_path: Path) -> None:
+    directory = tmp_path / "server"
+    directory.mkdir()
+    with mlflow_server(directory) as first:
+        port = int(first.rpartition(":")[2])
+        store = Store(first, "restarted")
+        store.instrument()
+        lm = scripted_lm()
+        quietly(RUNS["BootstrapFewShotWithRandomSearch"], lm)
+    # The server is gone; what the second half makes has to wait.
+    quietly(RUNS["BootstrapFewShotWithRandomSearch"], lm, seed=1)
+    with mlflow_server(directory, port=port):
+        assert store.provider.force_flush(240_000)
+        runs = store.runs()
+        assert {run.info.status for run in runs.values()} == {"FINISHED"}
+        assert len([run for run in runs.values() if "mlflow.parentRunId" not in run.data.tags]) == 2
+        for key, run in runs.items():
+            if "/" in key:
+                traces = store.traces(run)
+                assert (len(traces), {len(trace.info.assessments) for trace in traces}) == (8, {1}), key
+        DSPyInstrumentor().uninstrument()
+        store.provider.shutdown()
+
+
+def test_a_dead_server_costs_the_program_a_line_and_little_time(tmp_path: Path) -> None:
+    environment = {"MLFLOW_TRACKING_URI": "http://127.0.0.1:9", "OTEL_TRACES_EXPORTER": "mlflow"}
+    process = start(tmp_path, "pass", environment, CONFIGURE)
+    assert process.stdout.read() == "ready\ndone\n"
+    began = time.monotonic()
+    assert process.wait(60) == 0
+    assert time.monotonic() - began < 30
+    said = (tmp_path / "stderr.txt").read_text()
+    assert said.count("cannot be reached") <= 2
+    assert "not written: " in said
+    assert "Traceback" not in said
+
+
+def test_a_tracker_never_gets_in_the_way(
+    uri: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever fails inside: the program's result is the same."""
+    from dspy_otel.exporters.mlflow import tree
+
+    def broken(*_: Any) -> Any:
+        raise RuntimeError("broken")
+
+    monkeypatch.setattr(tree.Tree, "start", broken)
+    monkeypatch.setattr(tree.Tree, "end", broken)
+    store = Store(uri, "broken")
+    store.instrument()
+    scripted_lm()
+    with caplog.at_level(logging.WARNING):
+        result = quietly(dspy.Evaluate(devset=load_examples("val", 4), metric=same_family), ColourFamily())
+        store.flush()
+    assert len(result.results) == 4
+    DSPyInstrumentor().uninstrument()
+    store.provider.shutdown()
