@@ -11,6 +11,8 @@ else
   INSTALL = $(BIN)/python -m pip install -q
 endif
 
+# uv trusts the certificates that the system trusts, as pip does.
+export UV_SYSTEM_CERTS = true
 # No test and no demo waits for LiteLLM's download of a price list, or leaves a cache in the home directory.
 export LITELLM_LOCAL_MODEL_COST_MAP = True
 export DSPY_CACHEDIR = $(CURDIR)/$(VENV)/dspy-cache
@@ -25,10 +27,10 @@ demo: $(VENV)/.demo ## run, evaluate and optimize a small program; see it in MLf
 test: $(VENV)/.test ## the fast tests
 	$(BIN)/python -m pytest $(ARGS)
 
-test-slow: $(VENV)/.test ## the slow tests and those against real servers
+test-slow: $(VENV)/.neighbours ## the slow tests and those against real servers
 	$(BIN)/python -m pytest -m "slow or integration" $(ARGS)
 
-test-all: $(VENV)/.test ## all tests
+test-all: $(VENV)/.neighbours ## all tests
 	$(BIN)/python -m pytest -m "" $(ARGS)
 
 lint: $(VENV)/.lint ## style and types
@@ -61,6 +63,10 @@ $(VENV)/.demo: $(BIN)/python pyproject.toml
 
 $(VENV)/.test: $(VENV)/.demo
 	@$(INSTALL) --group test
+	@touch $@
+
+$(VENV)/.neighbours: $(VENV)/.test
+	@$(INSTALL) --group neighbours
 	@touch $@
 
 $(VENV)/.lint: $(VENV)/.demo

@@ -14,6 +14,7 @@ from typing import Any
 from .config import Config
 from .instrumentor import DSPyInstrumentor
 from .operations.program import program_digest as program_id
+from .optimizers import Optimization, optimization
 from .propagation import attach, bind, inject
 from .providers import configure
 from .version import __version__
@@ -41,12 +42,14 @@ def uninstrument() -> None:
 __all__ = [
     "Config",
     "DSPyInstrumentor",
+    "Optimization",
     "__version__",
     "attach",
     "bind",
     "configure",
     "inject",
     "instrument",
+    "optimization",
     "program_id",
     "uninstrument",
 ]

@@ -491,7 +491,7 @@ class Tree:
         run.param(trial_params(at))
         run.point({"score": score, f"score.{kind}": score, "best_score": best}, when, number)
         run.point({"score_before": at.get(sc.TRIAL_SCORE_BEFORE), "score_after": at.get(sc.TRIAL_SCORE_AFTER)}, when)
-        run.point(usage(at), when, number)
+        run.point(usage(at, roles=False), when, number)
         accepted = at.get(sc.TRIAL_ACCEPTED)
         if isinstance(accepted, bool):
             run.name += " accepted" if accepted else " rejected"
@@ -777,10 +777,16 @@ def put_program(run: Run, path: str, program: tuple[str, bool]) -> None:
     run.artifacts[path] = state
 
 
-def usage(at: Attributes) -> dict[str, Any]:
-    """Tokens, cost and calls of a span's totals, by role too, named as the curves are."""
+def usage(at: Attributes, roles: bool = True) -> dict[str, Any]:
+    """Tokens, cost and calls of a span's totals, named as the curves are.
+
+    With ``roles`` by role too; without, only when there is more than one: MLflow's table has a column for each name.
+    """
     prefix = sc.USAGE_PREFIX
-    return {key[len(prefix) :]: value for key, value in at.items() if key.startswith(prefix)}
+    found = {key[len(prefix) :]: value for key, value in at.items() if key.startswith(prefix)}
+    if not roles and len({key.partition(".")[0] for key in found if "." in key}) < 2:
+        return {key: value for key, value in found.items() if "." not in key}
+    return found
 
 
 def columns_of(rows: Iterable[Mapping[str, Any]]) -> tuple[tuple[str, str], ...]:
