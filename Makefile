@@ -17,7 +17,7 @@ export UV_SYSTEM_CERTS = true
 export LITELLM_LOCAL_MODEL_COST_MAP = True
 export DSPY_CACHEDIR = $(CURDIR)/$(VENV)/dspy-cache
 
-.PHONY: help demo test test-slow test-all lint format matrix bench clean
+.PHONY: help demo test test-slow test-integration test-all lint format matrix bench clean
 help: ## show this
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 12
 
@@ -25,13 +25,15 @@ demo: $(VENV)/.demo ## run, evaluate and optimize a small program; see it in MLf
 	@$(BIN)/dspy-otel demo $(ARGS)
 
 test: $(VENV)/.test ## the fast tests
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n auto $(ARGS)
 
-test-slow: $(VENV)/.neighbours ## the slow tests and those against real servers
-	$(BIN)/python -m pytest -m "slow or integration" $(ARGS)
+test-slow: $(VENV)/.test ## the slow tests
+	$(BIN)/python -m pytest -n auto -m "slow and not integration" $(ARGS)
 
-test-all: $(VENV)/.neighbours ## all tests
-	$(BIN)/python -m pytest -m "" $(ARGS)
+test-integration: $(VENV)/.neighbours ## the tests against real servers and in fresh processes
+	$(BIN)/python -m pytest -n auto --dist loadfile -m integration $(ARGS)
+
+test-all: test test-slow test-integration ## all tests
 
 lint: $(VENV)/.lint ## style and types
 	$(BIN)/ruff check .

@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 import venv
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
@@ -220,7 +221,7 @@ def run(rows: list[Configuration], repetitions: int, calls: int, seed: int) -> N
                     row.cpu[program].append(reply["cpu"] * 1e6)
 
 
-def end(rows: list[Configuration]) -> None:
+def end(rows: Sequence[Configuration]) -> None:
     for row in rows:
         if row.process is not None:
             row.process.stdin.close() if row.process.stdin else None
@@ -309,8 +310,8 @@ class Results:
         return ["goal", "against", "limit", *PROGRAMS.values()], lines, met
 
 
-def machine(rows: list[Configuration], options: argparse.Namespace) -> list[str]:
-    """Where, with what and when this was measured."""
+def machine(rows: Sequence[Configuration], what: str) -> list[str]:
+    """Where, with what and when this was measured; ``what`` was."""
     cpu = platform.processor() or platform.machine()
     try:
         info = Path("/proc/cpuinfo").read_text()
@@ -334,8 +335,7 @@ def machine(rows: list[Configuration], options: argparse.Namespace) -> list[str]
     return [
         f"{cpu}, {os.cpu_count()} cores, {platform.system()} {platform.release()}{load}",
         f"Python {platform.python_version()}, dspy-otel {ours}, {', '.join(packages)}",
-        f"{datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC, {options.repetitions} repetitions of {options.calls} calls "
-        "per cell, medians; us of CPU per call",
+        f"{datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC, {what}",
     ]
 
 
@@ -398,7 +398,8 @@ def main() -> int:
     results = Results(rows)
     header, lines = results.table()
     goal_header, goal_lines, met = results.goals()
-    about = machine(rows, options)
+    what = f"{options.repetitions} repetitions of {options.calls} calls per cell, medians; us of CPU per call"
+    about = machine(rows, what)
     about += [results.spread(), *results.skipped()]
     if options.markdown:
         print("  \n".join(about), markdown(header, lines), markdown(goal_header, goal_lines), sep="\n\n")

@@ -14,6 +14,7 @@ _LOG = logging.getLogger(__name__)
 
 CaptureContent = Literal["no_content", "span_only", "event_only", "span_and_event"]
 EvaluationTraces = Literal["linked", "nested"]
+OptimizationTraces = Literal["all", "failed_and_best", "none"]
 Redact = Callable[[str], str]
 
 ENV_CAPTURE_CONTENT: Final = "OTEL_INSTRUMENTATION_GENAI_CAPTURE_MESSAGE_CONTENT"
@@ -22,7 +23,9 @@ ENV_CAPTURE_MEDIA: Final = "OTEL_DSPY_CAPTURE_MEDIA"
 ENV_REDACT: Final = "OTEL_DSPY_REDACT"
 ENV_ADAPTER_SPANS: Final = "OTEL_DSPY_ADAPTER_SPANS"
 ENV_EVALUATION_TRACES: Final = "OTEL_DSPY_EVALUATION_TRACES"
+ENV_OPTIMIZATION_TRACES: Final = "OTEL_DSPY_OPTIMIZATION_TRACES"
 ENV_OPENINFERENCE: Final = "OTEL_DSPY_OPENINFERENCE"
+ENV_PROGRESS: Final = "OTEL_DSPY_PROGRESS"
 ENV_METRICS: Final = "OTEL_DSPY_METRICS"
 
 _CONTENT_MODES: Final[Mapping[str, CaptureContent]] = {
@@ -35,6 +38,11 @@ _CONTENT_MODES: Final[Mapping[str, CaptureContent]] = {
     "false": "no_content",
 }
 _TRACE_MODES: Final[Mapping[str, EvaluationTraces]] = {"linked": "linked", "nested": "nested"}
+_VOLUMES: Final[Mapping[str, OptimizationTraces]] = {
+    "all": "all",
+    "failed_and_best": "failed_and_best",
+    "none": "none",
+}
 _BOOLEANS: Final = {
     "true": True,
     "1": True,
@@ -117,11 +125,17 @@ class Config:
     evaluation_traces: EvaluationTraces = _setting("linked", ENV_EVALUATION_TRACES, _choice(_TRACE_MODES))
     """``linked``: each evaluated example is a trace of its own, linked both ways. ``nested``: one tree."""
 
+    optimization_traces: OptimizationTraces = _setting("all", ENV_OPTIMIZATION_TRACES, _choice(_VOLUMES))
+    """Which examples that an optimization evaluates leave a trace. Trials, totals and metrics are always complete."""
+
     openinference: bool = _setting(True, ENV_OPENINFERENCE, _boolean)
     """OpenInference's span kind and input/output keys, which Phoenix, MLflow and Langfuse read."""
 
     metrics: bool = _setting(True, ENV_METRICS, _boolean)
     """Record metrics (they cost nothing without a meter provider)."""
+
+    progress: bool = _setting(False, ENV_PROGRESS, _boolean)
+    """Show running optimizations on stderr, if that is a terminal (needs ``rich``)."""
 
     @property
     def content_on_spans(self) -> bool:
@@ -159,7 +173,8 @@ class Config:
 
         Returns:
             The settings. A value that cannot be used is replaced by the default, with one warning that says what
-            would be right: telemetry must not stop a program.
+            would be right: telemetry must not stop a program. Without a usable ``redact`` that was asked for, no
+            content is recorded.
 
         Raises:
             TypeError: for an argument that is no setting (a mistake in code, not in configuration).
@@ -177,5 +192,10 @@ class Config:
             try:
                 values[name] = field.metadata["parse"](value)
             except _Unusable as problem:
-                _LOG.warning("dspy-otel: %s: %s; using %r", source, problem, field.default)
+                if name == "redact":
+                    # Content that was to be redacted must not leave as it is.
+                    values["capture_content"] = "no_content"
+                    _LOG.warning("dspy-otel: %s: %s; no content is recorded until it can be used", source, problem)
+                else:
+                    _LOG.warning("dspy-otel: %s: %s; using %r", source, problem, field.default)
         return cls(**values)

@@ -13,6 +13,7 @@ from opentelemetry.instrumentation.instrumentor import BaseInstrumentor  # type:
 from wrapt import register_post_import_hook
 
 from .config import Config
+from .neighbours import Neighbours
 from .operations.adapter import AdapterOperation, AdapterSpanOperation
 from .operations.embedding import EmbeddingOperation
 from .operations.interpreter import InterpreterOperation
@@ -25,7 +26,7 @@ from .optimizers import Optimizers
 from .patching import Patches, resolve
 from .telemetry import secrets
 from .telemetry.core import Telemetry
-from .telemetry.guard import failed, reset_warnings, warn_once
+from .telemetry.guard import failed, guarded, reset_warnings, warn_once
 from .telemetry.spans import Operation
 
 _LOG: Final = logging.getLogger(__name__)
@@ -63,8 +64,10 @@ class DSPyInstrumentor(BaseInstrumentor):  # type: ignore[misc]
     def _instrument(self, **kwargs: Any) -> None:
         kwargs = {name: value for name, value in kwargs.items() if name not in ("skip_dep_check", "configuration")}
         providers = {name: kwargs.pop(name, None) for name in _PROVIDERS}
-        secrets.remember_environment()
-        self._telemetry = Telemetry(Config.load(**kwargs), **providers, on_provider=track_runs)
+        guarded("secrets of the environment")(secrets.remember_environment)()
+        self._telemetry = Telemetry(
+            Config.load(**kwargs), **providers, on_provider=track_runs, on_outermost=Neighbours().look
+        )
         self._generation += 1
         generation = self._generation
         if "dspy" in sys.modules and hasattr(sys.modules["dspy"], "Module"):
@@ -90,7 +93,7 @@ class DSPyInstrumentor(BaseInstrumentor):  # type: ignore[misc]
         try:
             self._patches = Patches()
             apply(self._telemetry, self._patches)
-            self._telemetry.neighbours.look()
+            self._telemetry.on_outermost()
         except Exception as error:  # Never in the way of `import dspy`.
             failed("instrument()", error)
 

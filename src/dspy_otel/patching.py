@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import itertools
 import sys
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -13,7 +15,7 @@ from .telemetry.guard import warn_once
 
 _ABSENT: Final = object()
 _MARK: Final = "__dspy_otel__"
-"""Attribute of every wrapper of ours: the wrapper itself, the function it stands for, and whose patch it is."""
+"""Attribute of every wrapper of ours: itself, the function it stands for, whose patch it is, what to put back."""
 
 
 def resolve(module: str, qualname: str = "") -> Any:
@@ -32,7 +34,7 @@ def resolve(module: str, qualname: str = "") -> Any:
     return found
 
 
-def _mark_of(function: Any) -> tuple[Any, Any, int] | None:
+def _mark_of(function: Any) -> tuple[Any, ...] | None:
     """The mark of one of our wrappers. A copy of it, as ``functools.wraps`` puts on others' wrappers, is none."""
     mark = getattr(function, _MARK, None)
     return mark if isinstance(mark, tuple) and mark[0] is function else None
@@ -46,12 +48,27 @@ def is_wrapped(function: Any) -> bool:
 _numbers: Final = itertools.count(1)
 
 
+@dataclass(eq=False)
+class _Replaced:
+    """What ``owner`` had under ``name``, and what it has instead."""
+
+    owner: Callable[[], Any]
+    name: str
+    own: Any
+    installed: Any
+
+
 @dataclass
 class Patches:
-    """The replacements in force. Restoring walks them backwards."""
+    """The replacements in force. Restoring walks them backwards.
+
+    What a class had before is kept by the wrapper that took its place, and here only by a weak reference: a class
+    that is made at run time goes when nobody else needs it.
+    """
 
     _number: int = field(default_factory=lambda: next(_numbers))
-    _undo: list[tuple[Any, str, Any, Any]] = field(default_factory=list)
+    _undo: dict[int, Callable[[], _Replaced | None]] = field(default_factory=dict)
+    _places: Iterator[int] = field(default_factory=itertools.count)
 
     def wrap(self, owner: Any, name: str, make: Callable[[Any], Any], *, loses: str = "") -> bool:
         """Replace ``owner.name`` by ``make(original)``.
@@ -79,15 +96,17 @@ class Patches:
         if mark is not None:
             # Reached the class by another way than ours: copied from a class that was wrapped (`acall = Base.acall`,
             # `dataclass(slots=True)`), maybe before an uninstrument().
-            _, function, number = mark
+            _, function, number, *_ = mark
             own = descriptor(function) if descriptor else function
             if number == self._number:
-                self._undo.append((owner, name, own, vars(owner).get(name)))
+                self._note(owner, name, own)
                 return False
         replacement = make(function)
+        if getattr(replacement, "__wrapped__", None) is not function:
+            functools.update_wrapper(replacement, function)
         setattr(replacement, _MARK, (replacement, function, self._number))
         installed = descriptor(replacement) if descriptor else replacement
-        if self._replace(owner, name, installed, own):
+        if self._replace(owner, name, installed, own, replacement):
             return True
         warn_once(("patch", shown), "cannot replace %s; telemetry lacks %s", shown, loses or "what it tells")
         return False
@@ -96,22 +115,34 @@ class Patches:
         """Set ``owner.name`` to ``value`` until :meth:`restore`, and say whether that was possible."""
         return self._replace(owner, name, value, vars(owner).get(name, _ABSENT))
 
-    def _replace(self, owner: Any, name: str, value: Any, own: Any) -> bool:
+    def _replace(self, owner: Any, name: str, value: Any, own: Any, keeper: Any = None) -> bool:
         try:
             setattr(owner, name, value)
         except (AttributeError, TypeError):
             return False
-        # What is stored may differ from what was set (descriptors): compare with that when restoring.
-        self._undo.append((owner, name, own, vars(owner).get(name)))
+        self._note(owner, name, own, keeper)
         return True
+
+    def _note(self, owner: Any, name: str, own: Any, keeper: Any = None) -> None:
+        """Remember what to put back: as long as ``keeper`` (a wrapper) lives, if there is one."""
+        # What is stored may differ from what was set (descriptors): compare with that when restoring.
+        place, installed = next(self._places), vars(owner).get(name)
+        replaced = _Replaced(weakref.ref(owner), name, own, installed)
+        if keeper is None or not isinstance(owner, type):
+            self._undo[place] = lambda: replaced
+            return
+        setattr(keeper, _MARK, (*getattr(keeper, _MARK), replaced))
+        undo = self._undo
+        undo[place] = weakref.ref(replaced, lambda _: undo.pop(place, None))
 
     def restore(self) -> None:
         """Put every original back. What somebody else has wrapped since is left in place, and our part goes quiet."""
         while self._undo:
-            owner, name, own, installed = self._undo.pop()
-            if vars(owner).get(name, _ABSENT) is not installed:
+            replaced = self._undo.popitem()[1]()
+            owner = replaced.owner() if replaced is not None else None
+            if replaced is None or owner is None or vars(owner).get(replaced.name, _ABSENT) is not replaced.installed:
                 continue
-            if own is _ABSENT:
-                delattr(owner, name)
+            if replaced.own is _ABSENT:
+                delattr(owner, replaced.name)
             else:
-                setattr(owner, name, own)
+                setattr(owner, replaced.name, replaced.own)

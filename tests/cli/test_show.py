@@ -78,13 +78,49 @@ def test_tree_shows_scores_tokens_cache_and_errors(recorder):
 
 
 def test_optimizer_table_counts_only_full_evaluations_as_best(recorder):
-    rows = [row[1:-1] for row in printed(show.optimizer_table(recorder, "GEPA")) if len(row) > 5]
+    rows = [row[1:-1] for row in printed(show.optimizer_tables(recorder, "GEPA")[0]) if len(row) > 5]
     assert rows == [
         ["1", "full", "20", "40.0", "40.0"],
         ["2", "minibatch", "3", "100.0", ""],
         ["3", "full", "20", "35.0", ""],
         ["4", "full", "20", "60.0", "60.0"],
     ]
+
+
+def test_trials_are_shown_as_the_optimizer_counts_them():
+    recorder = Recorder()
+    provider = TracerProvider(shutdown_on_exit=False)
+    provider.add_span_processor(recorder)
+    recorder.part = "GEPA"
+    trials = [
+        (
+            2,
+            {
+                "kind": "minibatch",
+                "score": 1.0,
+                "best_score": 0.375,
+                "accepted": False,
+                "params.components": ["a", "b"],
+            },
+        ),
+        (1, {"kind": "baseline", "score": 0.375, "best_score": 0.375, "is_best": True, "size": 8}),
+        (3, {"kind": "minibatch", "accepted": True, "params.minibatch_ids": ["123456"] * 6}),
+    ]
+    for number, said in trials:
+        with provider.get_tracer("test").start_as_current_span("trial") as span:
+            span.set_attribute(semconv.OPTIMIZER_NAME, "GEPA")
+            span.set_attribute(semconv.OPTIMIZER_RUN_ID, "outer" if number < 3 else "inner")
+            span.set_attribute(semconv.TRIAL_NUMBER, number)
+            for key, value in said.items():
+                span.set_attribute(f"dspy.trial.{key}", value)
+    outer, inner = (
+        [row[1:-1] for row in printed(table) if len(row) > 5] for table in show.optimizer_tables(recorder, "GEPA")
+    )
+    assert outer == [
+        ["1", "baseline", "8", "0.375", "0.375", "", ""],
+        ["2", "minibatch", "", "1", "0.375", "no", "components=a,b"],
+    ]
+    assert inner == [["3", "minibatch", "", "", "", "yes", "minibatch_ids=123456,123456,123456,12…"]]
 
 
 def test_parts_table_and_progress(recorder):

@@ -17,10 +17,10 @@ from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import SpanProcessor, TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor, SimpleSpanProcessor
 from opentelemetry.trace import SpanKind, Status, StatusCode
-from tests.support.mlflow_server import mlflow_server
 
 from dspy_otel import semconv as sc
 from dspy_otel.exporters.mlflow import MLflowSpanExporter
+from tests.support.mlflow_server import mlflow_server
 
 pytest.importorskip("mlflow")
 pytestmark = pytest.mark.integration

@@ -141,3 +141,24 @@ def test_call_time_signature_and_demos(telemetry):
     attributes = telemetry.only("invoke_workflow").attributes
     assert attributes["dspy.signature.fields"] == "claim -> verdict"
     assert attributes["dspy.demos.count"] == 1
+
+
+def test_keys_of_a_users_own_are_not_in_names_or_labels(telemetry) -> None:
+    class Routed(dspy.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.by = {"user1@mail.com": dspy.Predict("question -> answer"), "x" * 100_000: dspy.Predict("q -> a")}
+            self.steps = [dspy.Predict("question -> answer")]
+
+        def forward(self, question: str):
+            for predictor in (*self.by.values(), *self.steps):
+                answer = predictor(**dict.fromkeys(predictor.signature.input_fields, question))
+            return answer
+
+    telemetry.instrument()
+    with dspy.context(lm=dummy({"answer": "b"}, {"a": "b"}, {"answer": "b"})):
+        Routed()(question="q")
+    names = {span.name for span in telemetry.spans if span.name.startswith("Predict")}
+    assert names == {"Predict by[*]", "Predict steps[0]"}
+    labels = {point.attributes.get("dspy.module.path") for point in telemetry.metric("dspy.module.duration")}
+    assert labels == {None, "by[*]", "steps[*]"}

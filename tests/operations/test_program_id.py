@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import datetime
+from pathlib import Path
+from typing import Any
 
 import dspy
 import pydantic
@@ -11,6 +13,7 @@ import pytest
 
 from dspy_otel import program_id
 from dspy_otel.operations.program import Programs
+from dspy_otel.telemetry import secrets
 
 from .common import Research, dummy
 
@@ -194,3 +197,59 @@ def test_candidate_winner_and_production_share_the_id(telemetry, tmp_path, optim
     )
     assert programs == [evaluated, evaluated]
     assert evaluated != program_id(Guide())
+
+
+def test_modules_under_any_name_are_part_of_the_program() -> None:
+    class Named(dspy.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stage = dspy.Predict("question -> answer")
+            self.history = dspy.Predict("answer -> summary")
+
+        def forward(self, question: str) -> Any:
+            return self.stage(question=question)
+
+    program = Named()
+    programs = Programs()
+    before = programs.find(program)
+    assert before is not None
+    assert {"stage", "history"} <= set(before.paths.values())
+    program.history.signature = program.history.signature.with_instructions("Sum up.")
+    assert programs.find(program).id != before.id
+
+
+def test_demo_keys_and_field_texts_changed_in_place_show() -> None:
+    programs = Programs()
+    program = dspy.Predict("question -> answer")
+    program.demos = [{"question": "a", "answer": "b"}]
+    first = programs.find(program).id
+    program.demos[0]["context"] = program.demos[0].pop("answer")
+    second = programs.find(program).id
+    program.signature.fields["answer"].json_schema_extra["desc"] = "one word"
+    third = programs.find(program).id
+    assert len({first, second, third}) == 3
+
+
+def test_identity_depends_on_the_state_alone() -> None:
+    """Not on which secrets this process knows, and not on how long the state is."""
+
+    def with_demos(*texts: str) -> Any:
+        program = dspy.Predict("question -> answer")
+        program.demos = [{"question": text, "answer": "b"} for text in texts]
+        return program
+
+    plain = program_id(with_demos("the word is mellifluous-123"))
+    secrets.remember("mellifluous-123")
+    assert program_id(with_demos("the word is mellifluous-123")) == plain
+    assert program_id(with_demos("sk-" + "a" * 30)) != program_id(with_demos("sk-" + "b" * 30))
+    long = ["row"] * 1500
+    assert program_id(with_demos(*long, "x")) != program_id(with_demos(*long, "y"))
+
+
+def test_same_after_a_json_file_even_with_dates_and_nan(tmp_path: Path) -> None:
+    program = dspy.Predict("question -> answer")
+    program.demos = [{"question": datetime.datetime(2020, 1, 1), "answer": float("nan")}]
+    program.save(tmp_path / "program.json")
+    loaded = dspy.Predict("question -> answer")
+    loaded.load(tmp_path / "program.json")
+    assert program_id(loaded) == program_id(program)

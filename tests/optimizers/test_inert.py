@@ -59,11 +59,15 @@ def outcome(name: str, seed: int) -> dict[str, Any]:
 
 @pytest.mark.parametrize("name", FIXED)
 @settings(max_examples=3, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-@given(seed=st.integers(1, 2**16), content=st.sampled_from(["no_content", "span_and_event"]))
-def test_same_with_and_without(name: str, seed: int, content: str) -> None:
+@given(
+    seed=st.integers(1, 2**16),
+    content=st.sampled_from(["no_content", "span_and_event"]),
+    traces=st.sampled_from(["all", "failed_and_best", "none"]),
+)
+def test_same_with_and_without(name: str, seed: int, content: str, traces: str) -> None:
     bare = outcome(name, seed)
     recorder = Recorder()
-    recorder.instrument(capture_content=content)
+    recorder.instrument(capture_content=content, optimization_traces=traces)
     try:
         watched = outcome(name, seed)
     finally:

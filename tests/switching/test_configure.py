@@ -200,6 +200,8 @@ WRONG = {
     "OTEL_DSPY_REDACT": ("redact", "no.such.module:function", None),
     "OTEL_DSPY_ADAPTER_SPANS": ("adapter_spans", "2", False),
     "OTEL_DSPY_EVALUATION_TRACES": ("evaluation_traces", "tree", "linked"),
+    "OTEL_DSPY_OPTIMIZATION_TRACES": ("optimization_traces", "some", "all"),
+    "OTEL_DSPY_PROGRESS": ("progress", "bar", False),
     "OTEL_DSPY_OPENINFERENCE": ("openinference", "y e s", True),
     "OTEL_DSPY_METRICS": ("metrics", "none", True),
 }
@@ -210,6 +212,8 @@ RIGHT = {
     "OTEL_DSPY_REDACT": ("redact", "json:dumps", json.dumps),
     "OTEL_DSPY_ADAPTER_SPANS": ("adapter_spans", "on", True),
     "OTEL_DSPY_EVALUATION_TRACES": ("evaluation_traces", "Nested", "nested"),
+    "OTEL_DSPY_OPTIMIZATION_TRACES": ("optimization_traces", "None", "none"),
+    "OTEL_DSPY_PROGRESS": ("progress", "yes", True),
     "OTEL_DSPY_OPENINFERENCE": ("openinference", "off", False),
     "OTEL_DSPY_METRICS": ("metrics", "False", False),
 }
@@ -232,7 +236,12 @@ def test_wrong_value_is_one_warning_and_the_default(
     (record,) = caplog.records
     assert record.levelname == "WARNING"
     assert record.getMessage().startswith(f"dspy-otel: {variable}: use ")
-    assert repr(default) in record.getMessage()
+    assert (repr(default) if field != "redact" else "no content is recorded") in record.getMessage()
+
+
+def test_nothing_leaves_unredacted_because_of_a_typing_mistake(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("OTEL_DSPY_REDACT", WRONG["OTEL_DSPY_REDACT"][1])
+    assert Config.load(capture_content="span_only").capture_content == "no_content"
 
 
 @pytest.mark.parametrize("variable", RIGHT)

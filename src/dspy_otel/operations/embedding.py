@@ -79,7 +79,7 @@ class EmbeddingOperation(Operation):
     def start(self, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any], parent: Scope | None) -> Start | None:
         hosted = isinstance(instance.model, str)
         settings = {**(getattr(instance, "default_kwargs", None) or {}), **kwargs}
-        secrets.remember(settings.get("api_key"))
+        self.telemetry.safely("embedder's settings", None, secrets.remember_settings, settings)
         model = instance.model if hosted else getattr(instance.model, "__qualname__", type(instance.model).__name__)
         provider, name = split_model(model) if hosted else (None, model)
         attributes: Attributes = {

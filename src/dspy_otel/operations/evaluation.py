@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 import secrets as random_source
 from dataclasses import dataclass
 from typing import Any
@@ -37,7 +38,8 @@ class EvaluateOperation(Operation):
         totals = Totals()
         program = self.programs.find(given["program"]) if hasattr(given["program"], "named_predictors") else None
         scope.program = None
-        scope.role = names.ROLE_TASK
+        # Of a program that is no module, nobody can tell where it ends and the metric begins.
+        scope.role = None if program is None else names.ROLE_TASK
         scope.totals = (*scope.totals, totals)
         scope.stamps = {**scope.stamps, names.EVALUATION_ID: random_source.token_hex(8)}
         metric = metric_name(given["metric"])
@@ -85,12 +87,14 @@ class ExampleRun:
         index: its place in the evaluated dataset, or -1 when that is not known.
         again: DSPy has submitted it before (a straggler).
         evaluate: scope of the evaluation.
+        program: the module that answers, where that is not the evaluation's own program.
     """
 
     example: Any
     index: int
     again: bool
     evaluate: Scope
+    program: Any = None
 
 
 class ExampleOperation(Operation):
@@ -107,6 +111,8 @@ class ExampleOperation(Operation):
         evaluate = run.evaluate
         # The scope's owner is the evaluated program, so that its answer can be told from what the metric calls.
         scope = open_scope(self.kind, evaluate.notes["program"], evaluate)
+        if run.program is not None:
+            scope.owner, scope.role = run.program, names.ROLE_TASK
         attributes: Attributes = {names.PROGRAM_NAME: evaluate.notes["program_name"]}
         if evaluate.notes["program_id"] is not None:
             attributes[names.PROGRAM_ID] = evaluate.notes["program_id"]
@@ -133,7 +139,8 @@ class ExampleOperation(Operation):
             put_inputs(self.telemetry, attributes, inputs)
             self.telemetry.put_content(attributes, names.EXAMPLE_EXPECTED, expected)
         span, notes = run.evaluate.span, run.evaluate.notes
-        if self.telemetry.config.evaluation_traces == "linked" and span is not None and notes["links"] < MAX_LINKS:
+        linked = self.telemetry.config.evaluation_traces == "linked" and call.scope.hold is None
+        if linked and span is not None and notes["links"] < MAX_LINKS:
             notes["links"] += 1
             if span.is_recording():
                 span.add_link(call.span.get_span_context(), {names.EXAMPLE_INDEX: run.index})
@@ -174,7 +181,9 @@ class ExampleOperation(Operation):
         self._emit_result(call, verdict, error)
 
     def _emit_result(self, call: Call, verdict: Any, error: BaseException | None) -> None:
-        """The ``gen_ai.evaluation.result`` event of this example."""
+        """The ``gen_ai.evaluation.result`` event of this example, unless its trace was not sampled."""
+        if not call.span.get_span_context().trace_flags.sampled:
+            return
         run: ExampleRun = call.instance
         attributes: Attributes = {names.GEN_AI_EVALUATION_NAME: run.evaluate.notes["metric"] or "metric"}
         attributes.update(call.scope.stamps)
@@ -187,7 +196,9 @@ class ExampleOperation(Operation):
             attributes[names.ERROR_TYPE] = error_type(error)
         feedback = feedback_of(verdict)
         if feedback is not None and self.telemetry.config.content_on_events:
-            attributes[names.GEN_AI_EVALUATION_EXPLANATION] = self.telemetry.content.text(feedback)
+            text = self.telemetry.safely("content", None, self.telemetry.content.text, feedback)
+            if text is not None:
+                attributes[names.GEN_AI_EVALUATION_EXPLANATION] = text
         self.telemetry.emit_event(names.LOG_EVALUATION_RESULT, attributes, call.context)
 
 
@@ -225,17 +236,23 @@ def metric_name(metric: Any) -> str | None:
 
 def score_of(verdict: Any) -> float | None:
     """The score in what a metric returned: a number, a boolean, or something with a ``score``. Not finite: ``None``."""
-    if not isinstance(verdict, (bool, int, float)):
-        verdict = getattr(verdict, "score", None)
-    if not isinstance(verdict, (bool, int, float)):
-        return None
-    number = float(verdict)
-    return number if math.isfinite(number) else None
+    number = _number(verdict)
+    if number is None:
+        number = _number(getattr(verdict, "score", None))
+    return number if number is not None and math.isfinite(number) else None
+
+
+def _number(value: Any) -> float | None:
+    if isinstance(value, numbers.Real):  # also NumPy's numbers
+        return float(value)
+    if type(value).__module__ == "numpy" and getattr(value, "shape", None) == ():  # its booleans
+        return float(value)
+    return None
 
 
 def feedback_of(verdict: Any) -> str | None:
     """The feedback text of a metric that returned ``Prediction(score, feedback)``."""
-    if verdict is None or isinstance(verdict, (bool, int, float)):
+    if verdict is None or _number(verdict) is not None:
         return None
     feedback = getattr(verdict, "feedback", None)
     return feedback if isinstance(feedback, str) else None

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import sys
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Final
 from urllib.parse import urlsplit
 
@@ -18,8 +18,8 @@ from ..telemetry.attributes import Attributes
 from ..telemetry.errors import error_type
 from ..telemetry.scope import Scope, current_scope, open_scope
 from ..telemetry.spans import Call, Operation, Start, openinference
-from ..telemetry.totals import LMUsage
-from .messages import input_messages, output_messages, tool_definitions
+from ..telemetry.totals import LMUsage, together
+from .messages import described, input_messages, output_messages, tool_definitions
 
 # DSPy's model prefixes (LiteLLM's and lm15's provider ids) as the GenAI conventions name those providers.
 PROVIDERS: Final[Mapping[str, str]] = {
@@ -61,7 +61,7 @@ _ENGINES: Final = {
 }
 
 
-@dataclass
+@dataclasses.dataclass
 class Outcome:
     """What DSPy knows of one finished LM call, whichever engine made it.
 
@@ -92,8 +92,11 @@ class LMOperation(Operation):
     def start(self, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any], parent: Scope | None) -> Start | None:
         scope = open_scope(self.kind, instance, parent)
         settings = request_settings(instance, args, kwargs)
-        for key in ("api_key", "api_token"):
-            secrets.remember(settings.get(key))
+        own = getattr(instance, "kwargs", None)
+        if own:
+            self.telemetry.safely("LM settings", None, secrets.remember_settings, own)
+        if kwargs:
+            self.telemetry.safely("LM settings", None, secrets.remember_settings, kwargs)
         attributes = request_attributes(instance, settings)
         scope.notes["request"] = attributes.copy()
         if scope.role is not None:
@@ -106,19 +109,38 @@ class LMOperation(Operation):
         name = f"{attributes[names.GEN_AI_OPERATION_NAME]} {attributes[names.GEN_AI_REQUEST_MODEL]}"
         return Start(name, scope, attributes, SpanKind.CLIENT)
 
+    def again(self, scope: Scope) -> None:
+        self._put_together(scope)
+        if "outcome" in scope.notes:
+            scope.notes["earlier"] = scope.notes.pop("outcome")
+
+    def _put_together(self, scope: Scope) -> None:
+        """One outcome of all the requests that an override made by calling what it overrides."""
+        earlier = scope.notes.pop("earlier", None)
+        if earlier is not None:
+            last = scope.notes.get("outcome")
+            scope.notes["outcome"] = earlier if last is None else outcome_of_both(earlier, last)
+
     def detail(self, call: Call) -> Attributes:
         if not self.telemetry.config.content_on_spans:
             return {}
         return self.telemetry.safely("LM input content", {}, self._input_content, call)
 
     def _input_content(self, call: Call) -> Attributes:
+        content = self.telemetry.content
         system, messages = input_messages(call.args, call.kwargs)
+        described(messages, content.limit if content.media else 0)
         parts = (
             (names.GEN_AI_SYSTEM_INSTRUCTIONS, system),
             (names.GEN_AI_INPUT_MESSAGES, messages),
             (names.GEN_AI_TOOL_DEFINITIONS, tool_definitions(call.args, call.kwargs)),
         )
-        return {key: self.telemetry.content.json(value) for key, value in parts if value}
+        return self._rendered((key, value) for key, value in parts if value)
+
+    def _rendered(self, parts: Iterable[tuple[str, Any]]) -> Attributes:
+        """Each part as JSON; one that cannot be (the user's ``redact`` raises) is left out."""
+        texts = ((key, self.telemetry.safely("content", None, self.telemetry.content.json, part)) for key, part in parts)
+        return {key: text for key, text in texts if text is not None}
 
     def result(self, call: Call, result: Any, error: BaseException | None) -> Attributes:
         notes = call.scope.notes
@@ -145,11 +167,19 @@ class LMOperation(Operation):
 
     def measure(self, call: Call, result: Any, error: BaseException | None, seconds: float) -> None:
         scope = call.scope
+        self._put_together(scope)
         outcome: Outcome | None = scope.notes.get("outcome")
         usage = lm_usage(outcome)
-        if error is None:
+        inside: list[LMUsage] = scope.notes.get("inside", [])
+        inner = functools.reduce(together, inside, LMUsage())
+        if inside and not _exceeds(usage, inner):
+            # It only hands on what the LMs inside it did: they have been counted.
+            usage = LMUsage(cache_hit=usage.cache_hit)
+        elif error is None:
             for totals in scope.totals:
                 totals.add(usage, scope.role)
+        if error is None:
+            _tell_outer(scope, together(inner, usage))
         if self.telemetry.measuring:
             self._record(call, outcome, usage, error, seconds)
         if self.telemetry.config.content_on_events and call.span.get_span_context().trace_flags.sampled:
@@ -182,12 +212,12 @@ class LMOperation(Operation):
     def _emit_details(self, call: Call, outcome: Outcome | None) -> None:
         """The call's content as an ``inference.operation.details`` event."""
         attributes: Attributes = dict(call.scope.notes["request"])
-        attributes.update(self._input_content(call))
+        nothing: Attributes = {}
+        attributes.update(self.telemetry.safely("LM input content", nothing, self._input_content, call))
         if outcome is not None:
             attributes.update(response_attributes(outcome))
-            attributes[names.GEN_AI_OUTPUT_MESSAGES] = self.telemetry.content.json(
-                output_messages(outcome.outputs, outcome.finish_reasons)
-            )
+            messages = output_messages(outcome.outputs, outcome.finish_reasons)
+            attributes.update(self._rendered([(names.GEN_AI_OUTPUT_MESSAGES, messages)]))
         self.telemetry.emit_event(names.LOG_INFERENCE_DETAILS, attributes, call.context)
 
     # --- hooks below the entry point; each finds its call through the scope ------------------------------------------
@@ -475,6 +505,48 @@ def outcome_of_typed_response(response: Any) -> Outcome:
     )
 
 
+def outcome_of_both(first: Outcome, last: Outcome) -> Outcome:
+    """The answer is the last one; usage and cost are those of both, where they were billed."""
+    if first.cache_hit:
+        return last
+    if last.cache_hit:
+        return dataclasses.replace(last, usage=first.usage, cost=first.cost, cache_hit=False)
+    cost = last.cost if first.cost is None else first.cost if last.cost is None else first.cost + last.cost
+    return dataclasses.replace(last, usage=_sum(first.usage, last.usage), cost=cost)
+
+
+def _sum(first: Any, last: Any) -> dict[str, Any]:
+    """Counters of both, nested ones too."""
+    total = dict(first)
+    for name, value in dict(last).items():
+        before = total.get(name)
+        if isinstance(before, Mapping) and isinstance(value, Mapping):
+            total[name] = _sum(before, value)
+        elif isinstance(before, (int, float)) and isinstance(value, (int, float)):
+            total[name] = before + value
+        elif value is not None:
+            total[name] = value
+    return total
+
+
+def _exceeds(usage: LMUsage, inner: LMUsage) -> bool:
+    """Whether an LM call reports more tokens, or a higher cost, than the LM calls inside it."""
+    return (
+        (usage.input_tokens or 0) > (inner.input_tokens or 0)
+        or (usage.output_tokens or 0) > (inner.output_tokens or 0)
+        or (usage.cost or 0.0) > (inner.cost or 0.0) * (1 + 1e-9)
+    )
+
+
+def _tell_outer(scope: Scope, usage: LMUsage) -> None:
+    """Tell the LM call around this one, if there is one (an LM that asks other LMs), what this one used."""
+    outer = scope.parent
+    while outer is not None and outer.kind != scope.kind:
+        outer = outer.parent
+    if outer is not None:
+        outer.notes.setdefault("inside", []).append(usage)
+
+
 def choice_reasons(response: Any) -> list[str]:
     """Finish reasons of an OpenAI-shaped response, one for each choice (the Responses API gives one status)."""
     choices = _value(response, "choices")
@@ -499,7 +571,10 @@ def _first(value: int | None, other: int | None) -> int | None:
 
 
 def lm_usage(outcome: Outcome | None) -> LMUsage:
-    """Tokens and billed cost of a call. Counters that are all zero were not reported (LiteLLM's streams): absent."""
+    """Tokens and billed cost of a call.
+
+    Counters that are all zero, and the price of nothing, were not reported (LiteLLM's streams): absent.
+    """
     if outcome is None:
         return LMUsage()
     if outcome.cache_hit:
@@ -507,7 +582,7 @@ def lm_usage(outcome: Outcome | None) -> LMUsage:
     inputs = _count(outcome.usage, "prompt_tokens", "input_tokens")
     outputs = _count(outcome.usage, "completion_tokens", "output_tokens")
     if not inputs and not outputs:
-        return LMUsage()
+        return LMUsage(cost=outcome.cost or None)
     return LMUsage(inputs, outputs, outcome.cost)
 
 

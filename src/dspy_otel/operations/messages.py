@@ -6,10 +6,14 @@ Input comes in three shapes: a prompt string, OpenAI-style message dictionaries,
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import json
+import urllib.parse
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+from ..telemetry.content import base64_size
 
 Part = dict[str, Any]
 Message = dict[str, Any]
@@ -171,16 +175,37 @@ def _texts(content: Any) -> Any:
 
 
 def _media(modality: str, url: Any, data: Any, media_type: Any) -> Part:
-    """A media part. Data becomes a data URI, which content rendering names by type and size unless media is wanted."""
-    if isinstance(data, str):
-        url = f"data:{media_type or modality};base64,{data}" if not data.startswith("data:") else data
-    if isinstance(url, str) and url.startswith("data:"):
-        return {"type": "blob", "modality": modality, "mime_type": media_type or _mime_of(url), "content": url}
-    return {"type": "uri", "modality": modality, "uri": url}
+    """A media part: data as bare base64, as the conventions want it; anything else by its address."""
+    if isinstance(data, (bytes, bytearray)):
+        data = base64.b64encode(data).decode("ascii")
+    if not isinstance(data, str):
+        data = url if isinstance(url, str) and url.startswith("data:") else None
+    if data is None:
+        return {"type": "uri", "modality": modality, "uri": url}
+    if data.startswith("data:"):
+        # data:[<type>][;<parameter>]*[;base64],<data> (RFC 2397)
+        comma = data.find(",", 0, 1024) + 1
+        header, data = data[5 : max(comma - 1, 5)], data[comma:]
+        media_type = media_type or header.partition(";")[0]
+        if not header.endswith(";base64"):
+            data = base64.b64encode(urllib.parse.unquote_to_bytes(data)).decode("ascii")
+    return {"type": "blob", "modality": modality, "mime_type": media_type or None, "content": data}
 
 
-def _mime_of(uri: str) -> str:
-    return uri[5:105].partition(";")[0]
+def described(messages: list[Message], most: int) -> list[Message]:
+    """``messages`` with text in place of media: what it is and how large.
+
+    Args:
+        messages: from :func:`input_messages`; changed in place.
+        most: media of at most this many characters in base64 stays.
+    """
+    for message in messages:
+        parts = message["parts"]
+        for index, part in enumerate(parts):
+            if part["type"] == "blob" and len(part["content"]) > most:
+                what = part["mime_type"] or part["modality"]
+                parts[index] = {"type": "text", "content": f"<{what}, {base64_size(part['content'])} bytes>"}
+    return messages
 
 
 def _tool_call(call: Any) -> Part:

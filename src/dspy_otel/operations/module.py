@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any, Final
 
 from opentelemetry import baggage
@@ -15,6 +16,7 @@ from ..telemetry.spans import Call, Operation, Start, openinference
 from ..telemetry.totals import Totals
 from .program import Programs
 
+_SUBSCRIPT: Final = re.compile(r"\[[^\]]*\]")
 AGENT_CLASSES: Final = frozenset({"ReAct", "ReActV2", "CodeAct", "RLM"})
 """DSPy modules in which an LM chooses what to do next."""
 
@@ -83,7 +85,7 @@ class ModuleOperation(Operation):
         if self.telemetry.measuring:
             self._record(call, error, seconds)
         parent = scope.parent
-        if parent is not None and parent.kind == "example" and parent.owner in (None, call.instance):
+        if parent is not None and parent.kind == "example" and parent.owner is call.instance:
             # The evaluated program has answered. What the metric calls from here on is judging it.
             parent.role = names.ROLE_JUDGE
 
@@ -94,7 +96,7 @@ class ModuleOperation(Operation):
             attributes[names.PROGRAM_NAME] = scope.program.name
         path = scope.notes.get("path")
         if path:
-            attributes[names.MODULE_PATH] = path
+            attributes[names.MODULE_PATH] = _SUBSCRIPT.sub("[*]", path)  # steps[0] and steps[1] are one series
         if error is not None:
             attributes[names.ERROR_TYPE] = error_type(error)
         self.telemetry.metrics.module_duration.record(seconds, attributes, call.context)

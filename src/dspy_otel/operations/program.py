@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import datetime
+import decimal
+import enum
 import hashlib
 import json
+import math
 import operator
+import uuid
 import weakref
 from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import Any, Final
 
-from ..telemetry.content import Content
 from ..telemetry.guard import guarded
 from ..telemetry.scope import Program
 
@@ -22,14 +27,15 @@ _MAX_MODULES: Final = 2000
 _MAX_ITEMS: Final = 256
 _MAX_OBJECTS: Final = 4096
 
-# State of a module that holds no modules and may be long or costly to look at.
-_NOT_STRUCTURE: Final = frozenset(
-    {"history", "callbacks", "traces", "train", "demos", "signature", "config", "fields", "stage", "lm", "_compiled"}
-)
+_MAX_PATH: Final = 128
+_MAX_KEY: Final = 32
+
+# Containers that hold no modules and may be long: of every module, and of predictors.
+_LOGS: Final = frozenset({"history", "callbacks"})
+_PREDICTOR_STATE: Final = frozenset({"traces", "train", "demos", "config", "fields"})
 _LEAVES: Final = frozenset({str, int, float, bool, type(None), bytes})
 
-# Room for whole instructions and demos: an identity must not depend on how much of them telemetry may show.
-_CANONICAL: Final = Content(limit=1 << 20, media=True)
+_MAX_DEPTH: Final = 64
 
 
 class _ModuleTypes(dict[type, bool]):
@@ -60,11 +66,13 @@ def walk(root: Any) -> Iterator[tuple[str, Any]]:
         children: list[tuple[str, Any]] = []
         for name, value in list(module.__dict__.items()):
             kind = type(value)
-            if kind in _LEAVES or name in _NOT_STRUCTURE:
+            if kind in _LEAVES:
                 continue
             if _MODULE_TYPES[kind]:
-                children.append((f"{path}.{name}" if path else name, value))
-            elif kind in (list, tuple, dict):
+                children.append((_short(f"{path}.{name}" if path else name), value))
+            elif kind in (list, tuple, dict) and name not in _LOGS:
+                if name in _PREDICTOR_STATE and "signature" in module.__dict__:
+                    continue
                 children.extend(_items(f"{path}.{name}" if path else name, value, 2))
         for child in reversed(children):
             if id(child[1]) not in seen:
@@ -73,43 +81,61 @@ def walk(root: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _items(path: str, container: Any, depth: int) -> Iterator[tuple[str, Any]]:
-    if isinstance(container, dict):
-        pairs = [
-            (f"{path}[{key!r}]", value) for key, value in islice(container.items(), _MAX_ITEMS) if type(key) in _LEAVES
-        ]
-    else:
-        pairs = [(f"{path}[{index}]", value) for index, value in enumerate(islice(container, _MAX_ITEMS))]
-    for name, value in pairs:
+    pairs = container.items() if isinstance(container, dict) else enumerate(container)
+    for key, value in islice(pairs, _MAX_ITEMS):
         if _MODULE_TYPES[type(value)]:
-            yield name, value
+            yield _short(f"{path}[{_key(key)}]"), value
         elif depth and type(value) in (list, tuple, dict):
-            yield from _items(name, value, depth - 1)
+            yield from _items(f"{path}[{_key(key)}]", value, depth - 1)
 
 
-def _state_objects(module: Any) -> list[Any]:
-    """The objects a predictor's state consists of. As long as these are the same ones, so is the state.
+def _key(key: Any) -> str:
+    """A position or a name as it is. Any other key may be data (an address, a question), and has no end: ``*``."""
+    if type(key) is int:
+        return str(key)
+    return repr(key) if type(key) is str and len(key) <= _MAX_KEY and key.isidentifier() else "*"
 
-    A demo changed in place (``demo["answer"] = ...``) shows, because its values are in the list.
+
+def _short(path: str) -> str:
+    return path if len(path) <= _MAX_PATH else f"{path[:_MAX_PATH]}…"
+
+
+def _add_state(module: Any, shape: list[Any], objects: list[Any]) -> None:
+    """Add what a module's state consists of: as long as shape and objects stay the same, so does the state.
+
+    A demo changed in place (``demo["answer"] = ...``) shows, because its keys are in the shape and its values among the
+    objects.
     """
     stored = module.__dict__
     signature = stored.get("signature")
     if signature is None:
         source = stored.get("_module_src")  # dspy.Flex
-        return [] if source is None else [source]
+        if source is not None:
+            objects.append(source)
+        return
     # `instructions` is a property that makes a new string each time; the text lives in `__doc__`.
-    objects: list[Any] = [signature, vars(signature).get("__doc__") if isinstance(signature, type) else None]
+    objects.append(signature)
+    if isinstance(signature, type):
+        objects.append(vars(signature).get("__doc__"))
+        for field in getattr(signature, "__pydantic_fields__", {}).values():
+            extra = field.json_schema_extra
+            if type(extra) is dict:
+                objects.append(extra.get("desc"))
+                objects.append(extra.get("prefix"))
     demos = stored.get("demos")
     if isinstance(demos, (list, tuple)):
+        shape.append(len(demos))
         for demo in demos:
             values = demo if isinstance(demo, dict) else getattr(demo, "_store", None)
-            if isinstance(values, dict):
-                for value in values.values():
-                    objects.append(value)
-                    if type(value) not in _LEAVES:
-                        _add_parts(value, objects, 3)
-            else:
+            if not isinstance(values, dict):
                 objects.append(demo)
-    return objects
+                continue
+            for key, value in values.items():
+                shape.append(key if type(key) is str else id(key))
+                objects.append(value)
+                if type(value) not in _LEAVES:
+                    _add_parts(value, objects, 3)
+            shape.append(len(objects))
 
 
 def _add_parts(value: Any, objects: list[Any], depth: int) -> None:
@@ -166,23 +192,50 @@ def _demo_state(demo: Any) -> Any:
 
 
 def _saved(value: Any) -> Any:
-    if type(value) in _LEAVES:
-        return value
-    dump = getattr(type(value), "model_dump", None)
-    if dump is not None:
-        # As DSPy's serialize_object does: a model is saved as its JSON values, and comes back as those.
-        return value.model_dump(mode="json")
-    if isinstance(value, (list, tuple)):
-        return [_saved(item) for item in value]
-    if isinstance(value, dict):
-        return {str(key): _saved(item) for key, item in value.items()}
-    return value
+    """A pydantic model as DSPy saves it (its JSON values, as which it comes back); anything else as it is."""
+    return value.model_dump(mode="json") if getattr(type(value), "model_dump", None) is not None else value
 
 
 def digest(value: Any) -> str:
-    """16 hex digits of SHA-256 over the canonical JSON of ``value``."""
-    text = json.dumps(_CANONICAL.plain(value), sort_keys=True, ensure_ascii=True)
+    """16 hex digits of SHA-256 over the canonical JSON of ``value``.
+
+    The JSON is what saving to a file would keep, so that a value before saving and the one read back are the same. It
+    is never shown: nothing is masked or cut, for both would depend on more than the value.
+    """
+    text = json.dumps(_canonical(value, 0), sort_keys=True, ensure_ascii=True, allow_nan=False)
     return hashlib.sha256(text.encode("ascii")).hexdigest()[:ID_LENGTH]
+
+
+def _canonical(value: Any, depth: int) -> Any:
+    kind = type(value)
+    if value is None or kind in (bool, int, str):
+        return value
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else None  # as JSON files have it
+    if isinstance(value, enum.Enum):
+        return _canonical(value.value, depth + 1)
+    if isinstance(value, str):
+        return str.__str__(value)
+    if isinstance(value, int):
+        return int(value)
+    if depth >= _MAX_DEPTH:
+        return "…"
+    if isinstance(value, dict):
+        return {str(key): _canonical(_saved(item), depth + 1) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_canonical(_saved(item), depth + 1) for item in value]
+    if isinstance(value, (set, frozenset)):
+        return sorted(json.dumps(_canonical(item, depth + 1), sort_keys=True) for item in value)
+    if isinstance(value, (datetime.date, datetime.time)):  # a datetime is a date
+        return value.isoformat()
+    if isinstance(value, (uuid.UUID, decimal.Decimal)):
+        return str(value)
+    if isinstance(value, (bytes, bytearray)):
+        return hashlib.sha256(value).hexdigest()
+    stored = getattr(value, "_store", None)  # dspy.Example and what derives from it
+    if not isinstance(stored, dict):
+        stored = vars(value) if dataclasses.is_dataclass(value) and hasattr(value, "__dict__") else None
+    return f"<{kind.__module__}.{kind.__qualname__}>" if stored is None else _canonical(stored, depth + 1)
 
 
 class ByObject:
@@ -264,9 +317,9 @@ class Programs:
         objects: list[Any] = []
         for path, module in modules:
             # Ids, not the modules: a kept reference to a module that knows its parent would never end.
-            state = _state_objects(module)
-            shape += (id(module), path, len(state))
-            objects += state
+            shape += (id(module), path)
+            _add_state(module, shape, objects)
+            shape.append(len(objects))
         found: Program = self._programs.get(root, shape, objects, lambda: self._make(root, modules))
         return found
 

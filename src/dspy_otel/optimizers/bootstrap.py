@@ -17,6 +17,7 @@ from ..telemetry.scope import Scope, open_scope
 from ..telemetry.spans import Call, Operation, Start, openinference
 from .plan import Phase, Plan
 from .run import run_of
+from .volume import begin_example, end_example
 
 if TYPE_CHECKING:
     from . import Optimizers
@@ -57,6 +58,7 @@ class AttemptOperation(Operation):
         if isinstance(tried, int):
             attributes[names.BOOTSTRAP_ROUND] = tried
         openinference(attributes, self.telemetry, names.KIND_CHAIN)
+        begin_example(self.telemetry, scope)
         linked = self.telemetry.config.evaluation_traces == "linked"
         links = [Link(parent.span.get_span_context())] if linked and parent.span is not None else []
         return Start(f"{names.SPAN_BOOTSTRAP_ATTEMPT} {name}", scope, attributes, root=linked, links=links)
@@ -72,7 +74,8 @@ class AttemptOperation(Operation):
             put_inputs(self.telemetry, attributes, inputs)
             self.telemetry.put_content(attributes, names.EXAMPLE_EXPECTED, expected)
         phase = call.scope.parent
-        if phase is not None and phase.span is not None and self.telemetry.config.evaluation_traces == "linked":
+        linked = self.telemetry.config.evaluation_traces == "linked" and call.scope.hold is None
+        if linked and phase is not None and phase.span is not None:
             links = phase.notes.get("links", 0)
             if links < MAX_LINKS and phase.span.is_recording():
                 phase.notes["links"] = links + 1
@@ -86,6 +89,10 @@ class AttemptOperation(Operation):
             for name, one in ((names.BOOTSTRAP_ATTEMPTS, True), (names.BOOTSTRAP_ACCEPTED, bool(result))):
                 so_far = said.get(name, 0)
                 said[name] = (so_far if isinstance(so_far, int) else 0) + one
+
+    def close(self, call: Call, result: Any, error: BaseException | None) -> None:
+        super().close(call, result, error)
+        end_example(call, failed=error is not None or not result)
 
     def result(self, call: Call, result: Any, error: BaseException | None) -> Attributes:
         return {} if error is not None else {names.BOOTSTRAP_ACCEPTED: bool(result)}

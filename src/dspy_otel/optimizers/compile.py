@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import re
 import secrets as random_source
 from collections.abc import Callable, Mapping
 from typing import Any, Final
@@ -16,12 +17,16 @@ from ..telemetry.content import Content
 from ..telemetry.scope import Scope, open_scope
 from ..telemetry.spans import Call, Operation, Start, openinference
 from ..telemetry.totals import Totals
+from .attempts import Attempt
 from .memory import remember_winner
 from .plan import Plan
+from .progress import ProgressDisplay
 from .run import Run, run_of
 from .spans import dataset_attributes
 from .state import put_state, state_of
 
+# Text that names a choice, and not what a user wrote: one short lower-case word, or such words joined by arrows.
+_CHOICE: Final = re.compile(r"(?=.{1,48}$)[a-z0-9][a-z0-9_.-]*(?: -> [a-z0-9][a-z0-9_.-]*)*")
 _NOT_PARAMETERS: Final = frozenset(
     {"self", "student", "trainset", "valset", "teacher", "programs", "callbacks", "args", "kwargs", "_args", "_kwargs"}
 )
@@ -51,6 +56,7 @@ class CompileOperation(Operation):
         super().__init__(telemetry)
         self.programs = programs
         self.plan_for = plan_for
+        self.display = ProgressDisplay() if telemetry.config.progress else None
 
     def wrap(self, original: Callable[..., Any], override_of: type | None = None) -> Callable[..., Any]:
         if inspect.iscoroutinefunction(original):
@@ -76,6 +82,8 @@ class CompileOperation(Operation):
             if program.id is not None:
                 attributes[names.INITIAL_PROGRAM_ID] = program.id
         run.plan = self.plan_for(instance)(run, instance, given)
+        if self.telemetry.safely("optimizer's run file", None, self._resume, run) is not None:
+            attributes.update(run.attempt.start_attributes())  # type: ignore[union-attr]
         scope.role = run.plan.role
         stamps = {**scope.stamps, names.OPTIMIZER_RUN_ID: run.id}
         if run.parent is not None:
@@ -84,9 +92,18 @@ class CompileOperation(Operation):
         elif parent is not None and parent.program is not None:
             attributes[names.OPTIMIZER_INFERENCE_TIME] = True
         scope.stamps = stamps
-        scope.notes.update(run=run, given=given)
+        scope.notes.update(run=run, given=given, at_start=attributes)
         openinference(attributes, self.telemetry, names.KIND_CHAIN)
-        return Start(f"{names.SPAN_COMPILE} {name}", scope, attributes)
+        links = [] if run.attempt is None else run.attempt.links()
+        return Start(f"{names.SPAN_COMPILE} {name}", scope, attributes, links=links)
+
+    def _resume(self, run: Run) -> Attempt | None:
+        attempt = Attempt.of(run)
+        if attempt is not None:
+            attempt.resume(run)
+            run.attempt = attempt
+            self.telemetry.safely("killed attempt", None, attempt.speak_for_the_killed, self.telemetry)
+        return attempt
 
     def open(
         self, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any], override_of: type | None = None
@@ -95,17 +112,25 @@ class CompileOperation(Operation):
         if call is not None:
             Run.enter(1)
             self.telemetry.safely("compile", None, say_now, call)
-            self.telemetry.safely("optimizer", None, call.scope.notes["run"].plan.begin)
+            run: Run = call.scope.notes["run"]
+            if run.attempt is not None:
+                self.telemetry.safely("optimizer's run file", None, run.attempt.opened, call)
+                run.save()
+            self.telemetry.safely("optimizer", None, run.plan.begin)
+            if self.display is not None and names.OPTIMIZER_INFERENCE_TIME not in call.scope.notes["at_start"]:
+                self.telemetry.safely("progress display", None, self.display.begin, run)
         return call
 
     def close(self, call: Call, result: Any, error: BaseException | None) -> None:
         self.telemetry.safely("optimizer", None, call.scope.notes["run"].plan.end)
         super().close(call, result, error)
+        if self.display is not None:
+            self.telemetry.safely("progress display", None, self.display.end, call.scope.notes["run"])
         Run.enter(-1)
 
     def detail(self, call: Call) -> Attributes:
         given = call.scope.notes["given"]
-        attributes = parameter_attributes(call.instance, given)
+        attributes = parameter_attributes(call.instance, given, self.telemetry.config.content_on_spans)
         for name, role in (("trainset", "train"), ("valset", "val")):
             attributes.update(dataset_attributes(self.programs, given.get(name), role))
         run: Run = call.scope.notes["run"]
@@ -120,6 +145,8 @@ class CompileOperation(Operation):
 
     def measure(self, call: Call, result: Any, error: BaseException | None, seconds: float) -> None:
         run: Run = call.scope.notes["run"]
+        if run.attempt is not None:
+            run.attempt.outcome = outcome_of(error)
         run.report_spending()
         if error is None and hasattr(result, "named_predictors"):
             program = self.programs.find(result)
@@ -138,6 +165,8 @@ class CompileOperation(Operation):
         attributes.update(
             (key, value) for key, value in run.attributes().items() if not (given_validation and key in run.validation)
         )
+        if run.attempt is not None:
+            attributes.update(run.attempt.end_attributes(run))
         if "made" in notes:
             attributes[names.PROGRAM_ID] = notes["made"]
             if notes["winner"] is not None:
@@ -206,47 +235,54 @@ def constructor_arguments(instance: Any) -> dict[str, Any]:
     return found
 
 
-def parameter_attributes(instance: Any, compile_arguments: Mapping[str, Any]) -> Attributes:
+def parameter_attributes(instance: Any, compile_arguments: Mapping[str, Any], content: bool) -> Attributes:
     """All parameters of an optimization as ``dspy.optimizer.params.*``; those given to ``compile()`` win.
 
-    Numbers, booleans and short strings as they are; metrics, models, modules and functions by name; lists and
-    dictionaries as JSON of such; secrets masked; datasets and programs left out, and whatever is ``None``.
+    Numbers and booleans as they are; metrics, models, modules and functions by name; strings as they are with content
+    on, else only where they name a choice (``light``, ``p -> w``); lists and dictionaries as JSON of such; secrets
+    masked; datasets and programs left out, and whatever is ``None``.
     """
     given = {name: value for name, value in compile_arguments.items() if value is not None}
     attributes: Attributes = {}
     for name, value in {**constructor_arguments(instance), **given}.items():
         if name.startswith("_") or name in _NOT_PARAMETERS:
             continue
-        shown = secrets.MASK if secrets.hides(name, value) else parameter(value)
+        shown = secrets.MASK if secrets.hides(name, value) else parameter(value, content)
         if shown is not None:
             attributes[f"{names.OPTIMIZER_PARAMS_PREFIX}{name}"] = shown
     return attributes
 
 
-def parameter(value: Any) -> AttributeValue | None:
+def parameter(value: Any, content: bool) -> AttributeValue | None:
     """One parameter as an attribute value, or ``None`` when there is nothing to show."""
     if value is None or isinstance(value, (bool, int, float)):
         return value
     if isinstance(value, str):
-        return _CONTENT.text(value)
+        return _CONTENT.text(_choice(value, content))
     if isinstance(value, (list, tuple, set, frozenset, dict)):
         if not value or is_dataset(value):
             return None
-        return _CONTENT.json(_plain(value))
+        return _CONTENT.json(_plain(value, content))
     return named(value)
 
 
-def _plain(value: Any, depth: int = 0) -> Any:
+def _choice(value: str, content: bool) -> str:
+    return value if content or _CHOICE.fullmatch(value) else f"<{len(value)} characters>"
+
+
+def _plain(value: Any, content: bool, depth: int = 0) -> Any:
     if isinstance(value, dict) and depth < 4:
         return {
-            str(key) if isinstance(key, (str, int)) else named(key): _plain(item, depth + 1)
+            _choice(str(key), content) if isinstance(key, (str, int)) else named(key): _plain(item, content, depth + 1)
             for key, item in list(value.items())[:100]
         }
     if isinstance(value, (list, tuple, set, frozenset)) and depth < 4:
-        return f"<{len(value)} examples>" if is_dataset(value) else [_plain(i, depth + 1) for i in list(value)[:100]]
-    if value is None or isinstance(value, (bool, int, float, str)):
+        if is_dataset(value):
+            return f"<{len(value)} examples>"
+        return [_plain(item, content, depth + 1) for item in list(value)[:100]]
+    if value is None or isinstance(value, (bool, int, float)):
         return value
-    return named(value)
+    return _choice(value, content) if isinstance(value, str) else named(value)
 
 
 def named(value: Any) -> str:

@@ -32,6 +32,7 @@ class GEPAPlan(Plan):
 
     role = names.ROLE_JUDGE  # outside of proposals, GEPA asks the metric for feedback
     scale = MEAN
+    state_file = "gepa_state.bin"
     deciding = frozenset({names.TRIAL_BASELINE, names.TRIAL_FULL})
 
     def __init__(self, run: Run, instance: Any, arguments: Mapping[str, Any]) -> None:
@@ -42,8 +43,12 @@ class GEPAPlan(Plan):
         self.waiting: list[Trial] = []
         self.reflect: Call | None = None
         self.front: Mapping[str, Any] = {}
+        self.resumed = False
         self._lock = threading.Lock()
         self._new_iteration()
+
+    def log_dir(self) -> Any:
+        return getattr(self.instance, "log_dir", None)
 
     def _new_iteration(self) -> None:
         # One entry for each sampled task, in GEPA's order: (parent's index, minibatch ids), and the parent's sum.
@@ -138,6 +143,12 @@ class GEPAPlan(Plan):
     # --- GEPA's events ----------------------------------------------------------------------------------------------
     def on_iteration_start(self, event: Mapping[str, Any]) -> None:
         self.iteration = event["iteration"]
+        attempt = self.run.attempt
+        if attempt is not None and attempt.before is not None and not self.resumed:
+            # Of the attempt before, GEPA knows the candidates of its last saved state.
+            self.resumed = True
+            saved = range(1, len(event["state"].program_candidates))
+            self.pool.update({index: attempt.pool[index] for index in saved if index in attempt.pool})
         self.stage = names.TRIAL_FULL
         self._new_iteration()
 
@@ -192,6 +203,8 @@ class GEPAPlan(Plan):
             if trial.kind != names.TRIAL_MINIBATCH and self._is(trial, candidate):
                 if trial.candidate is not None:
                     self.pool[index] = trial.candidate
+                    if self.run.attempt is not None:
+                        self.run.attempt.pool[index] = trial.candidate
                 trial.said[f"{names.TRIAL_PARAMS_PREFIX}candidate_index"] = index
                 if trial.waits:
                     trial.score = float(event["average_score"])
@@ -272,6 +285,8 @@ def patch(optimizers: Optimizers, patches: Patches) -> None:
             run = optimizers.telemetry.safely("GEPA", None, current_run, optimizers.phases)
             if run is not None and isinstance(run.plan, GEPAPlan):
                 run.plan.phases = optimizers.phases
+                budget = kwargs.get("max_metric_calls")
+                run.planned_examples = budget if isinstance(budget, int) else None
                 kwargs["callbacks"] = [*(kwargs.get("callbacks") or ()), Observer(run.plan)]
             return original(*args, **kwargs)
 

@@ -111,6 +111,9 @@ class Plan:
     program_role: str | None = names.ROLE_TASK
     """What the program being optimized is called for, directly inside the compile."""
 
+    state_file: str = ""
+    """Name of the file in :meth:`log_dir` from which the optimizer goes on."""
+
     deciding: frozenset[str] = frozenset({names.TRIAL_BASELINE, names.TRIAL_FULL, names.TRIAL_VALIDATION})
     """Kinds of trials whose scores can be compared with each other, and so make a best one."""
 
@@ -131,6 +134,10 @@ class Plan:
 
     def end(self) -> None:
         """The compile ends; its span is still open."""
+
+    def log_dir(self) -> Any:
+        """The folder in which the optimizer keeps a state that it can go on from, or ``None``."""
+        return None
 
     def evaluation(self, about: Evaluation) -> Trial | Phase | None:
         """How to record an evaluation; ``None`` for an evaluation that is neither."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 from .. import semconv as names
@@ -13,6 +13,7 @@ from ..telemetry.scope import Scope
 from ..telemetry.totals import Totals
 
 if TYPE_CHECKING:
+    from .attempts import Attempt
     from .plan import Plan
 
 PERCENT: Final = "percent"
@@ -56,6 +57,7 @@ class Run:
         initial_id: its id before.
         student: it.
         plan: what is particular to this optimizer.
+        attempt: which attempt this is, for an optimizer that can go on after its process was killed.
     """
 
     telemetry: Telemetry
@@ -68,6 +70,7 @@ class Run:
     initial_id: str | None = None
     student: Any = None
     plan: Plan = field(init=False)
+    attempt: Attempt | None = None
 
     live: ClassVar[int] = 0
     """How many optimizations are running in this process. While none is, its hooks cost nothing."""
@@ -84,6 +87,9 @@ class Run:
         self.accepted: int | None = None
         self.rejected: int | None = None
         self.planned: int | None = None
+        self.planned_examples: int | None = None
+        self.restored_trials = 0
+        self.restored_examples = 0
         self.examples = 0
         self.validation: Attributes = {}
         self.states: dict[str, Any] = {}
@@ -104,7 +110,9 @@ class Run:
         """The number of the trial that begins now."""
         with self._lock:
             self._numbers += 1
-            return self._numbers
+            number = self._numbers
+        self.save()
+        return number
 
     def plan_trials(self, count: int) -> None:
         """Say how many trials there are going to be."""
@@ -137,14 +145,7 @@ class Run:
             Whether it is the best so far, and the best score so far.
         """
         with self._lock:
-            self.finished.append(trial)
-            if trial.candidate is not None:
-                self._of_candidate.setdefault(trial.candidate, []).append(trial)
-            if trial.kind == names.TRIAL_BASELINE and self.baseline is None:
-                self.baseline = trial.score
-            is_best = trial.decides and (self.best is None or (trial.score or 0.0) > (self.best.score or 0.0))
-            if is_best:
-                self.best = trial
+            is_best = self._note(trial)
             best = None if self.best is None else self.best.score
         metrics, labels = self.telemetry.metrics, self.labels()
         outcome = names.OUTCOME_FAILED if failed else names.OUTCOME_SCORED
@@ -157,8 +158,48 @@ class Run:
         self.report_spending()
         return is_best, best
 
+    def _note(self, trial: Scored) -> bool:
+        self.finished.append(trial)
+        if trial.candidate is not None:
+            self._of_candidate.setdefault(trial.candidate, []).append(trial)
+        if trial.kind == names.TRIAL_BASELINE and self.baseline is None:
+            self.baseline = trial.score
+        is_best = trial.decides and (self.best is None or (trial.score or 0.0) > (self.best.score or 0.0))
+        if is_best:
+            self.best = trial
+        return is_best
+
+    # --- across processes -------------------------------------------------------------------------------------------
+    def progress(self) -> dict[str, Any]:
+        """What the next attempt must know, for JSON."""
+        with self._lock:
+            return {
+                "trials": [list(astuple(trial)) for trial in self.finished],
+                "numbers": self._numbers,
+                "accepted": self.accepted,
+                "rejected": self.rejected,
+                "examples": self.examples,
+            }
+
+    def restore(self, progress: dict[str, Any]) -> None:
+        """Go on from what :meth:`progress` gave in an earlier attempt."""
+        trials = [Scored(*values) for values in progress["trials"]]
+        with self._lock:
+            for trial in trials:
+                self._note(trial)
+            self._numbers = max(self._numbers, progress["numbers"])
+            self.accepted, self.rejected = progress.get("accepted"), progress.get("rejected")
+            self.examples = progress["examples"]
+            self.restored_trials, self.restored_examples = len(trials), self.examples
+
+    def save(self) -> None:
+        """Write down how far the run has come, if it can be taken up again."""
+        if self.attempt is not None:
+            self.telemetry.safely("optimizer's run file", None, self.attempt.save, self)
+
     def report_spending(self) -> None:
         """Bring the metrics of LM calls and cost up to date. A nested run's are its root's."""
+        self.save()
         run = self.root
         for role, totals in run.totals.by_role().items():
             with run._lock:

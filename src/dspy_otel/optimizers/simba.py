@@ -165,7 +165,7 @@ class _Observed:
         self.runs += 1
         token = otel_context.attach(call.context)
         try:
-            run = CandidateRun(example, self.index, self.runs > 1, call.scope, self.candidate)
+            run = CandidateRun(example, self.index, self.runs > 1, call.scope, self.program, self.candidate)
             return self.examples.wrap(lambda _run, given: self.function(given))(run, example)
         finally:
             detach(token)

@@ -21,6 +21,7 @@ from .memory import remember
 from .plan import Evaluation, Phase, Trial
 from .run import Run, Scored, run_of
 from .state import differences, put_state, state_of
+from .volume import begin_example, end_example, end_trial, has_failed
 
 
 class PhaseOperation(Operation):
@@ -139,6 +140,7 @@ class TrialOperation(Operation):
         decides = trial.score is not None and trial.kind in run.plan.deciding
         scored = Scored(notes["number"], trial.kind, trial.candidate, trial.score, decides)
         notes["is_best"], notes["best"] = run.finish_trial(scored, error is not None)
+        end_trial(call.scope, notes["is_best"])
         remember(run, scored)
         accepted = trial.said.get(names.TRIAL_ACCEPTED)
         if isinstance(accepted, bool):
@@ -276,6 +278,8 @@ class CandidateExample(ExampleOperation):
 
     def start(self, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any], parent: Scope | None) -> Start | None:
         start = super().start(instance, args, kwargs, parent)
+        if start is not None:
+            begin_example(self.telemetry, start.scope)
         if start is not None and isinstance(instance, CandidateRun) and instance.candidate is not None:
             start.scope.stamps = {**start.scope.stamps, names.CANDIDATE_ID: instance.candidate}
         return start
@@ -287,6 +291,11 @@ class CandidateExample(ExampleOperation):
 
     def measure(self, call: Call, result: Any, error: BaseException | None, seconds: float) -> None:
         super().measure(call, as_pair(result), error, seconds)
+
+    def close(self, call: Call, result: Any, error: BaseException | None) -> None:
+        super().close(call, result, error)
+        if call.scope.hold is not None:
+            end_example(call, has_failed(as_pair(result), error))
 
 
 class DirectModule(ModuleOperation):

@@ -134,6 +134,13 @@ def _is_base64(start: str) -> bool:
     )
 
 
+def base64_size(text: str, start: int = 0) -> int:
+    """How many bytes the base64 in ``text``, from ``start`` on, stands for."""
+    length = str.__len__(text)
+    padding = str.count(str.__getitem__(text, slice(max(start, length - 2), length)), "=")
+    return (length - start) * 3 // 4 - padding
+
+
 class _Walk:
     """One pass over a value: gives plain JSON values, with every string already free of secrets."""
 
@@ -171,9 +178,13 @@ class _Walk:
             and (not self.media or length > longest)
             and (match := _DATA_URI.match(_exact(value, 1024)))
         ):
-            return f"{match.group(0)}<{(length - match.end()) * 3 // 4} bytes>"
-        if not self.media and length >= _BASE64_LENGTH and _is_base64(_exact(value, _BASE64_LENGTH)):
-            return f"<{length * 3 // 4} bytes>"
+            return f"{match.group(0)}<{base64_size(value, match.end())} bytes>"
+        if (
+            length >= _BASE64_LENGTH
+            and (not self.media or length > longest)
+            and _is_base64(_exact(value, _BASE64_LENGTH))
+        ):
+            return f"<{base64_size(value)} bytes>"
         beyond = secrets.lookahead()
         piece = _exact(value, longest + beyond if length > longest else length)
         unseen = length - len(piece)

@@ -16,7 +16,6 @@ from opentelemetry.trace import ProxyTracer, Span, Tracer, TracerProvider
 
 from .. import semconv as names
 from ..config import Config
-from ..neighbours import Neighbours
 from ..version import __version__
 from .attributes import Attributes
 from .content import Content
@@ -39,6 +38,7 @@ class Telemetry:
         meter_provider: likewise.
         logger_provider: likewise.
         on_provider: told once which tracer provider it is, before the first span.
+        on_outermost: called before each outermost span; must be cheap, and not raise.
     """
 
     def __init__(
@@ -48,11 +48,12 @@ class Telemetry:
         meter_provider: MeterProvider | None = None,
         logger_provider: _logs.LoggerProvider | None = None,
         on_provider: Callable[[TracerProvider], None] | None = None,
+        on_outermost: Callable[[], None] = lambda: None,
     ) -> None:
         self.config = config
         self._on_provider = on_provider
         self.active = True
-        self.neighbours = Neighbours()
+        self.on_outermost = on_outermost
         self._provider = tracer_provider
         self._tracer: Tracer | None = None
         meters = meter_provider if config.metrics else NoOpMeterProvider()

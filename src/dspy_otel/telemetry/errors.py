@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import collections
 import os
 import traceback
 from types import TracebackType
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from .. import semconv as names
 from .attributes import Attributes
 from .content import Content, type_name
+from .guard import failed
 
 _OURS: Final = os.path.dirname(os.path.dirname(__file__)) + os.sep
 _FRAMES: Final = 50
 _CHAIN: Final = 8
+_TRAIL: Final = 16
 _CAUSE: Final = "\nThe above exception was the direct cause of the following exception:\n\n"
 _CONTEXT: Final = "\nDuring handling of the above exception, another exception occurred:\n\n"
 
@@ -29,13 +32,66 @@ def exception_attributes(error: BaseException, content: Content | None) -> Attri
     Args:
         error: the exception.
         content: how to render content, or ``None`` when content must not be recorded. A message may quote a prompt
-            or a completion, and a stack trace ends with the message: then only the type is given.
+            or a completion, and a stack trace ends with the message: then only the type is given. So it is when
+            the user's ``redact`` raises.
     """
     attributes: Attributes = {names.EXCEPTION_TYPE: error_type(error)}
     if content is not None:
-        attributes[names.EXCEPTION_MESSAGE] = content.text(message_of(error))
-        attributes[names.EXCEPTION_STACKTRACE] = content.text(stack_trace(error, content))
+        try:
+            message = content.text(message_of(error))
+            attributes[names.EXCEPTION_STACKTRACE] = stack_trace(error, content, message)
+            attributes[names.EXCEPTION_MESSAGE] = message
+        except Exception as problem:
+            failed("content", problem)
     return attributes
+
+
+class Recorded(NamedTuple):
+    """What is remembered of an exception that has been recorded, to know it again further out.
+
+    The exception itself is not kept alive, so its ``id`` may soon be another's: where it came from must fit too.
+
+    Attributes:
+        identity: its ``id``.
+        type: its class.
+        kind: the kind of operation that recorded it.
+        depth: how many frames it had come through, without ours.
+        trail: code object (by ``id``) and position in it, of the 16 innermost of them.
+    """
+
+    identity: int
+    type: type[BaseException]
+    kind: str
+    depth: int
+    trail: tuple[tuple[int, int], ...]
+
+    @classmethod
+    def of(cls, error: BaseException, kind: str) -> Recorded:
+        """Remember ``error``, which an operation of this ``kind`` has just recorded."""
+        depth, trail = _trail(error)
+        return cls(id(error), type(error), kind, depth, trail)
+
+    def is_(self, error: BaseException, kind: str) -> bool:
+        """Whether ``error``, which ends an operation of this ``kind`` further out, is that exception."""
+        if self.identity != id(error) or self.type is not type(error):
+            return False
+        depth, trail = _trail(error)
+        # An operation inside one of its own kind (recursion) puts at least one frame around what it calls.
+        further = depth > self.depth if kind == self.kind else depth >= self.depth
+        return further and trail[len(trail) - len(self.trail) :] == self.trail
+
+
+def _trail(error: BaseException) -> tuple[int, tuple[tuple[int, int], ...]]:
+    depth = 0
+    trail: collections.deque[tuple[int, int]] = collections.deque(maxlen=_TRAIL)
+    found = error.__traceback__
+    while found is not None:
+        code = found.tb_frame.f_code
+        if not code.co_filename.startswith(_OURS):
+            depth += 1
+            trail.append((id(code), found.tb_lasti))
+        found = found.tb_next
+    return depth, tuple(trail)
 
 
 def message_of(error: BaseException) -> Any:
@@ -47,11 +103,14 @@ def message_of(error: BaseException) -> Any:
         return f"<{error_type(error)}: its message raises {error_type(problem)}>"
 
 
-def stack_trace(error: BaseException, content: Content) -> str:
-    """``error`` as Python prints it, from its first cause on.
+def stack_trace(error: BaseException, content: Content, message: str) -> str:
+    """``error`` as Python prints it, from its first cause on; ``message`` is its own, as ``content`` shows it.
 
     Unlike :func:`traceback.format_exception` it is bounded (the 50 innermost frames of the 8 last exceptions), and
-    does not ask the user's objects for names that come close to a missing attribute.
+    does not ask the user's objects for names that come close to a missing attribute. Each piece is redacted once.
+
+    Raises:
+        Exception: only what the user's ``redact`` raises.
     """
     parts: list[str] = []
     seen: set[int] = set()
@@ -59,16 +118,18 @@ def stack_trace(error: BaseException, content: Content) -> str:
     current: BaseException | None = error
     while current is not None and id(current) not in seen and len(seen) < _CHAIN:
         seen.add(id(current))
-        frames = traceback.format_list(traceback.extract_tb(current.__traceback__, limit=-_FRAMES))
-        title = "Traceback (most recent call last):\n" if frames else ""
-        message = content.text(message_of(current))
+        lines = traceback.format_list(traceback.extract_tb(current.__traceback__, limit=-_FRAMES))
+        title = "Traceback (most recent call last):\n" if lines else ""
+        frames = content.text("".join(lines)) if lines else ""
+        if current is not error:
+            message = content.text(message_of(current))
         line = f"{error_type(current)}: {message}\n" if message else f"{error_type(current)}\n"
-        parts.append(f"{title}{''.join(frames)}{line}{joint}")
+        parts.append(f"{title}{frames}{line}{joint}")
         if current.__cause__ is not None:
             current, joint = current.__cause__, _CAUSE
         else:
             current, joint = (None if current.__suppress_context__ else current.__context__), _CONTEXT
-    return "".join(reversed(parts))
+    return Content(content.limit, content.media).text("".join(reversed(parts)))
 
 
 def hide_frames(error: BaseException) -> None:

@@ -7,8 +7,24 @@ other numbers when it is watched, and the same ids in each of its runs.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Final
 
 from opentelemetry.trace import Tracer
+
+_given: Final[ContextVar[tuple[int, int] | None]] = ContextVar("dspy_otel.given_ids", default=None)
+
+
+@contextmanager
+def given_ids(trace_id: int, span_id: int) -> Iterator[None]:
+    """Give a span started inside these ids: to end a span that another process began and could not end."""
+    token = _given.set((trace_id, span_id))
+    try:
+        yield
+    finally:
+        _given.reset(token)
 
 
 class SystemIds:
@@ -16,11 +32,13 @@ class SystemIds:
 
     def generate_span_id(self) -> int:
         """A new span id: 64 bits, never 0."""
-        return int.from_bytes(os.urandom(8), "big") or 1
+        given = _given.get()
+        return given[1] if given is not None else int.from_bytes(os.urandom(8), "big") or 1
 
     def generate_trace_id(self) -> int:
         """A new trace id: 128 bits, never 0."""
-        return int.from_bytes(os.urandom(16), "big") or 1
+        given = _given.get()
+        return given[0] if given is not None else int.from_bytes(os.urandom(16), "big") or 1
 
     def is_trace_id_random(self) -> bool:
         """Whether the ids are evenly distributed, as samplers and W3C's ``random`` flag want them."""

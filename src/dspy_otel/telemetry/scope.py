@@ -6,7 +6,7 @@ bound by us, an asyncio task, the user's own propagation) carries both.
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from opentelemetry import context as otel_context
 from opentelemetry.context import Context
@@ -14,6 +14,10 @@ from opentelemetry.trace import Span
 
 from .attributes import EMPTY, ReadOnlyAttributes
 from .totals import Totals
+
+if TYPE_CHECKING:
+    from .errors import Recorded
+    from .hold import Dropped, Held
 
 SCOPE_KEY: Final = otel_context.create_key("dspy_otel.scope")
 
@@ -50,11 +54,13 @@ class Scope:
         totals: all running totals an LM call below adds to.
         notes: the operation's own scratch, written by hooks further down.
         override_of: the subclass whose override of the entry point opened this; ``None`` if that was no override.
-        failed: identity of an exception that an inner operation has already recorded.
+        hold: takes the place of the tracer; ``None``: spans are made right away.
+        failed: an exception that an inner operation has already recorded; never the exception itself.
     """
 
     __slots__ = (
         "failed",
+        "hold",
         "kind",
         "notes",
         "override_of",
@@ -91,11 +97,12 @@ class Scope:
         self.span: Span | None = None
         self.notes: dict[str, Any] = {}
         self.override_of: type | None = None
-        self.failed = 0
+        self.failed: Recorded | None = None
+        self.hold: Dropped | Held | None = None
 
     def child(self, kind: str, owner: Any) -> Scope:
         """A scope inside this one that passes everything on unchanged."""
-        return Scope(
+        scope = Scope(
             kind,
             owner,
             self,
@@ -105,6 +112,8 @@ class Scope:
             role=self.role,
             totals=self.totals,
         )
+        scope.hold = self.hold
+        return scope
 
 
 def current_scope(context: Context | None = None) -> Scope | None:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import functools
+import json
 import os
 import re
+from collections.abc import Mapping
+from itertools import islice
 from typing import Any, Final
 
 MASK: Final = "[masked]"
@@ -19,7 +22,8 @@ _SECRET_NAME: Final = re.compile(
     r"auth|authorization|authentication_token|x_auth|basic_auth|"
     r"(?:client_|app_|shared_|webhook_|consumer_)?secrets?|secret_(?:access_key|token|id|value)|"
     r"password|passwd|passphrase|pwd|credentials?|set_cookie|cookies?|bearer|jwt|"
-    r"(?:access|auth|refresh|session|security|bearer|hf|hub|github|gitlab|slack|api|id|csrf|oauth|personal_access)_token"
+    r"(?:access|auth|refresh|session|security|bearer|hf|hub|github|gitlab|slack|api|id|ad|csrf|oauth|personal_access)"
+    r"_token"
     r")$"
 )
 # `token` alone is a word of language models too: under such a name, only what looks like a credential is masked.
@@ -74,9 +78,12 @@ _PATTERNS: Final = tuple(
 # --- by value ----------------------------------------------------------------------------------------------------
 _MIN_LENGTH: Final = 8
 _MAX_LENGTH: Final = 4096
-_MOST_KNOWN: Final = 64
+_MOST_KNOWN: Final = 256
 _LONGEST: Final = 1024
+_LONGEST_JSON: Final = 16_384
 _known: dict[str, None] = {}
+_NESTED: Final = 4
+_MOST_SETTINGS: Final = 1000
 
 
 @functools.lru_cache(maxsize=2048)
@@ -107,7 +114,7 @@ def hides(name: str, value: Any) -> bool:
 def remember(value: Any) -> None:
     """Mask this very text wherever it shows from now on (an LM's own ``api_key``, for one).
 
-    The 64 last ones are kept. Plain lower-case words (``anonymous``) and texts of less than 8 or more than 4,096
+    The 256 last ones are kept. Plain lower-case words (``anonymous``) and texts of less than 8 or more than 4,096
     characters are not: masking such a word would blot out ordinary text.
     """
     if type(value) is not str or not _MIN_LENGTH <= len(value) <= _MAX_LENGTH or value in _known:
@@ -117,6 +124,37 @@ def remember(value: Any) -> None:
     while len(_known) >= _MOST_KNOWN:
         _known.pop(next(iter(tuple(_known))), None)
     _known[value] = None
+
+
+def remember_settings(settings: Mapping[Any, Any], depth: int = _NESTED) -> None:
+    """Remember each value whose name says that it holds a secret, among an LM's settings and in its headers.
+
+    Args:
+        settings: parameters by name, with dictionaries in them (headers, credentials).
+        depth: how many levels of dictionaries to look into.
+    """
+    for name, value in tuple(islice(settings.items(), _MOST_SETTINGS)):
+        kind = type(value)
+        if kind is str:
+            # Most names are ordinary, and what is known already is not looked at again.
+            if type(name) is str and hides(name, value) and value not in _known:
+                _remember_setting(value, depth)
+        elif kind is dict and depth > 0:
+            remember_settings(value, depth - 1)
+
+
+def _remember_setting(value: str, depth: int) -> None:
+    if value.startswith("{") and len(value) <= _LONGEST_JSON and depth > 0:  # Credentials as JSON (Vertex AI).
+        try:
+            inner = json.loads(value)
+        except (ValueError, RecursionError):
+            inner = None
+        if type(inner) is dict:
+            remember_settings(inner, depth - 1)
+    scheme, space, rest = value.partition(" ")
+    if space and scheme.isalpha() and " " not in rest:
+        remember(rest)  # `Bearer ...`: also where the credential stands alone.
+    remember(value)
 
 
 def remember_environment() -> None:

@@ -7,6 +7,7 @@ the rest: it skips suppressed calls, attaches the context, records errors, measu
 from __future__ import annotations
 
 import functools
+import inspect
 import time
 import types
 from collections.abc import Callable, Sequence
@@ -30,7 +31,7 @@ from opentelemetry.trace import (
 from .. import semconv as names
 from .attributes import Attributes
 from .core import Telemetry
-from .errors import error_type, exception_attributes, hide_frames
+from .errors import Recorded, error_type, exception_attributes, hide_frames
 from .guard import failed
 from .scope import SCOPE_KEY, Scope, current_scope
 
@@ -132,6 +133,9 @@ class Operation:
         """What span to open for this call, or ``None`` for none."""
         raise NotImplementedError
 
+    def again(self, scope: Scope) -> None:
+        """The override that opened ``scope`` calls the method it overrides."""
+
     def detail(self, call: Call) -> Attributes:
         """Attributes at the start that cost something; only asked for when the span is recorded."""
         return {}
@@ -155,13 +159,14 @@ class Operation:
             surrounding = otel_context.get_current()
             parent = current_scope(surrounding)
             if parent is None:
-                telemetry.neighbours.look()
+                telemetry.on_outermost()
                 parent = telemetry.default_scope
             elif (
                 parent.override_of not in (None, override_of) and parent.owner is instance and parent.kind == self.kind
             ):
                 # A subclass's override has opened the span, and calls the method it overrides: once, or again and
                 # again. Coming back to that override itself is recursion, and another call.
+                self.again(parent)
                 return None
             start = self.start(instance, args, kwargs, parent)
             if start is None:
@@ -199,7 +204,7 @@ class Operation:
         call.outside = surrounding
         call.closed = False
         call.token = None
-        call.span = telemetry.tracer.start_span(
+        call.span = (telemetry.tracer if scope.hold is None else scope.hold).start_span(
             start.name,
             outside,
             start.kind,
@@ -231,9 +236,12 @@ class Operation:
         except Exception as problem:
             failed(f"metrics of {self.kind}", problem)
         try:
+            if call.recording and error is not None:
+                self.record_error(call, error)
+        except Exception as problem:
+            failed(f"error of {self.kind}", problem)
+        try:
             if call.recording:
-                if error is not None:
-                    self.record_error(call, error)
                 call.details.update(self.result(call, result, error))
         except Exception as problem:
             failed(f"result of {self.kind}", problem)
@@ -248,7 +256,10 @@ class Operation:
             failed("end of span", problem)
         parent = call.scope.parent
         if error is not None and parent is not None:
-            parent.failed = id(error)
+            try:
+                parent.failed = Recorded.of(error, self.kind)
+            except Exception as problem:
+                failed(f"error of {self.kind}", problem)
 
     def fail(self, call: Call | None, error: BaseException) -> None:
         """Close a call that raised, if it is recorded, and take our frames out of the traceback."""
@@ -260,22 +271,30 @@ class Operation:
         """Mark the span as failed. The exception itself is an event on the innermost span only."""
         span, content = call.span, self.telemetry.span_content
         call.details[names.ERROR_TYPE] = error_type(error)
-        if call.scope.failed == id(error):
-            span.set_status(_ERROR)
+        # First of all: it must not depend on what becomes of the content.
+        span.set_status(_ERROR)
+        recorded = call.scope.failed
+        if recorded is not None and recorded.is_(error, self.kind):
             return
         attributes = exception_attributes(error, content)
         message = attributes.get(names.EXCEPTION_MESSAGE)
-        span.set_status(Status(StatusCode.ERROR, message if isinstance(message, str) else None))
+        if isinstance(message, str):
+            span.set_status(Status(StatusCode.ERROR, message))
         span.add_event(names.EVENT_EXCEPTION, attributes)
 
     # --- wrapping ------------------------------------------------------------------------------------------------
     def wrap(self, original: Callable[..., Any], override_of: type | None = None) -> Callable[..., Any]:
-        """A plain function in place of the method ``original``.
+        """A function in place of the method ``original``: a coroutine function if that is one, else a plain one.
+
+        A plain method may return a coroutine all the same (``async def forward``): the span ends when that does.
 
         Args:
             original: the unbound method.
             override_of: the subclass whose override of an entry point this is; ``None`` for the entry point itself.
         """
+
+        if inspect.iscoroutinefunction(original):
+            return self._wrap_coroutine_function(original, override_of)
 
         @functools.wraps(original)
         def wrapper(self_: Any, /, *args: Any, **kwargs: Any) -> Any:
@@ -285,15 +304,34 @@ class Operation:
             except BaseException as error:
                 self.fail(call, error)
                 raise
-            if call is not None:
-                self.close(call, result, None)
+            if call is None:
+                return result
+            if type(result) is types.CoroutineType and inspect.getcoroutinestate(result) == inspect.CORO_CREATED:
+                return self._finish_later(call, result)
+            self.close(call, result, None)
             return result
 
         return wrapper
 
-    def wrap_async(self, original: Callable[..., Any], override_of: type | None = None) -> Callable[..., Any]:
-        """Like :meth:`wrap`, for a coroutine method."""
+    def _finish_later(self, call: Call, coroutine: Any) -> Any:
+        """A coroutine in place of ``coroutine``, which does the same and closes ``call`` at its end."""
+        try:
+            # Nothing of this call is current until the coroutine runs, in whichever task.
+            detach(call.token)
+            call.token = None
+            _return_to(call.outside)
+            continued = _continue(_Pending(self, call, coroutine))
+            continued.__name__, continued.__qualname__ = coroutine.__name__, coroutine.__qualname__
+        except Exception as error:
+            failed(f"coroutine of {self.kind}", error)
+            return coroutine
+        return continued
 
+    def wrap_async(self, original: Callable[..., Any], override_of: type | None = None) -> Callable[..., Any]:
+        """Like :meth:`wrap`, for a method that DSPy declares as a coroutine function; an override may be a plain one."""
+        return Operation.wrap(self, original, override_of)
+
+    def _wrap_coroutine_function(self, original: Callable[..., Any], override_of: type | None) -> Callable[..., Any]:
         @functools.wraps(original)
         async def wrapper(self_: Any, /, *args: Any, **kwargs: Any) -> Any:
             call = self.open(self_, args, kwargs, override_of)
@@ -351,6 +389,41 @@ def safe_close(method: Callable[..., None]) -> Callable[..., None]:
 def _return_to(context: Context) -> None:
     if otel_context.get_current() is not context:
         otel_context.attach(context)
+
+
+class _Pending:
+    """A call whose coroutine has yet to be awaited. If nobody ever does, both are closed."""
+
+    __slots__ = ("call", "coroutine", "operation", "started")
+
+    def __init__(self, operation: Operation, call: Call, coroutine: Any) -> None:
+        self.operation = operation
+        self.call = call
+        self.coroutine = coroutine
+        self.started = False
+
+    def __del__(self) -> None:
+        if not self.started:
+            # Python has warned of the coroutine that stands for it.
+            self.coroutine.close()
+            self.operation.close(self.call, None, None)
+
+
+async def _continue(pending: _Pending) -> Any:
+    pending.started = True
+    operation, call = pending.operation, pending.call
+    try:
+        inside = Context({**set_span_in_context(call.span), SCOPE_KEY: call.scope})
+        call.token = otel_context.attach(inside)
+    except Exception as error:
+        failed(f"coroutine of {operation.kind}", error)
+    try:
+        result = await pending.coroutine
+    except BaseException as error:
+        operation.fail(call, error)
+        raise
+    operation.close(call, result, None)
+    return result
 
 
 class _NothingToRecord:

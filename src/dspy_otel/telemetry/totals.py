@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from dataclasses import dataclass
+from typing import Any
 
 from .. import semconv as names
 from .attributes import Attributes
@@ -24,6 +25,20 @@ class LMUsage:
     output_tokens: int | None = None
     cost: float | None = None
     cache_hit: bool = False
+
+
+def together(first: LMUsage, second: LMUsage) -> LMUsage:
+    """What both used. What only one of them knows is at least known so far."""
+
+    def add(one: Any, other: Any) -> Any:
+        return other if one is None else one if other is None else one + other
+
+    return LMUsage(
+        add(first.input_tokens, second.input_tokens),
+        add(first.output_tokens, second.output_tokens),
+        add(first.cost, second.cost),
+        first.cache_hit and second.cache_hit,
+    )
 
 
 class Totals:
@@ -64,25 +79,27 @@ class Totals:
             role: what it was for, if that is known.
         """
         with self._lock:
-            self.calls += 1
-            if usage.cache_hit:
-                self.cache_hits += 1
-            elif usage.cost is None:
-                self.unpriced += 1
-            if usage.cost is not None:
-                self.priced += 1
-                self.cost += usage.cost
-            if usage.input_tokens is not None:
-                self.input_tokens = (self.input_tokens or 0) + usage.input_tokens
-            if usage.output_tokens is not None:
-                self.output_tokens = (self.output_tokens or 0) + usage.output_tokens
-            own = None
+            self._count(usage)
             if self.roles is not None and role is not None:
                 own = self.roles.get(role)
                 if own is None:
                     own = self.roles[role] = Totals()
-        if own is not None:
-            own.add(usage)
+                    own._lock = self._lock  # one lock for all: this runs several times for each LM call
+                own._count(usage)
+
+    def _count(self, usage: LMUsage) -> None:
+        self.calls += 1
+        if usage.cache_hit:
+            self.cache_hits += 1
+        elif usage.cost is None:
+            self.unpriced += 1
+        if usage.cost is not None:
+            self.priced += 1
+            self.cost += usage.cost
+        if usage.input_tokens is not None:
+            self.input_tokens = (self.input_tokens or 0) + usage.input_tokens
+        if usage.output_tokens is not None:
+            self.output_tokens = (self.output_tokens or 0) + usage.output_tokens
 
     def by_role(self) -> dict[str, Totals]:
         """The sums of each role that occurred."""

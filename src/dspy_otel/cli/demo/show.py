@@ -14,6 +14,7 @@ from rich.tree import Tree
 
 from dspy_otel import semconv
 from dspy_otel.cli.demo.telemetry import Recorder, attribute, ids_of, is_lm_call
+from dspy_otel.cli.demo.trials import trial_tables
 
 
 class NoteColumn(ProgressColumn):
@@ -97,7 +98,12 @@ def parts_table(recorder: Recorder, parts: Sequence[str]) -> Table:
     return table
 
 
-def optimizer_table(recorder: Recorder, part: str) -> Table:
+def optimizer_tables(recorder: Recorder, part: str) -> list[Table]:
+    """The trials of one optimizer, and of others inside it; without trial spans, its evaluations."""
+    return trial_tables(recorder.of(part)) or [evaluations_table(recorder, part)]
+
+
+def evaluations_table(recorder: Recorder, part: str) -> Table:
     """Every evaluation of one optimizer, in order. Only those of full size count for the best score so far."""
     evaluations = recorder.evaluations(part)
     full = max((evaluation.size for evaluation in evaluations), default=0)
@@ -119,7 +125,7 @@ def optimizer_table(recorder: Recorder, part: str) -> Table:
 def report(recorder: Recorder, parts: Sequence[str], optimizers: Sequence[str]) -> Group:
     """Everything that is shown at the end. The one trace is taken from the last of `parts`."""
     tree = trace_tree(recorder.of(parts[-1]))
-    tables = [optimizer_table(recorder, name) for name in optimizers]
+    tables = [table for name in optimizers for table in optimizer_tables(recorder, name)]
     shown = [tree, *tables, spans_table(recorder), parts_table(recorder, [*parts, *optimizers])]
     return Group(*(item for part in shown if part for item in ("", part)))
 

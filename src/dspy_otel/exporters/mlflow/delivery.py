@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Final
 
+from opentelemetry.instrumentation.utils import suppress_instrumentation
 from opentelemetry.sdk.trace import ReadableSpan
 
 from dspy_otel.exporters.mlflow.base import ExportError, first_line
@@ -22,10 +23,14 @@ _logger = logging.getLogger(__name__)
 MAX_SPANS: Final = 100_000
 """Most spans waiting. What ends above it is lost, and counted."""
 _BATCH: Final = 512
-_LINGER: Final = 0.5
+_LINGER: Final = 1.0
+"""Seconds between a span and its batch; a full batch goes sooner."""
 _PAUSES: Final = (1.0, 2.0, 5.0)
 _TRIES_AT_EXIT: Final = 2
-_PASSING: Final = frozenset({"unreachable", "credentials", "write", "store", "answer"})
+_MOST_TRIES: Final = 12
+"""For one batch, when MLflow can be reached: about 50 s. It may be the batch that MLflow cannot take."""
+_AWAY: Final = frozenset({"unreachable", "credentials"})
+_PASSING: Final = frozenset({*_AWAY, "write", "store", "answer"})
 """Causes that may be over the next time; a batch that is refused for another one is given up."""
 
 
@@ -54,6 +59,11 @@ class Delivery:
         self._reported: set[str] = set()
         self.lost = 0
 
+    @property
+    def waiting(self) -> int:
+        """Spans that are not yet sent."""
+        return len(self._queue)
+
     def put(self, span: ReadableSpan) -> None:
         """Add a span; never waits."""
         if self._stop.is_set() or len(self._queue) >= MAX_SPANS:
@@ -64,8 +74,7 @@ class Delivery:
         if self._thread is None:
             with self._lock:
                 if self._thread is None:
-                    self._thread = threading.Thread(target=self._run, name="dspy-otel-mlflow-spans", daemon=True)
-                    self._thread.start()
+                    self._thread = start_thread(self._run, "dspy-otel-mlflow-spans")
         if len(self._queue) >= _BATCH or not self._wake.is_set():
             self._wake.set()
 
@@ -81,9 +90,15 @@ class Delivery:
         self._wake.set()
         if self._thread is not None:
             self._thread.join(max(0.0, deadline - time.monotonic()))
+        elif self._queue:
+            self._run()
         self.lost += len(self._queue)
 
     def _run(self) -> None:
+        with suppress_instrumentation():  # what we send is not to be watched, and sent in turn
+            self._send_all()
+
+    def _send_all(self) -> None:
         while not (self._stop.is_set() and not self._queue):
             self._wake.wait()
             if len(self._queue) < _BATCH:
@@ -91,9 +106,7 @@ class Delivery:
             self._wake.clear()
             while self._queue:
                 if not self._send_some():
-                    if self._stop.is_set() and (
-                        self._failures > _TRIES_AT_EXIT or time.monotonic() > self._deadline
-                    ):
+                    if self._stop.is_set() and (self._failures > _TRIES_AT_EXIT or time.monotonic() > self._deadline):
                         return
                     pause = _PAUSES[min(self._failures, len(_PAUSES)) - 1]
                     if self._stop.wait(pause):
@@ -112,6 +125,10 @@ class Delivery:
             explained = error if isinstance(error, ExportError) else None
             cause = type(error).__name__ if explained is None else explained.cause
             passing = explained is not None and not explained.permanent and _is_passing(cause)
+            if self._failures >= _MOST_TRIES and cause not in _AWAY:
+                passing = False
+                self._failures = 0
+                self._reported.discard(cause)
             if cause not in self._reported:
                 self._reported.add(cause)
                 then = "They wait until it works." if passing else "They are lost."
@@ -129,6 +146,16 @@ class Delivery:
         for _ in batch:
             self._queue.popleft()
         return True
+
+
+def start_thread(function: Callable[[], None], name: str) -> threading.Thread | None:
+    """A running daemon thread; None when the interpreter is going down and starts no more."""
+    thread = threading.Thread(target=function, name=name, daemon=True)
+    try:
+        thread.start()
+    except RuntimeError:
+        return None
+    return thread
 
 
 def _is_passing(cause: str) -> bool:

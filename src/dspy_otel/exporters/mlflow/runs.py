@@ -23,11 +23,12 @@ from queue import SimpleQueue
 from typing import Any, Final, Protocol, TypeVar
 
 from opentelemetry.context import Context
+from opentelemetry.instrumentation.utils import suppress_instrumentation
 from opentelemetry.sdk.trace import ReadableSpan, Span, SpanProcessor
 
 from dspy_otel import semconv as sc
 from dspy_otel.exporters.mlflow.base import ExportError, first_line
-from dspy_otel.exporters.mlflow.delivery import Delivery
+from dspy_otel.exporters.mlflow.delivery import Delivery, start_thread
 from dspy_otel.exporters.mlflow.exporter import MLflowSpanExporter
 from dspy_otel.exporters.mlflow.tree import (
     COMPILE,
@@ -59,9 +60,14 @@ MAX_EVENTS: Final = 50_000
 """Most spans waiting for the worker. Above it, examples are left out of evaluation tables; runs and trials never."""
 MAX_SCORES: Final = 200_000
 """Most scores and links waiting while MLflow does not answer."""
-EXIT_SECONDS: Final = 60.0
-"""Most time that the end of the program waits for the worker."""
+EXIT_SECONDS: Final = 180.0
+"""Most time that the end of the program waits for what is left. A server that does not answer ends it at once."""
+_WORTH_A_LINE: Final = 500
+"""From so many spans and scores on, the end of the program says that it takes a while."""
 _TRIES_AT_EXIT: Final = 2
+_MOST_TRIES: Final = 12
+"""For what MLflow refuses though it can be reached: about a minute and a half. The rest has to go on."""
+_AWAY: Final = frozenset({"unreachable", "credentials"})
 _HELPERS: Final = 8
 """Threads that put scores on traces: MLflow takes them one by one only, 80 ms each over one connection and 20 over
 eight (measured with MLflow 3.17.2 on two cores)."""
@@ -205,16 +211,20 @@ class RunTracker(SpanProcessor):
         return self._idle.wait(max(0.0, until - time.monotonic()))
 
     def shutdown(self) -> None:
-        """Write what is left, for at most a minute, and say so when something could not be written."""
+        """Write what is left, for at most three minutes, and say so when something could not be written."""
         if self._stop.is_set():
             return
         self._deadline = time.monotonic() + EXIT_SECONDS
+        waiting = self._delivery.waiting + len(self._events) + (0 if self._worker is None else self._worker.waiting)
+        if waiting > _WORTH_A_LINE:
+            _logger.warning("MLflow: writing the last %d spans and scores; at most %.0f s.", waiting, EXIT_SECONDS)
         self._delivery.stop(self._deadline)
         self._stop.set()
         self._wake.set()
-        thread = self._thread
-        if thread is not None:
-            thread.join(max(1.0, self._deadline + 1 - time.monotonic()))
+        if self._thread is not None:
+            self._thread.join(max(1.0, self._deadline + 1 - time.monotonic()))
+        elif self._events:
+            self._run()
         self._exporter.close()
         worker = self._worker
         left = [f"{self._delivery.lost} spans"] if self._delivery.lost else []
@@ -234,8 +244,7 @@ class RunTracker(SpanProcessor):
         if self._thread is None:
             with self._lock:
                 if self._thread is None:
-                    self._thread = threading.Thread(target=self._run, name="dspy-otel-mlflow", daemon=True)
-                    self._thread.start()
+                    self._thread = start_thread(self._run, "dspy-otel-mlflow")
         self._wake.set()
 
     def _users_run(self) -> str | None:
@@ -257,28 +266,34 @@ class RunTracker(SpanProcessor):
     # --- in the worker ----------------------------------------------------------------------------------------------
     def _run(self) -> None:
         worker = self._worker = _Worker(self._exporter.open_runs, self._stop)
-        while True:
-            if not worker.pending:
-                self._wake.wait()
-            self._stop.wait(_LINGER if worker.failures == 0 else worker.pause)
-            self._wake.clear()
-            stopping = self._stop.is_set()
-            self._take(worker)
-            if stopping:
-                worker.tree.stop(time.time_ns() // 1_000_000)
-            worker.work(self._deadline)
-            if not worker.pending and not self._events:
-                self._idle.set()
-                if self._events:  # something came in between
-                    self._idle.clear()
-            if stopping:
-                if not worker.pending or worker.failures > _TRIES_AT_EXIT or time.monotonic() > self._deadline:
-                    break
-                time.sleep(min(worker.failures, 1))
-        worker.close()
+        with suppress_instrumentation():  # what we send is not to be watched, and sent in turn
+            while self._round(worker):
+                pass
+            worker.close()
+
+    def _round(self, worker: _Worker) -> bool:
+        """Take what came and write it; False when that was the last time."""
+        if not worker.pending:
+            self._wake.wait()
+        self._stop.wait(_LINGER if worker.failures == 0 else worker.pause)
+        self._wake.clear()
+        stopping = self._stop.is_set()
+        self._take(worker)
+        if stopping:
+            worker.stop()
+        worker.work(self._deadline)
+        if not worker.pending and not self._events:
+            self._idle.set()
+            if self._events:  # something came in between
+                self._idle.clear()
+        if stopping:
+            if not worker.pending or worker.failures > _TRIES_AT_EXIT or time.monotonic() > self._deadline:
+                return False
+            time.sleep(min(worker.failures, 1))  # a server may just be restarting
+        return True
 
     def _take(self, worker: _Worker) -> None:
-        while self._events:
+        for _ in range(len(self._events)):  # what comes in between waits: runs are written in the meantime
             what, span, more = self._events.popleft()
             if worker.dead:
                 continue
@@ -321,6 +336,11 @@ class _Worker:
         return not self.dead and bool(self._links or self._scores or any(run.dirty for run in self.tree.runs.values()))
 
     @property
+    def waiting(self) -> int:
+        """Scores that are not yet written."""
+        return len(self._scores)
+
+    @property
     def pause(self) -> float:
         """Seconds to wait after the last failures."""
         return _BACKOFF[min(self.failures, len(_BACKOFF)) - 1]
@@ -360,6 +380,13 @@ class _Worker:
             self.failures = 0
             self._reported.clear()
 
+    def stop(self) -> None:
+        """The program ends: what still runs is killed."""
+        try:
+            self.tree.stop(time.time_ns() // 1_000_000)
+        except Exception:
+            _logger.debug("open runs are not ended", exc_info=True)
+
     def close(self) -> None:
         """Release connections and helper threads."""
         self._helpers.close()
@@ -391,6 +418,8 @@ class _Worker:
         for run in runs:
             if run.run_id is None:
                 self._create(store, run)
+            if run.datasets:
+                self._write_datasets(store, run)
         # A compile that is over comes last: its tables name the runs of its trials.
         last = [run for run in runs if run.kind == COMPILE and run.over]
         first = [run for run in runs if run not in last]
@@ -418,9 +447,6 @@ class _Worker:
             for name, value in tags.items():
                 if run.tags.get(name) == value:
                     del run.tags[name]
-        if run.datasets:
-            self._tolerating(store, f"datasets of {run.name}", store.datasets, run, run.datasets)
-            run.datasets.clear()
         for path, text in list(run.artifacts.items()):
             self._tolerating(store, path, store.artifact, run, path, text)
             del run.artifacts[path]
@@ -428,6 +454,19 @@ class _Worker:
             self._tolerating(store, f"end of {run.name}", store.end, run, *run.ended)
             run.ended = None
         return True
+
+    def _write_datasets(self, store: RunStore, run: Run) -> None:
+        """One run after the other: MLflow fails when two calls bring it the same new dataset at the same time.
+
+        Two programs may do that too: then the second attempt finds the dataset there.
+        """
+        what = f"datasets of {run.name}"
+        with contextlib.suppress(Exception):
+            store.datasets(run, run.datasets)
+            run.datasets.clear()
+            return
+        self._tolerating(store, what, store.datasets, run, run.datasets)
+        run.datasets.clear()
 
     def _create(self, store: RunStore, run: Run) -> None:
         if run.parent is not None and run.parent.run_id is None:
@@ -470,7 +509,7 @@ class _Worker:
                 self._counts["scores"] += 1
             elif result is False:
                 self._lost["scores"] += 1
-            elif (error := store.explain(result)).permanent:
+            elif self._is_lasting(error := store.explain(result)):
                 self._lost["scores"] += 1
                 self._report(error)
             else:
@@ -491,11 +530,14 @@ class _Worker:
             function(*arguments)
         except Exception as error:
             explained = store.explain(error)
-            if not explained.permanent:
+            if not self._is_lasting(explained):
                 raise explained from error
             self._report(ExportError(explained.cause, f"{what}: {explained}"))
             return False
         return True
+
+    def _is_lasting(self, error: ExportError) -> bool:
+        return error.permanent or (self.failures >= _MOST_TRIES and error.cause not in _AWAY)
 
     def _failed(self, error: Exception) -> None:
         self.failures += 1
@@ -546,16 +588,15 @@ class _Helpers:
 
     def _start(self, wanted: int) -> None:
         while self._threads < wanted:
-            try:
-                threading.Thread(target=self._help, name="dspy-otel-mlflow-scores", daemon=True).start()
-            except RuntimeError:  # the interpreter is going down
+            if start_thread(self._help, "dspy-otel-mlflow-scores") is None:
                 return
             self._threads += 1
 
     def _help(self) -> None:
-        while (task := self._tasks.get()) is not None:
-            function, item, done, place = task
-            done.put((place, _attempt(function, item)))
+        with suppress_instrumentation():
+            while (task := self._tasks.get()) is not None:
+                function, item, done, place = task
+                done.put((place, _attempt(function, item)))
 
 
 def _attempt(function: Callable[[_Item], bool], item: _Item) -> bool | Exception:

@@ -146,9 +146,7 @@ class ServerRuns:
     def explain(self, error: Exception) -> ExportError:
         """An error as one of ours; permanent when the same call would fail again."""
         if isinstance(error, ExportError):
-            return ExportError(
-                error.cause, str(error), permanent=error.permanent or error.cause.startswith("status 4")
-            )
+            return ExportError(error.cause, str(error), permanent=error.permanent or error.cause.startswith("status 4"))
         return ExportError(type(error).__name__, f"MLflow: {first_line(error)}.")
 
     def close(self) -> None:

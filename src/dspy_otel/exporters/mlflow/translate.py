@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
@@ -35,6 +36,7 @@ CHAT_USAGE: Final = "mlflow.chat.tokenUsage"
 LLM_COST: Final = "mlflow.llm.cost"
 TAG_PREFIX: Final = "mlflow.traceTag."
 TRACE_NAME: Final = TAG_PREFIX + "mlflow.traceName"
+_BASE64: Final = re.compile(r"[A-Za-z0-9+/_-]+={0,2}")
 
 TYPE_OF_OPERATION: Final[Mapping[str, str]] = {
     sc.OPERATION_CHAT: "CHAT_MODEL",
@@ -279,8 +281,14 @@ def _content(part: Any) -> dict[str, Any]:
     if str(mime).startswith("image/") or part.get("modality") == "image":
         if kind == "uri" and part.get("uri"):
             return {"type": "image_url", "image_url": {"url": part["uri"]}}
-        if kind == "blob" and part.get("content"):
-            return {"type": "image_url", "image_url": {"url": f"data:{mime};base64,{part['content']}"}}
+        data = part.get("content")
+        if kind == "blob" and isinstance(data, str) and data:
+            if data.startswith("data:"):  # Not ours: the conventions want bare base64.
+                return {"type": "image_url", "image_url": {"url": data}}
+            if _BASE64.fullmatch(data):
+                return {"type": "image_url", "image_url": {"url": f"data:{mime};base64,{data}"}}
+            # Too large to keep: only what is said of it.
+            return {"type": "text", "text": f"<{mime}> {data}"}
     return {"type": "text", "text": _dump(part)}
 
 

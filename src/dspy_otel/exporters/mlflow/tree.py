@@ -490,7 +490,7 @@ class Tree:
         run.tag({key: at.get(key) for key in _TRIAL_TAGS})
         run.param(trial_params(at))
         run.point({"score": score, f"score.{kind}": score, "best_score": best}, when, number)
-        run.point({"score_before": at.get(sc.TRIAL_SCORE_BEFORE), "score_after": at.get(sc.TRIAL_SCORE_AFTER)}, when)
+        run.param({"score_before": at.get(sc.TRIAL_SCORE_BEFORE), "score_after": at.get(sc.TRIAL_SCORE_AFTER)})
         run.point(usage(at, roles=False), when, number)
         accepted = at.get(sc.TRIAL_ACCEPTED)
         if isinstance(accepted, bool):
@@ -577,7 +577,7 @@ class Tree:
             return
         run, when = evaluation.run, milliseconds(span.end_time)
         self._tabulate(evaluation)
-        run.point({"failures": at.get(sc.EVALUATION_FAILURES), "examples": len(evaluation.rows)}, when)
+        run.point({"failures": at.get(sc.EVALUATION_FAILURES) or None}, when)
         if not evaluation.own:
             return
         run.point({"score": at.get(sc.EVALUATION_SCORE)}, when)
@@ -647,9 +647,7 @@ class Tree:
         name = self._metrics.get(str(at.get(sc.OPTIMIZER_RUN_ID)))
         return name or str(at.get(sc.EVALUATION_METRIC_NAME) or "score")
 
-    def _add(
-        self, key: str, kind: str, name: str, parent: Run | None, outside: str | None, span: ReadableSpan
-    ) -> Run:
+    def _add(self, key: str, kind: str, name: str, parent: Run | None, outside: str | None, span: ReadableSpan) -> Run:
         run = Run(key, kind, name, parent, outside if parent is None else None, milliseconds(span.start_time))
         run.tag({**self.constant_tags, TAG_KIND: kind, TAG_KEY: key})
         resource = span.resource.attributes if span.resource is not None else {}

@@ -1,0 +1,236 @@
+"""CPU and wall-clock time of whole optimizations, bare and watched, and the memory that a long one takes.
+
+``python benchmarks/compile.py`` compiles a small program with MIPROv2, GEPA, RandomSearch and SIMBA on an LM that
+answers after 1 ms, without telemetry, with this package in each of its modes, with OpenInference, and with MLflow's
+autolog in full: each in a worker process of its own, asked in turn, in random order. ``--memory`` measures the growth
+of memory in one compile of 50,000 LM calls instead. See README.md in this folder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from overhead import (
+    HERE,
+    VENV,
+    Configuration,
+    answer,
+    end,
+    machine,
+    markdown,
+    prepare_environment,
+    progress,
+    show,
+    tell,
+    worker_environment,
+)
+
+OPTIMIZERS = {
+    "MIPROv2": "MIPROv2",
+    "GEPA": "GEPA",
+    "BootstrapFewShotWithRandomSearch": "RandomSearch",
+    "SIMBA": "SIMBA",
+}
+MOST_CPU = 1.10
+MOST_MEMORY = 100.0
+
+
+@dataclass
+class Row(Configuration):
+    """One row of the tables: a tool in a state, and what its worker said about each optimizer, by repetition."""
+
+    said: dict[str, dict[int, dict[str, Any]]] = field(default_factory=lambda: {key: {} for key in OPTIMIZERS})
+    memory: dict[str, float] = field(default_factory=dict)
+
+
+def configurations() -> list[Row]:
+    """Every row, in the order of the tables."""
+    return [
+        Row("bare", "", "no telemetry"),
+        Row("dspy-otel", "off/all", "default: all traces, content off"),
+        Row("dspy-otel", "off/failed_and_best", "failed and best traces, content off"),
+        Row("dspy-otel", "off/none", "no example traces, content off"),
+        Row("dspy-otel", "on/all", "all traces, content on"),
+        Row("dspy-otel", "no-sdk", "no SDK set up: our own share"),
+        Row("openinference", "off", "content hidden"),
+        Row("openinference", "on", "default, content on"),
+        Row("mlflow", "full", "autolog in full, to sqlite"),
+    ]
+
+
+def start(row: Row, folder: Path) -> None:
+    log = (folder / f"{row.tool}-{row.state.replace('/', '-')}.log").open("w")
+    row.process = subprocess.Popen(
+        [sys.executable, str(HERE / "compile_worker.py"), row.tool, row.state],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=log,
+        text=True,
+        cwd=folder,
+        env={**worker_environment({}, str(folder / "cache")), "TQDM_DISABLE": "1"},
+    )
+
+
+def begin(rows: list[Row], folder: Path) -> None:
+    """Start every worker; note versions, and who cannot run."""
+    for row in rows:
+        progress(f"starting {row.name}")
+        start(row, folder)
+        assert row.process is not None
+        reply = answer(row.process)
+        row.skipped, row.version = reply.get("skipped", ""), reply.get("version", "")
+
+
+def ask(row: Row, task: dict[str, Any]) -> dict[str, Any]:
+    """One reply; a worker that has died is skipped from here on."""
+    assert row.process is not None
+    tell(row.process, task)
+    reply = answer(row.process)
+    row.skipped = reply.get("skipped", "")
+    return reply
+
+
+def run(rows: list[Row], options: argparse.Namespace) -> None:
+    """Ask every worker for every optimizer, in an order shuffled anew for each repetition."""
+    order = random.Random(options.seed)
+    for repetition in range(options.repetitions):
+        for optimizer in OPTIMIZERS:
+            progress(f"repetition {repetition + 1} of {options.repetitions}: {optimizer}")
+            for row in order.sample(rows, len(rows)):
+                if not row.skipped and (row.tool != "mlflow" or repetition % 5 == 0):  # one of those takes minutes
+                    row.said[optimizer][repetition] = ask(row, {"optimizer": optimizer, "size": options.size})
+
+
+def times_table(rows: list[Row]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows: for each optimizer CPU and wall-clock time, both as multiples of the bare compile's."""
+    header = ["configuration"]
+    for title in OPTIMIZERS.values():
+        header += [f"{title}: CPU s", "x bare", "wall s", "x bare", "spans"]
+    lines = []
+    for row in rows:
+        line = [row.name]
+        for optimizer in OPTIMIZERS:
+            if row.skipped:
+                line += ["skipped", "", "", "", ""]
+                continue
+            for quantity in ("cpu", "wall"):
+                line.append(f"{statistics.median(reply[quantity] for reply in row.said[optimizer].values()):.2f}")
+                line.append("" if row is rows[0] else f"{ratio(row, rows[0], optimizer, quantity):.2f}")
+            line.append(str(row.said[optimizer][0]["spans"] or ""))
+        lines.append(line)
+    return header, lines
+
+
+def ratio(row: Row, bare: Row, optimizer: str, quantity: str) -> float:
+    """Median over the repetitions of what a compile took, as a multiple of the bare one's of the same repetition."""
+    own, other = row.said[optimizer], bare.said[optimizer]
+    return statistics.median(own[repetition][quantity] / other[repetition][quantity] for repetition in own)
+
+
+def remarks(rows: list[Row]) -> list[str]:
+    """How much work a compile is, whether all did the same, and the goal."""
+    bare = rows[0]
+    calls = ", ".join(f"{title} {bare.said[name][0]['calls']}" for name, title in OPTIMIZERS.items())
+    said = [f"LM calls in a compile: {calls}"]
+    for name, title in OPTIMIZERS.items():
+        made = {reply["program"] for row in rows if not row.skipped for reply in row.said[name].values()}
+        if len(made) > 1:
+            said.append(f"{title}: not every compile made the same program ({len(made)} different ones)")
+    for row in rows:
+        if row.tool == "dspy-otel" and not row.skipped:
+            ratios = {title: ratio(row, bare, name, "cpu") for name, title in OPTIMIZERS.items()}
+            met = "met" if max(ratios.values()) <= MOST_CPU else "missed"
+            shown = ", ".join(f"{title} {value:.2f}" for title, value in ratios.items())
+            said.append(f"goal {met} (CPU at most {MOST_CPU:.2f} times bare), {row.title}: {shown}")
+    return said
+
+
+def memory_table(rows: list[Row]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows: growth in MB, and what of it is not the bare compile's."""
+    header = ["configuration", "LM calls", "at most", "more than bare", "afterwards", "more than bare"]
+    lines = []
+    bare = rows[0].memory
+    for row in rows:
+        if row.skipped or not row.memory:
+            lines.append([row.name, "skipped", "", "", "", ""])
+            continue
+        cells = [row.name, f"{row.memory['calls']:.0f}"]
+        for quantity in ("peak", "with_result"):
+            growth = row.memory[quantity] - row.memory["before"]
+            more = growth - (bare[quantity] - bare["before"])
+            cells += [f"{growth:+.0f}", "" if row is rows[0] else f"{more:+.0f}"]
+        lines.append(cells)
+    return header, lines
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repetitions", type=int, default=7, help="compiles of each cell (%(default)s)")
+    parser.add_argument("--size", type=float, default=1.0, help="size of the datasets, as a factor (%(default)s)")
+    parser.add_argument("--memory", action="store_true", help="growth of memory in one large compile")
+    parser.add_argument("--calls", type=int, default=50_000, help="LM calls for --memory (%(default)s)")
+    parser.add_argument("--only", metavar="TOOL,TOOL", help="only bare and these, e.g. dspy-otel")
+    parser.add_argument("--quick", action="store_true", help="a smoke run: 1 repetition of small compiles")
+    parser.add_argument("--markdown", action="store_true", help="print Markdown")
+    parser.add_argument("--seed", type=int, default=int(time.time()), help="of the order of measurements")
+    parser.add_argument("--here", action="store_true", help="use this Python instead of .venv-bench")
+    options = parser.parse_args()
+    if options.quick:
+        options.repetitions, options.size, options.calls = 1, 0.3, 2000
+    return options
+
+
+def main() -> int:
+    """Run the benchmark; the exit code."""
+    options = arguments()
+    if not options.here and Path(sys.prefix).resolve() != VENV:
+        python = prepare_environment()
+        return subprocess.run([str(python), *sys.argv], check=False).returncode
+    rows = configurations()
+    if options.only:
+        rows = [row for row in rows if row.tool in ["bare", *options.only.split(",")]]
+    with tempfile.TemporaryDirectory(prefix="compile-") as folder:
+        try:
+            if options.memory:
+                for row in rows:  # one after the other: they would take each other's memory
+                    begin([row], Path(folder))
+                    progress(f"memory: {row.name}")
+                    if not row.skipped:
+                        row.memory = ask(row, {"memory": options.calls})
+                    end([row])
+            else:
+                begin(rows, Path(folder))
+                run(rows, options)
+        finally:
+            end([row for row in rows if row.process is not None and row.process.poll() is None])
+            progress("")
+    if rows[0].skipped:
+        print(f"the bare program could not be compiled: {rows[0].skipped}", file=sys.stderr)
+        return 2
+    if options.memory:
+        title, (header, lines) = "Growth of memory in one compile, MB", memory_table(rows)
+        about = machine(rows, f"RandomSearch of about {options.calls} LM calls, one run of each")
+    else:
+        title, (header, lines) = "Whole compiles", times_table(rows)
+        what = f"{options.repetitions} compiles per cell, size {options.size:g}, LM of 1 ms; medians"
+        about = [*machine(rows, what), *remarks(rows)]
+    about += [f"skipped: {row.name}: {row.skipped}" for row in rows if row.skipped]
+    if options.markdown:
+        print("  \n".join(about), markdown(header, lines), sep="\n\n")
+    else:
+        show(title, header, lines)
+        print("\n".join(about))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

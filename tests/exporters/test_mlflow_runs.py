@@ -1,0 +1,457 @@
+"""Runs while they happen, against a store in memory: what is written, what waits, and what never gets in the way."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import pytest
+from opentelemetry import trace
+from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
+from opentelemetry.sdk.trace.export import BatchSpanProcessor, SimpleSpanProcessor
+
+from dspy_otel import semconv as sc
+from dspy_otel.exporters.mlflow import MLflowSpanExporter, delivery, runs
+from dspy_otel.exporters.mlflow.base import ExportError
+from dspy_otel.exporters.mlflow.runs import RunTracker, exporters_of, track_runs
+from dspy_otel.exporters.mlflow.tree import Run, Score, program_params, safe_key
+
+
+class Memory:
+    """A store in memory; while ``failure`` is set, every call raises it."""
+
+    parallel = True
+
+    def __init__(self) -> None:
+        self.failure: Exception | None = None
+        self.runs: dict[str, dict[str, Any]] = {}
+        self.links: dict[str, list[str]] = {}
+        self.scores: list[tuple[str, float | None, str | None]] = []
+        self.delivered: set[str] = set()
+        self.calls = 0
+        self.lose_answers = 0
+
+    def fail(self) -> None:
+        self.calls += 1
+        if self.failure is not None:
+            raise self.failure
+
+    def create(self, run: Run, tags: Mapping[str, str]) -> tuple[str, str]:
+        self.fail()
+        run_id = f"id of {run.key}"
+        if run_id in self.runs:
+            assert run.tried
+            return run_id, ""
+        run.tried = True
+        self.runs[run_id] = {"tags": dict(tags), "metrics": [], "params": {}, "datasets": [], "artifacts": {}}
+        if self.lose_answers:
+            self.lose_answers -= 1
+            raise ExportError("unreachable", "the answer got lost")
+        return run_id, ""
+
+    def log(self, run: Run, metrics: Sequence[Any], params: Mapping[str, str], tags: Mapping[str, str]) -> None:
+        self.fail()
+        assert len(metrics) + len(params) + len(tags) <= 1000
+        stored = self.runs[str(run.run_id)]
+        stored["metrics"] += metrics
+        assert not set(params) & set(stored["params"])
+        stored["params"].update(params)
+        stored["tags"].update(tags)
+
+    def datasets(self, run: Run, datasets: Sequence[Any]) -> None:
+        self.fail()
+        self.runs[str(run.run_id)]["datasets"] += datasets
+
+    def artifact(self, run: Run, path: str, text: str) -> None:
+        self.fail()
+        self.runs[str(run.run_id)]["artifacts"][path] = text
+
+    def end(self, run: Run, status: str, when: int) -> None:
+        self.fail()
+        self.runs[str(run.run_id)]["status"] = status
+
+    def link(self, run_id: str, trace_ids: Sequence[str]) -> None:
+        self.fail()
+        assert len(trace_ids) <= 100
+        self.links.setdefault(run_id, []).extend(trace_ids)
+
+    def assess(self, score: Score, run_id: str | None) -> bool:
+        self.fail()
+        assert score.trace_id in self.delivered
+        self.scores.append((score.trace_id, score.value, run_id))
+        return True
+
+    def find_runs(self, run_id: str | None, condition: str) -> list[Any]:
+        return []
+
+    def read_artifact(self, run_id: str, artifact_uri: str, path: str) -> str | None:
+        return None
+
+    def explain(self, error: Exception) -> ExportError:
+        return error if isinstance(error, ExportError) else ExportError("other", repr(error), permanent=True)
+
+    def close(self) -> None:
+        pass
+
+    def after_fork(self) -> None:
+        pass
+
+
+class Exporter(MLflowSpanExporter):
+    """Ours, with a store in memory at the other end."""
+
+    def __init__(self, store: Memory) -> None:
+        super().__init__("sqlite:///never-opened.db")
+        self.store = store
+        self.down = False
+
+    def write(self, spans: Sequence[ReadableSpan]) -> None:
+        if self.down:
+            raise ExportError("unreachable", "down")
+        self.store.delivered |= {f"tr-{span.context.trace_id:032x}" for span in spans}
+
+    def open_runs(self, stopped: threading.Event) -> Any:
+        return self.store
+
+
+class Program:
+    """Emits what the instrumentation emits, span by span."""
+
+    def __init__(self, store: Memory) -> None:
+        self.exporter = Exporter(store)
+        self.provider = TracerProvider(shutdown_on_exit=False)
+        self.provider.add_span_processor(BatchSpanProcessor(self.exporter))
+        track_runs(self.provider)
+        self.tracer = self.provider.get_tracer(sc.SCOPE_NAME)
+
+    def start(self, name: str, parent: Any = None, **attributes: Any) -> Any:
+        context = trace.set_span_in_context(parent) if parent is not None else None
+        at = {f"dspy.{key.replace('_', '.')}": value for key, value in attributes.items()}
+        return self.tracer.start_span(name, context=context, attributes=at)
+
+    def compile(self, run_id: str = "r1") -> Any:
+        return self.start("compile Best", optimizer_run_id=run_id, optimizer_name="Best", program_name="QA")
+
+    def trial(self, parent: Any, number: int, score: float, run_id: str = "r1", examples: int = 0) -> None:
+        stamps = {"optimizer_run_id": run_id, "trial_number": number}
+        span = self.start("trial", parent, trial_kind="full", **stamps)
+        if examples:
+            evaluation = self.start("evaluate QA", span, evaluation_id=f"{run_id}e{number}", **stamps)
+            for index in range(examples):
+                example = {"evaluation_id": f"{run_id}e{number}", "example_index": index, "example_score": 1.0}
+                self.start("example QA", None, **example, **stamps).end()
+            evaluation.end()
+        span.set_attribute(sc.TRIAL_SCORE, score)
+        span.end()
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runs, "_LINGER", 0.01)
+    monkeypatch.setattr(runs, "_BACKOFF", (0.01, 0.02))
+    monkeypatch.setattr(delivery, "_LINGER", 0.01)
+    monkeypatch.setattr(delivery, "_PAUSES", (0.01,))
+
+
+@pytest.fixture
+def store() -> Memory:
+    return Memory()
+
+
+@pytest.fixture
+def program(store: Memory) -> Iterator[Program]:
+    program = Program(store)
+    yield program
+    store.failure, program.exporter.down = None, False
+    program.provider.shutdown()
+
+
+def test_a_run_is_there_before_its_span_ends(program: Program, store: Memory) -> None:
+    span = program.compile()
+    span.set_attribute("dspy.optimizer.params.num_trials", 7)  # comes after the start
+    assert program.provider.force_flush()
+    (run,) = store.runs.values()
+    assert run["tags"]["mlflow.runName"] == "Best QA"
+    assert "status" not in run
+    span.end()
+    assert program.provider.force_flush()
+    assert run["status"] == "FINISHED"
+    assert run["params"] == {"num_trials": "7"}
+
+
+def test_scores_are_curves_over_trials_and_examples_have_theirs(program: Program, store: Memory) -> None:
+    span = program.compile()
+    for number, score in ((1, 50.0), (2, 75.0)):
+        program.trial(span, number, score, examples=3)
+    span.end()
+    assert program.provider.force_flush()
+    points = {(m.key, m.step, m.value) for m in store.runs["id of r1"]["metrics"] if m.key == "score.full"}
+    assert points == {("score.full", 1, 50.0), ("score.full", 2, 75.0)}
+    assert {run_id for _, _, run_id in store.scores} == {"id of r1/1", "id of r1/2"}
+    assert len(store.scores) == 6
+    assert {run_id: len(ids) for run_id, ids in store.links.items()} == {
+        "id of r1": 1,
+        "id of r1/1": 3,
+        "id of r1/2": 3,
+    }
+    assert store.runs["id of r1/2"]["tags"]["mlflow.parentRunId"] == "id of r1"
+
+
+def test_what_fails_waits_and_nothing_is_written_twice(
+    program: Program, store: Memory, caplog: pytest.LogCaptureFixture
+) -> None:
+    store.failure = ExportError("unreachable", "MLflow is away.")
+    program.exporter.down = True
+    with caplog.at_level(logging.WARNING):
+        span = program.compile()
+        program.trial(span, 1, 50.0, examples=200)
+        span.end()
+        assert not program.provider.force_flush(300)
+        assert store.runs == {}
+        store.failure, program.exporter.down = None, False
+        assert program.provider.force_flush()
+    assert {key: run["status"] for key, run in store.runs.items()} == {"id of r1": "FINISHED", "id of r1/1": "FINISHED"}
+    assert len(store.scores) == len({trace_id for trace_id, _, _ in store.scores}) == 200
+    assert len(store.links["id of r1/1"]) == 200
+    assert [record.message for record in caplog.records].count(
+        "MLflow is away. Runs and scores wait until it works."
+    ) == 1
+
+
+def test_a_run_whose_creation_got_no_answer_is_not_made_twice(program: Program, store: Memory) -> None:
+    store.lose_answers = 1
+    program.compile().end()
+    assert program.provider.force_flush()
+    assert list(store.runs) == ["id of r1"]
+    assert store.runs["id of r1"]["status"] == "FINISHED"
+
+
+def test_what_mlflow_never_takes_does_not_hold_up_the_rest(
+    program: Program, store: Memory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(run: Run, path: str, text: str) -> None:
+        raise ValueError("no room for artifacts")
+
+    monkeypatch.setattr(store, "artifact", refuse)
+    span = program.compile()
+    program.trial(span, 1, 50.0, examples=2)
+    span.end()
+    assert program.provider.force_flush()
+    assert {run["status"] for run in store.runs.values()} == {"FINISHED"}
+    assert len(store.scores) == 2
+
+
+def test_compiles_in_two_threads_do_not_mix(program: Program, store: Memory) -> None:
+    def compile_(run_id: str) -> None:
+        span = program.compile(run_id)
+        for number in range(1, 6):
+            program.trial(span, number, float(number), run_id, examples=4)
+        span.end()
+
+    threads = [threading.Thread(target=compile_, args=(f"r{n}",)) for n in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert program.provider.force_flush()
+    assert len(store.runs) == 4 * 6
+    for key, run in store.runs.items():
+        if "/" in key:
+            assert run["tags"]["mlflow.parentRunId"] == key.split("/")[0]
+            assert len(store.links[key]) == 4
+    curve = [(m.step, m.value) for m in store.runs["id of r3"]["metrics"] if m.key == "score.full"]
+    assert curve == [(n, float(n)) for n in range(1, 6)]
+
+
+def test_the_end_of_the_program_kills_what_still_runs(store: Memory, caplog: pytest.LogCaptureFixture) -> None:
+    program = Program(store)
+    span = program.compile()
+    program.trial(span, 1, 50.0)
+    program.provider.shutdown()
+    assert store.runs["id of r1"]["status"] == "KILLED"
+    assert store.runs["id of r1/1"]["status"] == "FINISHED"
+    assert "The program ended before it did" in store.runs["id of r1"]["tags"]["mlflow.note.content"]
+
+
+def test_at_the_end_one_line_says_what_was_not_written(store: Memory, caplog: pytest.LogCaptureFixture) -> None:
+    program = Program(store)
+    store.failure = ExportError("unreachable", "away")
+    with caplog.at_level(logging.WARNING):
+        span = program.compile()
+        program.trial(span, 1, 50.0, examples=5)
+        span.end()
+        began = time.monotonic()
+        program.provider.shutdown()
+    assert time.monotonic() - began < 10
+    (line,) = [record.message for record in caplog.records if "not written" in record.message]
+    assert "2 runs" in line
+    assert "5 scores" in line
+
+
+@pytest.mark.parametrize(
+    ("error", "status"), [("builtins.ValueError", "FAILED"), ("KeyboardInterrupt", "KILLED"), (None, "FINISHED")]
+)
+def test_status_of_a_trial(program: Program, store: Memory, error: str | None, status: str) -> None:
+    span = program.compile()
+    trial = program.start("trial", span, optimizer_run_id="r1", trial_number=1)
+    if error is not None:
+        trial.set_attribute(sc.ERROR_TYPE, error)
+        trial.set_status(trace.Status(trace.StatusCode.ERROR))
+    trial.end()
+    span.end()
+    assert program.provider.force_flush()
+    assert store.runs["id of r1/1"]["status"] == status
+
+
+def test_a_burst_is_not_dropped(program: Program, store: Memory) -> None:
+    """The SDK's batch processor holds 2,048 spans."""
+    span = program.start("evaluate QA", evaluation_id="e")
+    for index in range(5000):
+        program.start("example QA", evaluation_id="e", example_index=index, example_score=1.0).end()
+    span.end()
+    assert program.provider.force_flush(60_000)
+    assert len(store.scores) == 5000
+    assert len(store.links["id of evaluation/e"]) == 5001
+
+
+def test_spans_of_others_go_along_and_spans_from_before_too(store: Memory) -> None:
+    exporter = Exporter(store)
+    provider = TracerProvider(shutdown_on_exit=False)
+    provider.add_span_processor(SimpleSpanProcessor(exporter))
+    other = provider.get_tracer("somebody else")
+    before = other.start_span("before")
+    before.end()
+    track_runs(provider)
+    after = other.start_span("after")
+    after.end()
+    assert provider.force_flush()
+    assert store.delivered == {f"tr-{span.context.trace_id:032x}" for span in (before, after)}
+    assert store.runs == {}
+    provider.shutdown()
+
+
+def test_one_tracker_for_each_exporter_that_wants_one(store: Memory) -> None:
+    provider = TracerProvider(shutdown_on_exit=False)
+    exporter, without = Exporter(store), MLflowSpanExporter("sqlite:///x.db", runs=False)
+    for one in (exporter, without):
+        provider.add_span_processor(BatchSpanProcessor(one))
+    track_runs(provider)
+    track_runs(provider)
+    assert set(exporters_of(provider)) == {exporter, without}
+    assert isinstance(exporter.tracker, RunTracker)
+    assert without.tracker is None
+    track_runs(trace.NoOpTracerProvider())
+    provider.shutdown()
+
+
+def test_params_of_a_program_are_instructions_and_demos() -> None:
+    state = """{"qa": {"signature": {"instructions": "Answer.", "fields": []}, "demos": [{"q": "1+1", "a": "2"}],
+               "traces": [], "train": [], "lm": null}, "metadata": {"dependency_versions": {}}}"""
+    assert program_params(state) == {
+        "qa.instructions": "Answer.",
+        "qa.demos": 1,
+        "qa.demos.0": {"q": "1+1", "a": "2"},
+    }
+
+
+def test_keys_are_those_that_mlflow_takes() -> None:
+    assert safe_key("describe[0].instructions é") == "describe_0_.instructions _"
+
+
+def test_a_batch_that_breaks_mlflow_is_given_up_and_the_rest_goes_on(
+    program: Program, store: Memory, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    write = program.exporter.write
+    tries = 0
+
+    def break_on_poison(spans: Sequence[ReadableSpan]) -> None:
+        nonlocal tries
+        if any(span.name == "poison" for span in spans):
+            tries += 1
+            raise ExportError("status 500", "MLflow refused: 500.")
+        write(spans)
+
+    monkeypatch.setattr(program.exporter.tracker._delivery, "_send", break_on_poison)
+    program.start("poison").end()
+    assert program.provider.force_flush()
+    program.compile().end()
+    assert program.provider.force_flush()
+    assert tries == delivery._MOST_TRIES + 1
+    assert program.exporter.tracker._delivery.lost == 1
+    assert store.links == {"id of r1": [next(iter(store.delivered))]}
+    assert [record.message for record in caplog.records if "They are lost" in record.message]
+
+
+def test_in_a_nested_trace_the_score_is_on_the_span_of_the_example(program: Program, store: Memory) -> None:
+    span = program.start("evaluate QA", evaluation_id="e")
+    example = program.start("example QA", span, evaluation_id="e", example_index=0, example_score=0.5)
+    example.end()
+    span.end()
+    seen: list[Score] = []
+    assess = store.assess
+    store.assess = lambda score, run_id: seen.append(score) or assess(score, run_id)  # type: ignore[method-assign]
+    assert program.provider.force_flush()
+    assert [(score.span_id, score.value) for score in seen] == [(f"{example.get_span_context().span_id:016x}", 0.5)]
+
+
+def test_at_exit_no_thread_can_be_started_and_all_is_written(store: Memory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From Python 3.12 on, an interpreter that goes down starts no more threads."""
+
+    def refuse(_: threading.Thread) -> None:
+        raise RuntimeError("can't create new thread at interpreter shutdown")
+
+    program = Program(store)
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    span = program.compile()
+    program.trial(span, 1, 50.0, examples=3)
+    span.end()
+    program.provider.shutdown()
+    assert {run["status"] for run in store.runs.values()} == {"FINISHED"}
+    assert len(store.scores) == 3
+
+
+def test_two_calls_never_bring_the_same_dataset_at_once(
+    program: Program, store: Memory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """MLflow's own check and insert are apart: the second of two such calls fails."""
+    busy = threading.Lock()
+    datasets = store.datasets
+
+    def slow(run: Run, new: Sequence[Any]) -> None:
+        assert busy.acquire(blocking=False), "two at once"
+        time.sleep(0.02)
+        busy.release()
+        datasets(run, new)
+
+    monkeypatch.setattr(store, "datasets", slow)
+    for number in range(6):
+        span = program.start(f"evaluate QA{number}", evaluation_id=f"e{number}")
+        program.start(
+            "example QA", evaluation_id=f"e{number}", example_index=0, example_id="1", example_score=1.0
+        ).end()
+        span.end()
+    assert program.provider.force_flush()
+    assert [len(run["datasets"]) for run in store.runs.values()] == [1] * 6
+
+
+def test_a_dataset_that_another_program_brought_at_the_same_time_is_tried_again(
+    program: Program, store: Memory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    datasets = store.datasets
+    refusals = [ValueError("UNIQUE constraint failed")]
+
+    def refuse_once(run: Run, new: Sequence[Any]) -> None:
+        if refusals:
+            raise refusals.pop()
+        datasets(run, new)
+
+    monkeypatch.setattr(store, "datasets", refuse_once)
+    span = program.start("evaluate QA", evaluation_id="e")
+    program.start("example QA", evaluation_id="e", example_index=0, example_id="1", example_score=1.0).end()
+    span.end()
+    assert program.provider.force_flush()
+    (run,) = store.runs.values()
+    assert len(run["datasets"]) == 1
