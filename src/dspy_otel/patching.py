@@ -9,7 +9,7 @@ import sys
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any, Final, cast
 
 from .telemetry.guard import warn_once
 
@@ -57,6 +57,9 @@ class _Replaced:
     own: Any
     installed: Any
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return tuple, ()  # A class that is pickled by value takes its wrappers along: nothing is to be put back there.
+
 
 @dataclass
 class Patches:
@@ -103,7 +106,7 @@ class Patches:
                 return False
         replacement = make(function)
         if getattr(replacement, "__wrapped__", None) is not function:
-            functools.update_wrapper(replacement, function)
+            functools.update_wrapper(replacement, cast(Callable[..., Any], function))
         setattr(replacement, _MARK, (replacement, function, self._number))
         installed = descriptor(replacement) if descriptor else replacement
         if self._replace(owner, name, installed, own, replacement):

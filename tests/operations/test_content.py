@@ -202,6 +202,30 @@ def test_keys_never_leave(telemetry, server, monkeypatch):
     assert "[masked]" in exported
 
 
+class Quotes(dspy.BaseLM):
+    """Fails, and quotes all that it was given."""
+
+    def forward(self, prompt=None, messages=None, **kwargs):
+        raise RuntimeError(" | ".join(map(str, (self.kwargs | kwargs).values())))
+
+
+def test_secret_settings_of_lms_and_embedders_never_leave(telemetry):
+    telemetry.instrument(capture_content="span_and_event")
+    settings = {"aws_secret_access_key": "wired/secret/one", "extra_headers": {"X-Team-Key": "wired-secret-2-of-6"}}
+    call_time = {"azure_ad_token": "wired.secret.three", "client_secret": "wired~secret~four"}
+    with pytest.raises(RuntimeError, match="wired~secret~four"):
+        Quotes("p/m", **settings)("Hi", **call_time)
+
+    def embed(texts, **given):
+        raise RuntimeError(str(given))
+
+    with pytest.raises(RuntimeError, match="five"):
+        dspy.Embedder(embed, caching=False, aws_session_token="wired/secret/five")(["x"], app_secret="wired/secret/six")
+    exported = telemetry.everything()
+    assert exported.count("[masked]") >= 6
+    assert "wired" not in exported
+
+
 @pytest.mark.parametrize("openinference", [True, False])
 def test_openinference_switch(telemetry, server, openinference):
     telemetry.instrument(capture_content="span_only", openinference=openinference, adapter_spans=True)

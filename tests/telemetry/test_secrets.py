@@ -167,7 +167,10 @@ def test_the_last_remembered_values_count() -> None:
     for number in range(1000):
         secrets.remember(f"rotating-key-{number}")
     assert secrets.mask("rotating-key-999") == secrets.MASK
-    assert len(secrets._known) <= 64
+    assert len(secrets._known) <= 256
+    for number in range(200):
+        secrets.remember(f"another-key-{number}")
+    assert secrets.mask("rotating-key-999") == secrets.MASK
 
 
 def test_environment_secrets_are_masked_and_ordinary_settings_not(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -227,3 +230,20 @@ def test_the_cost_of_masking_grows_with_the_text_only(monkeypatch: pytest.Monkey
         many = text * (65536 // len(text))
         secrets.mask(many)
         assert len(calls) <= len(many) // 15
+
+
+def test_secret_settings_are_known_from_then_on_wherever_they_hide() -> None:
+    secrets.remember_settings(
+        {
+            "aws_secret_access_key": "nosuchpattern/AAA/one",
+            "azure_ad_token": "nosuchpattern-two",
+            "temperature": 0.5,
+            "api_base": "https://host.example/v1",
+            "extra_headers": {"Authorization": "Custom nosuchpattern-three", "X-Team-Key": "no-such-pattern-4"},
+            "vertex_credentials": '{"type": "service_account", "private_key": "nosuchpattern-five"}',
+            "tools": [{"api_key": "left alone here"}],
+        }
+    )
+    hidden = "nosuchpattern/AAA/one nosuchpattern-two nosuchpattern-three no-such-pattern-4 nosuchpattern-five"
+    assert secrets.mask(hidden) == " ".join([secrets.MASK] * 5)
+    assert secrets.mask("https://host.example/v1 service_account") == "https://host.example/v1 service_account"

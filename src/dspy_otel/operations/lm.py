@@ -139,7 +139,9 @@ class LMOperation(Operation):
 
     def _rendered(self, parts: Iterable[tuple[str, Any]]) -> Attributes:
         """Each part as JSON; one that cannot be (the user's ``redact`` raises) is left out."""
-        texts = ((key, self.telemetry.safely("content", None, self.telemetry.content.json, part)) for key, part in parts)
+        texts = (
+            (key, self.telemetry.safely("content", None, self.telemetry.content.json, part)) for key, part in parts
+        )
         return {key: text for key, text in texts if text is not None}
 
     def result(self, call: Call, result: Any, error: BaseException | None) -> Attributes:
@@ -172,13 +174,14 @@ class LMOperation(Operation):
         usage = lm_usage(outcome)
         inside: list[LMUsage] = scope.notes.get("inside", [])
         inner = functools.reduce(together, inside, LMUsage())
+        answered = error is None or outcome is not None  # An override may fail after an answer that was billed.
         if inside and not _exceeds(usage, inner):
             # It only hands on what the LMs inside it did: they have been counted.
             usage = LMUsage(cache_hit=usage.cache_hit)
-        elif error is None:
+        elif answered:
             for totals in scope.totals:
                 totals.add(usage, scope.role)
-        if error is None:
+        if inside or answered:
             _tell_outer(scope, together(inner, usage))
         if self.telemetry.measuring:
             self._record(call, outcome, usage, error, seconds)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from typing import Any, Final
+from weakref import WeakKeyDictionary
 
 from opentelemetry import baggage
 
@@ -110,20 +111,16 @@ def caller_attributes() -> Attributes:
 
 def is_agent(instance: Any) -> bool:
     """Whether ``instance`` is one of DSPy's agent modules, or a subclass of one."""
-    return _AGENT_TYPES[type(instance)]
-
-
-class _AgentTypes(dict[type, bool]):
-    """Whether a class is an agent's, from memory (of at most 4,096 classes)."""
-
-    def __missing__(self, kind: type) -> bool:
+    kind = type(instance)
+    answer = _AGENT_TYPES.get(kind)
+    if answer is None:
         answer = any(base.__name__ in AGENT_CLASSES and base.__module__.startswith("dspy.") for base in kind.__mro__)
-        if len(self) < 4096:
-            self[kind] = answer
-        return answer
+        _AGENT_TYPES[kind] = answer
+    return answer
 
 
-_AGENT_TYPES: Final = _AgentTypes()
+# From memory, as long as the class lives.
+_AGENT_TYPES: Final[WeakKeyDictionary[type, bool]] = WeakKeyDictionary()
 
 
 def describe(instance: Any, scope: Scope, path: str | None, outermost: bool) -> tuple[str, Attributes]:

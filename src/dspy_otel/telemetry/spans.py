@@ -292,7 +292,6 @@ class Operation:
             original: the unbound method.
             override_of: the subclass whose override of an entry point this is; ``None`` for the entry point itself.
         """
-
         if inspect.iscoroutinefunction(original):
             return self._wrap_coroutine_function(original, override_of)
 
@@ -321,14 +320,15 @@ class Operation:
             call.token = None
             _return_to(call.outside)
             continued = _continue(_Pending(self, call, coroutine))
-            continued.__name__, continued.__qualname__ = coroutine.__name__, coroutine.__qualname__
+            for name in ("__name__", "__qualname__"):
+                setattr(continued, name, getattr(coroutine, name))
         except Exception as error:
             failed(f"coroutine of {self.kind}", error)
             return coroutine
         return continued
 
     def wrap_async(self, original: Callable[..., Any], override_of: type | None = None) -> Callable[..., Any]:
-        """Like :meth:`wrap`, for a method that DSPy declares as a coroutine function; an override may be a plain one."""
+        """Like :meth:`wrap`, for what DSPy declares as a coroutine function; an override may be a plain one."""
         return Operation.wrap(self, original, override_of)
 
     def _wrap_coroutine_function(self, original: Callable[..., Any], override_of: type | None) -> Callable[..., Any]:

@@ -1,0 +1,73 @@
+"""Images in messages: bare base64 as the GenAI conventions want it, or text that says what is missing."""
+
+from __future__ import annotations
+
+import base64
+import json
+from typing import Any
+
+import pytest
+from dspy.utils import DummyLM
+
+from dspy_otel.exporters.mlflow.translate import translate
+from dspy_otel.operations.messages import described, input_messages
+from dspy_otel.telemetry.content import Content, base64_size
+from tests.support.spans import Recorder
+
+DATA = bytes(range(256)) * 2
+BASE64 = base64.b64encode(DATA).decode()
+
+
+def ask(telemetry: Recorder, url: str, **options: Any) -> tuple[list[Any], Any]:
+    """The parts on the span, and the content that MLflow is shown."""
+    telemetry.instrument(capture_content="span_only", **options)
+    content = [{"type": "text", "text": "What?"}, {"type": "image_url", "image_url": {"url": url}}]
+    DummyLM([{"answer": "a"}])(messages=[{"role": "user", "content": content}])
+    span = telemetry.only("chat")
+    (message,) = json.loads(span.attributes["gen_ai.input.messages"])
+    (shown,) = translate([span])
+    return message["parts"], json.loads(shown.attributes["mlflow.spanInputs"])["messages"][0]["content"]
+
+
+def test_media_that_is_kept(telemetry: Recorder) -> None:
+    parts, shown = ask(telemetry, f"data:image/png;base64,{BASE64}", capture_media=True)
+    assert parts[1] == {"type": "blob", "modality": "image", "mime_type": "image/png", "content": BASE64}
+    assert shown[1] == {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{BASE64}"}}
+
+
+@pytest.mark.parametrize("data", [DATA, b"tiny", bytes(1000)])
+def test_media_that_is_not_kept_is_named_by_type_and_size(telemetry: Recorder, data: bytes) -> None:
+    parts, shown = ask(telemetry, f"data:image/png;base64,{base64.b64encode(data).decode()}")
+    assert parts[1] == {"type": "text", "content": f"<image/png, {len(data)} bytes>"}
+    assert shown == f"What?\n<image/png, {len(data)} bytes>"
+
+
+def test_media_that_is_too_large_is_named_too(telemetry: Recorder) -> None:
+    parts, _ = ask(telemetry, f"data:image/png;base64,{BASE64}", capture_media=True, content_limit=500)
+    assert parts[1] == {"type": "text", "content": "<image/png, 512 bytes>"}
+
+
+def test_media_that_together_is_too_large_is_never_cut_in_two(telemetry: Recorder) -> None:
+    blob = {"type": "blob", "modality": "image", "mime_type": "image/png", "content": BASE64}
+    shown = json.loads(Content(1200, media=True).json([{"role": "user", "parts": [blob, blob]}]))
+    assert [part["content"] for part in shown[0]["parts"]] == ["<512 bytes>", "<512 bytes>"]
+
+
+def test_an_address_and_data_that_is_not_base64() -> None:
+    def part(url: str) -> Any:
+        content = [{"type": "image_url", "image_url": {"url": url}}]
+        return input_messages((), {"messages": [{"role": "user", "content": content}]})[1][0]["parts"][0]
+
+    assert part("https://host.example/a.png") == {
+        "type": "uri",
+        "modality": "image",
+        "uri": "https://host.example/a.png",
+    }
+    drawing = part("data:image/svg+xml,%3Csvg/%3E")
+    assert (drawing["mime_type"], base64.b64decode(drawing["content"])) == ("image/svg+xml", b"<svg/>")
+    assert described([{"parts": [drawing]}], 0)[0]["parts"] == [{"type": "text", "content": "<image/svg+xml, 6 bytes>"}]
+
+
+@pytest.mark.parametrize("size", range(9))
+def test_size_leaves_padding_out(size: int) -> None:
+    assert base64_size("xx" + base64.b64encode(bytes(size)).decode(), 2) == size
