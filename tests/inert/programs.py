@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import copy
 import datetime
 import enum
@@ -11,6 +12,7 @@ import json
 import pickle
 import random
 import re
+import signal
 import sys
 import threading
 import time
@@ -534,7 +536,13 @@ def start(shape: Shape, program: Any, values: dict[str, Any]) -> Any:
     if shape.runner == "threads":
         return in_own_thread(program, values)
     if shape.asynchronous:
-        return asyncio.run(program.acall(**values))
+        handler = signal.getsignal(signal.SIGINT)
+        try:
+            return asyncio.run(program.acall(**values))
+        finally:
+            # asyncio leaves its own behind when the error has no repr(); signal() has set it by the time that fails.
+            with contextlib.suppress(RuntimeError, ValueError):
+                signal.signal(signal.SIGINT, handler)
     return program(**values)
 
 

@@ -111,5 +111,7 @@ def test_an_answer_that_an_override_rejects_is_counted(telemetry: Recorder) -> N
     with pytest.raises(ValueError, match="rejected"):
         usage_of(telemetry, Rejects(usage=COUNTED))
     attributes = telemetry.only("invoke").attributes
-    assert attributes["dspy.usage.lm_calls"] == 1
-    assert attributes["dspy.usage.cost"] == 0.5
+    asked = len(telemetry.named("chat"))  # DSPy 3.3 asks again in another format.
+    assert asked >= 1
+    assert attributes["dspy.usage.lm_calls"] == asked
+    assert attributes["dspy.usage.cost"] == 0.5 * asked

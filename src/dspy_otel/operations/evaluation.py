@@ -182,7 +182,8 @@ class ExampleOperation(Operation):
 
     def _emit_result(self, call: Call, verdict: Any, error: BaseException | None) -> None:
         """The ``gen_ai.evaluation.result`` event of this example, unless its trace was not sampled."""
-        if not call.span.get_span_context().trace_flags.sampled:
+        span = call.span.get_span_context()
+        if span.is_valid and not span.trace_flags.sampled:
             return
         run: ExampleRun = call.instance
         attributes: Attributes = {names.GEN_AI_EVALUATION_NAME: run.evaluate.notes["metric"] or "metric"}
