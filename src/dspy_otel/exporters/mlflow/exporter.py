@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
 import threading
@@ -75,6 +76,10 @@ class MLflowSpanExporter(SpanExporter):
         self.tracker: RunTracker | None = None
         # A relative store is meant from here, even if the program changes its directory before the first batch.
         self._directory = os.getcwd()
+        # MLflow imports these when it is first used. In a short program that is at exit, when they can no longer be
+        # imported: they start threads, or ask to be told of the exit.
+        for module in ("opentelemetry.sdk._logs", "concurrent.futures.process"):
+            importlib.import_module(module)
         self._lock = threading.Lock()
         self._stopped = threading.Event()
         self._destination: Destination | None = None
