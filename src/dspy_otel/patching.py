@@ -40,11 +40,6 @@ def _mark_of(function: Any) -> tuple[Any, ...] | None:
     return mark if isinstance(mark, tuple) and mark[0] is function else None
 
 
-def is_wrapped(function: Any) -> bool:
-    """Whether ``function`` is one of our wrappers."""
-    return _mark_of(function) is not None
-
-
 _numbers: Final = itertools.count(1)
 
 
