@@ -26,6 +26,7 @@ from .optimizers import Optimizers
 from .patching import Patches, resolve
 from .telemetry import secrets
 from .telemetry.core import Telemetry
+from .telemetry.errors import formatting_without_our_frames
 from .telemetry.guard import failed, guarded, reset_warnings, warn_once
 from .telemetry.spans import Operation
 
@@ -163,6 +164,10 @@ def apply(telemetry: Telemetry, patches: Patches) -> None:
     patches.wrap(executor, "execute", parallel.wrap_execute, loses="parents of spans in worker threads, and examples")
     adapters = resolve("dspy.adapters.base", "Adapter")
     patches.wrap(adapters, "_call_postprocess", adapter.watch, loses="parse failures and adapter fallbacks")
+
+    if sys.version_info < (3, 11):
+        for place in ("dspy.predict.react", "dspy.predict.react_v2"):
+            patches.wrap(resolve(place), "format_error_for_lm", formatting_without_our_frames)
 
     optimizers.patch(patches)
 

@@ -402,7 +402,7 @@ def test_the_environment_alone_is_enough_and_an_interrupted_compile_is_killed(se
         "MLFLOW_EXPERIMENT_NAME": "interrupted",
         "OTEL_TRACES_EXPORTER": "mlflow",
     }
-    process = start(tmp_path, "time.sleep(0.3)", environment, CONFIGURE)
+    process = start(tmp_path, "time.sleep(1)", environment, CONFIGURE)
     assert process.stdout.readline() == "ready\n"
     store = Store(server_uri, "interrupted")
     until = time.monotonic() + 60

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import os
 import traceback
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any, Final, NamedTuple
 
@@ -137,9 +139,20 @@ def hide_frames(error: BaseException) -> None:
 
     DSPy's agents show the first frames of a failed tool's traceback to the LM: frames of ours would change the
     prompt. Python 3.10 keeps a traceback apart from its exception while that is handled, and the outermost frame of
-    ours, the one that calls this, stays; :func:`without_our_frames` is for that.
+    ours, the one that calls this, stays: :func:`formatting_without_our_frames` is for that.
     """
     error.__traceback__ = without_our_frames(error.__traceback__)
+
+
+def formatting_without_our_frames(original: Callable[..., str]) -> Callable[..., str]:
+    """In place of DSPy's ``format_error_for_lm``, on Python 3.10: what it shows the LM has no frames of ours."""
+
+    def format_error_for_lm(error: BaseException, *args: Any, **kwargs: Any) -> str:
+        with contextlib.suppress(Exception):
+            hide_frames(error)
+        return original(error, *args, **kwargs)
+
+    return format_error_for_lm
 
 
 def without_our_frames(found: TracebackType | None) -> TracebackType | None:
