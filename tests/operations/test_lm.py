@@ -12,7 +12,7 @@ import pytest
 import dspy_otel
 from tests.support.openai_server import Reply
 
-from .common import NATIVE, only_native
+from .common import NATIVE, dummy, only_native
 
 ENGINES = ["lm15", "litellm"] if NATIVE else ["litellm"]
 
@@ -366,3 +366,10 @@ def test_typed_lm_of_dspy_33(telemetry):
     assert attributes["gen_ai.usage.input_tokens"] == 3
     assert attributes["gen_ai.response.model"] == "typed-1"
     assert "fine" in attributes["gen_ai.output.messages"]
+
+
+@pytest.mark.parametrize(("content", "shown"), [("no_content", None), ("span_only", ("CANARY", "[masked]"))])
+def test_stop_sequences_are_content(telemetry, content, shown):
+    telemetry.instrument(capture_content=content)
+    dummy({"answer": "b"})("hi", stop=["CANARY", "sk-" + "a" * 30])
+    assert telemetry.only("chat").attributes.get("gen_ai.request.stop_sequences") == shown

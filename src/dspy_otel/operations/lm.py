@@ -98,6 +98,8 @@ class LMOperation(Operation):
         if kwargs:
             self.telemetry.safely("LM settings", None, secrets.remember_settings, kwargs)
         attributes = request_attributes(instance, settings)
+        # Text that a user wrote: content, like the prompt.
+        scope.notes["stop"] = attributes.pop(names.GEN_AI_REQUEST_STOP_SEQUENCES, None)
         scope.notes["request"] = attributes.copy()
         if scope.role is not None:
             attributes[names.LM_ROLE] = scope.role
@@ -124,7 +126,17 @@ class LMOperation(Operation):
     def detail(self, call: Call) -> Attributes:
         if not self.telemetry.config.content_on_spans:
             return {}
-        return self.telemetry.safely("LM input content", {}, self._input_content, call)
+        nothing: Attributes = {}
+        attributes = self.telemetry.safely("LM input content", nothing, self._input_content, call)
+        stop = call.scope.notes["stop"]
+        if stop:
+            shown = self.telemetry.safely("content", None, self._texts, stop[:16])
+            if shown is not None:
+                attributes = {**attributes, names.GEN_AI_REQUEST_STOP_SEQUENCES: shown}
+        return attributes
+
+    def _texts(self, texts: list[str]) -> list[str]:
+        return [self.telemetry.content.text(each) for each in texts]
 
     def _input_content(self, call: Call) -> Attributes:
         content = self.telemetry.content
