@@ -21,8 +21,9 @@ from hypothesis import strategies as st
 from opentelemetry import baggage, context, trace
 
 import dspy_otel
+from dspy_otel.telemetry.context import SCOPE_KEY
 from dspy_otel.telemetry.remote import MAX_STAMPS, MAX_VALUE
-from dspy_otel.telemetry.scope import SCOPE_KEY, Scope, current_scope
+from dspy_otel.telemetry.scope import Scope, current_scope
 from tests.support.otlp_receiver import OtlpReceiver
 from tests.support.spans import Recorder
 from tests.switching.process import script
@@ -34,8 +35,10 @@ class Inner(dspy.Module):
 
 
 def in_scope(role: str | None = "judge", **stamps: Any) -> Any:
-    named = {f"dspy.{key.replace('_', '.')}": value for key, value in stamps.items()}
-    return context.set_value(SCOPE_KEY, Scope("evaluate", None, None, stamps=named, role=role))
+    scope = Scope("evaluate", None, None)
+    scope.stamps = {f"dspy.{key.replace('_', '.')}": value for key, value in stamps.items()}
+    scope.role = role
+    return context.set_value(SCOPE_KEY, scope)
 
 
 # --- threads and tasks ----------------------------------------------------------------------------------------------
@@ -165,9 +168,9 @@ def test_a_carrier_is_plain_strings(telemetry: Recorder):
 
 def test_what_is_not_ours_stays_home(telemetry: Recorder):
     """Who the user is and in which session is not for everybody the carrier is sent to."""
-    token = context.attach(
-        context.set_value(SCOPE_KEY, Scope("module", None, None, stamps={"session.id": "s", "dspy.evaluation.id": "e"}))
-    )
+    scope = Scope("module", None, None)
+    scope.stamps = {"session.id": "s", "dspy.evaluation.id": "e"}
+    token = context.attach(context.set_value(SCOPE_KEY, scope))
     carrier = dspy_otel.inject()
     context.detach(token)
     assert carrier == {"baggage": "dspy.evaluation.id=e"}

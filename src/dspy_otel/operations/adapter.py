@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 from typing import Any
 
 from .. import semconv as names
 from ..telemetry.attributes import Attributes
-from ..telemetry.errors import error_type
-from ..telemetry.scope import Scope, current_scope, open_scope
+from ..telemetry.errors import error_type, hide_frames
+from ..telemetry.guard import guarded
+from ..telemetry.scope import Scope, current_scope
 from ..telemetry.spans import Call, Operation, Start, openinference
 from .module import put_inputs, put_outputs
 
@@ -17,14 +20,37 @@ class AdapterOperation(Operation):
 
     kind = "adapter"
 
-    def open(
-        self, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any], override_of: type | None = None
-    ) -> Call | None:
-        """Note which adapter serves the predictor. There is never a call to close."""
-        self.telemetry.safely("adapter", None, self._note, instance)
-        return None
+    def wrap(self, original: Any, override_of: type | None = None) -> Any:
+        """In place of an adapter's ``__call__`` or ``acall``: there is never a span to close."""
+        if inspect.iscoroutinefunction(original):
 
-    def _note(self, adapter: Any) -> None:
+            @functools.wraps(original)
+            async def noted_coroutine(adapter: Any, /, *args: Any, **kwargs: Any) -> Any:
+                self.note(adapter)
+                try:
+                    return await original(adapter, *args, **kwargs)
+                except BaseException as error:
+                    hide_frames(error)
+                    raise
+
+            return noted_coroutine
+
+        @functools.wraps(original)
+        def noted(adapter: Any, /, *args: Any, **kwargs: Any) -> Any:
+            self.note(adapter)
+            try:
+                return original(adapter, *args, **kwargs)
+            except BaseException as error:
+                hide_frames(error)
+                raise
+
+        return noted
+
+    wrap_async = wrap
+
+    @guarded("adapter")
+    def note(self, adapter: Any) -> None:
+        """Note which adapter serves the predictor."""
         scope = current_scope()
         if scope is None or scope.kind != "module" or not self.telemetry.enabled():
             return
@@ -78,7 +104,7 @@ class AdapterSpanOperation(Operation):
         name = type(instance).__name__
         attributes: Attributes = {names.ADAPTER_NAME: name}
         openinference(attributes, self.telemetry, names.KIND_CHAIN)
-        scope = open_scope(self.kind, instance, parent)
+        scope = Scope(self.kind, instance, parent)
         # LM calls that an adapter makes itself (TwoStepAdapter) belong to its span, its notes to the predictor's.
         return Start(f"{name}.{self.method}", scope, attributes)
 

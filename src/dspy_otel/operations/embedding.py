@@ -13,7 +13,7 @@ from .. import semconv as names
 from ..telemetry import secrets
 from ..telemetry.attributes import Attributes
 from ..telemetry.errors import error_type
-from ..telemetry.scope import Scope, open_scope
+from ..telemetry.scope import Scope
 from ..telemetry.spans import Call, Operation, Start, detach, openinference
 from .lm import server_attributes, split_model
 
@@ -90,7 +90,7 @@ class EmbeddingOperation(Operation):
             attributes[names.GEN_AI_PROVIDER_NAME] = provider
         attributes.update(server_attributes(settings.get("api_base") or settings.get("base_url")))
         openinference(attributes, self.telemetry, names.KIND_EMBEDDING)
-        scope = open_scope(self.kind, instance, parent)
+        scope = Scope(self.kind, instance, parent)
         scope.notes["request"] = dict(attributes)
         kind = SpanKind.CLIENT if hosted else SpanKind.INTERNAL
         return Start(f"{names.OPERATION_EMBEDDINGS} {name}", scope, attributes, kind)

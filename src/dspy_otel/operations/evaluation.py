@@ -13,7 +13,7 @@ from opentelemetry.trace import Link
 from .. import semconv as names
 from ..telemetry.attributes import Attributes
 from ..telemetry.errors import error_type
-from ..telemetry.scope import Scope, open_scope
+from ..telemetry.scope import Scope
 from ..telemetry.spans import Call, Operation, Start, openinference
 from ..telemetry.totals import Totals
 from .module import put_inputs, put_outputs
@@ -34,7 +34,7 @@ class EvaluateOperation(Operation):
 
     def start(self, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any], parent: Scope | None) -> Start | None:
         given = arguments(instance, args, kwargs)
-        scope = open_scope(self.kind, instance, parent)
+        scope = Scope(self.kind, instance, parent)
         totals = Totals()
         program = self.programs.find(given["program"]) if hasattr(given["program"], "named_predictors") else None
         scope.program = None
@@ -110,7 +110,7 @@ class ExampleOperation(Operation):
         run: ExampleRun = instance
         evaluate = run.evaluate
         # The scope's owner is the evaluated program, so that its answer can be told from what the metric calls.
-        scope = open_scope(self.kind, evaluate.notes["program"], evaluate)
+        scope = Scope(self.kind, evaluate.notes["program"], evaluate)
         if run.program is not None:
             scope.owner, scope.role = run.program, names.ROLE_TASK
         attributes: Attributes = {names.PROGRAM_NAME: evaluate.notes["program_name"]}

@@ -6,7 +6,7 @@ from typing import Any
 
 from .. import semconv as names
 from ..telemetry.attributes import Attributes
-from ..telemetry.scope import Scope, open_scope
+from ..telemetry.scope import Scope
 from ..telemetry.spans import Call, Operation, Start, openinference
 
 
@@ -18,7 +18,7 @@ class InterpreterOperation(Operation):
     def start(self, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any], parent: Scope | None) -> Start | None:
         attributes: Attributes = {names.INTERPRETER_NAME: type(instance).__name__}
         openinference(attributes, self.telemetry, names.KIND_TOOL)
-        return Start(names.SPAN_EXECUTE_CODE, open_scope(self.kind, instance, parent), attributes)
+        return Start(names.SPAN_EXECUTE_CODE, Scope(self.kind, instance, parent), attributes)
 
     def detail(self, call: Call) -> Attributes:
         attributes: Attributes = {}

@@ -16,7 +16,7 @@ from .. import semconv as names
 from ..telemetry import secrets
 from ..telemetry.attributes import Attributes
 from ..telemetry.errors import error_type
-from ..telemetry.scope import Scope, current_scope, open_scope
+from ..telemetry.scope import Scope, current_scope
 from ..telemetry.spans import Call, Operation, Start, openinference
 from ..telemetry.totals import LMUsage, together
 from .messages import described, input_messages, output_messages, tool_definitions
@@ -37,19 +37,17 @@ PROVIDERS: Final[Mapping[str, str]] = {
     "watsonx": "ibm.watsonx.ai",
 }
 
-# Request parameters by name, and the type each must have to be recorded.
+# Request parameters by name: their attribute, and whether it is a whole number.
 _REQUEST_NUMBERS: Final = {
-    "temperature": names.GEN_AI_REQUEST_TEMPERATURE,
-    "top_p": names.GEN_AI_REQUEST_TOP_P,
-    "frequency_penalty": names.GEN_AI_REQUEST_FREQUENCY_PENALTY,
-    "presence_penalty": names.GEN_AI_REQUEST_PRESENCE_PENALTY,
-}
-_REQUEST_INTEGERS: Final = {
-    "max_tokens": names.GEN_AI_REQUEST_MAX_TOKENS,
-    "max_completion_tokens": names.GEN_AI_REQUEST_MAX_TOKENS,
-    "max_output_tokens": names.GEN_AI_REQUEST_MAX_TOKENS,
-    "seed": names.GEN_AI_REQUEST_SEED,
-    "top_k": names.GEN_AI_REQUEST_TOP_K,
+    "temperature": (names.GEN_AI_REQUEST_TEMPERATURE, False),
+    "top_p": (names.GEN_AI_REQUEST_TOP_P, False),
+    "frequency_penalty": (names.GEN_AI_REQUEST_FREQUENCY_PENALTY, False),
+    "presence_penalty": (names.GEN_AI_REQUEST_PRESENCE_PENALTY, False),
+    "max_tokens": (names.GEN_AI_REQUEST_MAX_TOKENS, True),
+    "max_completion_tokens": (names.GEN_AI_REQUEST_MAX_TOKENS, True),
+    "max_output_tokens": (names.GEN_AI_REQUEST_MAX_TOKENS, True),
+    "seed": (names.GEN_AI_REQUEST_SEED, True),
+    "top_k": (names.GEN_AI_REQUEST_TOP_K, True),
 }
 _ENGINES: Final = {
     "LM15Engine": "lm15",
@@ -90,7 +88,7 @@ class LMOperation(Operation):
     kind = "lm"
 
     def start(self, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any], parent: Scope | None) -> Start | None:
-        scope = open_scope(self.kind, instance, parent)
+        scope = Scope(self.kind, instance, parent)
         settings = request_settings(instance, args, kwargs)
         own = getattr(instance, "kwargs", None)
         if own:
@@ -184,17 +182,19 @@ class LMOperation(Operation):
         self._put_together(scope)
         outcome: Outcome | None = scope.notes.get("outcome")
         usage = lm_usage(outcome)
-        inside: list[LMUsage] = scope.notes.get("inside", [])
-        inner = functools.reduce(together, inside, LMUsage())
+        inside: list[LMUsage] | None = scope.notes.get("inside")
+        inner = functools.reduce(together, inside) if inside else None
         answered = error is None or outcome is not None  # An override may fail after an answer that was billed.
-        if inside and not _exceeds(usage, inner):
+        if inner is not None and not _exceeds(usage, inner):
             # It only hands on what the LMs inside it did: they have been counted.
             usage = LMUsage(cache_hit=usage.cache_hit)
         elif answered:
             for totals in scope.totals:
                 totals.add(usage, scope.role)
-        if inside or answered:
+        if inner is not None:
             _tell_outer(scope, together(inner, usage))
+        elif answered:
+            _tell_outer(scope, usage)
         if self.telemetry.measuring:
             self._record(call, outcome, usage, error, seconds)
         if self.telemetry.config.content_on_events and call.span.get_span_context().trace_flags.sampled:
@@ -414,14 +414,14 @@ def request_attributes(lm: Any, settings: Mapping[str, Any]) -> Attributes:
     }
     if provider is not None:
         attributes[names.GEN_AI_PROVIDER_NAME] = provider
-    for name, key in _REQUEST_NUMBERS.items():
-        value = settings.get(name)
-        if isinstance(value, (int, float)) and not isinstance(value, bool):
-            attributes[key] = float(value)
-    for name, key in _REQUEST_INTEGERS.items():
-        value = settings.get(name)
-        if isinstance(value, int) and not isinstance(value, bool):
-            attributes[key] = value
+    for name, value in settings.items():
+        number = _REQUEST_NUMBERS.get(name)
+        if number is not None and isinstance(value, (int, float)) and not isinstance(value, bool):
+            key, whole = number
+            if not whole:
+                attributes[key] = float(value)
+            elif isinstance(value, int):
+                attributes[key] = value
     stop = settings.get("stop")
     if isinstance(stop, str):
         attributes[names.GEN_AI_REQUEST_STOP_SEQUENCES] = [stop]
@@ -438,7 +438,9 @@ def request_attributes(lm: Any, settings: Mapping[str, Any]) -> Attributes:
     rollout = settings.get("rollout_id")
     if isinstance(rollout, (int, str)) and not isinstance(rollout, bool):
         attributes[names.LM_ROLLOUT_ID] = str(rollout)
-    attributes.update(server_attributes(settings.get("api_base") or settings.get("base_url")))
+    address = settings.get("api_base") or settings.get("base_url")
+    if address is not None:
+        attributes.update(server_attributes(address))
     return attributes
 
 
@@ -461,7 +463,9 @@ def server_attributes(url: Any) -> Attributes:
 
 
 def _value(holder: Any, name: str) -> Any:
-    return holder.get(name) if isinstance(holder, Mapping) else getattr(holder, name, None)
+    if type(holder) is dict or isinstance(holder, Mapping):
+        return holder.get(name)
+    return getattr(holder, name, None)
 
 
 def _string(value: Any) -> str | None:
@@ -573,16 +577,14 @@ def choice_reasons(response: Any) -> list[str]:
     return [str(reason) for choice in choices if (reason := _value(choice, "finish_reason"))]
 
 
-def _count(holder: Any, *keys: str) -> int | None:
-    for key in keys:
-        value = _value(holder, key) if holder is not None else None
-        if isinstance(value, int) and not isinstance(value, bool):
-            return value
-    return None
-
-
-def _first(value: int | None, other: int | None) -> int | None:
-    return other if value is None else value
+def _count(holder: Any, key: str, counters: Any, other: str) -> int | None:
+    """The counter ``key`` of ``holder``, else ``other`` of ``counters``; ``None`` when neither has one."""
+    value = _value(holder, key) if holder else None
+    if not isinstance(value, int) or isinstance(value, bool):
+        value = _value(counters, other)
+        if not isinstance(value, int) or isinstance(value, bool):
+            return None
+    return value
 
 
 def lm_usage(outcome: Outcome | None) -> LMUsage:
@@ -594,8 +596,9 @@ def lm_usage(outcome: Outcome | None) -> LMUsage:
         return LMUsage()
     if outcome.cache_hit:
         return LMUsage(cost=0.0 if outcome.cost is not None else None, cache_hit=True)
-    inputs = _count(outcome.usage, "prompt_tokens", "input_tokens")
-    outputs = _count(outcome.usage, "completion_tokens", "output_tokens")
+    counters = outcome.usage
+    inputs = _count(counters, "prompt_tokens", counters, "input_tokens")
+    outputs = _count(counters, "completion_tokens", counters, "output_tokens")
     if not inputs and not outputs:
         return LMUsage(cost=outcome.cost or None)
     return LMUsage(inputs, outputs, outcome.cost)
@@ -619,24 +622,21 @@ def response_attributes(outcome: Outcome) -> Attributes:
         return attributes
     if usage.input_tokens is None and usage.output_tokens is None:
         return attributes
-    prompt = _value(outcome.usage, "prompt_tokens_details") or _value(outcome.usage, "input_tokens_details")
-    completion = _value(outcome.usage, "completion_tokens_details") or _value(outcome.usage, "output_tokens_details")
-    flat = functools.partial(_count, outcome.usage)
+    counters = outcome.usage
+    prompt = _value(counters, "prompt_tokens_details") or _value(counters, "input_tokens_details")
+    completion = _value(counters, "completion_tokens_details") or _value(counters, "output_tokens_details")
     for key, tokens in (
         (names.GEN_AI_USAGE_INPUT_TOKENS, usage.input_tokens),
         (names.GEN_AI_USAGE_OUTPUT_TOKENS, usage.output_tokens),
         # Nested as OpenAI does it, else flat as DSPy 3.3's typed responses have it.
-        (
-            names.GEN_AI_USAGE_CACHE_READ_INPUT_TOKENS,
-            _first(_count(prompt, "cached_tokens"), flat("cache_read_tokens")),
-        ),
+        (names.GEN_AI_USAGE_CACHE_READ_INPUT_TOKENS, _count(prompt, "cached_tokens", counters, "cache_read_tokens")),
         (
             names.GEN_AI_USAGE_CACHE_WRITE_INPUT_TOKENS,
-            _first(_count(prompt, "cache_creation_tokens"), flat("cache_write_tokens")),
+            _count(prompt, "cache_creation_tokens", counters, "cache_write_tokens"),
         ),
         (
             names.GEN_AI_USAGE_REASONING_OUTPUT_TOKENS,
-            _first(_count(completion, "reasoning_tokens"), flat("reasoning_tokens")),
+            _count(completion, "reasoning_tokens", counters, "reasoning_tokens"),
         ),
     ):
         if tokens is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 from weakref import WeakKeyDictionary
 
 from opentelemetry import baggage
@@ -12,7 +12,7 @@ from .. import semconv as names
 from ..telemetry.attributes import Attributes
 from ..telemetry.core import Telemetry
 from ..telemetry.errors import error_type
-from ..telemetry.scope import Program, Scope, open_scope
+from ..telemetry.scope import Program, Scope
 from ..telemetry.spans import Call, Operation, Start, openinference
 from ..telemetry.totals import Totals
 from .program import Programs
@@ -32,10 +32,11 @@ class ModuleOperation(Operation):
         self.programs = programs
 
     def start(self, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any], parent: Scope | None) -> Start | None:
-        scope = open_scope(self.kind, instance, parent)
+        scope = Scope(self.kind, instance, parent)
         path: str | None = None
-        outermost = scope.program is None
-        if outermost:
+        program = scope.program
+        outermost = program is None
+        if program is None:
             program = self.programs.find(instance) or Program(type(instance).__name__, None, {})
             scope.program, scope.paths = program, program.paths
             # Each program keeps its own totals; those of an evaluation or compile around it go on as well.
@@ -51,9 +52,22 @@ class ModuleOperation(Operation):
                 # Made during the call (a copy, say): its own modules are named from here.
                 made = self.programs.find(instance)
                 scope.paths = made.paths if made else scope.paths
-        name, attributes = describe(instance, scope, path, outermost)
-        openinference(attributes, self.telemetry, names.KIND_AGENT if is_agent(instance) else names.KIND_CHAIN)
-        return Start(name, scope, attributes)
+        about = self._about(instance, program, path, outermost)
+        scope.notes["about"] = about
+        return Start(about.span, scope, about.attributes.copy())
+
+    def _about(self, instance: Any, program: Program, path: str | None, outermost: bool) -> About:
+        """What every call of this module says; kept with its program, if it has a place in it."""
+        placed = outermost or path is not None
+        about: About | None = program.about.get(id(instance)) if placed else None
+        if about is None or about.outermost is not outermost:
+            about = describe(instance, program, path, outermost)
+            openinference(
+                about.attributes, self.telemetry, names.KIND_AGENT if is_agent(instance) else names.KIND_CHAIN
+            )
+            if placed:
+                program.about[id(instance)] = about
+        return about
 
     def detail(self, call: Call) -> Attributes:
         attributes = signature_attributes(call.instance, call.kwargs, self.programs)
@@ -91,16 +105,10 @@ class ModuleOperation(Operation):
             parent.role = names.ROLE_JUDGE
 
     def _record(self, call: Call, error: BaseException | None, seconds: float) -> None:
-        scope = call.scope
-        attributes: Attributes = {names.MODULE_CLASS: type(call.instance).__name__}
-        if scope.program is not None:
-            attributes[names.PROGRAM_NAME] = scope.program.name
-        path = scope.notes.get("path")
-        if path:
-            attributes[names.MODULE_PATH] = _SUBSCRIPT.sub("[*]", path)  # steps[0] and steps[1] are one series
+        labels: Attributes = call.scope.notes["about"].labels
         if error is not None:
-            attributes[names.ERROR_TYPE] = error_type(error)
-        self.telemetry.metrics.module_duration.record(seconds, attributes, call.context)
+            labels = {**labels, names.ERROR_TYPE: error_type(error)}
+        self.telemetry.metrics.module_duration.record(seconds, labels, call.context)
 
 
 def caller_attributes() -> Attributes:
@@ -123,42 +131,58 @@ def is_agent(instance: Any) -> bool:
 _AGENT_TYPES: Final[WeakKeyDictionary[type, bool]] = WeakKeyDictionary()
 
 
-def describe(instance: Any, scope: Scope, path: str | None, outermost: bool) -> tuple[str, Attributes]:
-    """Span name and identifying attributes of a module call.
+class About(NamedTuple):
+    """What is said of a module on each of its calls.
+
+    Attributes:
+        span: span name.
+        attributes: identifying attributes of the span.
+        labels: attributes of its metrics.
+        outermost: whether the module was the program itself.
+    """
+
+    span: str
+    attributes: Attributes
+    labels: Attributes
+    outermost: bool
+
+
+def describe(instance: Any, program: Program, path: str | None, outermost: bool) -> About:
+    """Span name and identifying attributes of a module's calls.
 
     Args:
         instance: the module.
-        scope: the call's scope; its program is set.
+        program: the program it is called in.
         path: where the module sits in the program, if it does.
         outermost: whether the module is the program itself.
     """
     class_name = type(instance).__name__
-    attributes: Attributes = {names.MODULE_CLASS: class_name}
-    program = scope.program
-    if program is not None:
-        attributes[names.PROGRAM_NAME] = program.name
-        if program.id is not None:
-            attributes[names.PROGRAM_ID] = program.id
+    labels: Attributes = {names.MODULE_CLASS: class_name, names.PROGRAM_NAME: program.name}
+    attributes = labels.copy()
+    if program.id is not None:
+        attributes[names.PROGRAM_ID] = program.id
     if path:
         attributes[names.MODULE_PATH] = path
-        scope.notes["path"] = path
+        labels[names.MODULE_PATH] = _SUBSCRIPT.sub("[*]", path)  # steps[0] and steps[1] are one series
     if is_agent(instance):
         agent = path or class_name
         attributes[names.GEN_AI_OPERATION_NAME] = names.OPERATION_INVOKE_AGENT
         attributes[names.GEN_AI_AGENT_NAME] = agent
-        return f"{names.OPERATION_INVOKE_AGENT} {agent}", attributes
-    if outermost:
+        span = f"{names.OPERATION_INVOKE_AGENT} {agent}"
+    elif outermost:
         attributes[names.GEN_AI_OPERATION_NAME] = names.OPERATION_INVOKE_WORKFLOW
         attributes[names.GEN_AI_WORKFLOW_NAME] = class_name
-        return f"{names.OPERATION_INVOKE_WORKFLOW} {class_name}", attributes
-    return f"{class_name} {path}" if path else class_name, attributes
+        span = f"{names.OPERATION_INVOKE_WORKFLOW} {class_name}"
+    else:
+        span = f"{class_name} {path}" if path else class_name
+    return About(span, attributes, labels, outermost)
 
 
 def attributes_signature(instance: Any, kwargs: dict[str, Any]) -> Any:
     """The signature a module call works with: the call's own, else the module's, else ``None``."""
     signature = kwargs.get("signature")
     if not isinstance(signature, type):
-        signature = vars(instance).get("signature")
+        signature = instance.__dict__.get("signature")
     return signature if isinstance(signature, type) else None
 
 
@@ -171,7 +195,7 @@ def signature_attributes(instance: Any, kwargs: dict[str, Any], programs: Progra
         fields = programs.signature_fields(signature)
         if fields is not None:
             attributes[names.SIGNATURE_FIELDS] = fields
-    demos = kwargs.get("demos", vars(instance).get("demos"))
+    demos = kwargs.get("demos", instance.__dict__.get("demos"))
     if isinstance(demos, (list, tuple)):
         attributes[names.DEMOS_COUNT] = len(demos)
     return attributes

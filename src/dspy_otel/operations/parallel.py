@@ -15,7 +15,7 @@ from opentelemetry.context import Context
 from .. import semconv as names
 from ..telemetry.attributes import Attributes
 from ..telemetry.errors import hide_frames
-from ..telemetry.scope import Scope, current_scope, open_scope
+from ..telemetry.scope import Scope, current_scope
 from ..telemetry.spans import Call, Operation, Start, detach, openinference
 from .evaluation import ExampleOperation, ExampleRun
 
@@ -37,7 +37,7 @@ class ParallelOperation(Operation):
         if isinstance(instance.num_threads, int):
             attributes[names.PARALLEL_NUM_THREADS] = instance.num_threads
         openinference(attributes, self.telemetry, names.KIND_CHAIN)
-        return Start(names.SPAN_PARALLEL, open_scope(self.kind, instance, parent), attributes)
+        return Start(names.SPAN_PARALLEL, Scope(self.kind, instance, parent), attributes)
 
     def result(self, call: Call, result: Any, error: BaseException | None) -> Attributes:
         return {names.PARALLEL_FAILURES: len(call.instance.failed_indices)}

@@ -32,60 +32,67 @@ _MAX_KEY: Final = 32
 
 # Containers that hold no modules and may be long: of every module, and of predictors.
 _LOGS: Final = frozenset({"history", "callbacks"})
-_PREDICTOR_STATE: Final = frozenset({"traces", "train", "demos", "config", "fields"})
+_PREDICTOR_STATE: Final = frozenset({"traces", "train", "demos", "config", "fields", *_LOGS})
 _LEAVES: Final = frozenset({str, int, float, bool, type(None), bytes})
 
 _MAX_DEPTH: Final = 64
 
 
-class _ModuleTypes(dict[type, bool]):
-    """Whether a class is a kind of ``dspy.Module`` (told by its bases' names, without importing DSPy), from memory."""
+_MODULE: Final = 1
+_CONTAINER: Final = 2
 
-    def __missing__(self, kind: type) -> bool:
-        answer = any(base.__name__ == "BaseModule" and base.__module__.startswith("dspy.") for base in kind.__mro__)
+
+class _Kinds(dict[type, int]):
+    """What a class is in a program: a module, a container of some, or neither (0). From memory.
+
+    A kind of ``dspy.Module`` is told by its bases' names, without importing DSPy.
+    """
+
+    def __missing__(self, kind: type) -> int:
+        is_module = any(base.__name__ == "BaseModule" and base.__module__.startswith("dspy.") for base in kind.__mro__)
+        answer = _MODULE if is_module else _CONTAINER if kind in (list, tuple, dict) else 0
         if len(self) < 4096:
             self[kind] = answer
         return answer
 
 
-_MODULE_TYPES: Final = _ModuleTypes()
+_KINDS: Final = _Kinds()
 
 
-def walk(root: Any) -> Iterator[tuple[str, Any]]:
+def walk(root: Any) -> list[tuple[str, Any]]:
     """Every module below ``root`` with its path, as ``named_predictors()`` would write it; ``root`` itself is ``""``.
 
     Faster than DSPy's own ``named_sub_modules()``, and bounded: 2,000 modules, 256 items of a container.
     """
     seen = {id(root)}
     stack: list[tuple[str, Any]] = [("", root)]
-    found = 0
-    while stack and found < _MAX_MODULES:
-        path, module = stack.pop()
-        found += 1
-        yield path, module
+    found: list[tuple[str, Any]] = []
+    while stack and len(found) < _MAX_MODULES:
+        path, module = entry = stack.pop()
+        found.append(entry)
+        stored = module.__dict__
+        without = _PREDICTOR_STATE if "signature" in stored else _LOGS
         children: list[tuple[str, Any]] = []
-        for name, value in list(module.__dict__.items()):
-            kind = type(value)
-            if kind in _LEAVES:
-                continue
-            if _MODULE_TYPES[kind]:
+        for name, value in list(stored.items()):
+            kind = _KINDS[type(value)]
+            if kind == _MODULE:
                 children.append((_short(f"{path}.{name}" if path else name), value))
-            elif kind in (list, tuple, dict) and name not in _LOGS:
-                if name in _PREDICTOR_STATE and "signature" in module.__dict__:
-                    continue
+            elif kind and value and name not in without:
                 children.extend(_items(f"{path}.{name}" if path else name, value, 2))
         for child in reversed(children):
             if id(child[1]) not in seen:
                 seen.add(id(child[1]))
                 stack.append(child)
+    return found
 
 
 def _items(path: str, container: Any, depth: int) -> Iterator[tuple[str, Any]]:
     pairs = container.items() if isinstance(container, dict) else enumerate(container)
     for key, value in islice(pairs, _MAX_ITEMS):
-        if _MODULE_TYPES[type(value)]:
+        kind = _KINDS[type(value)]
+        if kind == _MODULE:
             yield _short(f"{path}[{_key(key)}]"), value
-        elif depth and type(value) in (list, tuple, dict):
+        elif kind and depth:
             yield from _items(f"{path}[{_key(key)}]", value, depth - 1)
 
 
@@ -312,7 +319,7 @@ class Programs:
         Reads the program's structure and the identity of its state on each call, because both may change between
         calls; paths and digest are only worked out anew when they did.
         """
-        modules = list(walk(root))
+        modules = walk(root)
         shape: list[Any] = []
         objects: list[Any] = []
         for path, module in modules:

@@ -10,7 +10,7 @@ from opentelemetry.trace import SpanKind
 
 from .. import semconv as names
 from ..telemetry.attributes import Attributes
-from ..telemetry.scope import Scope, open_scope
+from ..telemetry.scope import Scope
 from ..telemetry.spans import Call, Operation, Start, openinference
 from .embedding import ASKING
 from .lm import server_attributes
@@ -56,7 +56,7 @@ class RetrievalOperation(Operation):
             attributes[names.GEN_AI_RETRIEVAL_TOP_K] = top_k
         attributes.update(server_attributes(getattr(instance, "url", None)))
         openinference(attributes, self.telemetry, names.KIND_RETRIEVER)
-        scope = open_scope(self.kind, instance, parent)
+        scope = Scope(self.kind, instance, parent)
         return Start(f"{names.OPERATION_RETRIEVAL} {name}", scope, attributes, self.span_kind)
 
     def detail(self, call: Call) -> Attributes:

@@ -7,7 +7,7 @@ from typing import Any, Final
 from .. import semconv as names
 from ..telemetry.attributes import Attributes
 from ..telemetry.errors import error_type
-from ..telemetry.scope import Scope, open_scope
+from ..telemetry.scope import Scope
 from ..telemetry.spans import Call, Operation, Start, openinference
 
 # How DSPy's agents say "I am done" in the form of a tool; nothing is executed.
@@ -29,7 +29,7 @@ class ToolOperation(Operation):
             names.GEN_AI_TOOL_TYPE: "function",
         }
         openinference(attributes, self.telemetry, names.KIND_TOOL)
-        return Start(f"{names.OPERATION_EXECUTE_TOOL} {name}", open_scope(self.kind, instance, parent), attributes)
+        return Start(f"{names.OPERATION_EXECUTE_TOOL} {name}", Scope(self.kind, instance, parent), attributes)
 
     def detail(self, call: Call) -> Attributes:
         attributes: Attributes = {}

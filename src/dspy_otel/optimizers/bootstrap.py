@@ -13,7 +13,7 @@ from ..operations.program import Programs
 from ..patching import Patches, resolve
 from ..telemetry.attributes import Attributes
 from ..telemetry.core import Telemetry
-from ..telemetry.scope import Scope, open_scope
+from ..telemetry.scope import Scope
 from ..telemetry.spans import Call, Operation, Start, openinference
 from .plan import Phase, Plan
 from .run import run_of
@@ -47,7 +47,7 @@ class AttemptOperation(Operation):
             return None
         teacher = instance.teacher
         # The scope's owner is the teacher, so that its answer can be told from what the metric calls.
-        scope = open_scope(self.kind, teacher, parent)
+        scope = Scope(self.kind, teacher, parent)
         scope.role = names.ROLE_TEACHER
         name = callable_name(teacher)
         attributes: Attributes = {names.PROGRAM_NAME: name}

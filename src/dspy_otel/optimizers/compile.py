@@ -14,7 +14,7 @@ from ..operations.program import Programs
 from ..telemetry import secrets
 from ..telemetry.attributes import Attributes, AttributeValue
 from ..telemetry.content import Content
-from ..telemetry.scope import Scope, open_scope
+from ..telemetry.scope import Scope
 from ..telemetry.spans import Call, Operation, Start, openinference
 from ..telemetry.totals import Totals
 from .attempts import Attempt
@@ -66,7 +66,7 @@ class CompileOperation(Operation):
     def start(self, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any], parent: Scope | None) -> Start | None:
         if parent is not None and parent.kind == self.kind and parent.owner is instance:
             return None  # compile() calling super().compile() is one optimization
-        scope = open_scope(self.kind, instance, parent)
+        scope = Scope(self.kind, instance, parent)
         totals = Totals(by_role=True)
         scope.program = None
         scope.totals = (*scope.totals, totals)

@@ -14,7 +14,7 @@ from ..operations.module import ModuleOperation
 from ..operations.program import digest
 from ..telemetry.attributes import Attributes
 from ..telemetry.guard import guarded
-from ..telemetry.scope import Scope, current_scope, open_scope
+from ..telemetry.scope import Scope, current_scope
 from ..telemetry.spans import Call, Operation, Start, detach, openinference
 from ..telemetry.totals import Totals
 from .memory import remember
@@ -33,7 +33,7 @@ class PhaseOperation(Operation):
         phase: Phase = instance
         if run_of(parent) is None:
             return None
-        scope = open_scope(self.kind, phase, parent)
+        scope = Scope(self.kind, phase, parent)
         scope.stamps = {**scope.stamps, names.OPTIMIZER_PHASE: phase.name}
         if phase.role is not None:
             scope.role = phase.role
@@ -97,7 +97,7 @@ class TrialOperation(Operation):
         run = run_of(parent)
         if run is None or parent is None:
             return None
-        scope = open_scope(self.kind, trial, parent)
+        scope = Scope(self.kind, trial, parent)
         totals = Totals(by_role=True)
         scope.totals = (*scope.totals, totals)
         number = run.next_number()
@@ -165,21 +165,10 @@ class CandidateEvaluation(EvaluateOperation):
         self.phases = phases
         self.trials = trials
 
-    def open(
-        self, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any], override_of: type | None = None
-    ) -> Call | None:
-        around = None
-        if Run.live and self.telemetry.enabled():
-            around = self.telemetry.safely("trial", None, self._open_around, instance, args, kwargs)
-        call = super().open(instance, args, kwargs, override_of)
-        if around is not None:
-            if call is None:
-                around.operation.close(around, None, None)
-            else:
-                call.scope.notes["around"] = around
-        return call
+    def enclose(self, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
+        return self.telemetry.safely("trial", None, self._trial, instance, args, kwargs) if Run.live else None
 
-    def _open_around(self, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
+    def _trial(self, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
         scope = current_scope()
         if scope is None or not (scope.kind == "compile" or (scope.kind == "phase" and scope.owner.trials)):
             return None
@@ -221,16 +210,15 @@ class CandidateEvaluation(EvaluateOperation):
         return start
 
     def close(self, call: Call, result: Any, error: BaseException | None) -> None:
-        super().close(call, result, error)
-        around: Call | None = call.scope.notes.get("around")
         run = run_of(call.scope.parent) if Run.live else None
         if run is not None and error is None:
             rows = getattr(result, "results", None)
             if isinstance(rows, (list, tuple)):
                 self.telemetry.safely("optimizer", None, run.add_examples, len(rows))
-        if around is None:
-            return
-        trial = around.instance
+        super().close(call, result, error)
+
+    def close_around(self, around: Call, result: Any, error: BaseException | None) -> None:
+        trial, run = around.instance, run_of(around.scope)
         if isinstance(trial, Trial) and run is not None:
             trial.score = self.telemetry.safely("optimizer", None, run.plan.score, result, error)
             if error is None:
@@ -241,7 +229,7 @@ class CandidateEvaluation(EvaluateOperation):
                     around.token = None
                     return
             trial.waits = False
-        around.operation.close(around, result, error)
+        super().close_around(around, result, error)
 
     # --- for optimizers that do not use Evaluate ----------------------------------------------------------------------
     def open_for(self, program: Any, metric: Any, devset: Any, num_threads: Any = None) -> Call | None:
@@ -255,10 +243,9 @@ class CandidateEvaluation(EvaluateOperation):
             return None
         detach(call.token)
         call.token = None
-        around = call.scope.notes.get("around")
-        if around is not None:
-            detach(around.token)
-            around.token = None
+        if call.around is not None:
+            detach(call.around.token)
+            call.around.token = None
         return call
 
 
@@ -305,23 +292,12 @@ class DirectModule(ModuleOperation):
         super().__init__(telemetry, programs)
         self.phases = phases
 
-    def open(
-        self, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any], override_of: type | None = None
-    ) -> Call | None:
-        if not Run.live:
-            return super().open(instance, args, kwargs, override_of)
-        around = self.telemetry.safely("phase", None, self._open_around, instance)
-        call = super().open(instance, args, kwargs, override_of)
-        if around is not None:
-            if call is None:
-                around.operation.close(around, None, None)
-            else:
-                call.scope.notes["around"] = around
-        return call
+    def enclose(self, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
+        return self.telemetry.safely("phase", None, self._phase, instance) if Run.live else None
 
-    def _open_around(self, instance: Any) -> Call | None:
+    def _phase(self, instance: Any) -> Call | None:
         scope = current_scope()
-        if scope is None or scope.kind != "compile" or not self.telemetry.enabled():
+        if scope is None or scope.kind != "compile":
             return None
         run = run_of(scope)
         if run is None or is_program_of(run, instance):
@@ -336,12 +312,6 @@ class DirectModule(ModuleOperation):
             if run is not None and is_program_of(run, instance):
                 start.scope.role = run.plan.program_role
         return start
-
-    def close(self, call: Call, result: Any, error: BaseException | None) -> None:
-        super().close(call, result, error)
-        around: Call | None = call.scope.notes.get("around")
-        if around is not None:
-            around.operation.close(around, result, error)
 
 
 def is_program_of(run: Run, module: Any) -> bool:

@@ -9,8 +9,7 @@ from typing import Any, TypeVar
 
 from opentelemetry import _logs, metrics, trace
 from opentelemetry._logs import NoOpLogger
-from opentelemetry.context import Context
-from opentelemetry.instrumentation.utils import is_instrumentation_enabled
+from opentelemetry.context import Context, get_current
 from opentelemetry.metrics import MeterProvider, NoOpMeter, NoOpMeterProvider
 from opentelemetry.trace import ProxyTracer, Span, Tracer, TracerProvider
 
@@ -19,11 +18,12 @@ from ..config import Config
 from ..version import __version__
 from .attributes import Attributes
 from .content import Content
+from .context import suppressed, without_scope
 from .guard import failed
 from .ids import with_system_ids
 from .metrics import Metrics
 from .remote import read_context
-from .scope import SCOPE_KEY, current_scope
+from .scope import current_scope
 
 _Result = TypeVar("_Result")
 _CARRIER = ("traceparent", "tracestate", "baggage")
@@ -90,7 +90,7 @@ class Telemetry:
 
     def enabled(self) -> bool:
         """Whether to record right now: switched on, and not inside ``suppress_instrumentation()``."""
-        return self.active and is_instrumentation_enabled()
+        return self.active and not suppressed(get_current())
 
     def safely(self, where: str, default: _Result, function: Callable[..., _Result], *arguments: Any) -> _Result:
         """``function(*arguments)``; if that fails, ``default`` and one warning naming ``where``."""
@@ -116,9 +116,8 @@ class Telemetry:
 
     def emit_event(self, name: str, attributes: Attributes, context: Context) -> None:
         """Emit a log event that belongs to the span in ``context``."""
-        # A log record keeps its context until it is exported, and the scope in it would keep the program alive.
-        kept = Context({key: value for key, value in context.items() if key != SCOPE_KEY})
         # As a record: SDKs before 1.38 do not take its parts as arguments.
+        kept = without_scope(context)  # until the record is exported
         self.logger.emit(
             _logs.LogRecord(timestamp=time.time_ns(), event_name=name, attributes=attributes, context=kept)
         )

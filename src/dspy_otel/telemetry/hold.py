@@ -25,8 +25,8 @@ from opentelemetry.trace import (
     set_span_in_context,
 )
 
+from .context import without_scope
 from .ids import SystemIds
-from .scope import SCOPE_KEY
 
 _IDS: Final = SystemIds()
 _NOT_SAMPLED: Final = TraceFlags(TraceFlags.DEFAULT)
@@ -75,9 +75,7 @@ class Held:
     ) -> Span:
         """A span that waits; once the trace is decided, a real one or one that records nothing."""
         parent = get_current_span(context)
-        # What waits must not keep the program alive.
-        context = Context({key: value for key, value in context.items() if key != SCOPE_KEY})
-        span = HeldSpan(self, name, context, kind, dict(attributes or {}), list(links or ()), options)
+        span = HeldSpan(self, name, without_scope(context), kind, dict(attributes or {}), list(links or ()), options)
         with self._lock:
             if not self.decided:
                 self.spans.append(span)

@@ -11,7 +11,8 @@ from opentelemetry.context import Context
 
 from .. import semconv as names
 from .attributes import Attributes, AttributeValue
-from .scope import SCOPE_KEY, Scope
+from .context import SCOPE_KEY
+from .scope import Scope
 
 STAMP_PREFIX: Final = "dspy."
 MAX_STAMPS: Final = 16
@@ -54,7 +55,9 @@ def read_context(carrier: Any, context: Context) -> Context:
             role = text if text in _ROLES else None
         elif key.startswith(STAMP_PREFIX) and len(stamps) < MAX_STAMPS:
             stamps[key] = _typed(key, text)
-    return otel_context.set_value(SCOPE_KEY, Scope("remote", None, None, stamps=stamps, role=role), found)
+    scope = Scope("remote", None, None)
+    scope.stamps, scope.role = stamps, role
+    return otel_context.set_value(SCOPE_KEY, scope, found)
 
 
 def _typed(key: str, text: str) -> AttributeValue:

@@ -6,20 +6,18 @@ bound by us, an asyncio task, the user's own propagation) carries both.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
-from opentelemetry import context as otel_context
-from opentelemetry.context import Context
+from opentelemetry.context import Context, get_current
 from opentelemetry.trace import Span
 
 from .attributes import EMPTY, ReadOnlyAttributes
+from .context import SCOPE_KEY
 from .totals import Totals
 
 if TYPE_CHECKING:
     from .errors import Recorded
     from .hold import Dropped, Held
-
-SCOPE_KEY: Final = otel_context.create_key("dspy_otel.scope")
 
 
 class Program:
@@ -29,14 +27,16 @@ class Program:
         name: its class name.
         id: ``dspy.program.id``, when it has predictors.
         paths: ``id(module)`` to the module's path from this program.
+        about: what is said of each of its modules on every call, by ``id(module)``; worked out once.
     """
 
-    __slots__ = ("id", "name", "paths")
+    __slots__ = ("about", "id", "name", "paths")
 
     def __init__(self, name: str, program_id: str | None, paths: dict[int, str]) -> None:
         self.name = name
         self.id = program_id
         self.paths = paths
+        self.about: dict[int, Any] = {}
 
 
 class Scope:
@@ -74,54 +74,35 @@ class Scope:
         "totals",
     )
 
-    def __init__(
-        self,
-        kind: str,
-        owner: Any,
-        parent: Scope | None,
-        *,
-        program: Program | None = None,
-        paths: dict[int, str] | None = None,
-        stamps: ReadOnlyAttributes = EMPTY,
-        role: str | None = None,
-        totals: tuple[Totals, ...] = (),
-    ) -> None:
+    program: Program | None
+    paths: dict[int, str] | None
+    stamps: ReadOnlyAttributes
+    role: str | None
+    totals: tuple[Totals, ...]
+    hold: Dropped | Held | None
+
+    def __init__(self, kind: str, owner: Any, parent: Scope | None) -> None:
         self.kind = kind
         self.owner = owner
         self.parent = parent
-        self.program = program
-        self.paths = paths
-        self.stamps = stamps
-        self.role = role
-        self.totals = totals
         self.span: Span | None = None
         self.notes: dict[str, Any] = {}
         self.override_of: type | None = None
         self.failed: Recorded | None = None
-        self.hold: Dropped | Held | None = None
-
-    def child(self, kind: str, owner: Any) -> Scope:
-        """A scope inside this one that passes everything on unchanged."""
-        scope = Scope(
-            kind,
-            owner,
-            self,
-            program=self.program,
-            paths=self.paths,
-            stamps=self.stamps,
-            role=self.role,
-            totals=self.totals,
-        )
-        scope.hold = self.hold
-        return scope
+        if parent is None:
+            self.program = self.paths = self.role = self.hold = None
+            self.stamps = EMPTY
+            self.totals = ()
+        else:  # Passed on unchanged.
+            self.program = parent.program
+            self.paths = parent.paths
+            self.stamps = parent.stamps
+            self.role = parent.role
+            self.totals = parent.totals
+            self.hold = parent.hold
 
 
 def current_scope(context: Context | None = None) -> Scope | None:
     """The innermost scope of ``context`` (default: the current one)."""
-    found = otel_context.get_value(SCOPE_KEY, context)
-    return found if isinstance(found, Scope) else None
-
-
-def open_scope(kind: str, owner: Any, parent: Scope | None) -> Scope:
-    """A scope below ``parent``, or an outermost one."""
-    return Scope(kind, owner, None) if parent is None else parent.child(kind, owner)
+    found = (get_current() if context is None else context).get(SCOPE_KEY)
+    return found if found.__class__ is Scope else None

@@ -30,10 +30,11 @@ from opentelemetry.trace import (
 
 from .. import semconv as names
 from .attributes import Attributes
+from .context import inside, suppressed
 from .core import Telemetry
 from .errors import Recorded, error_type, exception_attributes, hide_frames
 from .guard import failed
-from .scope import SCOPE_KEY, Scope, current_scope
+from .scope import Scope, current_scope
 
 _ERROR: Final = Status(StatusCode.ERROR)
 
@@ -72,11 +73,13 @@ class Call:
         recording: whether anything set on the span is kept.
         details: attributes collected since the start; set together at the end, which costs a span least.
         outside: OpenTelemetry context around the call.
+        around: a call that was opened around this one, and is closed after it.
         closed: whether the call has been closed.
     """
 
     __slots__ = (
         "args",
+        "around",
         "closed",
         "context",
         "details",
@@ -103,6 +106,7 @@ class Call:
     started: float
     token: Token[Context] | None
     outside: Context
+    around: Call | None
     closed: bool
 
 
@@ -127,11 +131,19 @@ class Operation:
     def __reduce__(self) -> tuple[Any, ...]:
         # A class that is pickled by value (by cloudpickle: DSPy's save_program, classes of `__main__`) takes our
         # wrappers of its methods along. They arrive as wrappers that pass every call on, and need nothing of ours.
-        return types.SimpleNamespace, (), {"open": _NothingToRecord(), "fail": _NothingToRecord()}
+        return types.SimpleNamespace, (), dict.fromkeys(("open", "fail", "note"), _NothingToRecord())
 
     def start(self, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any], parent: Scope | None) -> Start | None:
         """What span to open for this call, or ``None`` for none."""
         raise NotImplementedError
+
+    def enclose(self, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
+        """Open another operation's call around this one, if there is to be one."""
+        return None
+
+    def close_around(self, around: Call, result: Any, error: BaseException | None) -> None:
+        """Close what :meth:`enclose` has opened."""
+        around.operation.close(around, result, error)
 
     def again(self, scope: Scope) -> None:
         """The override that opened ``scope`` calls the method it overrides."""
@@ -153,28 +165,35 @@ class Operation:
     ) -> Call | None:
         """Open the span of a call and make it current, or give ``None`` when there is nothing to record."""
         telemetry = self.telemetry
+        around: Call | None = None
         try:
-            if not telemetry.enabled():
-                return None
             surrounding = otel_context.get_current()
+            if not telemetry.active or suppressed(surrounding):
+                return None
             parent = current_scope(surrounding)
             if parent is None:
                 telemetry.on_outermost()
                 parent = telemetry.default_scope
             elif (
-                parent.override_of not in (None, override_of) and parent.owner is instance and parent.kind == self.kind
+                parent.owner is instance and parent.kind == self.kind and parent.override_of not in (None, override_of)
             ):
                 # A subclass's override has opened the span, and calls the method it overrides: once, or again and
                 # again. Coming back to that override itself is recursion, and another call.
                 self.again(parent)
                 return None
+            around = self.enclose(instance, args, kwargs)
+            if around is not None:
+                surrounding, parent = around.context, around.scope
             start = self.start(instance, args, kwargs, parent)
-            if start is None:
-                return None
-            return self._open(start, instance, args, kwargs, surrounding, override_of)
+            if start is not None:
+                call = self._open(start, instance, args, kwargs, surrounding, override_of)
+                call.around = around
+                return call
         except Exception as error:
             failed(f"start of {self.kind}", error)
-            return None
+        if around is not None:
+            around.operation.close(around, None, None)
+        return None
 
     def _open(
         self,
@@ -202,6 +221,7 @@ class Operation:
         call.kwargs = kwargs
         call.scope = scope
         call.outside = surrounding
+        call.around = None
         call.closed = False
         call.token = None
         call.span = (telemetry.tracer if scope.hold is None else scope.hold).start_span(
@@ -215,7 +235,7 @@ class Operation:
         )
         scope.span = call.span
         call.recording = call.span.is_recording()
-        call.context = Context({**set_span_in_context(call.span, outside), SCOPE_KEY: scope})
+        call.context = inside(outside, call.span, scope)
         call.details = {}
         if call.recording:
             try:
@@ -260,6 +280,11 @@ class Operation:
                 parent.failed = Recorded.of(error, self.kind)
             except Exception as problem:
                 failed(f"error of {self.kind}", problem)
+        if call.around is not None:
+            try:
+                self.close_around(call.around, result, error)
+            except Exception as problem:
+                failed(f"end of {self.kind}", problem)
 
     def fail(self, call: Call | None, error: BaseException) -> None:
         """Close a call that raised, if it is recorded, and take our frames out of the traceback."""
@@ -413,8 +438,7 @@ async def _continue(pending: _Pending) -> Any:
     pending.started = True
     operation, call = pending.operation, pending.call
     try:
-        inside = Context({**set_span_in_context(call.span), SCOPE_KEY: call.scope})
-        call.token = otel_context.attach(inside)
+        call.token = otel_context.attach(inside(otel_context.get_current(), call.span, call.scope))
     except Exception as error:
         failed(f"coroutine of {operation.kind}", error)
     try:

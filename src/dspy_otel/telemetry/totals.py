@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import threading
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from .. import semconv as names
 from .attributes import Attributes
 
 
-@dataclass(frozen=True)
-class LMUsage:
+class LMUsage(NamedTuple):
     """What one LM call used. ``None`` is "not known", never zero.
 
     Attributes:
@@ -109,12 +107,12 @@ class Totals:
     def attributes(self) -> Attributes:
         """The totals as ``dspy.usage.*`` (and ``dspy.usage.<role>.*``); nothing at all when no LM was called."""
         result = self._attributes(names.USAGE_PREFIX)
-        for role, totals in self.by_role().items():
-            result.update(totals._attributes(f"{names.USAGE_PREFIX}{role}."))
+        if self.roles:
+            for role, totals in self.by_role().items():
+                result.update(totals._attributes(f"{names.USAGE_PREFIX}{role}."))
         return result
 
     def _attributes(self, prefix: str) -> Attributes:
-        own = len(names.USAGE_PREFIX)
         with self._lock:
             if not self.calls:
                 return {}
@@ -126,4 +124,7 @@ class Totals:
                 names.USAGE_COST: self.cost if self.priced else None,
                 names.USAGE_UNPRICED_CALLS: self.unpriced or None,
             }
+        if prefix == names.USAGE_PREFIX:
+            return {key: value for key, value in known.items() if value is not None}
+        own = len(names.USAGE_PREFIX)
         return {prefix + key[own:]: value for key, value in known.items() if value is not None}
