@@ -16,6 +16,7 @@ import uuid
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import dspy
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -617,3 +618,25 @@ def test_any_text_stays_within_the_limit(text: str, limit: int) -> None:
 )
 def test_json_values_come_back_as_they_were(value: Any) -> None:
     assert render(value, 10**6) == value
+
+
+@given(value=VALUES, limit=st.integers(MIN_LIMIT, 2000), media=st.booleans())
+def test_ordinary_values_come_out_as_they_would_the_long_way(value: Any, limit: int, media: bool) -> None:
+    content = Content(limit, media)
+    long_way = Content(limit, media)
+    long_way._ordinary = lambda value: None  # type: ignore[method-assign]
+    assert content.json(value) == long_way.json(value)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        {"question": "What is it?", "n": 3, "p": 0.5, "ok": True, "none": None, "list": ["a", ("b", 1)], "": ""},
+        dspy.Prediction(answer="blue", score=1),
+        dspy.Example(question="x", nested={"deep": [1, 2, {"x": "y"}]}).with_inputs("question"),
+        [{"role": "user", "parts": [{"type": "text", "content": "[[ ## question ## ]]\nWhat? é 漢 \ud83d"}]}],
+    ],
+)
+def test_these_take_the_short_way(value: Any) -> None:
+    content = Content(1000)
+    assert content._ordinary(value) == content.plain(value)

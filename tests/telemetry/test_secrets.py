@@ -247,3 +247,24 @@ def test_secret_settings_are_known_from_then_on_wherever_they_hide() -> None:
     hidden = "nosuchpattern/AAA/one nosuchpattern-two nosuchpattern-three no-such-pattern-4 nosuchpattern-five"
     assert secrets.mask(hidden) == " ".join([secrets.MASK] * 5)
     assert secrets.mask("https://host.example/v1 service_account") == "https://host.example/v1 service_account"
+
+
+FRAGMENTS = st.one_of(
+    st.text(max_size=30),
+    st.sampled_from(
+        [*KEYS.values(), f"Bearer {BODY}", "https://user:pass1@host", f"api_key={BODY}", PEM, "eyJ" + BODY]
+    ),
+    st.text(alphabet="ab1 -_.:/@=\"'Be\\\n", max_size=30),
+)
+
+
+@given(st.lists(FRAGMENTS, max_size=4).map("".join).flatmap(lambda text: st.tuples(st.just(text), FRAGMENTS)))
+def test_nothing_is_masked_in_what_is_not_suspect(texts: tuple[str, str]) -> None:
+    if not secrets.suspect("\n".join(texts)):
+        assert tuple(map(secrets.mask, texts)) == texts
+
+
+@pytest.mark.parametrize("name", sorted(KEYS))
+@pytest.mark.parametrize("around", ["{}", "key {}", "before\n{}", "{} after"])
+def test_a_key_is_suspect_wherever_it_stands(name: str, around: str) -> None:
+    assert secrets.suspect(f"one\n{around.format(KEYS[name])}\ntwo")

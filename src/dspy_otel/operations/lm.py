@@ -171,7 +171,7 @@ class LMOperation(Operation):
             attributes.update(error_attributes(error))
         outcome = notes.get("outcome")
         if outcome is not None:
-            attributes.update(response_attributes(outcome))
+            attributes.update(response_attributes(outcome, notes.get("usage") or lm_usage(outcome)))
             if self.telemetry.config.content_on_spans:
                 messages = output_messages(outcome.outputs, outcome.finish_reasons)
                 self.telemetry.put_content(attributes, names.GEN_AI_OUTPUT_MESSAGES, messages)
@@ -182,6 +182,7 @@ class LMOperation(Operation):
         self._put_together(scope)
         outcome: Outcome | None = scope.notes.get("outcome")
         usage = lm_usage(outcome)
+        scope.notes["usage"] = usage
         inside: list[LMUsage] | None = scope.notes.get("inside")
         inner = functools.reduce(together, inside) if inside else None
         answered = error is None or outcome is not None  # An override may fail after an answer that was billed.
@@ -230,7 +231,7 @@ class LMOperation(Operation):
         nothing: Attributes = {}
         attributes.update(self.telemetry.safely("LM input content", nothing, self._input_content, call))
         if outcome is not None:
-            attributes.update(response_attributes(outcome))
+            attributes.update(response_attributes(outcome, lm_usage(outcome)))
             messages = output_messages(outcome.outputs, outcome.finish_reasons)
             attributes.update(self._rendered([(names.GEN_AI_OUTPUT_MESSAGES, messages)]))
         self.telemetry.emit_event(names.LOG_INFERENCE_DETAILS, attributes, call.context)
@@ -577,12 +578,12 @@ def choice_reasons(response: Any) -> list[str]:
     return [str(reason) for choice in choices if (reason := _value(choice, "finish_reason"))]
 
 
-def _count(holder: Any, key: str, counters: Any, other: str) -> int | None:
+def _count(holder: Any, key: str, counters: Mapping[str, Any], other: str) -> int | None:
     """The counter ``key`` of ``holder``, else ``other`` of ``counters``; ``None`` when neither has one."""
     value = _value(holder, key) if holder else None
-    if not isinstance(value, int) or isinstance(value, bool):
-        value = _value(counters, other)
-        if not isinstance(value, int) or isinstance(value, bool):
+    if type(value) is not int:
+        value = counters.get(other)
+        if type(value) is not int:
             return None
     return value
 
@@ -604,9 +605,8 @@ def lm_usage(outcome: Outcome | None) -> LMUsage:
     return LMUsage(inputs, outputs, outcome.cost)
 
 
-def response_attributes(outcome: Outcome) -> Attributes:
+def response_attributes(outcome: Outcome, usage: LMUsage) -> Attributes:
     """What came back, with usage and cost of this very call."""
-    usage = lm_usage(outcome)
     attributes: Attributes = {names.LM_CACHE_HIT: outcome.cache_hit}
     if outcome.model is not None:
         attributes[names.GEN_AI_RESPONSE_MODEL] = outcome.model
@@ -623,8 +623,8 @@ def response_attributes(outcome: Outcome) -> Attributes:
     if usage.input_tokens is None and usage.output_tokens is None:
         return attributes
     counters = outcome.usage
-    prompt = _value(counters, "prompt_tokens_details") or _value(counters, "input_tokens_details")
-    completion = _value(counters, "completion_tokens_details") or _value(counters, "output_tokens_details")
+    prompt = counters.get("prompt_tokens_details") or counters.get("input_tokens_details")
+    completion = counters.get("completion_tokens_details") or counters.get("output_tokens_details")
     for key, tokens in (
         (names.GEN_AI_USAGE_INPUT_TOKENS, usage.input_tokens),
         (names.GEN_AI_USAGE_OUTPUT_TOKENS, usage.output_tokens),
