@@ -51,7 +51,7 @@ bench: $(VENV)/.bench ## what instrumentation costs
 	$(BIN)/python benchmarks/overhead.py $(ARGS)
 
 clean: ## remove what was installed and made here
-	rm -rf $(VENV) .venv-matrix demo-mlflow mlruns dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-* demo-mlflow mlruns dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 # Each stamp says what is installed; a change of pyproject.toml or of the version installs anew.
 $(BIN)/python:
