@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import sys
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from types import FunctionType
 from typing import Any, Final
 
@@ -66,8 +66,9 @@ class DSPyInstrumentor(BaseInstrumentor):  # type: ignore[misc]
         kwargs = {name: value for name, value in kwargs.items() if name not in ("skip_dep_check", "configuration")}
         providers = {name: kwargs.pop(name, None) for name in _PROVIDERS}
         guarded("secrets of the environment")(secrets.remember_environment)()
+        config = Config.load(**kwargs)
         self._telemetry = Telemetry(
-            Config.load(**kwargs), **providers, on_provider=track_runs, on_outermost=Neighbours().look
+            config, **providers, on_provider=track_runs, on_outermost=before_each_program(config.content)
         )
         self._generation += 1
         generation = self._generation
@@ -97,6 +98,20 @@ class DSPyInstrumentor(BaseInstrumentor):  # type: ignore[misc]
             self._telemetry.on_outermost()
         except Exception as error:  # Never in the way of `import dspy`.
             failed("instrument()", error)
+
+
+def before_each_program(content: bool) -> Callable[[], None]:
+    """What is looked at before each outermost call: it may have changed since the last one."""
+    look = Neighbours().look
+    if not content:
+        return look
+    refresh = guarded("secrets of the environment")(secrets.remember_environment_again)
+
+    def look_around() -> None:
+        look()
+        refresh()
+
+    return look_around
 
 
 def track_runs(provider: Any) -> None:
@@ -160,6 +175,7 @@ def apply(telemetry: Telemetry, patches: Patches) -> None:
         patches.wrap(base_lm, "_finalize_lm_response", lm.wrap_finalize_typed)
         clients = resolve("dspy.clients.lm")
         patches.wrap(clients, "_get_stream_completion_fn", lm.wrap_stream_completion, loses="time to first chunk")
+    patches.wrap(base_lm, "__init__", lm.wrap_init, loses="the keys of LMs, until their first call, to mask them")
     executor = resolve("dspy.utils.parallelizer", "ParallelExecutor")
     patches.wrap(executor, "execute", parallel.wrap_execute, loses="parents of spans in worker threads, and examples")
     adapters = resolve("dspy.adapters.base", "Adapter")

@@ -268,3 +268,21 @@ def test_nothing_is_masked_in_what_is_not_suspect(texts: tuple[str, str]) -> Non
 @pytest.mark.parametrize("around", ["{}", "key {}", "before\n{}", "{} after"])
 def test_a_key_is_suspect_wherever_it_stands(name: str, around: str) -> None:
     assert secrets.suspect(f"one\n{around.format(KEYS[name])}\ntwo")
+
+
+def test_what_load_dotenv_sets_later_is_masked_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    secrets.remember_environment()
+    monkeypatch.setenv("LATE_API_KEY", "set-by-dotenv-1")
+    secrets.remember_environment_again()
+    assert secrets.mask("set-by-dotenv-1") == secrets.MASK
+    monkeypatch.setenv("LATE_API_KEY", "another-one-22")  # as many variables as before: known after a second
+    monkeypatch.setattr(secrets.time, "monotonic", lambda: secrets._environment_seen[0] + 1.1)
+    secrets.remember_environment_again()
+    assert secrets.mask("another-one-22") == secrets.MASK
+
+
+def test_the_password_in_an_lms_address_is_masked_without_its_scheme() -> None:
+    secrets.remember_settings({"api_base": "https://team:hunter22-pass@host.example/v1"})
+    assert secrets.mask("cannot connect to team:hunter22-pass@host.example") == (
+        f"cannot connect to team:{secrets.MASK}@host.example"
+    )

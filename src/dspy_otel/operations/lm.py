@@ -15,7 +15,7 @@ from opentelemetry.trace import SpanKind
 from .. import semconv as names
 from ..telemetry import secrets
 from ..telemetry.attributes import Attributes
-from ..telemetry.errors import error_type
+from ..telemetry.errors import error_type, hide_frames
 from ..telemetry.scope import Scope, current_scope
 from ..telemetry.spans import Call, Operation, Start, openinference
 from ..telemetry.totals import LMUsage, together
@@ -237,6 +237,24 @@ class LMOperation(Operation):
         self.telemetry.emit_event(names.LOG_INFERENCE_DETAILS, attributes, call.context)
 
     # --- hooks below the entry point; each finds its call through the scope ------------------------------------------
+    def wrap_init(self, original: Any) -> Any:
+        """``BaseLM.__init__``: an LM's keys are known before anything quotes them, and not only from its first call."""
+
+        @functools.wraps(original)
+        def __init__(lm: Any, *args: Any, **kwargs: Any) -> None:
+            try:
+                original(lm, *args, **kwargs)
+            except BaseException as error:
+                hide_frames(error)
+                raise
+            self.telemetry.safely("LM settings", None, self._remember_keys, lm)
+
+        return __init__
+
+    def _remember_keys(self, lm: Any) -> None:
+        if self.telemetry.active and self.telemetry.config.content:
+            secrets.remember_settings(lm.kwargs)
+
     def wrap_finalize(self, original: Any) -> Any:
         """``dspy.clients.execution.finalize`` (3.4): the call's own result, before DSPy shares it with histories."""
 

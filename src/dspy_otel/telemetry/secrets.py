@@ -6,6 +6,7 @@ import functools
 import json
 import os
 import re
+import time
 from collections.abc import Mapping
 from itertools import islice
 from typing import Any, Final
@@ -82,6 +83,9 @@ _MOST_KNOWN: Final = 256
 _LONGEST: Final = 1024
 _LONGEST_JSON: Final = 16_384
 _known: dict[str, None] = {}
+_PAUSE: Final = 1.0
+_environment_seen = (float("-inf"), 0)
+_LOGIN: Final = re.compile(r"https?://[^\s/:@]{0,128}:([^\s/@]{1,256})@")
 _NESTED: Final = 4
 _MOST_SETTINGS: Final = 1000
 
@@ -139,6 +143,8 @@ def remember_settings(settings: Mapping[Any, Any], depth: int = _NESTED) -> None
             # Most names are ordinary, and what is known already is not looked at again.
             if type(name) is str and hides(name, value) and value not in _known:
                 _remember_setting(value, depth)
+            elif value.startswith(("http://", "https://")) and (login := _LOGIN.match(value)):
+                remember(login.group(1))  # Errors quote the address without its scheme.
         elif kind is dict and depth > 0:
             remember_settings(value, depth - 1)
 
@@ -159,9 +165,18 @@ def _remember_setting(value: str, depth: int) -> None:
 
 def remember_environment() -> None:
     """Mask the values of environment variables whose names say that they hold a secret."""
-    for name, value in os.environ.items():
+    global _environment_seen  # noqa: PLW0603
+    _environment_seen = time.monotonic(), len(os.environ)
+    for name, value in list(os.environ.items()):
         if is_secret_name(name) or hides(name, value):
             remember(value)
+
+
+def remember_environment_again() -> None:
+    """Likewise, for what has been set since (``load_dotenv()``): when there are more variables, or once a second."""
+    when, count = _environment_seen
+    if len(os.environ) != count or time.monotonic() - when > _PAUSE:
+        remember_environment()
 
 
 def lookahead() -> int:

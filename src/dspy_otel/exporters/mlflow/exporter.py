@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
 
-from dspy_otel.exporters.mlflow.base import Destination, ExportError, WantedExperiment, public_uri
+from dspy_otel.exporters.mlflow.base import Destination, ExportError, WantedExperiment, first_line, public_uri
 from dspy_otel.exporters.mlflow.translate import translate
 
 if TYPE_CHECKING:
@@ -110,7 +110,7 @@ class MLflowSpanExporter(SpanExporter):
             self._fail(error.cause, str(error), len(spans))
             return SpanExportResult.FAILURE
         except Exception as error:
-            self._fail(type(error).__name__, f"Spans could not be written: {type(error).__name__}: {error}", len(spans))
+            self._fail(type(error).__name__, f"Spans could not be written: {first_line(error)}", len(spans))
             return SpanExportResult.FAILURE
         if self._reported:
             _logger.warning("MLflow takes spans again; lost in between: %d.", self._lost)
