@@ -64,7 +64,7 @@ def test_an_address_and_data_that_is_not_base64() -> None:
         "uri": "https://host.example/a.png",
     }
     drawing = part("data:image/svg+xml,%3Csvg/%3E")
-    assert (drawing["mime_type"], base64.b64decode(drawing["content"])) == ("image/svg+xml", b"<svg/>")
+    assert (drawing["mime_type"], base64.b64decode(drawing["content"].encoded())) == ("image/svg+xml", b"<svg/>")
     assert described([{"parts": [drawing]}], 0)[0]["parts"] == [{"type": "text", "content": "<image/svg+xml, 6 bytes>"}]
 
 

@@ -7,6 +7,7 @@ import inspect
 from typing import Any
 
 from .. import semconv as names
+from ..telemetry import peek
 from ..telemetry.attributes import Attributes
 from ..telemetry.errors import error_type, hide_frames
 from ..telemetry.guard import guarded
@@ -80,9 +81,9 @@ class AdapterOperation(Operation):
         name = type(adapter).__name__
         scope.notes["failed_adapter"] = name
         attributes: Attributes = {names.ADAPTER_NAME: name, names.ERROR_TYPE: error_type(error)}
-        completion = getattr(error, "lm_response", None)
+        completion = peek.field(error, "lm_response")
         if completion is not None:
-            put = self.telemetry.put_text if isinstance(completion, str) else self.telemetry.put_content
+            put = self.telemetry.put_text if peek.is_a(completion, str) else self.telemetry.put_content
             put(attributes, names.ADAPTER_COMPLETION, completion)
         self.telemetry.add_event(scope.span, names.EVENT_ADAPTER_PARSE_ERROR, attributes)
 

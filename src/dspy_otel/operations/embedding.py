@@ -10,7 +10,7 @@ from opentelemetry.context import Context
 from opentelemetry.trace import SpanKind, get_current_span
 
 from .. import semconv as names
-from ..telemetry import secrets
+from ..telemetry import peek, secrets
 from ..telemetry.attributes import Attributes
 from ..telemetry.errors import error_type
 from ..telemetry.scope import Scope
@@ -43,7 +43,7 @@ class Asking:
 
     def of(self, embedder: Any, texts: Any) -> list[Context]:
         """Contexts of the retrievals on other threads that wait for ``embedder`` to embed any of ``texts``."""
-        if id(embedder) not in self._waiting or not isinstance(texts, list):
+        if id(embedder) not in self._waiting or type(texts) is not list:
             return []
         here = threading.get_ident()
         with self._lock:
@@ -105,7 +105,8 @@ class EmbeddingOperation(Operation):
         return attributes
 
     def result(self, call: Call, result: Any, error: BaseException | None) -> Attributes:
-        shape = getattr(result, "shape", None)
+        # An array of NumPy's, as DSPy makes it of the answer.
+        shape = result.shape if peek.library(type(result)) == "numpy" else ()
         return {names.GEN_AI_EMBEDDINGS_DIMENSION_COUNT: int(shape[-1])} if shape else {}
 
     def measure(self, call: Call, result: Any, error: BaseException | None, seconds: float) -> None:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-import numbers
 import secrets as random_source
+import types
 from dataclasses import dataclass
 from typing import Any
 
 from opentelemetry.trace import Link
 
 from .. import semconv as names
+from ..telemetry import peek
 from ..telemetry.attributes import Attributes
 from ..telemetry.errors import error_type
 from ..telemetry.scope import Scope
@@ -19,6 +20,7 @@ from ..telemetry.totals import Totals
 from .module import put_inputs, put_outputs
 from .program import Programs
 
+_FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType, types.MethodType)
 MAX_LINKS = 128
 """Most links from an evaluation to its examples (the SDK keeps no more). From an example back there is always one."""
 
@@ -148,10 +150,10 @@ class ExampleOperation(Operation):
 
     def result(self, call: Call, result: Any, error: BaseException | None) -> Attributes:
         attributes: Attributes = {}
-        if error is not None or not isinstance(result, tuple) or len(result) != 2:
+        if error is not None or type(result) is not tuple or len(result) != 2:
             return attributes
         prediction, verdict = result
-        shown = prediction[0] if isinstance(prediction, tuple) and prediction else prediction
+        shown = prediction[0] if type(prediction) is tuple and prediction else prediction
         put_outputs(self.telemetry, attributes, shown)
         score = score_of(verdict)
         if score is not None and "late" not in call.scope.notes:
@@ -177,7 +179,7 @@ class ExampleOperation(Operation):
         else:
             labels[names.EXAMPLE_OUTCOME] = names.OUTCOME_SCORED
         self.telemetry.metrics.evaluation_examples.add(1, labels, call.context)
-        verdict = result[1] if isinstance(result, tuple) and len(result) == 2 else None
+        verdict = result[1] if type(result) is tuple and len(result) == 2 else None
         self._emit_result(call, verdict, error)
 
     def _emit_result(self, call: Call, verdict: Any, error: BaseException | None) -> None:
@@ -217,17 +219,19 @@ def arguments(evaluate: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> d
 def size_attributes(given: dict[str, Any]) -> Attributes:
     """Number of examples and of threads."""
     attributes: Attributes = {}
-    if isinstance(given["devset"], (list, tuple)):
-        attributes[names.EVALUATION_SIZE] = len(given["devset"])
-    if isinstance(given["num_threads"], int):
-        attributes[names.EVALUATION_NUM_THREADS] = given["num_threads"]
+    size, threads = peek.length(given["devset"]), peek.whole(given["num_threads"])
+    if size is not None:
+        attributes[names.EVALUATION_SIZE] = size
+    if threads is not None:
+        attributes[names.EVALUATION_NUM_THREADS] = threads
     return attributes
 
 
 def callable_name(function: Any) -> str:
     """The name of a function, or the class of any other callable."""
-    name = getattr(function, "__name__", None)
-    return name if isinstance(name, str) else type(function).__name__
+    plain = type(function) in _FUNCTIONS or peek.is_a(function, type)
+    name = peek.text(function.__name__ if plain else peek.field(function, "__name__"), 256)
+    return name or peek.name_of(type(function)).rpartition(".")[2]
 
 
 def metric_name(metric: Any) -> str | None:
@@ -237,38 +241,30 @@ def metric_name(metric: Any) -> str | None:
 
 def score_of(verdict: Any) -> float | None:
     """The score in what a metric returned: a number, a boolean, or something with a ``score``. Not finite: ``None``."""
-    number = _number(verdict)
+    number = peek.real(verdict)
     if number is None:
-        number = _number(getattr(verdict, "score", None))
+        number = peek.real(peek.field(verdict, "score"))
     return number if number is not None and math.isfinite(number) else None
-
-
-def _number(value: Any) -> float | None:
-    if isinstance(value, numbers.Real):  # also NumPy's numbers
-        return float(value)
-    if type(value).__module__ == "numpy" and getattr(value, "shape", None) == ():  # its booleans
-        return float(value)
-    return None
 
 
 def feedback_of(verdict: Any) -> str | None:
     """The feedback text of a metric that returned ``Prediction(score, feedback)``."""
-    if verdict is None or _number(verdict) is not None:
+    if verdict is None or peek.real(verdict) is not None:
         return None
-    feedback = getattr(verdict, "feedback", None)
-    return feedback if isinstance(feedback, str) else None
+    feedback = peek.field(verdict, "feedback")
+    return feedback if peek.is_a(feedback, str) else None
 
 
 def split_example(example: Any) -> tuple[Any, Any]:
     """Inputs and expected fields of a dataset row. A row that does not say which is which is all input."""
-    values = getattr(example, "_store", None)
-    keys = getattr(example, "_input_keys", None)
-    if not isinstance(values, dict):
+    values = peek.store_of(example)
+    keys = peek.instance_dict(example).get("_input_keys")
+    if values is None:
         return example, {}
     if keys is None:
         return values, {}
-    inputs = {key: value for key, value in values.items() if key in keys}
-    expected = {key: value for key, value in values.items() if key not in keys}
+    inputs = {key: value for key, value in dict.items(values) if key in keys}
+    expected = {key: value for key, value in dict.items(values) if key not in keys}
     return inputs, expected
 
 

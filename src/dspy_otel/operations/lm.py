@@ -13,9 +13,10 @@ from urllib.parse import urlsplit
 from opentelemetry.trace import SpanKind
 
 from .. import semconv as names
-from ..telemetry import secrets
+from ..telemetry import peek, secrets
 from ..telemetry.attributes import Attributes
 from ..telemetry.errors import error_type, hide_frames
+from ..telemetry.peek import field, is_a
 from ..telemetry.scope import Scope, current_scope
 from ..telemetry.spans import Call, Operation, Start, openinference
 from ..telemetry.totals import LMUsage, together
@@ -49,6 +50,9 @@ _REQUEST_NUMBERS: Final = {
     "seed": (names.GEN_AI_REQUEST_SEED, True),
     "top_k": (names.GEN_AI_REQUEST_TOP_K, True),
 }
+_MOST_STOPS: Final = 16
+_MOST_CHOICES: Final = 1000
+_LONGEST_ADDRESS: Final = 4096
 _ENGINES: Final = {
     "LM15Engine": "lm15",
     "AsyncLM15Engine": "lm15",
@@ -128,7 +132,7 @@ class LMOperation(Operation):
         attributes = self.telemetry.safely("LM input content", nothing, self._input_content, call)
         stop = call.scope.notes["stop"]
         if stop:
-            shown = self.telemetry.safely("content", None, self._texts, stop[:16])
+            shown = self.telemetry.safely("content", None, self._texts, stop)
             if shown is not None:
                 attributes = {**attributes, names.GEN_AI_REQUEST_STOP_SEQUENCES: shown}
         return attributes
@@ -404,7 +408,7 @@ def split_model(model: str) -> tuple[str | None, str]:
 def explicit_request(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     """The typed request object a call was given instead of a prompt or messages, or ``None``."""
     request = kwargs.get("request")
-    if request is None and args and not isinstance(args[0], str) and hasattr(args[0], "messages"):
+    if request is None and args and not is_a(args[0], str) and field(args[0], "messages") is not None:
         request = args[0]
     return request
 
@@ -414,11 +418,12 @@ def request_settings(lm: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) 
     request = explicit_request(args, kwargs)
     settings: dict[str, Any] = dict(getattr(lm, "kwargs", None) or {})
     if request is not None:
-        config = getattr(request, "config", None)
+        config = field(request, "config")
         settings = {key: settings[key] for key in ("api_base", "base_url", "api_key") if key in settings}
         for name in ("temperature", "top_p", "max_tokens", "top_k", "seed", "stop", "n"):
-            if getattr(config, name, None) is not None:
-                settings[name] = getattr(config, name)
+            value = field(config, name)
+            if value is not None:
+                settings[name] = value
     settings.update(kwargs)
     return settings
 
@@ -434,30 +439,32 @@ def request_attributes(lm: Any, settings: Mapping[str, Any]) -> Attributes:
     if provider is not None:
         attributes[names.GEN_AI_PROVIDER_NAME] = provider
     for name, value in settings.items():
-        number = _REQUEST_NUMBERS.get(name)
-        if number is not None and isinstance(value, (int, float)) and not isinstance(value, bool):
-            key, whole = number
-            if not whole:
-                attributes[key] = float(value)
-            elif isinstance(value, int):
-                attributes[key] = value
+        known = _REQUEST_NUMBERS.get(name)
+        if known is None or value is None or value is True or value is False:
+            continue
+        number = peek.whole(value) if known[1] else peek.real(value)
+        if number is not None:
+            attributes[known[0]] = number
     stop = settings.get("stop")
-    if isinstance(stop, str):
-        attributes[names.GEN_AI_REQUEST_STOP_SEQUENCES] = [stop]
-    elif isinstance(stop, (list, tuple)) and stop and all(isinstance(item, str) for item in stop):
-        attributes[names.GEN_AI_REQUEST_STOP_SEQUENCES] = list(stop)
-    count = settings.get("n")
-    if isinstance(count, int) and not isinstance(count, bool) and count > 1:
+    if stop is not None:
+        texts = [stop] if is_a(stop, str) else peek.bounded(stop, _MOST_STOPS)[0]
+        if texts and all(is_a(text, str) for text in texts):
+            attributes[names.GEN_AI_REQUEST_STOP_SEQUENCES] = texts
+    count = peek.whole(settings.get("n"))
+    if count is not None and count > 1:
         attributes[names.GEN_AI_REQUEST_CHOICE_COUNT] = count
-    effort = settings.get("reasoning_effort")
-    if isinstance(effort, str):
+    effort = peek.text(settings.get("reasoning_effort"), 64)
+    if effort is not None:
         attributes[names.GEN_AI_REQUEST_REASONING_LEVEL] = effort
     if settings.get("response_format") is not None:
         attributes[names.GEN_AI_OUTPUT_TYPE] = "json"
     rollout = settings.get("rollout_id")
-    if isinstance(rollout, (int, str)) and not isinstance(rollout, bool):
-        attributes[names.LM_ROLLOUT_ID] = str(rollout)
-    address = settings.get("api_base") or settings.get("base_url")
+    if rollout is not None:
+        shown = peek.text(rollout, 256) or peek.whole(rollout)
+        if shown is not None:
+            attributes[names.LM_ROLLOUT_ID] = str(shown)
+    address = settings.get("api_base")
+    address = settings.get("base_url") if address is None else address
     if address is not None:
         attributes.update(server_attributes(address))
     return attributes
@@ -465,10 +472,11 @@ def request_attributes(lm: Any, settings: Mapping[str, Any]) -> Attributes:
 
 def server_attributes(url: Any) -> Attributes:
     """Host and port of an endpoint; nothing else of its address, which may hold credentials."""
-    if not isinstance(url, str):
+    address = peek.text(url, _LONGEST_ADDRESS)
+    if not address:
         return {}
     try:
-        parts = urlsplit(url)
+        parts = urlsplit(address)
         host, port = parts.hostname, parts.port
     except ValueError:
         return {}
@@ -481,14 +489,13 @@ def server_attributes(url: Any) -> Attributes:
     return attributes
 
 
-def _value(holder: Any, name: str) -> Any:
-    if type(holder) is dict or isinstance(holder, Mapping):
-        return holder.get(name)
-    return getattr(holder, name, None)
-
-
 def _string(value: Any) -> str | None:
-    return value if isinstance(value, str) and value else None
+    return peek.text(value, 256) or None
+
+
+def _counters(usage: Any) -> dict[str, Any]:
+    """Usage counters as they were reported: a dictionary, or the fields of a response's usage."""
+    return dict(dict.items(usage)) if is_a(usage, dict) else dict(peek.instance_dict(usage))
 
 
 def outcome_of_call_result(result: Any) -> Outcome:
@@ -498,11 +505,11 @@ def outcome_of_call_result(result: Any) -> Outcome:
         reasons = [str(response.finish_reason) for response in responses if response.finish_reason]
         response_id = _string(getattr(responses[0], "id", None))
     else:
-        reasons, response_id = choice_reasons(result.raw), _string(_value(result.raw, "id"))
+        reasons, response_id = choice_reasons(result.raw), _string(field(result.raw, "id"))
     return Outcome(
         outputs=list(result.outputs),
-        usage=result.usage or {},
-        cost=result.cost,
+        usage=_counters(result.usage),
+        cost=peek.real(result.cost),
         cache_hit=bool(result.cache_hit),
         model=_string(result.response_model),
         response_id=response_id,
@@ -512,14 +519,13 @@ def outcome_of_call_result(result: Any) -> Outcome:
 
 def outcome_of_response(response: Any, outputs: Any) -> Outcome:
     """From the OpenAI-shaped response that DSPy 3.3's LMs return."""
-    hidden = getattr(response, "_hidden_params", None)
     return Outcome(
-        outputs=list(outputs) if isinstance(outputs, (list, tuple)) else [],
-        usage=dict(getattr(response, "usage", None) or {}),
-        cost=hidden.get("response_cost") if isinstance(hidden, Mapping) else None,
-        cache_hit=bool(getattr(response, "cache_hit", False)),
-        model=_string(getattr(response, "model", None)),
-        response_id=_string(getattr(response, "id", None)),
+        outputs=list(peek.items(outputs)),
+        usage=_counters(field(response, "usage")),
+        cost=peek.real(field(field(response, "_hidden_params"), "response_cost")),
+        cache_hit=field(response, "cache_hit") is True,
+        model=_string(field(response, "model")),
+        response_id=_string(field(response, "id")),
         finish_reasons=choice_reasons(response),
     )
 
@@ -587,23 +593,20 @@ def _tell_outer(scope: Scope, usage: LMUsage) -> None:
 
 def choice_reasons(response: Any) -> list[str]:
     """Finish reasons of an OpenAI-shaped response, one for each choice (the Responses API gives one status)."""
-    choices = _value(response, "choices")
-    if not isinstance(choices, (list, tuple)):
-        if _value(response, "status") == "completed":
+    choices = field(response, "choices")
+    if peek.length(choices) is None:
+        if peek.text(field(response, "status")) == "completed":
             return ["stop"]
-        reason = _value(_value(response, "incomplete_details") or {}, "reason")
-        return [str(reason)] if reason else []
-    return [str(reason) for choice in choices if (reason := _value(choice, "finish_reason"))]
+        reason = _string(field(field(response, "incomplete_details"), "reason"))
+        return [reason] if reason else []
+    first, _ = peek.bounded(choices, _MOST_CHOICES)
+    return [reason for choice in first if (reason := _string(field(choice, "finish_reason")))]
 
 
 def _count(holder: Any, key: str, counters: Mapping[str, Any], other: str) -> int | None:
     """The counter ``key`` of ``holder``, else ``other`` of ``counters``; ``None`` when neither has one."""
-    value = _value(holder, key) if holder else None
-    if type(value) is not int:
-        value = counters.get(other)
-        if type(value) is not int:
-            return None
-    return value
+    number = None if holder is None else peek.whole(field(holder, key))
+    return peek.whole(counters.get(other)) if number is None else number
 
 
 def lm_usage(outcome: Outcome | None) -> LMUsage:
@@ -641,8 +644,9 @@ def response_attributes(outcome: Outcome, usage: LMUsage) -> Attributes:
     if usage.input_tokens is None and usage.output_tokens is None:
         return attributes
     counters = outcome.usage
-    prompt = counters.get("prompt_tokens_details") or counters.get("input_tokens_details")
-    completion = counters.get("completion_tokens_details") or counters.get("output_tokens_details")
+    prompt, completion = counters.get("prompt_tokens_details"), counters.get("completion_tokens_details")
+    prompt = counters.get("input_tokens_details") if prompt is None else prompt
+    completion = counters.get("output_tokens_details") if completion is None else completion
     for key, tokens in (
         (names.GEN_AI_USAGE_INPUT_TOKENS, usage.input_tokens),
         (names.GEN_AI_USAGE_OUTPUT_TOKENS, usage.output_tokens),
@@ -665,10 +669,10 @@ def response_attributes(outcome: Outcome, usage: LMUsage) -> Attributes:
 def error_attributes(error: BaseException) -> Attributes:
     """HTTP status and request id of a failed request, where DSPy's ``LMError`` knows them."""
     attributes: Attributes = {}
-    status = getattr(error, "status", None)
-    if isinstance(status, int) and not isinstance(status, bool):
+    status = peek.whole(field(error, "status"))
+    if status is not None:
         attributes[names.HTTP_STATUS_CODE] = status
-    request_id = _string(getattr(error, "request_id", None))
+    request_id = _string(field(error, "request_id"))
     if request_id is not None:
         attributes[names.LM_REQUEST_ID] = request_id
     return attributes

@@ -2,6 +2,9 @@
 
 Input comes in three shapes: a prompt string, OpenAI-style message dictionaries, or a typed request of DSPy
 (``dspy.lm15.Request`` in 3.4, ``dspy.LMRequest`` in 3.3). All become ``[{"role": ..., "parts": [...]}]``.
+
+Values are passed on as they are, and nothing of a user's class is asked; of long lists the first 1,000 items are read,
+for content shows no more.
 """
 
 from __future__ import annotations
@@ -10,16 +13,19 @@ import base64
 import contextlib
 import json
 import urllib.parse
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
-from ..telemetry.content import base64_size
+from ..telemetry import peek
+from ..telemetry.content import MAX_ITEMS, base64_size
+from ..telemetry.peek import field, is_a
 
 Part = dict[str, Any]
 Message = dict[str, Any]
 
 # As the message schema of the GenAI conventions names them; `gen_ai.response.finish_reasons` keeps the provider's word.
 _FINISH_REASONS = {"tool_calls": "tool_call", "function_call": "tool_call"}
+_MOST_QUOTED = 2**20
 _MODALITIES = {"image": "image", "input_image": "image", "audio": "audio", "input_audio": "audio", "video": "video"}
 
 
@@ -37,15 +43,15 @@ def input_messages(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[list
     instructions: list[Part] = []
     request = kwargs.get("request")
     first = args[0] if args else kwargs.get("prompt")
-    if request is None and first is not None and not isinstance(first, str) and hasattr(first, "messages"):
+    if request is None and first is not None and not is_a(first, str) and field(first, "messages") is not None:
         request = first
     if request is not None:
-        messages = [_message(message) for message in request.messages]
-        system = getattr(request, "system", None)
+        messages = _each(_message, field(request, "messages"))
+        system = field(request, "system")
         if system is not None:
             instructions = _parts(system)
-    elif kwargs.get("messages"):
-        messages = [_message(message) for message in kwargs["messages"]]
+    elif peek.length(kwargs.get("messages")):
+        messages = _each(_message, kwargs["messages"])
     elif first is not None:
         messages = _item_messages(args or (first,))
     else:
@@ -53,12 +59,19 @@ def input_messages(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[list
     return instructions, messages
 
 
+def _each(function: Callable[[Any], Any], items: Any) -> list[Any]:
+    """``function`` of each of the first items; the others as they are, to be counted."""
+    first, rest = peek.bounded(items, MAX_ITEMS)
+    return [*map(function, first), *rest]
+
+
 def _item_messages(items: Sequence[Any]) -> list[Message]:
     """Messages from positional arguments: message objects as they are (DSPy 3.3), anything else is said by the user."""
     messages: list[Message] = []
     for item in items:
-        if isinstance(item, (list, tuple)) and item and all(_is_message(part) for part in item):
-            messages.extend(_message(part) for part in item)
+        first, _ = peek.bounded(item, MAX_ITEMS)
+        if first and all(map(_is_message, first)):
+            messages.extend(_each(_message, item))
         elif _is_message(item):
             messages.append(_message(item))
         else:
@@ -67,7 +80,7 @@ def _item_messages(items: Sequence[Any]) -> list[Message]:
 
 
 def _is_message(item: Any) -> bool:
-    return hasattr(item, "role") and hasattr(item, "parts")
+    return not is_a(item, dict) and field(item, "role") is not None and field(item, "parts") is not None
 
 
 def output_messages(outputs: Sequence[Any], finish_reasons: Sequence[str]) -> list[Message]:
@@ -78,12 +91,13 @@ def output_messages(outputs: Sequence[Any], finish_reasons: Sequence[str]) -> li
     messages: list[Message] = []
     for index, output in enumerate(outputs):
         parts: list[Part] = []
-        fields = output if isinstance(output, Mapping) else {"text": output}
-        if fields.get("reasoning_content"):
-            parts.append({"type": "reasoning", "content": fields["reasoning_content"]})
-        if fields.get("text") is not None:
-            parts.append({"type": "text", "content": fields["text"]})
-        parts.extend(_tool_call(call) for call in fields.get("tool_calls") or ())
+        fields = output if is_a(output, dict) else {"text": output}
+        reasoning, text = field(fields, "reasoning_content"), field(fields, "text")
+        if reasoning is not None and reasoning != "":
+            parts.append({"type": "reasoning", "content": reasoning})
+        if text is not None:
+            parts.append({"type": "text", "content": text})
+        parts.extend(_each(_tool_call, field(fields, "tool_calls")))
         reason = finish_reasons[index] if index < len(finish_reasons) else "stop"
         reason = _FINISH_REASONS.get(reason, reason)
         messages.append({"role": "assistant", "parts": parts, "finish_reason": reason})
@@ -94,102 +108,116 @@ def tool_definitions(args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[dic
     """The tools an LM call offers, flattened from OpenAI's nesting to ``{type, name, description, parameters}``."""
     tools = kwargs.get("tools")
     if tools is None:
-        request = kwargs.get("request", args[0] if args else None)
-        tools = getattr(request, "tools", None)
-    if not isinstance(tools, (list, tuple)):
-        return []
-    definitions = []
-    for tool in tools:
-        function = _get(tool, "function") or tool
-        definition = {"type": _get(tool, "type") or "function", "name": _get(function, "name")}
-        for key in ("description", "parameters"):
-            if _get(function, key) is not None:
-                definition[key] = _get(function, key)
-        definitions.append(definition)
-    return definitions
+        tools = field(kwargs.get("request", args[0] if args else None), "tools")
+    return _each(_definition, tools)
 
 
-def _get(holder: Any, key: str) -> Any:
-    return holder.get(key) if isinstance(holder, Mapping) else getattr(holder, key, None)
+def _definition(tool: Any) -> dict[str, Any]:
+    function = field(tool, "function") or tool
+    definition = {"type": peek.text(field(tool, "type")) or "function", "name": field(function, "name")}
+    for key in ("description", "parameters"):
+        if field(function, key) is not None:
+            definition[key] = field(function, key)
+    return definition
 
 
 def _message(message: Any) -> Message:
-    role = _get(message, "role") or "user"
-    content = _get(message, "parts") if not isinstance(message, Mapping) else None
-    parts = _parts(content if content is not None else _get(message, "content"))
+    role = peek.text(field(message, "role"), 64) or "user"
+    content = field(message, "parts") if not is_a(message, dict) else None
+    parts = _parts(content if content is not None else field(message, "content"))
     if role == "tool":
-        identifier = _get(message, "tool_call_id")
+        identifier = field(message, "tool_call_id")
         if identifier is not None:
-            parts = [{"type": "tool_call_response", "id": identifier, "response": _get(message, "content")}]
-    calls = _get(message, "tool_calls")
-    if isinstance(calls, (list, tuple)):
-        parts.extend(_tool_call(call) for call in calls)
-    return {"role": str(role), "parts": parts}
+            parts = [{"type": "tool_call_response", "id": identifier, "response": field(message, "content")}]
+    parts.extend(_each(_tool_call, field(message, "tool_calls")))
+    return {"role": role, "parts": parts}
 
 
 def _parts(content: Any) -> list[Part]:
     if content is None:
         return []
-    if isinstance(content, str):
-        return [{"type": "text", "content": content}]
-    if isinstance(content, (list, tuple)):
-        return [_part(part) for part in content]
+    if peek.length(content) is not None:
+        return _each(_part, content)
     return [{"type": "text", "content": content}]
 
 
 def _part(part: Any) -> Part:
-    if isinstance(part, str):
+    if is_a(part, str):
         return {"type": "text", "content": part}
-    kind = str(_get(part, "type") or "")
+    kind = peek.text(field(part, "type"), 64) or ""
     if kind in ("text", "input_text", "output_text"):
-        return {"type": "text", "content": _get(part, "text")}
+        return {"type": "text", "content": field(part, "text")}
     if kind in ("thinking", "reasoning"):
-        return {"type": "reasoning", "content": _get(part, "text")}
+        return {"type": "reasoning", "content": field(part, "text")}
     if kind == "tool_call":
-        return {
-            "type": "tool_call",
-            "id": _get(part, "id"),
-            "name": _get(part, "name"),
-            "arguments": _get(part, "input") if _get(part, "input") is not None else _get(part, "args"),
-        }
+        given = field(part, "input")
+        arguments = given if given is not None else field(part, "args")
+        return {"type": "tool_call", "id": field(part, "id"), "name": field(part, "name"), "arguments": arguments}
     if kind == "tool_result":
-        return {"type": "tool_call_response", "id": _get(part, "id"), "response": _texts(_get(part, "content"))}
+        return {"type": "tool_call_response", "id": field(part, "id"), "response": _texts(field(part, "content"))}
     if kind == "image_url":
-        return _media("image", _get(_get(part, "image_url"), "url"), None, None)
+        return _media("image", field(field(part, "image_url"), "url"), None, None)
     if kind in ("input_audio", "file"):
-        inner = _get(part, kind) or {}
-        return _media(
-            _MODALITIES.get(kind, "file"), None, _get(inner, "data") or _get(inner, "file_data"), _get(inner, "format")
-        )
+        inner = field(part, kind)
+        data, named = field(inner, "data"), field(inner, "format")
+        return _media(_MODALITIES.get(kind, "file"), None, field(inner, "file_data") if data is None else data, named)
     if kind in ("image", "audio", "video", "document", "binary"):
-        return _media(_MODALITIES.get(kind, "file"), _get(part, "url"), _get(part, "data"), _get(part, "media_type"))
+        source = field(part, "url"), field(part, "data"), field(part, "media_type")
+        return _media(_MODALITIES.get(kind, "file"), *source)
     if kind == "data":
-        return {"type": "text", "content": _get(part, "value")}
-    return {"type": kind or "generic", "content": part if isinstance(part, Mapping) else _get(part, "text")}
+        return {"type": "text", "content": field(part, "value")}
+    text = field(part, "text")
+    return {"type": kind or "generic", "content": part if is_a(part, dict) or text is None else text}
 
 
 def _texts(content: Any) -> Any:
-    if isinstance(content, (list, tuple)):
-        return [_get(part, "text") if _get(part, "text") is not None else _get(part, "type") for part in content]
-    return content
+    return content if peek.length(content) is None else _each(_text_of, content)
+
+
+def _text_of(part: Any) -> Any:
+    text = field(part, "text")
+    return text if text is not None else field(part, "type")
+
+
+class Blob(NamedTuple):
+    """Binary data as a part has it, not yet copied: in base64 from ``start`` on, as text in a URL, or as bytes."""
+
+    data: Any
+    start: int = 0
+    quoted: bool = False
+
+    def size(self) -> int:
+        """How many bytes it is; of a very long quoted text, at most."""
+        if is_a(self.data, str):
+            if not self.quoted:
+                return base64_size(self.data, self.start)
+            escapes = str.count(self.data, "%", self.start, self.start + _MOST_QUOTED)
+            return str.__len__(self.data) - self.start - 2 * escapes
+        return next(int(kind.__len__(self.data)) for kind in (bytes, bytearray) if is_a(self.data, kind))
+
+    def encoded(self) -> str:
+        """All of it, in base64."""
+        if not is_a(self.data, str):
+            return base64.b64encode(self.data).decode("ascii")
+        rest = str.__getitem__(self.data, slice(self.start, None))
+        return base64.b64encode(urllib.parse.unquote_to_bytes(rest)).decode("ascii") if self.quoted else rest
 
 
 def _media(modality: str, url: Any, data: Any, media_type: Any) -> Part:
-    """A media part: data as bare base64, as the conventions want it; anything else by its address."""
-    if isinstance(data, (bytes, bytearray)):
-        data = base64.b64encode(data).decode("ascii")
-    if not isinstance(data, str):
-        data = url if isinstance(url, str) and url.startswith("data:") else None
-    if data is None:
-        return {"type": "uri", "modality": modality, "uri": url}
-    if data.startswith("data:"):
+    """A media part; whatever has no data of its own, by its address."""
+    blob = Blob(data)
+    if not is_a(data, (str, bytes, bytearray)):
+        if not is_a(url, str) or not str.startswith(url, "data:"):
+            return {"type": "uri", "modality": modality, "uri": url}
+        blob = Blob(url)
+    named = peek.text(media_type, 128)
+    if is_a(blob.data, str) and str.startswith(blob.data, "data:"):
         # data:[<type>][;<parameter>]*[;base64],<data> (RFC 2397)
-        comma = data.find(",", 0, 1024) + 1
-        header, data = data[5 : max(comma - 1, 5)], data[comma:]
-        media_type = media_type or header.partition(";")[0]
-        if not header.endswith(";base64"):
-            data = base64.b64encode(urllib.parse.unquote_to_bytes(data)).decode("ascii")
-    return {"type": "blob", "modality": modality, "mime_type": media_type or None, "content": data}
+        comma = str.find(blob.data, ",", 0, 1024) + 1
+        header = str.__getitem__(blob.data, slice(5, max(comma - 1, 5)))
+        named = named or header.partition(";")[0]
+        blob = Blob(blob.data, comma, not header.endswith(";base64"))
+    return {"type": "blob", "modality": modality, "mime_type": named or None, "content": blob}
 
 
 def described(messages: list[Message], most: int) -> list[Message]:
@@ -197,23 +225,28 @@ def described(messages: list[Message], most: int) -> list[Message]:
 
     Args:
         messages: from :func:`input_messages`; changed in place.
-        most: media of at most this many characters in base64 stays.
+        most: media of at most this many characters in base64 stays, as bare base64, as the conventions want it.
     """
-    for message in messages:
-        parts = message["parts"]
-        for index, part in enumerate(parts):
-            if part["type"] == "blob" and len(part["content"]) > most:
+    for message in messages[:MAX_ITEMS]:
+        for part in message["parts"][:MAX_ITEMS]:
+            if part["type"] != "blob":
+                continue
+            blob: Blob = part["content"]
+            if (blob.size() + 2) // 3 * 4 <= most:
+                part["content"] = blob.encoded()
+            else:
                 what = part["mime_type"] or part["modality"]
-                parts[index] = {"type": "text", "content": f"<{what}, {base64_size(part['content'])} bytes>"}
+                part.clear()
+                part.update(type="text", content=f"<{what}, {blob.size()} bytes>")
     return messages
 
 
 def _tool_call(call: Any) -> Part:
-    function = _get(call, "function") or call
-    arguments = _get(function, "arguments")
+    function = field(call, "function") or call
+    arguments = field(function, "arguments")
     if arguments is None:
-        arguments = _get(function, "args")
-    if isinstance(arguments, str) and len(arguments) < 65536:
-        with contextlib.suppress(ValueError):
+        arguments = field(function, "args")
+    if type(arguments) is str and len(arguments) < 65536:
+        with contextlib.suppress(ValueError, RecursionError):
             arguments = json.loads(arguments)
-    return {"type": "tool_call", "id": _get(call, "id"), "name": _get(function, "name"), "arguments": arguments}
+    return {"type": "tool_call", "id": field(call, "id"), "name": field(function, "name"), "arguments": arguments}

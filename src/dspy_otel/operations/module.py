@@ -9,9 +9,11 @@ from weakref import WeakKeyDictionary
 from opentelemetry import baggage
 
 from .. import semconv as names
+from ..telemetry import peek
 from ..telemetry.attributes import Attributes
 from ..telemetry.core import Telemetry
 from ..telemetry.errors import error_type
+from ..telemetry.peek import is_a
 from ..telemetry.scope import Program, Scope
 from ..telemetry.spans import Call, Operation, Start, openinference
 from ..telemetry.totals import Totals
@@ -89,10 +91,8 @@ class ModuleOperation(Operation):
             attributes.update(notes["totals"].attributes())
         if error is None:
             # Optimizers let a program return (prediction, trace); the trace is not the program's output.
-            shown = (
-                result[0] if isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], list) else result
-            )
-            put_outputs(self.telemetry, attributes, shown)
+            traced = type(result) is tuple and len(result) == 2 and type(result[1]) is list
+            put_outputs(self.telemetry, attributes, result[0] if traced else result)
         return attributes
 
     def measure(self, call: Call, result: Any, error: BaseException | None, seconds: float) -> None:
@@ -181,9 +181,9 @@ def describe(instance: Any, program: Program, path: str | None, outermost: bool)
 def attributes_signature(instance: Any, kwargs: dict[str, Any]) -> Any:
     """The signature a module call works with: the call's own, else the module's, else ``None``."""
     signature = kwargs.get("signature")
-    if not isinstance(signature, type):
+    if not is_a(signature, type):
         signature = instance.__dict__.get("signature")
-    return signature if isinstance(signature, type) else None
+    return signature if is_a(signature, type) else None
 
 
 def signature_attributes(instance: Any, kwargs: dict[str, Any], programs: Programs) -> Attributes:
@@ -195,9 +195,9 @@ def signature_attributes(instance: Any, kwargs: dict[str, Any], programs: Progra
         fields = programs.signature_fields(signature)
         if fields is not None:
             attributes[names.SIGNATURE_FIELDS] = fields
-    demos = kwargs.get("demos", instance.__dict__.get("demos"))
-    if isinstance(demos, (list, tuple)):
-        attributes[names.DEMOS_COUNT] = len(demos)
+    demos = peek.length(kwargs.get("demos", instance.__dict__.get("demos")))
+    if demos is not None:
+        attributes[names.DEMOS_COUNT] = demos
     return attributes
 
 

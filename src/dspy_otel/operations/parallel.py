@@ -13,6 +13,7 @@ from opentelemetry import context as otel_context
 from opentelemetry.context import Context
 
 from .. import semconv as names
+from ..telemetry import peek
 from ..telemetry.attributes import Attributes
 from ..telemetry.errors import hide_frames
 from ..telemetry.scope import Scope, current_scope
@@ -33,7 +34,10 @@ class ParallelOperation(Operation):
         self.examples = examples
 
     def start(self, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any], parent: Scope | None) -> Start | None:
-        attributes: Attributes = {names.PARALLEL_SIZE: len(args[1])}
+        attributes: Attributes = {}
+        size = peek.length(args[1])
+        if size is not None:
+            attributes[names.PARALLEL_SIZE] = size
         if isinstance(instance.num_threads, int):
             attributes[names.PARALLEL_NUM_THREADS] = instance.num_threads
         openinference(attributes, self.telemetry, names.KIND_CHAIN)
@@ -74,7 +78,9 @@ class ParallelOperation(Operation):
     def _evaluate_each(self, function: Callable[[Any], Any], data: Any, evaluate: Scope) -> Callable[[Any], Any]:
         """``function`` with one example span around each call."""
         waiting: defaultdict[int, deque[int]] = defaultdict(deque)
-        for index, example in enumerate(data):
+        # Rows that are made when somebody asks for them are not asked for: their places stay unknown.
+        listed = peek.length(data) is not None
+        for index, example in enumerate(peek.items(data)):
             waiting[id(example)].append(index)
         last: dict[int, int] = {}
         lock = threading.Lock()
@@ -82,6 +88,8 @@ class ParallelOperation(Operation):
         surrounding = otel_context.get_current()
 
         def place(example: Any) -> ExampleRun:
+            if not listed:
+                return ExampleRun(example, -1, False, evaluate)
             key = id(example)
             with lock:
                 again = not waiting[key]

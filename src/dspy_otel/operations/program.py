@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import datetime
 import decimal
 import enum
@@ -17,7 +16,9 @@ from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import Any, Final
 
+from ..telemetry import peek
 from ..telemetry.guard import guarded
+from ..telemetry.peek import is_a
 from ..telemetry.scope import Program
 
 ID_LENGTH: Final = 16
@@ -36,6 +37,10 @@ _PREDICTOR_STATE: Final = frozenset({"traces", "train", "demos", "config", "fiel
 _LEAVES: Final = frozenset({str, int, float, bool, type(None), bytes})
 
 _MAX_DEPTH: Final = 64
+_MAX_NODES: Final = 200_000
+_MAX_CHARACTERS: Final = 1_000_000
+_MAX_BITS: Final = 10_000
+_FIELDS: Final = frozenset({"__dataclass_fields__", "__pydantic_fields__"})
 
 
 _MODULE: Final = 1
@@ -130,14 +135,15 @@ def _add_state(module: Any, shape: list[Any], objects: list[Any]) -> None:
                 objects.append(extra.get("desc"))
                 objects.append(extra.get("prefix"))
     demos = stored.get("demos")
-    if isinstance(demos, (list, tuple)):
-        shape.append(len(demos))
-        for demo in demos:
-            values = demo if isinstance(demo, dict) else getattr(demo, "_store", None)
-            if not isinstance(values, dict):
+    count = peek.length(demos)
+    if count is not None:
+        shape.append(count)
+        for demo in peek.items(demos):
+            values = demo if is_a(demo, dict) else peek.store_of(demo)
+            if values is None:
                 objects.append(demo)
                 continue
-            for key, value in values.items():
+            for key, value in dict.items(values):
                 shape.append(key if type(key) is str else id(key))
                 objects.append(value)
                 if type(value) not in _LEAVES:
@@ -147,9 +153,9 @@ def _add_state(module: Any, shape: list[Any], objects: list[Any]) -> None:
 
 def _add_parts(value: Any, objects: list[Any], depth: int) -> None:
     """Add what a list, dictionary or model holds: it may be changed in place."""
-    parts: Any = value
-    if not isinstance(value, (list, tuple)):
-        parts = (value if isinstance(value, dict) else getattr(value, "__dict__", {})).values()
+    parts: Any = peek.items(value)
+    if peek.length(value) is None:
+        parts = dict.values(value if is_a(value, dict) else peek.instance_dict(value))
     for part in islice(parts, _MAX_ITEMS):
         if len(objects) >= _MAX_OBJECTS:  # Looked at on each call.
             return
@@ -186,63 +192,170 @@ def _predictor_state(predictor: Any) -> dict[str, Any]:
             [name, (field.json_schema_extra or {}).get("prefix"), (field.json_schema_extra or {}).get("desc")]
             for name, field in signature.fields.items()
         ],
-        "demos": [_demo_state(demo) for demo in predictor.demos],
+        "demos": [_demo_state(demo) for demo in peek.items(predictor.demos)],
     }
 
 
 def _demo_state(demo: Any) -> Any:
-    values = demo if isinstance(demo, dict) else getattr(demo, "_store", demo)
-    if not isinstance(values, dict):
-        return values
+    values = demo if is_a(demo, dict) else peek.store_of(demo)
+    if values is None:
+        return demo
     # What DSPy itself saves of a value is its JSON form, so that is what must be compared.
-    return {str(key): _saved(value) for key, value in values.items() if not str(key).startswith("dspy_")}
+    return {key: _saved(value) for key, value in dict.items(values) if not (peek.text(key) or "").startswith("dspy_")}
 
 
 def _saved(value: Any) -> Any:
-    """A pydantic model as DSPy saves it (its JSON values, as which it comes back); anything else as it is."""
-    return value.model_dump(mode="json") if getattr(type(value), "model_dump", None) is not None else value
+    """A pydantic model as DSPy saves it (its JSON values, as which it comes back); anything else as it is.
+
+    Not where that would run code of a user's class (serializers, computed fields): such a model is known by its fields.
+    """
+    kind = type(value)
+    if "__pydantic_fields__" not in peek.members_of(kind) or _runs_code(value):
+        return value
+    return kind.model_dump(value, mode="json")
+
+
+def _runs_code(model: Any) -> bool:
+    """Whether dumping a model, or one that it holds, runs code that is not pydantic's or DSPy's, or is a long job."""
+    waiting = [model]
+    for _ in range(_MAX_OBJECTS):
+        if not waiting:
+            return False
+        inner = _inside(waiting.pop())
+        if inner is None:
+            return True
+        waiting += inner
+    return True
+
+
+def _inside(value: Any) -> list[Any] | None:
+    """What a value that pydantic dumps holds; ``None`` if that runs code of its class."""
+    kind = type(value)
+    if kind in _LEAVES:
+        return []
+    members = peek.members_of(kind)
+    if "__pydantic_fields__" in members:
+        decorators: Any = members.get("__pydantic_decorators__")
+        own = (decorators.field_serializers, decorators.model_serializers, decorators.computed_fields)
+        if peek.library(kind) != "dspy" and (any(own) or any(map(_overrides_dump, peek.bases_of(kind)))):
+            return None
+        return list(peek.instance_dict(value).values())
+    if is_a(value, dict):
+        return list(dict.values(value))
+    if peek.length(value) is not None:
+        return list(islice(peek.items(value), _MAX_OBJECTS))
+    # Anything else that pydantic does not know would be asked by it for what it is.
+    return [] if peek.library(kind) in _STANDARD else None
+
+
+_STANDARD: Final = frozenset({"builtins", "datetime", "decimal", "uuid", "enum", "pathlib", "fractions", "collections"})
+
+
+def _overrides_dump(base: type) -> bool:
+    return "model_dump" in peek.members_of(base) and peek.library(base) not in ("pydantic", "dspy")
 
 
 def digest(value: Any) -> str:
     """16 hex digits of SHA-256 over the canonical JSON of ``value``.
 
     The JSON is what saving to a file would keep, so that a value before saving and the one read back are the same. It
-    is never shown: nothing is masked or cut, for both would depend on more than the value.
+    is never shown: nothing is masked or cut as content is, for both would depend on more than the value. But it has an
+    end: of a value with more than 200,000 parts, or of a text with more than a million characters, the rest counts by
+    its length only.
     """
-    text = json.dumps(_canonical(value, 0), sort_keys=True, ensure_ascii=True, allow_nan=False)
+    text = json.dumps(_Canonical().of(value, 0), sort_keys=True, ensure_ascii=True, allow_nan=False)
     return hashlib.sha256(text.encode("ascii")).hexdigest()[:ID_LENGTH]
 
 
-def _canonical(value: Any, depth: int) -> Any:
-    kind = type(value)
-    if value is None or kind in (bool, int, str):
-        return value
-    if isinstance(value, float):
-        return float(value) if math.isfinite(value) else None  # as JSON files have it
-    if isinstance(value, enum.Enum):
-        return _canonical(value.value, depth + 1)
-    if isinstance(value, str):
-        return str.__str__(value)
-    if isinstance(value, int):
-        return int(value)
-    if depth >= _MAX_DEPTH:
-        return "…"
-    if isinstance(value, dict):
-        return {str(key): _canonical(_saved(item), depth + 1) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_canonical(_saved(item), depth + 1) for item in value]
-    if isinstance(value, (set, frozenset)):
-        return sorted(json.dumps(_canonical(item, depth + 1), sort_keys=True) for item in value)
-    if isinstance(value, (datetime.date, datetime.time)):  # a datetime is a date
-        return value.isoformat()
-    if isinstance(value, (uuid.UUID, decimal.Decimal)):
-        return str(value)
-    if isinstance(value, (bytes, bytearray)):
-        return hashlib.sha256(value).hexdigest()
-    stored = getattr(value, "_store", None)  # dspy.Example and what derives from it
-    if not isinstance(stored, dict):
-        stored = vars(value) if dataclasses.is_dataclass(value) and hasattr(value, "__dict__") else None
-    return f"<{kind.__module__}.{kind.__qualname__}>" if stored is None else _canonical(stored, depth + 1)
+class _Canonical:
+    """One value as plain JSON values: bounded, without asking anything of a user's class."""
+
+    def __init__(self) -> None:
+        self.nodes = _MAX_NODES
+        self.characters = _MAX_CHARACTERS
+        self.path: set[int] = set()
+
+    def of(self, value: Any, depth: int) -> Any:
+        self.nodes -= 1
+        kind = type(value)
+        if value is None or kind is bool:
+            return value
+        if issubclass(kind, float):
+            number = float.__float__(value)
+            return number if math.isfinite(number) else None  # as JSON files have it
+        if issubclass(kind, enum.Enum):
+            return self.of(peek.instance_dict(value).get("_value_"), depth + 1)
+        if issubclass(kind, str):
+            return self.text(value)
+        if issubclass(kind, int):
+            whole = int.__int__(value)
+            # Python refuses to print very long ones.
+            return whole if whole.bit_length() <= _MAX_BITS else f"<{hash(whole)} of {whole.bit_length()} bits>"
+        if issubclass(kind, (datetime.date, datetime.time)):  # a datetime is a date
+            return value.isoformat() if kind.__module__ == "datetime" else f"<{peek.module_of(kind)}>"
+        if kind is uuid.UUID or kind is decimal.Decimal:
+            return str(value)
+        if issubclass(kind, (bytes, bytearray)):
+            return self.binary(value, bytes if issubclass(kind, bytes) else bytearray)
+        if depth >= _MAX_DEPTH or id(value) in self.path or self.nodes <= 0:
+            return "…"
+        self.path.add(id(value))
+        try:
+            return self.container(value, kind, depth)
+        finally:
+            self.path.discard(id(value))
+
+    def text(self, value: str) -> str:
+        length = str.__len__(value)
+        room = max(min(length, self.characters), 0)
+        self.characters -= room
+        shown = str.__getitem__(value, slice(0, room))
+        return shown if room == length else f"{shown}…{length}"
+
+    def binary(self, value: Any, base: Any) -> str:
+        length = base.__len__(value)
+        shown = hashlib.sha256(base.__getitem__(value, slice(0, _MAX_CHARACTERS))).hexdigest()
+        return shown if length <= _MAX_CHARACTERS else f"{shown}…{length}"
+
+    def container(self, value: Any, kind: type, depth: int) -> Any:
+        if issubclass(kind, dict):
+            return self.fields(value, depth)
+        if issubclass(kind, (list, tuple)):
+            base = list if issubclass(kind, list) else tuple
+            return self.each(base.__iter__(value), base.__len__(value), depth)
+        if issubclass(kind, (set, frozenset)):
+            unordered = set if issubclass(kind, set) else frozenset
+            made = self.each(unordered.__iter__(value), unordered.__len__(value), depth)
+            return sorted(json.dumps(item, sort_keys=True) for item in made)
+        stored = peek.store_of(value)  # dspy.Example and what derives from it
+        if stored is None and any(_FIELDS & peek.members_of(base).keys() for base in peek.bases_of(kind)):
+            stored = peek.instance_dict(value)
+        return f"<{peek.module_of(kind)}.{peek.name_of(kind)}>" if stored is None else self.fields(stored, depth)
+
+    def each(self, items: Iterator[Any], length: int, depth: int) -> list[Any]:
+        made: list[Any] = []
+        for item in items:
+            if self.nodes <= 0:
+                made.append(f"…{length}")
+                break
+            made.append(self.of(_saved(item), depth + 1))
+        return made
+
+    def fields(self, value: dict[Any, Any], depth: int) -> dict[str, Any]:
+        made: dict[str, Any] = {}
+        for key, item in list(dict.items(value)):
+            if self.nodes <= 0:
+                made["…"] = dict.__len__(value)
+                break
+            made[self.key(key)] = self.of(_saved(item), depth + 1)
+        return made
+
+    def key(self, key: Any) -> str:
+        kind = type(key)
+        if issubclass(kind, str):
+            return self.text(key)
+        plain = kind in _LEAVES or (kind is tuple and all(type(part) in _LEAVES for part in key))
+        return str(key) if plain else f"<{peek.module_of(kind)}.{peek.name_of(kind)}>"
 
 
 class ByObject:
@@ -287,7 +400,7 @@ class _Identity(int):
 
 def _handle(each: Any) -> Any:
     kind = type(each)
-    if kind in _LEAVES or isinstance(each, type):
+    if kind in _LEAVES or issubclass(kind, type):
         return each
     if kind in (list, dict, set):
         return _Identity(id(each))
@@ -338,10 +451,10 @@ class Programs:
     @guarded("example id")
     def example_id(self, example: Any) -> str | None:
         """A stable id of a dataset row: a digest of its fields, the same in every evaluation that uses the row."""
-        values = getattr(example, "_store", None)
-        if not isinstance(values, dict):
+        values = peek.store_of(example)
+        if values is None:
             return None
-        found: str = self._examples.get(example, [], list(values.values()), lambda: digest(values))
+        found: str = self._examples.get(example, [], list(dict.values(values)), lambda: digest(values))
         return found
 
     @guarded("signature fields")

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from itertools import islice
-from typing import Any
+from typing import Any, Final
 
 from opentelemetry.trace import SpanKind
 
 from .. import semconv as names
+from ..telemetry import peek
 from ..telemetry.attributes import Attributes
 from ..telemetry.scope import Scope
 from ..telemetry.spans import Call, Operation, Start, openinference
 from .embedding import ASKING
 from .lm import server_attributes
+
+_MOST: Final = 1000
 
 
 class RetrievalOperation(Operation):
@@ -36,7 +38,7 @@ class RetrievalOperation(Operation):
         call = super().open(instance, args, kwargs, override_of)
         if call is not None and hasattr(instance, "search_fn"):  # dspy.Embeddings
             query = args[0] if args else kwargs.get("query")
-            if isinstance(query, str):
+            if type(query) is str:
                 ASKING.add(instance.embedder, query, call.context)
         return call
 
@@ -52,8 +54,9 @@ class RetrievalOperation(Operation):
             names.GEN_AI_DATA_SOURCE_ID: name,
         }
         top_k = kwargs.get("k", args[1] if len(args) > 1 else getattr(instance, "k", None))
-        if isinstance(top_k, int) and not isinstance(top_k, bool):
-            attributes[names.GEN_AI_RETRIEVAL_TOP_K] = top_k
+        most = peek.whole(top_k)
+        if most is not None:
+            attributes[names.GEN_AI_RETRIEVAL_TOP_K] = most
         attributes.update(server_attributes(getattr(instance, "url", None)))
         openinference(attributes, self.telemetry, names.KIND_RETRIEVER)
         scope = Scope(self.kind, instance, parent)
@@ -63,7 +66,7 @@ class RetrievalOperation(Operation):
         attributes: Attributes = {}
         if self.telemetry.config.content_on_spans:
             query = call.args[0] if call.args else call.kwargs.get("query", call.kwargs)
-            if isinstance(query, str):
+            if peek.is_a(query, str):
                 self.telemetry.put_text(attributes, names.GEN_AI_RETRIEVAL_QUERY_TEXT, query)
             else:
                 self.telemetry.put_content(attributes, names.GEN_AI_RETRIEVAL_QUERY_TEXT, query)
@@ -78,21 +81,18 @@ class RetrievalOperation(Operation):
 
 def documents(result: Any) -> list[dict[str, Any]]:
     """Retrieved passages as ``{id, content, score}``, as far as the retriever gives them (at most 1,000)."""
-    passages = getattr(result, "passages", result)
-    if not isinstance(passages, Sequence) or isinstance(passages, str):
-        return []
-    indices = getattr(result, "indices", None)
+    passages = result if peek.length(result) is not None else peek.field(result, "passages")
+    indices, _ = peek.bounded(peek.field(result, "indices"), _MOST)
     found = []
-    for position, passage in enumerate(islice(passages, 1000)):
-        document: dict[str, Any] = {}
-        if isinstance(passage, Mapping):
-            document["content"] = passage.get("long_text", passage.get("text"))
+    for position, passage in enumerate(islice(peek.items(passages), _MOST)):
+        document: dict[str, Any] = {"content": passage}
+        if peek.is_a(passage, dict):
+            document["content"] = peek.field(passage, "long_text", peek.field(passage, "text"))
             for source, key in (("pid", "id"), ("score", "score")):
-                if source in passage:
-                    document[key] = passage[source]
-        else:
-            document["content"] = passage
-        if isinstance(indices, Sequence) and position < len(indices):
+                value = peek.field(passage, source)
+                if value is not None:
+                    document[key] = value
+        if position < len(indices):
             document["id"] = indices[position]
         found.append(document)
     return found

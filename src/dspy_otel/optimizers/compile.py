@@ -7,11 +7,13 @@ import inspect
 import re
 import secrets as random_source
 from collections.abc import Callable, Mapping
+from itertools import islice
 from typing import Any, Final
 
 from .. import semconv as names
+from ..operations.evaluation import callable_name
 from ..operations.program import Programs
-from ..telemetry import secrets
+from ..telemetry import peek, secrets
 from ..telemetry.attributes import Attributes, AttributeValue
 from ..telemetry.content import Content
 from ..telemetry.scope import Scope
@@ -39,6 +41,8 @@ _STORED_AS: Final = {
     "code_proposer": "custom_code_proposer",
 }
 _CONTENT: Final = Content(limit=4096)
+_PLAIN_KINDS: Final = (dict, list, tuple, set, frozenset)
+_MOST: Final = 100
 
 
 class CompileOperation(Operation):
@@ -255,11 +259,15 @@ def parameter_attributes(instance: Any, compile_arguments: Mapping[str, Any], co
 
 def parameter(value: Any, content: bool) -> AttributeValue | None:
     """One parameter as an attribute value, or ``None`` when there is nothing to show."""
-    if value is None or isinstance(value, (bool, int, float)):
+    kind = type(value)
+    if value is None or value is True or value is False:
         return value
-    if isinstance(value, str):
+    if issubclass(kind, (int, float)):
+        whole = peek.whole(value)
+        return whole if whole is not None else peek.real(value)
+    if issubclass(kind, str):
         return _CONTENT.text(_choice(value, content))
-    if isinstance(value, (list, tuple, set, frozenset, dict)):
+    if kind in _PLAIN_KINDS:
         if not value or is_dataset(value):
             return None
         return _CONTENT.json(_plain(value, content))
@@ -267,33 +275,34 @@ def parameter(value: Any, content: bool) -> AttributeValue | None:
 
 
 def _choice(value: str, content: bool) -> str:
-    return value if content or _CHOICE.fullmatch(value) else f"<{len(value)} characters>"
+    if content:
+        return value
+    return value if _CHOICE.fullmatch(value, 0, 64) else f"<{str.__len__(value)} characters>"
 
 
 def _plain(value: Any, content: bool, depth: int = 0) -> Any:
-    if isinstance(value, dict) and depth < 4:
+    kind = type(value)
+    if kind is dict and depth < 4:
         return {
-            _choice(str(key), content) if isinstance(key, (str, int)) else named(key): _plain(item, content, depth + 1)
-            for key, item in list(value.items())[:100]
+            _choice(str(key), content) if type(key) in (str, int) else named(key): _plain(item, content, depth + 1)
+            for key, item in islice(value.items(), _MOST)
         }
-    if isinstance(value, (list, tuple, set, frozenset)) and depth < 4:
+    if kind in _PLAIN_KINDS and kind is not dict and depth < 4:
         if is_dataset(value):
             return f"<{len(value)} examples>"
-        return [_plain(item, content, depth + 1) for item in list(value)[:100]]
-    if value is None or isinstance(value, (bool, int, float)):
+        return [_plain(item, content, depth + 1) for item in islice(value, _MOST)]
+    if value is None or issubclass(kind, (bool, int, float)):
         return value
-    return _choice(value, content) if isinstance(value, str) else named(value)
+    return _choice(value, content) if issubclass(kind, str) else named(value)
 
 
 def named(value: Any) -> str:
     """An object by name: a model's, a function's or class's, else that of its class. Never its contents."""
-    model = getattr(value, "model", None)
-    if isinstance(model, str):
-        return model  # an LM
-    name = getattr(value, "__name__", None)
-    return name if isinstance(name, str) and callable(value) else type(value).__name__
+    model = peek.text(peek.field(value, "model"), 256)
+    return model or callable_name(value)  # the former of an LM
 
 
 def is_dataset(value: Any) -> bool:
     """Whether ``value`` is a list of examples."""
-    return isinstance(value, (list, tuple)) and bool(value) and isinstance(getattr(value[0], "_store", None), dict)
+    first, _ = peek.bounded(value, 1)
+    return bool(first) and peek.store_of(first[0]) is not None

@@ -12,6 +12,7 @@ from .. import semconv as names
 from ..operations.evaluation import EvaluateOperation, ExampleOperation, ExampleRun, arguments
 from ..operations.module import ModuleOperation
 from ..operations.program import digest
+from ..telemetry import peek
 from ..telemetry.attributes import Attributes
 from ..telemetry.guard import guarded
 from ..telemetry.scope import Scope, current_scope
@@ -332,13 +333,14 @@ def as_pair(result: Any) -> Any:
 
 def dataset_attributes(programs: Any, rows: Any, role: str) -> Attributes:
     """Size and digest of a dataset; ``role`` is ``train`` or ``val``."""
-    if not isinstance(rows, (list, tuple)):
+    count = peek.length(rows)
+    if count is None:
         return {}
     size, digest_name = {
         "train": (names.DATASET_TRAIN_SIZE, names.DATASET_TRAIN_DIGEST),
         "val": (names.DATASET_VAL_SIZE, names.DATASET_VAL_DIGEST),
     }[role]
-    return {size: len(rows), digest_name: digest([programs.example_id(row) for row in rows])}
+    return {size: count, digest_name: digest([programs.example_id(row) for row in peek.items(rows)])}
 
 
 @guarded("optimizer")

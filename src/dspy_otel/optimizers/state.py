@@ -6,6 +6,7 @@ import json
 from typing import Any, Final
 
 from .. import semconv as names
+from ..telemetry import peek
 from ..telemetry.attributes import Attributes
 from ..telemetry.content import Content
 from ..telemetry.core import Telemetry
@@ -26,10 +27,15 @@ def state_of(program: Any) -> dict[str, Any]:
                 field: (info.json_schema_extra or {}).get("prefix")
                 for field, info in predictor.signature.fields.items()
             },
-            "demos": [dict(demo) if hasattr(demo, "keys") else demo for demo in predictor.demos],
+            "demos": [_copied(demo) for demo in peek.items(predictor.demos)],
         }
         for name, predictor in program.named_predictors()
     }
+
+
+def _copied(demo: Any) -> Any:
+    values = demo if peek.is_a(demo, dict) else peek.store_of(demo)
+    return demo if values is None else dict(dict.items(values))
 
 
 def differences(parent: dict[str, Any], child: dict[str, Any]) -> dict[str, Any]:

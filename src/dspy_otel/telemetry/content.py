@@ -25,6 +25,7 @@ from itertools import accumulate, islice
 from typing import Any, Final
 
 from . import secrets
+from .peek import arguments_of, bases_of, instance_dict, library, members_of, module_of, name_of, slot
 
 MAX_DEPTH: Final = 16
 MAX_ITEMS: Final = 1000
@@ -41,13 +42,6 @@ _CYCLE: Final = "…[cycle]"
 _DEEPER: Final = "…[deeper]"
 _CHANGING: Final = "…[changing]"
 _MORE: Final = "…"
-
-# The slots of `type` itself: a metaclass cannot stand in between, as it can with `kind.__name__`.
-_name_of: Final[Callable[[type], Any]] = type.__dict__["__qualname__"].__get__
-_module_of: Final[Callable[[type], Any]] = type.__dict__["__module__"].__get__
-_bases_of: Final[Callable[[type], tuple[type, ...]]] = type.__dict__["__mro__"].__get__
-_members_of: Final[Callable[[type], Any]] = type.__dict__["__dict__"].__get__
-_arguments_of: Final[Callable[[BaseException], Any]] = BaseException.__dict__["args"].__get__
 
 # By identity: comparing classes may call a metaclass. Only these very classes, whose str() is Python's own.
 _AS_TEXT: Final = frozenset(
@@ -66,7 +60,6 @@ _AS_TEXT: Final = frozenset(
         range,
     )
 )
-_DICT_SLOTS: Final = (types.GetSetDescriptorType, types.MemberDescriptorType)
 _CONTAINERS: Final = (dict, list, tuple, set, frozenset, collections.deque)
 _VIEWS: Final = frozenset(map(id, (type({}.keys()), type({}.values()), type({}.items()))))
 _ARRAY_LIBRARIES: Final = frozenset({"numpy", "pandas", "polars", "torch", "tensorflow", "jax", "jaxlib", "pyarrow"})
@@ -79,7 +72,7 @@ _DATA_URI: Final = re.compile(r"data:([\w.+/-]{0,80})(?:;[\w=.+-]{0,80}){0,8};ba
 def type_name(kind: type) -> str:
     """``module.Class`` of a class, bare for a built-in one; whatever its metaclass makes of those."""
     try:
-        name, module = _name_of(kind), _module_of(kind)
+        name, module = name_of(kind), module_of(kind)
     except AttributeError:
         return "object"
     shown = str.__getitem__(name, slice(0, 200)) if isinstance(name, str) else "object"
@@ -88,35 +81,8 @@ def type_name(kind: type) -> str:
     return f"{module[:200]}.{shown}"
 
 
-def _library(kind: type) -> str:
-    module = _module_of(kind)
-    return module.partition(".")[0] if type(module) is str else ""
-
-
 def _opaque(value: Any) -> str:
     return f"<{type_name(type(value))}>"
-
-
-def _instance_dict(value: Any) -> dict[Any, Any]:
-    """What ``vars(value)`` gives, read past any ``__dict__`` or ``__getattribute__`` of the user's."""
-    for base in _bases_of(type(value)):
-        found = _members_of(base).get("__dict__")
-        if found is not None:
-            stored = found.__get__(value) if type(found) in _DICT_SLOTS else None
-            return stored if type(stored) is dict else {}
-    return {}
-
-
-def _slot(value: Any, name: str) -> tuple[Any, ...]:
-    """The value in a slot, as a tuple of one, or ``()``."""
-    for base in _bases_of(type(value)):
-        found = _members_of(base).get(name)
-        if type(found) is types.MemberDescriptorType:
-            try:
-                return (found.__get__(value),)
-            except AttributeError:
-                return ()
-    return ()
 
 
 def _exact(text: str, most: int) -> str:
@@ -218,9 +184,9 @@ class _Walk:
             return
         try:
             if issubclass(kind, enum.Enum):
-                value = _instance_dict(value).get("_value_")
+                value = instance_dict(value).get("_value_")
                 kind = type(value)
-            elif _library(kind) == "numpy" and getattr(value, "shape", None) == ():
+            elif library(kind) == "numpy" and getattr(value, "shape", None) == ():
                 value = value.item()  # A number of NumPy's, as Python's.
                 kind = type(value)
             if issubclass(kind, str):
@@ -254,7 +220,7 @@ class _Walk:
             return f"<function {value.__qualname__[:200]}>"
         if kind is types.MethodType and type(value.__func__) is types.FunctionType:
             return f"<function {value.__func__.__qualname__[:200]}>"
-        if _library(kind) in _ARRAY_LIBRARIES:
+        if library(kind) in _ARRAY_LIBRARIES:
             return array(value, kind)
         if issubclass(kind, BaseException):
             return self.within(value, depth, self.exception, value, kind, depth)
@@ -278,7 +244,7 @@ class _Walk:
         if issubclass(kind, dict):
             return self.mapping(value, depth)
         if issubclass(kind, tuple) and kind is not tuple:
-            declared = (_members_of(base).get("_fields") for base in _bases_of(kind))
+            declared = (members_of(base).get("_fields") for base in bases_of(kind))
             names: tuple[Any, ...] = next((found for found in declared if type(found) is tuple), ())
             if names and len(names) == tuple.__len__(value):
                 return self.mapping(dict(zip(names, tuple.__iter__(value), strict=True)), depth)
@@ -331,7 +297,7 @@ class _Walk:
 
     def exception(self, error: BaseException, kind: type, depth: int) -> Any:
         result: dict[str, Any] = {"type": type_name(kind)}
-        arguments = _arguments_of(error)
+        arguments = arguments_of(error)
         self.place(result, "args", arguments, depth + 1)
         return result
 
@@ -386,7 +352,7 @@ class _Copy:
             if self.nodes < 0:
                 raise _Unusual
             return [self.of(item, depth + 1) for item in value]
-        stored = _instance_dict(value).get("_store") if _is_example(kind) else None
+        stored = instance_dict(value).get("_store") if _is_example(kind) else None
         if type(stored) is not dict:
             raise _Unusual
         return self.mapping(stored, depth)
@@ -422,7 +388,7 @@ class _Copy:
 
 def _is_example(kind: type) -> bool:
     """Whether ``kind`` is DSPy's own ``Example`` or ``Prediction``."""
-    return type(kind) is type and _module_of(kind) in _EXAMPLES
+    return type(kind) is type and module_of(kind) in _EXAMPLES
 
 
 def _snapshot(iterate: Callable[[], Iterator[Any]]) -> list[Any] | None:
@@ -439,10 +405,10 @@ def moment(value: Any, kind: type) -> str:
     """A date and time, or a time. A time zone class of the user's is not asked anything."""
     if kind is datetime.datetime or kind is datetime.time:
         zone = type(value.tzinfo)
-        if zone is type(None) or zone is datetime.timezone or _module_of(zone) in ("zoneinfo", "dateutil.tz.tz"):
+        if zone is type(None) or zone is datetime.timezone or module_of(zone) in ("zoneinfo", "dateutil.tz.tz"):
             return str(value)
         return f"{value.replace(tzinfo=None)} <{type_name(zone)}>"
-    return str(value) if _library(kind) == "pandas" else f"<{type_name(kind)}>"
+    return str(value) if library(kind) == "pandas" else f"<{type_name(kind)}>"
 
 
 def array(value: Any, kind: type) -> str:
@@ -461,12 +427,12 @@ def fields(value: Any, kind: type) -> dict[Any, Any] | None:
     Those that a class keeps out of its own ``repr`` are left out here as well.
     """
     if kind is types.SimpleNamespace:
-        return _instance_dict(value)
+        return instance_dict(value)
     declared: Any = None
-    for base in _bases_of(kind):
-        members = _members_of(base)
-        if _name_of(base) == "Example" and _module_of(base) == "dspy.primitives.example":
-            store = _instance_dict(value).get("_store")
+    for base in bases_of(kind):
+        members = members_of(base)
+        if name_of(base) == "Example" and module_of(base) == "dspy.primitives.example":
+            store = instance_dict(value).get("_store")
             return store if isinstance(store, dict) else None
         for marker in ("__pydantic_fields__", "__dataclass_fields__", "__attrs_attrs__"):
             if declared is None and marker in members:
@@ -475,15 +441,15 @@ def fields(value: Any, kind: type) -> dict[Any, Any] | None:
         declared = {attribute.name: attribute for attribute in islice(declared, MAX_ITEMS)}
     if not isinstance(declared, dict):
         return None
-    stored, result = _instance_dict(value), {}
+    stored, result = instance_dict(value), {}
     for name, about in islice(dict.items(declared), MAX_ITEMS):
         if getattr(about, "repr", True) is False or getattr(about, "exclude", None) is True:
             continue
         if name in stored:
             result[name] = stored[name]
-        elif found := _slot(value, name):
+        elif found := slot(value, name):
             result[name] = found[0]
-    extra = _slot(value, "__pydantic_extra__")
+    extra = slot(value, "__pydantic_extra__")
     if extra and type(extra[0]) is dict:
         result.update(islice(extra[0].items(), MAX_ITEMS))
     return result

@@ -14,6 +14,7 @@ from .. import semconv as names
 from .attributes import Attributes
 from .content import Content, type_name
 from .guard import failed
+from .peek import arguments_of, bases_of, members_of
 
 _OURS: Final = os.path.dirname(os.path.dirname(__file__)) + os.sep
 _FRAMES: Final = 50
@@ -97,12 +98,26 @@ def _trail(error: BaseException) -> tuple[int, tuple[tuple[int, int], ...]]:
 
 
 def message_of(error: BaseException) -> Any:
-    """The message of ``error``: its only string argument as it is, otherwise ``str(error)``."""
-    try:
-        arguments = error.args
-        return arguments[0] if len(arguments) == 1 and isinstance(arguments[0], str) else str(error)
-    except Exception as problem:
-        return f"<{error_type(error)}: its message raises {error_type(problem)}>"
+    """The message of ``error``: its only argument as it is, all of them, or what a class of its own says.
+
+    Python's own classes of exceptions would call ``repr()`` of each argument, however large and whoever's it is: those
+    are left to be shown as other content is. Only a class that brings a ``__str__`` of its own is asked for it.
+    """
+    if _says_itself(type(error)):
+        try:
+            return str(error)
+        except Exception as problem:
+            return f"<{error_type(error)}: its message raises {error_type(problem)}>"
+    arguments = arguments_of(error)
+    return arguments[0] if len(arguments) == 1 else list(arguments) if arguments else ""
+
+
+def _says_itself(kind: type) -> bool:
+    """Whether ``str()`` of an exception is worked out by code, or by one of the few built-in classes with a form."""
+    for base in bases_of(kind):
+        if "__str__" in members_of(base):
+            return base not in (BaseException, KeyError)
+    return False
 
 
 def stack_trace(error: BaseException, content: Content, message: str) -> str:

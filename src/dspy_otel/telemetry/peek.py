@@ -1,0 +1,142 @@
+"""Looking at a user's values without touching them: no method, property or lookup of their classes ever runs.
+
+A value's true class decides what it is (``isinstance`` would ask its ``__class__``), built-in types are read by their
+own methods (an override in a subclass is passed by), and fields are read where they are stored.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable, Iterator
+from itertools import islice
+from typing import Any, Final
+
+# The slots of `type` itself: a metaclass cannot stand in between, as it can with `kind.__name__`.
+name_of: Final[Callable[[type], Any]] = type.__dict__["__qualname__"].__get__
+module_of: Final[Callable[[type], Any]] = type.__dict__["__module__"].__get__
+bases_of: Final[Callable[[type], tuple[type, ...]]] = type.__dict__["__mro__"].__get__
+members_of: Final[Callable[[type], Any]] = type.__dict__["__dict__"].__get__
+arguments_of: Final[Callable[[BaseException], tuple[Any, ...]]] = BaseException.__dict__["args"].__get__
+
+_DICT_SLOTS: Final = (types.GetSetDescriptorType, types.MemberDescriptorType)
+# What DSPy hands around is of these packages: their properties are no code of the user's.
+_TRUSTED: Final = frozenset({"dspy", "litellm", "openai", "pydantic"})
+_ABSENT: Final = object()
+
+
+def is_a(value: Any, kinds: type | tuple[type, ...]) -> bool:
+    """Whether the class of ``value`` is one of ``kinds`` or derives from one, whatever its ``__class__`` says."""
+    return issubclass(type(value), kinds)
+
+
+def library(kind: type) -> str:
+    """The package a class was defined in."""
+    module = module_of(kind)
+    return module.partition(".")[0] if type(module) is str else ""
+
+
+def instance_dict(value: Any) -> dict[Any, Any]:
+    """What ``vars(value)`` gives, read past any ``__dict__`` or ``__getattribute__`` of the user's."""
+    for base in bases_of(type(value)):
+        found = members_of(base).get("__dict__")
+        if found is not None:
+            stored = found.__get__(value) if type(found) in _DICT_SLOTS else None
+            return stored if type(stored) is dict else {}
+    return {}
+
+
+def slot(value: Any, name: str) -> tuple[Any, ...]:
+    """The value in a slot, as a tuple of one, or ``()``."""
+    for base in bases_of(type(value)):
+        found = members_of(base).get(name)
+        if type(found) is types.MemberDescriptorType:
+            try:
+                return (found.__get__(value),)
+            except AttributeError:
+                return ()
+    return ()
+
+
+def store_of(value: Any) -> dict[Any, Any] | None:
+    """The fields of one of DSPy's examples and predictions; ``None`` for anything else."""
+    store = instance_dict(value).get("_store")
+    return store if is_a(store, dict) else None
+
+
+def field(value: Any, name: str, default: Any = None) -> Any:
+    """A field of an object, an entry of a dictionary, or a plain attribute of a class; never a user's property."""
+    if is_a(value, dict):
+        return dict.get(value, name, default)
+    stored = instance_dict(value)
+    if name in stored:
+        return stored[name]
+    store = stored.get("_store")
+    if type(store) is dict and name in store:
+        return store[name]
+    kept = slot(value, name)
+    if kept:
+        return kept[0]
+    for base in bases_of(type(value)):
+        found = members_of(base).get(name, _ABSENT)
+        if found is _ABSENT:
+            continue
+        if library(base) in _TRUSTED:
+            return getattr(value, name, default)
+        return default if hasattr(type(found), "__get__") else found
+    # pydantic keeps what a model allows beyond its fields apart.
+    extra = slot(value, "__pydantic_extra__")
+    return dict.get(extra[0], name, default) if extra and type(extra[0]) is dict else default
+
+
+def length(value: Any) -> int | None:
+    """How long a list or tuple is; ``None`` for anything else."""
+    for kind in (list, tuple):
+        if is_a(value, kind):
+            return int(kind.__len__(value))
+    return None
+
+
+def items(value: Any) -> Iterator[Any]:
+    """What a list or tuple holds; nothing of anything else."""
+    for kind in (list, tuple):
+        if is_a(value, kind):
+            return kind.__iter__(value)
+    return iter(())
+
+
+def text(value: Any, most: int = 1024) -> str | None:
+    """At most the first ``most`` characters of a string, of class ``str`` itself; ``None`` for anything else."""
+    return str.__getitem__(value, slice(0, most)) if is_a(value, str) else None
+
+
+def whole(value: Any) -> int | None:
+    """A whole number of class ``int`` itself that telemetry has room for (64 bits); ``None`` for anything else."""
+    kind = type(value)
+    if kind is bool or not issubclass(kind, int):
+        return None
+    number = int.__int__(value)
+    return number if -(2**63) <= number < 2**63 else None
+
+
+def real(value: Any) -> float | None:
+    """A number (also a boolean) of class ``float`` itself; ``None`` for anything else and what has no room in one."""
+    kind = type(value)
+    if issubclass(kind, float):
+        return float.__float__(value)
+    if issubclass(kind, int):
+        try:
+            return float(int.__int__(value))
+        except OverflowError:
+            return None
+    if library(kind) in ("numpy", "decimal", "fractions") and getattr(value, "shape", ()) == ():
+        try:
+            return float(value)
+        except (TypeError, ValueError, OverflowError):
+            return None
+    return None
+
+
+def bounded(value: Any, most: int) -> tuple[list[Any], list[Any]]:
+    """The first ``most`` items of a list or tuple, and the rest as they are."""
+    iterator = items(value)
+    return list(islice(iterator, most)), list(iterator)
