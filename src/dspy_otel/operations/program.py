@@ -37,7 +37,7 @@ _PREDICTOR_STATE: Final = frozenset({"traces", "train", "demos", "config", "fiel
 _LEAVES: Final = frozenset({str, int, float, bool, type(None), bytes})
 
 _MAX_DEPTH: Final = 64
-_MAX_NODES: Final = 200_000
+_MAX_NODES: Final = 100_000
 _MAX_CHARACTERS: Final = 1_000_000
 _MAX_BITS: Final = 10_000
 _FIELDS: Final = frozenset({"__dataclass_fields__", "__pydantic_fields__"})
@@ -260,7 +260,7 @@ def digest(value: Any) -> str:
 
     The JSON is what saving to a file would keep, so that a value before saving and the one read back are the same. It
     is never shown: nothing is masked or cut as content is, for both would depend on more than the value. But it has an
-    end: of a value with more than 200,000 parts, or of a text with more than a million characters, the rest counts by
+    end: of a value with more than 100,000 parts, or of a text with more than a million characters, the rest counts by
     its length only.
     """
     text = json.dumps(_Canonical().of(value, 0), sort_keys=True, ensure_ascii=True, allow_nan=False)
