@@ -28,6 +28,7 @@ from .telemetry import secrets
 from .telemetry.core import Telemetry
 from .telemetry.errors import formatting_without_our_frames
 from .telemetry.guard import failed, guarded, reset_warnings, warn_once
+from .telemetry.ids import OwnJitter
 from .telemetry.spans import Operation
 
 _LOG: Final = logging.getLogger(__name__)
@@ -102,14 +103,15 @@ class DSPyInstrumentor(BaseInstrumentor):  # type: ignore[misc]
 
 def before_each_program(content: bool) -> Callable[[], None]:
     """What is looked at before each outermost call: it may have changed since the last one."""
-    look = Neighbours().look
-    if not content:
-        return look
+    neighbours = guarded("other instrumentations")(Neighbours().look)
+    exporters = guarded("exporters")(OwnJitter().look)
     refresh = guarded("secrets of the environment")(secrets.remember_environment_again)
 
     def look_around() -> None:
-        look()
-        refresh()
+        neighbours()
+        exporters()
+        if content:
+            refresh()
 
     return look_around
 

@@ -135,6 +135,12 @@ class LazyFields(collections.abc.Mapping):
         return "lazy"
 
 
+class Plain(pydantic.BaseModel):
+    """A model without any code."""
+
+    name: str = "n"
+
+
 class Model(pydantic.BaseModel):
     """With code of the user's wherever pydantic has room for it."""
 

@@ -1,12 +1,14 @@
-"""Span and trace ids that leave the ``random`` module alone.
+"""Span and trace ids, and waits between retries, that leave the ``random`` module alone.
 
-The SDK's default generator draws from the module's shared state. A program that calls ``random.seed()`` would get
-other numbers when it is watched, and the same ids in each of its runs.
+The SDK's default generator of ids, and the OTLP exporters when a backend is gone, draw from the module's shared state.
+A program that calls ``random.seed()`` would get other numbers when it is watched, and the same ids in each of its runs.
 """
 
 from __future__ import annotations
 
 import os
+import random
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -54,3 +56,28 @@ def with_system_ids(tracer: Tracer) -> Tracer:
     if kind.__name__ == "RandomIdGenerator" and kind.__module__.startswith("opentelemetry.sdk."):
         tracer.id_generator = SystemIds()  # type: ignore[attr-defined]
     return tracer
+
+
+# Where OTLP exporters draw how long to wait until they try again.
+_RETRYING: Final = ("opentelemetry.exporter.otlp.proto.grpc.exporter", "opentelemetry.exporter.otlp.common.http")
+
+
+class OwnJitter:
+    """Gives the modules of the OTLP exporters a random generator of their own, in place of the shared one.
+
+    For good: an exporter may still be trying again when instrumentation is switched off.
+    """
+
+    def __init__(self) -> None:
+        self._modules = 0
+
+    def look(self) -> None:
+        """Do so for those that are imported. Cheap enough for each outermost call: mostly nothing new is imported."""
+        count = len(sys.modules)
+        if count == self._modules:
+            return
+        self._modules = count
+        for name in _RETRYING:
+            module = sys.modules.get(name)
+            if getattr(module, "random", None) is random:
+                module.random = random.Random()  # type: ignore[union-attr]
