@@ -1,12 +1,11 @@
 #!/usr/bin/env bash
 # The Collector, Jaeger, Prometheus, MLflow and Phoenix on this machine, without Docker, with the same files as compose.yaml.
 #
-#   make collector jaeger               builds the first two (needs Go)
+#   make collector jaeger phoenix       gets these (the first two are built, and need Go)
 #   collector/run.sh                    runs what is there, says what is not, until Ctrl-C
 #   collector/run.sh jaeger prometheus  the Collector and just these
 #
-# Prometheus is Debian's package `prometheus`, or any `prometheus` on the PATH. MLflow and Phoenix are looked for in ./.venv,
-# on the PATH, and in PHOENIX (a path of its `phoenix` program: it is best kept in a venv of its own).
+# Prometheus is Debian's package `prometheus`, or any `prometheus` on the PATH. MLflow is looked for in ./.venv and on the PATH.
 #
 # SAMPLING=1 takes sampling.yaml in place of keep-all.yaml. DATA is where all data and logs go (default ./otel-data). Ports
 # are the variables below. Everything listens on the loopback interface only.
@@ -28,12 +27,9 @@ export PHOENIX_PORT=${PHOENIX_PORT:-6006} PHOENIX_GRPC_PORT=${PHOENIX_GRPC_PORT:
 
 collector=$("$here/install.sh" --path collector) || { echo "no Collector: run \`make collector\` first (needs Go)" >&2 && exit 1; }
 
-find_program() { # NAME [PATH]: a path that is given, ./.venv, the PATH
-  local place
-  for place in "${2:-}" ".venv/bin/$1" "$(command -v "$1" || true)"; do
-    if [ -n "$place" ] && [ -x "$place" ]; then echo "$place" && return; fi
-  done
-  return 1
+find_program() { # NAME: what install.sh got, ./.venv, the PATH
+  "$here/install.sh" --path "$1" 2>/dev/null && return
+  if [ -x ".venv/bin/$1" ]; then echo ".venv/bin/$1"; else command -v "$1"; fi
 }
 wanted() { [ "${#only[@]}" = 0 ] || [[ " ${only[*]} " == *" $1 "* ]]; }
 start() { # NAME COMMAND...: in the background, its own log
@@ -67,7 +63,7 @@ configs=(base content metrics file)
 if [ -n "${SAMPLING:-}" ]; then configs+=(sampling); else configs+=(keep-all); fi
 
 if wanted jaeger; then
-  if jaeger=$("$here/install.sh" --path jaeger); then
+  if jaeger=$(find_program jaeger); then
     PROMETHEUS_URL=http://localhost:$PROMETHEUS_PORT start jaeger "$jaeger" --config "$here/jaeger/jaeger.yaml"
     configs+=(jaeger)
   else
@@ -89,7 +85,7 @@ if wanted prometheus; then
   fi
 fi
 if wanted mlflow; then
-  if mlflow=$(find_program mlflow "${MLFLOW:-}"); then
+  if mlflow=$(find_program mlflow); then
     mkdir -p "$DATA/mlflow"
     # With LiteLLM installed and no network, a start would wait for LiteLLM's list of prices.
     LITELLM_LOCAL_MODEL_COST_MAP=True start mlflow "$mlflow" server --host 127.0.0.1 --port "$MLFLOW_PORT" --workers 1 \
@@ -101,13 +97,13 @@ if wanted mlflow; then
   fi
 fi
 if wanted phoenix; then
-  if phoenix=$(find_program phoenix "${PHOENIX:-}"); then
+  if phoenix=$(find_program phoenix); then
     mkdir -p "$DATA/phoenix"
     PHOENIX_HOST=127.0.0.1 PHOENIX_WORKING_DIR=$DATA/phoenix PHOENIX_TELEMETRY_ENABLED=false start phoenix "$phoenix" serve
     export PHOENIX_ENDPOINT=http://localhost:$PHOENIX_PORT
     configs+=(phoenix)
   else
-    echo "no Phoenix: pip install arize-phoenix, in a venv of its own"
+    echo "no Phoenix: \`make phoenix\` gets it"
   fi
 fi
 

@@ -67,14 +67,14 @@ def conversation(session: str, user: str) -> Any:
         context.detach(token)
 
 
-def production(seconds: float = 8.0) -> None:
+def production(seconds: float = 6.0) -> None:
     """Calls of two programs, some of which go wrong, for some seconds: rates need time."""
     program, dictionary, until = ColourFamily(), Dictionary(), time.monotonic() + seconds
     number = 0
     names = [
         CANARIES["input"],
         "unreadable once",
-        *(example.colour_name for example in load_examples("val", 40)),
+        *(example.colour_name for example in load_examples("val", 18)),
     ]
     while time.monotonic() < until or number < len(names):
         with conversation(SESSIONS[number % 3], CANARIES["user"]):
@@ -85,7 +85,7 @@ def production(seconds: float = 8.0) -> None:
                 with contextlib.suppress(Exception):
                     dictionary(word="unreadable always")
         number += 1
-        time.sleep(0.05)
+        time.sleep(0.2)
     asyncio.run(streamed(program))
     unreliable()
     # What an HTTP client's or another library's instrumentation may record in the same process.
@@ -99,7 +99,7 @@ def production(seconds: float = 8.0) -> None:
 
 async def streamed(program: Any) -> None:
     """Answers that arrive in chunks."""
-    for number in range(8):
+    for number in range(5):
         async for _ in dspy.streamify(program, is_async_program=False)(colour_name=f"streamed plum {number}"):
             pass
         await asyncio.sleep(0.3)
@@ -108,7 +108,7 @@ async def streamed(program: Any) -> None:
 def unreliable() -> None:
     """Calls that fail once and are tried again, and calls that fail for good."""
     answer = dspy.Predict("word -> meaning")
-    for number in range(6):
+    for number in range(4):
         with dspy.context(lm=dspy.settings.lm.copy(num_retries=1)):
             answer(word=f"fails once {number}")
         with contextlib.suppress(Exception):
@@ -118,7 +118,7 @@ def unreliable() -> None:
 def evaluation() -> None:
     """The same program, evaluated twice."""
     for _ in range(2):
-        dspy.Evaluate(devset=load_examples("val", 12), metric=same_family, num_threads=2)(ColourFamily())
+        dspy.Evaluate(devset=load_examples("val", 8), metric=same_family, num_threads=2)(ColourFamily())
         time.sleep(2)
 
 
@@ -135,14 +135,14 @@ def mipro() -> None:
         max_labeled_demos=2,
         num_threads=2,
     )
-    options = {"num_trials": 5, "minibatch_size": 5, "minibatch_full_eval_steps": 2}
+    options = {"num_trials": 4, "minibatch_size": 5, "minibatch_full_eval_steps": 2}
     optimizer.compile(ColourFamily(), trainset=load_examples("train", 16), valset=load_examples("val", 10), **options)
 
 
 def gepa() -> None:
     """A small GEPA run."""
     optimizer = dspy.GEPA(
-        metric=same_family_with_feedback, reflection_lm=dspy.settings.lm, max_metric_calls=60, num_threads=2
+        metric=same_family_with_feedback, reflection_lm=dspy.settings.lm, max_metric_calls=40, num_threads=2
     )
     optimizer.compile(ColourFamily(), trainset=load_examples("train", 12), valset=load_examples("val", 6))
 

@@ -1,0 +1,163 @@
+"""The Collector and the backends as real processes on free loopback ports, with the configuration files of `collector/`."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlencode
+
+import pytest
+
+from tests.support.mlflow_server import free_port
+
+ROOT = Path(__file__).parents[2]
+COLLECTOR = ROOT / "collector"
+CONFIG = COLLECTOR / "config"
+
+
+def program(name: str) -> str:
+    """Where a program is that `make` has got or the machine has, or skip the test and say how to get it."""
+    done = subprocess.run(["bash", COLLECTOR / "install.sh", "--path", name], capture_output=True, text=True)
+    if done.returncode == 0:
+        return done.stdout.strip()
+    if name in {"prometheus", "promtool"}:
+        return shutil.which(name) or pytest.skip(f"no {name} on this machine: Debian's package `prometheus` has it")
+    needs = {"collector": " (needs Go)", "jaeger": " (needs Go)"}.get(name, "")
+    pytest.skip(f"no {name} on this machine: `make {name}` gets it{needs}")
+
+
+def wait_for(condition: Callable[[], Any], seconds: float, what: str) -> Any:
+    """What `condition()` gives once it is true; a test failure that names `what` when it does not become so in time."""
+    until = time.monotonic() + seconds
+    while True:
+        try:
+            found = condition()
+        except (OSError, urllib.error.URLError, ValueError) as error:
+            found, last = None, f" ({type(error).__name__}: {error})"
+        else:
+            last = f" (last: {found!r:.200})"
+        if found:
+            return found
+        if time.monotonic() > until:
+            pytest.fail(f"{what}: not within {seconds:.0f} s{last}")
+        time.sleep(0.2)
+
+
+def get(url: str, **parameters: Any) -> Any:
+    """The JSON that a GET request is answered with."""
+    query = "?" + urlencode(parameters, doseq=True) if parameters else ""
+    with urllib.request.urlopen(url + query, timeout=30) as answer:
+        return json.load(answer)
+
+
+class Process:
+    """A server with its children: started, ended, killed.
+
+    Args:
+        command: the program and its arguments.
+        log: file that its output is added to.
+        environment: variables beside those of this process (of which no OTEL_, MLFLOW_ or PHOENIX_ one is passed on).
+        ready: a URL that answers when it is up.
+    """
+
+    def __init__(self, command: Sequence[str | Path], log: Path, environment: Mapping[str, str], ready: str) -> None:
+        self.command, self.log, self.ready = [str(part) for part in command], log, ready
+        foreign = ("OTEL_", "MLFLOW_", "PHOENIX_", "COLLECTOR_")
+        self.environment = {k: v for k, v in os.environ.items() if not k.startswith(foreign)} | dict(environment)
+
+    def start(self, within: float = 60) -> None:
+        """Start it, and wait until it answers."""
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(
+                self.command, env=self.environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True, cwd=ROOT
+            )
+        wait_for(self._answers, within, f"{Path(self.command[0]).name} answers; see {self.log}")
+
+    def _answers(self) -> bool:
+        if self.process.poll() is not None:
+            pytest.fail(f"{self.command[0]} ended:\n{self.log.read_text(errors='replace')[-3000:]}")
+        with urllib.request.urlopen(self.ready, timeout=5):
+            return True
+
+    def stop(self, with_signal: int = signal.SIGTERM) -> None:
+        """End it and its children, gently unless told otherwise."""
+        for each in (with_signal, signal.SIGKILL):
+            try:
+                os.killpg(self.process.pid, each)
+                self.process.wait(20)
+            except (ProcessLookupError, subprocess.TimeoutExpired):
+                continue
+
+    def kill(self) -> None:
+        """End it without a chance to do anything."""
+        self.stop(signal.SIGKILL)
+
+
+class Collector(Process):
+    """A Collector of some of the files in `collector/config`.
+
+    Attributes:
+        grpc, http: endpoints for `OTEL_EXPORTER_OTLP_ENDPOINT`.
+        directory: where its queues, files and log are.
+    """
+
+    def __init__(self, directory: Path, files: Sequence[str | Path], environment: Mapping[str, str] = {}) -> None:
+        names = ("GRPC", "HTTP", "HEALTH", "TELEMETRY", "PROMETHEUS")
+        ports = {f"COLLECTOR_{name}_PORT": str(free_port()) for name in names}
+        settings = {"COLLECTOR_STORAGE": str(directory / "queues"), "COLLECTOR_FILES": str(directory), **ports}
+        configs = [f"--config={CONFIG / f'{file}.yaml' if isinstance(file, str) else file}" for file in files]
+        self.directory = directory
+        self.grpc = f"http://127.0.0.1:{ports['COLLECTOR_GRPC_PORT']}"
+        self.http = f"http://127.0.0.1:{ports['COLLECTOR_HTTP_PORT']}"
+        self.telemetry = f"http://127.0.0.1:{ports['COLLECTOR_TELEMETRY_PORT']}/metrics"
+        health = f"http://127.0.0.1:{ports['COLLECTOR_HEALTH_PORT']}"
+        super().__init__([program("collector"), *configs], directory / "collector.log", {**settings, **environment}, health)
+
+    def number(self, metric: str, containing: str = "") -> float:
+        """The sum of one of the Collector's own metrics over the series whose labels contain a text."""
+        return own_metric(self.telemetry, metric, containing)
+
+
+def own_metric(url: str, metric: str, containing: str = "") -> float:
+    """The sum of a metric on a page for Prometheus, over the series whose labels contain a text."""
+    with urllib.request.urlopen(url, timeout=10) as answer:
+        lines = answer.read().decode().splitlines()
+    found = [line for line in lines if line.startswith(metric + "{") and containing in line]
+    return sum(float(line.rsplit(" ", 1)[1]) for line in found)
+
+
+@contextmanager
+def running(process: Process, within: float = 60) -> Iterator[Process]:
+    """Start a process for the length of a block."""
+    process.start(within)
+    try:
+        yield process
+    finally:
+        process.stop()
+
+
+class Jaeger(Process):
+    """Jaeger with its traces in memory: `otlp` is where it takes them, `url` where it answers."""
+
+    def __init__(self, directory: Path, prometheus: str = "http://localhost:9") -> None:
+        otlp, query, grpc = free_port(), free_port(), free_port()
+        self.otlp, self.url = f"localhost:{otlp}", f"http://localhost:{query}"
+        settings = {"JAEGER_OTLP_PORT": str(otlp), "JAEGER_UI_PORT": str(query), "JAEGER_QUERY_GRPC_PORT": str(grpc)}
+        command = [program("jaeger"), f"--config={COLLECTOR / 'jaeger/jaeger.yaml'}"]
+        environment = {**settings, "PROMETHEUS_URL": prometheus}
+        super().__init__(command, directory / "jaeger.log", environment, f"{self.url}/api/services")
+
+    def traces(self, service: str, **parameters: Any) -> list[dict[str, Any]]:
+        """Traces of a service, as the query API gives them."""
+        found: list[dict[str, Any]] = get(f"{self.url}/api/traces", service=service, limit=20000, **parameters)["data"]
+        return found
