@@ -17,9 +17,9 @@ export UV_SYSTEM_CERTS = true
 export LITELLM_LOCAL_MODEL_COST_MAP = True
 export DSPY_CACHEDIR = $(CURDIR)/$(VENV)/dspy-cache
 
-.PHONY: help demo test test-slow test-integration test-all lint format matrix bench clean
+.PHONY: help demo test test-slow test-integration test-all lint format matrix bench backends collector jaeger phoenix rotel kafka clean
 help: ## show this
-	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 12
+	@sed -n 's/^\([a-z -]*\):.*## /\1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 18
 
 demo: $(VENV)/.demo ## run, evaluate and optimize a small program; see it in MLflow (no key, no network once installed)
 	@$(BIN)/dspy-otel demo $(ARGS)
@@ -49,6 +49,12 @@ matrix: ## the fast tests on oldest and newest DSPy and Python
 
 bench: $(VENV)/.bench ## what instrumentation costs
 	$(BIN)/python benchmarks/overhead.py $(ARGS)
+
+backends: ## the Collector and every backend that is on this machine, until Ctrl-C
+	@collector/run.sh
+
+collector jaeger phoenix rotel kafka: ## get it, once on this machine (the first two are built with Go)
+	@collector/install.sh $@
 
 clean: ## remove what was installed and made here
 	rm -rf $(VENV) .venv-* demo-mlflow mlruns dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -79,7 +79,12 @@ class Process:
         """Start it, and wait until it answers."""
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
-                self.command, env=self.environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True, cwd=ROOT
+                self.command,
+                env=self.environment,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                cwd=ROOT,
             )
         wait_for(self._answers, within, f"{Path(self.command[0]).name} answers; see {self.log}")
 
@@ -121,7 +126,9 @@ class Collector(Process):
         self.http = f"http://127.0.0.1:{ports['COLLECTOR_HTTP_PORT']}"
         self.telemetry = f"http://127.0.0.1:{ports['COLLECTOR_TELEMETRY_PORT']}/metrics"
         health = f"http://127.0.0.1:{ports['COLLECTOR_HEALTH_PORT']}"
-        super().__init__([program("collector"), *configs], directory / "collector.log", {**settings, **environment}, health)
+        super().__init__(
+            [program("collector"), *configs], directory / "collector.log", {**settings, **environment}, health
+        )
 
     def number(self, metric: str, containing: str = "") -> float:
         """The sum of one of the Collector's own metrics over the series whose labels contain a text."""

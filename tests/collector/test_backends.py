@@ -69,9 +69,7 @@ def test_jaeger_shows_lm_calls_and_the_optimization_that_made_a_program(jaeger: 
     for optimizer in ("MIPROv2", "GEPA"):
         compile_ = next(span for span in spans if span["operationName"] == f"compile {optimizer}")
         about = tags(compile_)
-        trials = [
-            tags(span) for span in jaeger[compile_["traceID"]]["spans"] if span["operationName"] == "trial"
-        ]
+        trials = [tags(span) for span in jaeger[compile_["traceID"]]["spans"] if span["operationName"] == "trial"]
         assert len(trials) == about["dspy.optimizer.trials.done"] > 2
         winner = next(t for t in trials if t["dspy.trial.number"] == about["dspy.optimizer.winner.trial"])
         assert winner["dspy.candidate.id"] == about["dspy.program.id"]
@@ -122,7 +120,10 @@ def test_prometheus_knows_tokens_cost_and_calls_to_the_last_one(stack: Stack) ->
         and not {"dspy.evaluation.id", "dspy.optimizer.run.id"} & span.attributes.keys()
     )
     labels = ("dspy_program_name", "dspy_program_id", "error_type")
-    assert stack.last("sum by (dspy_program_name, dspy_program_id, error_type) (dspy_program_calls_total)", *labels) == production
+    assert (
+        stack.last("sum by (dspy_program_name, dspy_program_id, error_type) (dspy_program_calls_total)", *labels)
+        == production
+    )
     events = Counter(
         (event["dspy.adapter.name"],)
         for span in stack.spans
@@ -150,7 +151,9 @@ def test_prometheus_shows_the_best_score_of_a_running_optimization(stack: Stack)
 
 
 def test_prometheus_knows_the_score_of_a_program_version(stack: Stack) -> None:
-    last = [s for s in stack.spans if s.name.startswith("evaluate ") and "dspy.optimizer.run.id" not in s.attributes][-1]
+    last = [s for s in stack.spans if s.name.startswith("evaluate ") and "dspy.optimizer.run.id" not in s.attributes][
+        -1
+    ]
     query = "max by (dspy_program_id) (dspy_program_evaluation_score)"
     assert stack.last(query, "dspy_program_id") == {
         (last.attributes["dspy.program.id"],): last.attributes["dspy.evaluation.score"]
@@ -285,14 +288,22 @@ def test_content_reaches_only_who_may_see_it_and_secrets_reach_nobody(
 ) -> None:
     places = {
         "jaeger": json.dumps(jaeger).encode(),
-        "prometheus": json.dumps(get(f"{stack.url('prometheus')}/api/v1/series", **{"match[]": '{__name__=~".+"}'})).encode(),
+        "prometheus": json.dumps(
+            get(f"{stack.url('prometheus')}/api/v1/series", **{"match[]": '{__name__=~".+"}'})
+        ).encode(),
         "mlflow": b"".join(path.read_bytes() for path in (stack.directory / "mlflow").glob("mlflow.db*")),
         "phoenix": b"".join(path.read_bytes() for path in (stack.directory / "phoenix").glob("phoenix.db*")),
         "traces": (stack.directory / "files/traces.jsonl").read_bytes(),
     }
     seen = {place: {name for name, text in CANARIES.items() if text.encode() in data} for place, data in places.items()}
     everything = set(CANARIES)
-    assert seen == {"jaeger": set(), "prometheus": set(), "mlflow": everything, "phoenix": everything, "traces": everything}
+    assert seen == {
+        "jaeger": set(),
+        "prometheus": set(),
+        "mlflow": everything,
+        "phoenix": everything,
+        "traces": everything,
+    }
     places["logs"] = (stack.directory / "files/logs.jsonl").read_bytes()
     assert [place for place, data in places.items() if SECRET.encode() in data] == []
     # The guard keeps what says nothing: the same person is still the same value.

@@ -1,0 +1,153 @@
+"""What arrives when a backend is down and the Collector is killed, under load. Counted, span by span."""
+
+from __future__ import annotations
+
+import secrets
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
+from opentelemetry.sdk.resources import Resource
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import BatchSpanProcessor
+from opentelemetry.trace import Status, StatusCode
+
+from tests.collector.stack import Collector, Jaeger, running, wait_for
+from tests.support.otlp_receiver import OtlpReceiver
+
+pytestmark = pytest.mark.integration
+
+SECONDS = 20
+"""How long the load lasts; the backend is away for all of it, the Collector is killed in the middle."""
+
+
+class Load:
+    """Traces of three spans at a steady rate, sent by the SDK as a program sends its own. `sent` are their ids."""
+
+    def __init__(self, endpoint: str, rate: float) -> None:
+        provider = TracerProvider(resource=Resource({"service.name": "load"}))
+        exporter = OTLPSpanExporter(endpoint, insecure=True, timeout=30)  # retries for that long
+        provider.add_span_processor(BatchSpanProcessor(exporter, schedule_delay_millis=200))
+        self.provider, self.rate, self.sent = provider, rate, set[str]()
+
+    def run(self, seconds: float) -> None:
+        """Make traces for some seconds, then hand over what is left."""
+        tracer, until = self.provider.get_tracer("load"), time.monotonic() + seconds
+        while time.monotonic() < until:
+            with tracer.start_as_current_span("invoke_workflow App") as root:
+                for name in ("Predict answer", "chat gpt-4o-mini"):
+                    with tracer.start_as_current_span(name, attributes={"input.value": secrets.token_hex(200)}) as span:
+                        self.sent.add(f"{span.get_span_context().span_id:016x}")
+            self.sent.add(f"{root.get_span_context().span_id:016x}")
+            time.sleep(1 / self.rate)
+        self.provider.shutdown()
+
+
+@contextmanager
+def under(load: Load, seconds: float) -> Iterator[None]:
+    """Run a load beside the block, and wait for its end."""
+    thread = threading.Thread(target=load.run, args=(seconds,))
+    thread.start()
+    yield
+    thread.join()
+
+
+def test_a_backend_that_is_down_and_a_killed_collector_lose_no_span(tmp_path: Path) -> None:
+    jaeger = Jaeger(tmp_path)
+    files = ("base", "keep-all", "content", "jaeger", "file")
+    collector = Collector(tmp_path, files, {"JAEGER_OTLP": jaeger.otlp})
+    collector.start()
+    try:
+        load = Load(collector.grpc, rate=50)
+        with under(load, SECONDS):
+            time.sleep(SECONDS / 2)
+            assert collector.number("otelcol_exporter_queue_size", "jaeger") > 0
+            collector.kill()
+            time.sleep(1)
+            collector.start()
+        assert len(load.sent) > SECONDS * 50  # three for each trace, less what a busy machine takes away
+        with running(jaeger):
+
+            def arrived() -> set[str]:
+                return {span["spanID"] for trace in jaeger.traces("load") for span in trace["spans"]}
+
+            wait_for(lambda: arrived() >= load.sent, 90, "all spans in Jaeger")
+            assert arrived() == load.sent
+            wait_for(lambda: collector.number("otelcol_exporter_queue_size", "jaeger") == 0, 30, "an empty queue")
+            assert collector.number("otelcol_exporter_send_failed_spans") == 0
+    finally:
+        collector.stop()
+
+
+def test_tail_sampling_keeps_what_matters_and_a_share_of_the_rest(tmp_path: Path) -> None:
+    kinds = {
+        "optimization": {"dspy.optimizer.run.id": "r", "name": "propose"},
+        "trial": {"dspy.optimizer.run.id": "r", "name": "trial"},
+        "evaluation": {"dspy.evaluation.id": "e", "name": "evaluate App"},
+        "low score": {"dspy.evaluation.id": "e", "dspy.example.score": 0.25, "name": "example App"},
+        "good example": {"dspy.evaluation.id": "e", "dspy.example.score": 1.0, "name": "example App"},
+        "error": {"fails": True},
+        "parse error": {"event": "dspy.adapter.parse_error"},
+        "slow": {"seconds": 20},
+        "plain": {},
+    }
+    with OtlpReceiver() as receiver:
+        settings = {
+            "DECISION_WAIT": "2s",
+            "KEEP_REST_PERCENT": "20",
+            "KEEP_EXAMPLES_PERCENT": "40",
+            "PHOENIX_ENDPOINT": receiver.http,
+        }
+        with running(Collector(tmp_path, ("base", "sampling", "content", "phoenix"), settings)) as collector:
+            provider = TracerProvider()
+            provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(collector.grpc, insecure=True)))
+            tracer, number = provider.get_tracer("sampling"), 200
+            for kind, about in kinds.items():
+                for _ in range(number):
+                    attributes = {key: value for key, value in about.items() if "." in key}
+                    begin = time.time_ns() - int(about.get("seconds", 1) * 1e9)
+                    with tracer.start_as_current_span(
+                        "invoke_workflow App", attributes={"kind": kind}, start_time=begin
+                    ):
+                        with tracer.start_as_current_span(about.get("name", "chat m"), attributes=attributes) as span:
+                            if "event" in about:
+                                span.add_event(about["event"])
+                            if "fails" in about:
+                                span.set_status(Status(StatusCode.ERROR))
+            provider.shutdown()
+
+            def kept(kind: str) -> int:
+                return sum(span.attributes.get("kind") == kind for span in receiver.spans("invoke_workflow"))
+
+            always = [kind for kind in kinds if kind not in ("plain", "good example")]
+            wait_for(lambda: all(kept(kind) == number for kind in always) and kept("plain"), 30, "the sampled traces")
+            time.sleep(3)
+            assert {kind: kept(kind) for kind in always} == dict.fromkeys(always, number)
+            assert 10 <= kept("plain") <= 70  # 20 % of 200: more than 5 standard deviations on each side
+            # Either share may keep a good example: 40 % and 20 % of the rest of it at most.
+            assert 45 <= kept("good example") <= 140
+            # Traces are whole, or not there.
+            assert len(receiver.spans()) == 2 * len(receiver.spans("invoke_workflow"))
+
+
+def test_what_a_killed_collector_loses_while_tail_sampling_decides(tmp_path: Path) -> None:
+    """The price of sampling.yaml, as it says there: what waits in memory, and nothing else."""
+    with OtlpReceiver() as receiver:
+        settings = {"DECISION_WAIT": "5s", "KEEP_REST_PERCENT": "100", "PHOENIX_ENDPOINT": receiver.http}
+        collector = Collector(tmp_path, ("base", "sampling", "content", "phoenix"), settings)
+        collector.start()
+        try:
+            early, late = Load(collector.grpc, rate=20), Load(collector.grpc, rate=20)
+            early.run(3)
+            wait_for(lambda: {span.id for span in receiver.spans()} == early.sent, 30, "the decided traces")
+            late.run(2)
+            collector.kill()
+            collector.start()
+            time.sleep(8)
+            assert {span.id for span in receiver.spans()} == early.sent
+        finally:
+            collector.stop()
