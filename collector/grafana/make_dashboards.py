@@ -2,8 +2,8 @@
 
     python collector/grafana/make_dashboards.py
 
-One line is one panel: title, unit, width (of 24), and its queries as (PromQL, legend). A test compares the files with what
-this writes, and runs every query against a Prometheus.
+One entry is one panel: title, unit, width (of 24), and its queries as (PromQL, legend). A test compares the files
+with what this writes, and runs every query against a Prometheus.
 """
 
 from __future__ import annotations

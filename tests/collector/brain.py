@@ -1,4 +1,4 @@
-"""The demo's embedded model behind a real HTTP server, and a program that talks to it under `opentelemetry-instrument`."""
+"""The demo's embedded model behind a real HTTP server, and a program under `opentelemetry-instrument` that asks it."""
 
 from __future__ import annotations
 

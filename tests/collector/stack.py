@@ -1,4 +1,4 @@
-"""The Collector and the backends as real processes on free loopback ports, with the configuration files of `collector/`."""
+"""The Collector and the backends as real processes on free loopback ports, configured by the files in `collector/`."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import time
 import urllib.error
 import urllib.request
+import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -168,3 +170,50 @@ class Jaeger(Process):
         """Traces of a service, as the query API gives them."""
         found: list[dict[str, Any]] = get(f"{self.url}/api/traces", service=service, limit=20000, **parameters)["data"]
         return found
+
+
+class Kafka(Process):
+    """One Kafka broker on loopback, topics with four partitions."""
+
+    def __init__(self, directory: Path) -> None:
+        java = shutil.which("java") or pytest.skip("no Java on this machine: Kafka needs it")
+        port, controller = free_port(), free_port()
+        self.brokers = f"127.0.0.1:{port}"
+        settings = directory / "kafka.properties"
+        settings.write_text(
+            "process.roles=broker,controller\nnode.id=1\n"
+            f"controller.quorum.voters=1@127.0.0.1:{controller}\n"
+            f"listeners=PLAINTEXT://127.0.0.1:{port},CONTROLLER://127.0.0.1:{controller}\n"
+            "controller.listener.names=CONTROLLER\n"
+            f"log.dirs={directory / 'kafka'}\nnum.partitions=4\nmessage.max.bytes=8000000\n"
+            "offsets.topic.replication.factor=1\ngroup.initial.rebalance.delay.ms=0\n"
+        )
+        run = [java, "-Xmx512m", "-cp", f"{program('kafka')}/*"]
+        subprocess.run(
+            [*run, "kafka.tools.StorageTool", "format", "-t", uuid.uuid4().hex[:22], "-c", settings],
+            check=True,
+            capture_output=True,
+        )
+        super().__init__([*run, "kafka.Kafka", settings], directory / "kafka.log", {}, "")
+
+    def _answers(self) -> bool:
+        host, port = self.brokers.split(":")
+        with socket.create_connection((host, int(port)), 5):
+            return True
+
+
+class Rotel(Process):
+    """rotel, handing everything to one OTLP receiver by gRPC; `grpc` is where it takes it."""
+
+    def __init__(self, directory: Path, endpoint: str) -> None:
+        grpc, http = free_port(), free_port()
+        self.grpc = f"http://127.0.0.1:{grpc}"
+        listen = ["--otlp-grpc-endpoint", f"127.0.0.1:{grpc}", "--otlp-http-endpoint", f"127.0.0.1:{http}"]
+        command = [program("rotel"), "start", "--exporter", "otlp", "--otlp-exporter-endpoint", endpoint, *listen]
+        super().__init__(command, directory / "rotel.log", {"HOME": str(directory)}, f"http://127.0.0.1:{http}")
+
+    def _answers(self) -> bool:
+        try:
+            return super()._answers()
+        except urllib.error.HTTPError:  # it is up, and has no such page
+            return True

@@ -9,8 +9,8 @@ from collections import Counter
 from typing import Any
 
 import pytest
-
 from collector.grafana.make_dashboards import dashboards
+
 from tests.collector.conftest import Span, Stack
 from tests.collector.stack import COLLECTOR, get, program, wait_for
 from tests.collector.workload import CANARIES, SECRET, SESSIONS

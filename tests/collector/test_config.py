@@ -1,4 +1,4 @@
-"""The files in `collector/` hold together: streams, the content guard's lists, dashboards, compose. No server needed."""
+"""The files in `collector/` hold together: streams, the content guard's lists, dashboards, compose. No server."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import yaml
-
 from collector.grafana.make_dashboards import DIRECTORY, dashboards, text
+
 from tests.collector.stack import COLLECTOR, CONFIG, ROOT
 
 FILES = sorted(path for folder in (CONFIG, COLLECTOR / "scale") for path in folder.glob("*.yaml"))
