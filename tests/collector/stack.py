@@ -141,7 +141,7 @@ def own_metric(url: str, metric: str, containing: str = "") -> float:
     """The sum of a metric on a page for Prometheus, over the series whose labels contain a text."""
     with urllib.request.urlopen(url, timeout=10) as answer:
         lines = answer.read().decode().splitlines()
-    found = [line for line in lines if line.startswith(metric + "{") and containing in line]
+    found = [line for line in lines if line.startswith((metric + "{", metric + " ")) and containing in line]
     return sum(float(line.rsplit(" ", 1)[1]) for line in found)
 
 
