@@ -15,6 +15,8 @@ import pytest
 # Both are read when DSPy and LiteLLM are imported.
 os.environ.setdefault("LITELLM_LOCAL_MODEL_COST_MAP", "True")
 os.environ.setdefault("DSPY_CACHEDIR", tempfile.mkdtemp(prefix="dspy-otel-tests-"))
+# What tests could not send is nobody's business outside of them.
+os.environ["XDG_STATE_HOME"] = tempfile.mkdtemp(prefix="dspy-otel-tests-state-")
 
 from dspy_otel import DSPyInstrumentor
 from dspy_otel.telemetry import guard, secrets

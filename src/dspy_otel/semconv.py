@@ -288,6 +288,11 @@ METRIC_OPTIMIZER_LM_CALLS: Final = "dspy.optimizer.lm_calls"
 METRIC_OPTIMIZER_COST: Final = "dspy.optimizer.cost"
 METRIC_OPTIMIZER_DURATION: Final = "dspy.optimizer.duration"
 
+METRIC_SPANS_EXPORTED: Final = "otel.sdk.exporter.span.exported"
+"""OpenTelemetry's own name for what becomes of the spans of an exporter."""
+OTEL_COMPONENT_TYPE: Final = "otel.component.type"
+OTEL_COMPONENT_NAME: Final = "otel.component.name"
+
 TRIAL_OUTCOME: Final = "dspy.trial.outcome"
 
 EXAMPLE_OUTCOME: Final = "dspy.example.outcome"

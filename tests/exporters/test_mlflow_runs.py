@@ -6,6 +6,7 @@ import logging
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,8 +15,9 @@ from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor, SimpleSpanProcessor
 
 from dspy_otel import semconv as sc
-from dspy_otel.exporters.mlflow import MLflowSpanExporter, delivery, runs
+from dspy_otel.exporters.mlflow import MLflowSpanExporter, delivery, runs, writer
 from dspy_otel.exporters.mlflow.base import ExportError
+from dspy_otel.exporters.mlflow.otlp import decode
 from dspy_otel.exporters.mlflow.runs import RunTracker, exporters_of, track_runs
 from dspy_otel.exporters.mlflow.tree import Run, Score, program_params, safe_key
 
@@ -90,6 +92,9 @@ class Memory:
     def read_artifact(self, run_id: str, artifact_uri: str, path: str) -> str | None:
         return None
 
+    def alive(self) -> bool:
+        return True
+
     def explain(self, error: Exception) -> ExportError:
         return error if isinstance(error, ExportError) else ExportError("other", repr(error), permanent=True)
 
@@ -103,8 +108,8 @@ class Memory:
 class Exporter(MLflowSpanExporter):
     """Ours, with a store in memory at the other end."""
 
-    def __init__(self, store: Memory) -> None:
-        super().__init__("sqlite:///never-opened.db")
+    def __init__(self, store: Memory, runs: bool = True) -> None:
+        super().__init__("sqlite:///never-opened.db", runs=runs)
         self.store = store
         self.down = False
 
@@ -112,6 +117,9 @@ class Exporter(MLflowSpanExporter):
         if self.down:
             raise ExportError("unreachable", "down")
         self.store.delivered |= {f"tr-{span.context.trace_id:032x}" for span in spans}
+
+    def alive(self) -> bool:
+        return not self.down
 
     def open_runs(self, stopped: threading.Event) -> Any:
         return self.store
@@ -151,7 +159,7 @@ class Program:
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runs, "_LINGER", 0.01)
-    monkeypatch.setattr(runs, "_BACKOFF", (0.01, 0.02))
+    monkeypatch.setattr(writer, "_BACKOFF", (0.01, 0.02))
     monkeypatch.setattr(delivery, "_LINGER", 0.01)
     monkeypatch.setattr(delivery, "_PAUSES", (0.01,))
 
@@ -333,16 +341,20 @@ def test_spans_of_others_go_along_and_spans_from_before_too(store: Memory) -> No
     provider.shutdown()
 
 
-def test_one_tracker_for_each_exporter_that_wants_one(store: Memory) -> None:
+def test_one_tracker_for_each_exporter_and_runs_for_those_that_want_them(store: Memory) -> None:
     provider = TracerProvider(shutdown_on_exit=False)
-    exporter, without = Exporter(store), MLflowSpanExporter("sqlite:///x.db", runs=False)
+    exporter, without = Exporter(store), Exporter(Memory(), runs=False)
     for one in (exporter, without):
         provider.add_span_processor(BatchSpanProcessor(one))
     track_runs(provider)
     track_runs(provider)
     assert set(exporters_of(provider)) == {exporter, without}
     assert isinstance(exporter.tracker, RunTracker)
-    assert without.tracker is None
+    span = provider.get_tracer(sc.SCOPE_NAME).start_span("evaluate QA", attributes={sc.EVALUATION_ID: "e"})
+    span.end()
+    assert provider.force_flush()
+    assert [len(one.store.delivered) for one in (exporter, without)] == [1, 1]
+    assert [list(one.store.runs) for one in (exporter, without)] == [["id of evaluation/e"], []]
     track_runs(trace.NoOpTracerProvider())
     provider.shutdown()
 
@@ -361,9 +373,12 @@ def test_keys_are_those_that_mlflow_takes() -> None:
     assert safe_key("describe[0].instructions é") == "describe_0_.instructions _"
 
 
-def test_a_batch_that_breaks_mlflow_is_given_up_and_the_rest_goes_on(
-    program: Program, store: Memory, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("spool", ["on", "off"])
+def test_a_batch_that_breaks_mlflow_is_put_aside_and_the_rest_goes_on(
+    store: Memory, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path, spool: str
 ) -> None:
+    monkeypatch.setenv("OTEL_DSPY_SPOOL", str(tmp_path) if spool == "on" else "off")
+    program = Program(store)
     write = program.exporter.write
     tries = 0
 
@@ -380,9 +395,15 @@ def test_a_batch_that_breaks_mlflow_is_given_up_and_the_rest_goes_on(
     program.compile().end()
     assert program.provider.force_flush()
     assert tries == delivery._MOST_TRIES + 1
-    assert program.exporter.tracker._delivery.lost == 1
     assert store.links == {"id of r1": [next(iter(store.delivered))]}
-    assert [record.message for record in caplog.records if "They are lost" in record.message]
+    program.provider.shutdown()
+    line = next(record.message for record in caplog.records if "not written: 1 spans" in record.message)
+    if spool == "on":
+        assert "dspy-otel replay" in line
+        (file,) = tmp_path.glob("*/refused-*.pb")
+        assert [span.name for span in decode(file.read_bytes())] == ["poison"]
+    else:
+        assert line.endswith("not written: 1 spans, lost.")
 
 
 def test_in_a_nested_trace_the_score_is_on_the_span_of_the_example(program: Program, store: Memory) -> None:

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
 
+from dspy_otel.cli import replay
 from dspy_otel.version import __version__
 
 _NEEDED = {
@@ -52,7 +53,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="record prompts and answers (default: yes, the data is public)",
     )
     demo.add_argument("--quick", action="store_true", help="less data and fewer trials")
+    replay.add_parser(commands)
     options = parser.parse_args(argv)
+    if options.command == "replay":
+        return replay.run(options)
 
     missing = [package for module, package in _NEEDED.items() if not _installed(module)]
     if missing:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
@@ -34,11 +35,40 @@ class Destination(Protocol):
     def send(self, spans: Sequence[ReadableSpan]) -> None:
         """Deliver a batch."""
 
+    def alive(self) -> bool:
+        """Whether it answers at all."""
+
     def after_fork(self) -> None:
         """In a forked child: give up connections that the parent process still uses."""
 
     def close(self) -> None:
         """Release connections."""
+
+
+class Patience:
+    """How long a request may take; less when the program ends.
+
+    Args:
+        seconds: for one request.
+
+    Attributes:
+        insists: whether a request is sent again at once when it fails. Who has a queue need not hold it up.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self._until = float("inf")
+        self.insists = True
+
+    @property
+    def seconds(self) -> float:
+        """For the next request."""
+        return max(0.5, min(self._seconds, self._until - time.monotonic()))
+
+    def hurry(self, seconds: float, until: float) -> None:
+        """The program ends: at most so many seconds for one request, and none after ``until`` (monotonic clock)."""
+        self._seconds = min(self._seconds, seconds)
+        self._until = until
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,9 @@
 
 ``BatchSpanProcessor`` holds 2,048 spans and drops what comes on top; a burst of a fast evaluation is more than that,
 and so is what ends while a server restarts. Once runs are recorded, spans come this way instead, from the same place.
+
+They wait in memory; when there are too many, the oldest go to the spool on disk, and are sent from there. When that is
+full or off, spans of evaluated examples and of plain calls are dropped, never those of compiles, trials, evaluations.
 """
 
 from __future__ import annotations
@@ -11,27 +14,43 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Final
+from pathlib import Path
+from typing import Final, NamedTuple
 
 from opentelemetry.instrumentation.utils import suppress_instrumentation
 from opentelemetry.sdk.trace import ReadableSpan
 
 from dspy_otel.exporters.mlflow.base import ExportError, first_line
+from dspy_otel.exporters.mlflow.pace import Pace
+from dspy_otel.exporters.mlflow.spool import Spool, SpoolError
 
 _logger = logging.getLogger(__name__)
 
-MAX_SPANS: Final = 100_000
-"""Most spans waiting. What ends above it is lost, and counted."""
+MAX_BYTES: Final = 64 * 1024 * 1024
+"""Most that spans may take in memory, roughly; what is above goes to the spool. At twice that, spans are dropped."""
+_SPAN_BYTES: Final = 3000
+"""What a span takes beside its text: measured, with the attributes of an LM call."""
 _BATCH: Final = 512
+_SPILL: Final = 2048
+"""Spans in one file, at most."""
 _LINGER: Final = 1.0
 """Seconds between a span and its batch; a full batch goes sooner."""
 _PAUSES: Final = (1.0, 2.0, 5.0)
 _TRIES_AT_EXIT: Final = 2
 _MOST_TRIES: Final = 12
-"""For one batch, when MLflow can be reached: about 50 s. It may be the batch that MLflow cannot take."""
-_AWAY: Final = frozenset({"unreachable", "credentials"})
-_PASSING: Final = frozenset({*_AWAY, "write", "store", "answer"})
-"""Causes that may be over the next time; a batch that is refused for another one is given up."""
+"""For one batch, when MLflow works otherwise: about 50 s. It may be the batch that MLflow cannot take."""
+_AGAIN: Final = 30.0
+"""Seconds after a failure to write to the spool before the next attempt."""
+_AWAY: Final = frozenset({"unreachable", "credentials", "store", "endpoint", "experiment", "redirect", "request"})
+"""Causes that have nothing to do with what is sent, and last until somebody puts it right."""
+_PASSING: Final = frozenset({*_AWAY, "write", "answer"})
+
+
+class _Batch(NamedTuple):
+    """Spans on their way; ``path`` is their file, if they come from the spool."""
+
+    spans: list[ReadableSpan]
+    path: Path | None
 
 
 class Delivery:
@@ -40,41 +59,73 @@ class Delivery:
     Args:
         send: delivers a batch or raises.
         sent: told of each delivered batch.
+        alive: whether MLflow answers at all.
+        precious: whether a span belongs to a compile, a trial or an evaluation.
+        counted: told of spans that are done: how many, and why they were lost, if they were.
+        spool: where spans go when there is no more room, or no more time; None for nowhere.
+        pace: keeps out of a busy program's way.
     """
 
     def __init__(
-        self, send: Callable[[Sequence[ReadableSpan]], None], sent: Callable[[Sequence[ReadableSpan]], None]
+        self,
+        send: Callable[[Sequence[ReadableSpan]], None],
+        sent: Callable[[Sequence[ReadableSpan]], None],
+        *,
+        alive: Callable[[], bool],
+        precious: Callable[[ReadableSpan], bool],
+        counted: Callable[[int, str | None], None],
+        spool: Spool | None,
+        pace: Pace,
     ) -> None:
         self._send = send
         self._sent = sent
-        self._queue: deque[ReadableSpan] = deque()
+        self._alive = alive
+        self._precious = precious
+        self._counted = counted
+        self.spool = spool
+        self._pace = pace
+        self._queue: deque[tuple[ReadableSpan, int]] = deque()
+        self._bytes = 0
+        self._current: _Batch | None = None
         self._lock = threading.Lock()
         self._wake = threading.Event()
         self._stop = threading.Event()
         self._idle = threading.Event()
         self._idle.set()
         self._thread: threading.Thread | None = None
+        self._spilling = False
+        self._no_spool_until = 0.0
         self._deadline = float("inf")
         self._failures = 0
         self._reported: set[str] = set()
+        self.dead = False
+        """Trying again cannot help."""
+        self.done = 0
         self.lost = 0
+        self.kept = 0
+        """Spans that were left in the spool at the end."""
 
     @property
     def waiting(self) -> int:
-        """Spans that are not yet sent."""
-        return len(self._queue)
+        """Spans that are not yet sent, the spool's included."""
+        spooled = 0 if self.spool is None else self.spool.waiting()
+        current = self._current
+        return len(self._queue) + spooled + (len(current.spans) if current and current.path is None else 0)
 
     def put(self, span: ReadableSpan) -> None:
         """Add a span; never waits."""
-        if self._stop.is_set() or len(self._queue) >= MAX_SPANS:
-            self.lost += 1
+        size = weight(span)
+        if self._stop.is_set() or (self._bytes > 2 * MAX_BYTES and not self._precious(span)):
+            self._lose(1, "already_shutdown" if self._stop.is_set() else "queue_full")
             return
         self._idle.clear()
-        self._queue.append(span)
-        if self._thread is None:
-            with self._lock:
-                if self._thread is None:
-                    self._thread = start_thread(self._run, "dspy-otel-mlflow-spans")
+        with self._lock:
+            self._queue.append((span, size))
+            self._bytes += size
+            if self._thread is None:
+                self._thread = start_thread(self._run, "dspy-otel-mlflow-spans")
+        if self._bytes > MAX_BYTES and not self._spilling and self.spool is not None:
+            self._start_to_spill()
         if len(self._queue) >= _BATCH or not self._wake.is_set():
             self._wake.set()
 
@@ -92,60 +143,218 @@ class Delivery:
             self._thread.join(max(0.0, deadline - time.monotonic()))
         elif self._queue:
             self._run()
-        self.lost += len(self._queue)
 
+    def leave(self) -> None:
+        """Put what has not been sent into the spool. Nothing else must be called after it."""
+        with self._lock:
+            spans = [] if self._current is None or self._current.path is not None else list(self._current.spans)
+            spans += [span for span, _ in self._queue]
+            self._queue.clear()
+        for start in range(0, len(spans), _SPILL):
+            some = spans[start : start + _SPILL]
+            if self.spool is None:
+                self._lose(len(some), "not_sent")
+                continue
+            try:
+                dropped = self.spool.put(some, self._precious)
+            except SpoolError as error:
+                self._report("spool", f"Spans cannot be kept: {error}.")
+                dropped = len(some)
+            self._lose(dropped, "spool_full")
+        self.kept = 0 if self.spool is None else self.spool.waiting()
+
+    # --- to MLflow --------------------------------------------------------------------------------------------------
     def _run(self) -> None:
         with suppress_instrumentation():  # what we send is not to be watched, and sent in turn
             self._send_all()
 
     def _send_all(self) -> None:
-        while not (self._stop.is_set() and not self._queue):
+        while not (self._stop.is_set() and not self._next()):
             self._wake.wait()
             if len(self._queue) < _BATCH:
                 self._stop.wait(_LINGER)
             self._wake.clear()
-            while self._queue:
-                if not self._send_some():
-                    if self._stop.is_set() and (self._failures > _TRIES_AT_EXIT or time.monotonic() > self._deadline):
+            while (batch := self._next()) is not None:
+                if self.dead:
+                    if self._stop.is_set():
                         return
-                    pause = _PAUSES[min(self._failures, len(_PAUSES)) - 1]
-                    if self._stop.wait(pause):
-                        time.sleep(min(pause, 1.0))  # at exit: a server may just be restarting
+                    break
+                began = time.thread_time()
+                with self._pace.working():
+                    advanced = self._send_some(batch)
+                if advanced:
+                    self._pace.rest(time.thread_time() - began, self._bytes / MAX_BYTES)
+                    continue
+                if self._stop.is_set() and (self._failures > _TRIES_AT_EXIT or time.monotonic() > self._deadline):
+                    return
+                pause = _PAUSES[min(self._failures, len(_PAUSES)) - 1]
+                if self._stop.wait(pause):
+                    time.sleep(min(pause, 1.0))  # at exit: a server may just be restarting
+            if self.dead:
+                continue
             self._idle.set()
             if self._queue:  # something came in between
                 self._idle.clear()
                 self._wake.set()
 
-    def _send_some(self) -> bool:
-        """Send the oldest batch; False when it has to be tried again."""
-        batch = [self._queue[place] for place in range(min(_BATCH, len(self._queue)))]
-        try:
-            self._send(batch)
-        except Exception as error:
-            explained = error if isinstance(error, ExportError) else None
-            cause = type(error).__name__ if explained is None else explained.cause
-            passing = explained is not None and not explained.permanent and _is_passing(cause)
-            if self._failures >= _MOST_TRIES and cause not in _AWAY:
-                passing = False
+    def _next(self) -> _Batch | None:
+        """The batch that is to be sent: what has failed before, else from the spool, else from the queue."""
+        if self._current is not None or self.dead:
+            return self._current
+        while self.spool is not None and (path := self.spool.oldest()) is not None:
+            try:
+                spans = self.spool.read(path)
+            except (OSError, ValueError) as error:  # somebody has been at it
+                _logger.error("Spans in %s cannot be read: %s", path, first_line(error))
+                path.rename(path.with_suffix(".broken"))
+                continue
+            self._current = _Batch(spans, path)
+            return self._current
+        with self._lock:
+            taken = [self._queue.popleft() for _ in range(min(_BATCH, len(self._queue)))]
+            self._bytes -= sum(size for _, size in taken)
+            self._current = _Batch([span for span, _ in taken], None) if taken else None
+        return self._current
+
+    def _send_some(self, batch: _Batch) -> bool:
+        """Send a batch, in parts if it is large; False when it has to be tried again."""
+        spans = batch.spans
+        while spans:
+            try:
+                self._send(spans[:_BATCH])
+            except Exception as error:
+                if not self._failed(error, spans[:_BATCH]):
+                    return False
+            else:
+                if self._failures:
+                    _logger.warning("MLflow takes spans again.")
+                    self._reported.clear()
                 self._failures = 0
-                self._reported.discard(cause)
-            if cause not in self._reported:
-                self._reported.add(cause)
-                then = "They wait until it works." if passing else "They are lost."
-                _logger.error("Spans could not be written: %s %s", explained or first_line(error), then)
-            if passing:
-                self._failures += 1
-                return False
-            self.lost += len(batch)
-        else:
-            if self._failures:
-                _logger.warning("MLflow takes spans again.")
-                self._reported.clear()
-            self._failures = 0
-            self._sent(batch)
-        for _ in batch:
-            self._queue.popleft()
+                self._succeeded(spans[:_BATCH])
+            del spans[:_BATCH]
+        if batch.path is not None and self.spool is not None:
+            self.spool.remove(batch.path)
+        self._current = None
         return True
+
+    def _succeeded(self, spans: Sequence[ReadableSpan]) -> None:
+        self.done += len(spans)
+        self._counted(len(spans), None)
+        self._sent(spans)
+
+    def _failed(self, error: Exception, spans: list[ReadableSpan]) -> bool:
+        """Deal with a failure; True when these spans are done with."""
+        explained = error if isinstance(error, ExportError) else None
+        cause = type(error).__name__ if explained is None else explained.cause
+        why = str(explained or first_line(error))
+        if explained is not None and explained.permanent:
+            self.dead = True
+            self._report(cause, f"Spans could not be written: {why} {self._then()}")
+            return False
+        passing = explained is not None and _is_passing(cause)
+        if passing and self._failures >= _MOST_TRIES and cause not in _AWAY and self._alive():
+            # MLflow works, so it is these spans.
+            self._failures = 0
+            self._reported.discard(cause)
+            if self._put_aside(spans):
+                self._report(cause, f"Spans could not be written: {why} They are set aside in the spool.")
+                return True
+            passing = False
+        if passing:
+            self._failures += 1
+            self._report(cause, f"Spans could not be written: {why} They wait until it works.")
+            return False
+        if explained is not None and cause.startswith("status 4") and len(spans) > 1:
+            # One span that MLflow refuses takes all of its request with it.
+            half = len(spans) // 2
+            first = self._one_half(spans[:half])
+            return self._one_half(spans[half:]) and first
+        self._report(cause, f"Spans could not be written: {why} They are lost.")
+        self._lose(len(spans), cause)
+        return True
+
+    def _one_half(self, spans: list[ReadableSpan]) -> bool:
+        try:
+            self._send(spans)
+        except Exception as error:
+            return self._failed(error, spans)
+        self._succeeded(spans)
+        return True
+
+    def _put_aside(self, spans: list[ReadableSpan]) -> bool:
+        if self.spool is None:
+            return False
+        try:
+            self.spool.set_aside(spans)
+        except SpoolError as error:
+            self._report("spool", f"Spans cannot be set aside: {error}.")
+            return False
+        return True
+
+    # --- to the spool -----------------------------------------------------------------------------------------------
+    def _start_to_spill(self) -> None:
+        with self._lock:
+            if self._spilling or time.monotonic() < self._no_spool_until:
+                return
+            self._spilling = start_thread(self._spill, "dspy-otel-mlflow-spool") is not None
+
+    def _spill(self) -> None:
+        """Move the oldest spans to disk until half of the room in memory is free."""
+        try:
+            with suppress_instrumentation(), self._pace.working():
+                while self._bytes > MAX_BYTES // 2 and not self._stop.is_set() and self._spill_some():
+                    pass
+        finally:
+            self._spilling = False
+
+    def _spill_some(self) -> bool:
+        assert self.spool is not None
+        with self._lock:
+            taken = [self._queue.popleft() for _ in range(min(_SPILL, len(self._queue)))]
+        if not taken:
+            return False
+        size = sum(size for _, size in taken)
+        try:
+            dropped = self.spool.put([span for span, _ in taken], self._precious)
+        except Exception as error:
+            with self._lock:
+                self._queue.extendleft(reversed(taken))
+            self._no_spool_until = time.monotonic() + _AGAIN
+            self._report("spool", f"Too many spans wait for MLflow, and {error}. The next ones may be lost.")
+            return False
+        with self._lock:
+            self._bytes -= size
+        if dropped:
+            self._report(
+                "spool full",
+                f"The spool in {self.spool.directory} is full: traces of examples are dropped, those of "
+                "optimizations, trials and evaluations are kept.",
+            )
+            self._lose(dropped, "spool_full")
+        self._wake.set()
+        return True
+
+    # --- what is said of it -----------------------------------------------------------------------------------------
+    def _lose(self, count: int, why: str) -> None:
+        if count:
+            self.lost += count
+            self._counted(count, why)
+
+    def _then(self) -> str:
+        return "Spans are lost." if self.spool is None else "Spans are kept in the spool, at the end of the program."
+
+    def _report(self, cause: str, message: str) -> None:
+        if cause not in self._reported:
+            self._reported.add(cause)
+            _logger.error("%s", message)
+
+
+def weight(span: ReadableSpan) -> int:
+    """Roughly what a span takes in memory."""
+    attributes = span.attributes
+    if not attributes:
+        return _SPAN_BYTES
+    return _SPAN_BYTES + sum([len(value) for value in attributes.values() if value.__class__ is str])
 
 
 def start_thread(function: Callable[[], None], name: str) -> threading.Thread | None:

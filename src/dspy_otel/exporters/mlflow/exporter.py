@@ -9,17 +9,27 @@ import threading
 import time
 import weakref
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import urlsplit
 
 from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
 
-from dspy_otel.exporters.mlflow.base import Destination, ExportError, WantedExperiment, first_line, public_uri
+from dspy_otel.exporters.mlflow.base import (
+    Destination,
+    ExportError,
+    Patience,
+    WantedExperiment,
+    first_line,
+    public_uri,
+)
+from dspy_otel.exporters.mlflow.spool import Spool, spool_directory, spool_limit
 from dspy_otel.exporters.mlflow.translate import translate
+from dspy_otel.version import __version__
 
 if TYPE_CHECKING:
-    from dspy_otel.exporters.mlflow.runs import RunStore, RunTracker
+    from dspy_otel.exporters.mlflow.runs import RunTracker
+    from dspy_otel.exporters.mlflow.writer import RunStore
 
 _logger = logging.getLogger(__name__)
 
@@ -56,7 +66,9 @@ class MLflowSpanExporter(SpanExporter):
 
     Attributes:
         wants_runs: as ``runs``.
-        tracker: what records the runs, once there is one.
+        tracker: what records the runs and delivers spans, once there is one.
+        patience: how long a request may take.
+        wanted: the experiment, if it is not the one that the environment names.
 
     No method raises. What goes wrong is logged once per cause on the logger ``dspy_otel.exporters.mlflow.exporter``.
     """
@@ -70,8 +82,8 @@ class MLflowSpanExporter(SpanExporter):
         runs: bool = True,
     ) -> None:
         self._tracking_uri = tracking_uri
-        self._experiment = None if experiment is None else str(experiment)
-        self._timeout = timeout if timeout is not None and timeout > 0 else DEFAULT_TIMEOUT
+        self.wanted = None if experiment is None else WantedExperiment(str(experiment), is_id=None)
+        self.patience = Patience(timeout if timeout is not None and timeout > 0 else DEFAULT_TIMEOUT)
         self.wants_runs = runs
         self.tracker: RunTracker | None = None
         # A relative store is meant from here, even if the program changes its directory before the first batch.
@@ -165,10 +177,42 @@ class MLflowSpanExporter(SpanExporter):
             from dspy_otel.exporters.mlflow.runs_server import ServerRuns
             from dspy_otel.exporters.mlflow.server import MLflowServer
 
-            return ServerRuns(MLflowServer(uri, self._wanted_experiment(), self._timeout, stopped))
+            return ServerRuns(MLflowServer(uri, self._wanted_experiment(), self.patience, stopped))
         from dspy_otel.exporters.mlflow.runs_store import EmbeddedRuns
 
         return EmbeddedRuns(uri, self._wanted_experiment())
+
+    def open_spool(self) -> Spool | None:
+        """Where what cannot be sent waits on disk; None when that is switched off. From now on requests are not retried
+        by themselves: who asks for the spool has a queue.
+        """
+        self.patience.insists = False
+        directory = spool_directory()
+        return None if directory is None else Spool(directory, spool_limit(_logger.warning), self.about)
+
+    def about(self) -> dict[str, Any]:
+        """Where this exporter writes, for the spool: no credentials."""
+        try:
+            uri = self._uri()
+        except ExportError:
+            uri = self.uri
+        wanted = self._wanted_experiment()
+        return {
+            "tracking_uri": public_uri(uri),
+            "experiment": wanted.value,
+            "experiment_is_id": wanted.is_id,
+            "runs": self.wants_runs,
+            "made_by": f"dspy-otel {__version__}",
+        }
+
+    @property
+    def uri(self) -> str:
+        """Where it writes, as given."""
+        return self._tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
+
+    def alive(self) -> bool:
+        """Whether MLflow answers at all."""
+        return self._destination is not None and self._destination.alive()
 
     def is_here(self, tracking_uri: str) -> bool:
         """Whether ``tracking_uri`` is where this exporter writes."""
@@ -186,7 +230,7 @@ class MLflowSpanExporter(SpanExporter):
         if _is_server(uri):
             from dspy_otel.exporters.mlflow.server import MLflowServer
 
-            return MLflowServer(uri, self._wanted_experiment(), self._timeout, self._stopped)
+            return MLflowServer(uri, self._wanted_experiment(), self.patience, self._stopped)
         from dspy_otel.exporters.mlflow.store import EmbeddedStore
 
         return EmbeddedStore(uri, self._wanted_experiment())
@@ -197,7 +241,7 @@ class MLflowSpanExporter(SpanExporter):
         Raises:
             ExportError: it is of a kind that cannot be used.
         """
-        uri = self._tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
+        uri = self.uri
         if _is_server(uri):
             return uri
         scheme = _scheme(uri)
@@ -218,8 +262,8 @@ class MLflowSpanExporter(SpanExporter):
         )
 
     def _wanted_experiment(self) -> WantedExperiment:
-        if self._experiment is not None:
-            return WantedExperiment(self._experiment, is_id=None)
+        if self.wanted is not None:
+            return self.wanted
         if experiment_id := os.environ.get("MLFLOW_EXPERIMENT_ID"):
             return WantedExperiment(experiment_id, is_id=True)
         if name := os.environ.get("MLFLOW_EXPERIMENT_NAME"):

@@ -12,7 +12,7 @@ from urllib.parse import quote, urlsplit
 
 from dspy_otel.exporters.mlflow.base import ExportError, first_line
 from dspy_otel.exporters.mlflow.server import MLflowServer
-from dspy_otel.exporters.mlflow.tree import TAG_KEY, TAG_NAME, Dataset, Metric, Run, Score, StoredRun
+from dspy_otel.exporters.mlflow.tree import TAG_KEY, TAG_NAME, Dataset, Metric, Run, Score, StoredRun, assessment_id
 
 _ARTIFACTS: Final = "mlflow-artifacts"
 
@@ -33,7 +33,7 @@ class ServerRuns:
     def create(self, run: Run, tags: Mapping[str, str]) -> tuple[str, str]:
         """Create a run; returns its id and the address of its artifacts."""
         experiment = self._server.experiment_id()
-        if run.tried and (found := self._find(experiment, run.key)) is not None:
+        if run.tried and (found := self.find(run.key)) is not None:
             return found
         run.tried = True
         body = {
@@ -44,9 +44,10 @@ class ServerRuns:
         }
         return _run_of(self._post("runs/create", body)["run"])
 
-    def _find(self, experiment: str, key: str) -> tuple[str, str] | None:
-        """A run whose creation got no answer may be there all the same."""
-        body = {"experiment_ids": [experiment], "filter": f"tags.`{TAG_KEY}` = '{key}'", "max_results": 1}
+    def find(self, key: str) -> tuple[str, str] | None:
+        """A run by its key: one whose creation got no answer may be there all the same."""
+        experiments = [self._server.experiment_id()]
+        body = {"experiment_ids": experiments, "filter": f"tags.`{TAG_KEY}` = '{key}'", "max_results": 1}
         runs = self._post("runs/search", body).get("runs") or []
         return _run_of(runs[0]) if runs else None
 
@@ -109,6 +110,7 @@ class ServerRuns:
         if score.error is not None:
             feedback["error"] = {"error_code": score.error, "error_message": "The example failed."}
         assessment: dict[str, Any] = {
+            "assessment_id": assessment_id(score),
             "trace_id": score.trace_id,
             "assessment_name": score.name,
             "source": {"source_type": "CODE", "source_id": score.name},
@@ -122,7 +124,15 @@ class ServerRuns:
         if score.span_id is not None:
             assessment["span_id"] = score.span_id
         path = f"traces/{score.trace_id}/assessments"
-        return self._server.rest("POST", path, version="3.0", json={"assessment": assessment}) is not None
+        try:
+            return self._server.rest("POST", path, version="3.0", json={"assessment": assessment}) is not None
+        except ExportError as error:
+            # It may be there already, from an attempt whose answer got lost.
+            if error.cause != "status 500":
+                raise
+            if self._server.rest("GET", f"{path}/{assessment_id(score)}", version="3.0") is None:
+                raise
+            return True
 
     def find_runs(self, run_id: str | None, condition: str) -> list[StoredRun]:
         """The run with an id, or those of the experiment that match a search condition (the newest 1,000)."""
@@ -142,6 +152,10 @@ class ServerRuns:
         place = quote(f"{address.path.strip('/')}/{path}")
         response = self._server.request("GET", f"/api/2.0/mlflow-artifacts/artifacts/{place}")
         return response.content.decode("utf-8") if response.ok else None
+
+    def alive(self) -> bool:
+        """Whether the server answers at all."""
+        return self._server.alive()
 
     def explain(self, error: Exception) -> ExportError:
         """An error as one of ours; permanent when the same call would fail again."""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from typing import Final
 
 from dspy_otel.exporters.mlflow.base import ExportError, WantedExperiment, first_line
 from dspy_otel.exporters.mlflow.runs_server import dataset_fields, read_with_client, score_metadata
 from dspy_otel.exporters.mlflow.store import EmbeddedStore
-from dspy_otel.exporters.mlflow.tree import TAG_NAME, Dataset, Metric, Run, Score, StoredRun
+from dspy_otel.exporters.mlflow.tree import TAG_KEY, TAG_NAME, Dataset, Metric, Run, Score, StoredRun, assessment_id
 
 _LASTING: Final = ("INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "RESOURCE_ALREADY_EXISTS")
 """Codes of MLflow's errors that the same call would get again."""
@@ -39,8 +40,16 @@ class EmbeddedRuns:
 
     def create(self, run: Run, tags: Mapping[str, str]) -> tuple[str, str]:
         """Create a run; returns its id and the address of its artifacts."""
+        if run.tried and (found := self.find(run.key)) is not None:
+            return found
+        run.tried = True
         made = self._client.create_run(self._experiment_id, run.started, dict(tags), tags[TAG_NAME])
         return made.info.run_id, made.info.artifact_uri
+
+    def find(self, key: str) -> tuple[str, str] | None:
+        """A run by its key: a process may have made it and not lived to hear of it."""
+        runs = self._client.search_runs([self._experiment_id], f"tags.`{TAG_KEY}` = '{key}'", max_results=1)
+        return (runs[0].info.run_id, runs[0].info.artifact_uri) if runs else None
 
     def log(self, run: Run, metrics: Sequence[Metric], params: Mapping[str, str], tags: Mapping[str, str]) -> None:
         """Write at most 100 parameters, 100 tags and 1,000 metrics in all 1,000 items."""
@@ -92,12 +101,17 @@ class EmbeddedRuns:
             metadata=score_metadata(score, run_id),
             span_id=score.span_id,
         )
+        feedback.assessment_id = assessment_id(score)
         try:
             self._traces.log_assessment(score.trace_id, feedback)
         except MlflowException as failure:
-            if failure.error_code != "RESOURCE_DOES_NOT_EXIST":
-                raise
-            return False
+            if failure.error_code == "RESOURCE_DOES_NOT_EXIST":
+                return False
+            # It may be there already, from an attempt that was cut short.
+            with contextlib.suppress(MlflowException):
+                self._traces.get_assessment(score.trace_id, feedback.assessment_id)
+                return True
+            raise
         return True
 
     def find_runs(self, run_id: str | None, condition: str) -> list[StoredRun]:
@@ -119,6 +133,10 @@ class EmbeddedRuns:
     def read_artifact(self, run_id: str, artifact_uri: str, path: str) -> str | None:
         """A text artifact, or None when the run has none under that path."""
         return read_with_client(self._client, run_id, path)
+
+    def alive(self) -> bool:
+        """A store in this process is."""
+        return True
 
     def explain(self, error: Exception) -> ExportError:
         """An error as one of ours; permanent when the same call would fail again."""

@@ -28,6 +28,7 @@ from dspy_otel.exporters.mlflow.base import (
     OLDEST_MLFLOW,
     ExportError,
     FoundExperiment,
+    Patience,
     WantedExperiment,
     public_uri,
     resolve_experiment,
@@ -48,18 +49,18 @@ class MLflowServer:
     Args:
         uri: tracking URI, a path prefix included.
         experiment: where the traces go.
-        timeout: seconds to wait for an answer to one request.
+        patience: how long to wait for an answer to one request.
         stopped: set when the exporter shuts down; ends waiting between retries.
 
     Attributes:
         uri: the tracking URI.
     """
 
-    def __init__(self, uri: str, experiment: WantedExperiment, timeout: float, stopped: threading.Event) -> None:
+    def __init__(self, uri: str, experiment: WantedExperiment, patience: Patience, stopped: threading.Event) -> None:
         self.uri = uri.rstrip("/")
         self._name = public_uri(self.uri)
         self._wanted = experiment
-        self._timeout = timeout
+        self._patience = patience
         self._stopped = stopped
         self._experiment_id: str | None = None
         self._compress = urlsplit(uri).hostname not in _LOOPBACK
@@ -93,6 +94,13 @@ class MLflowServer:
                 f"It needs MLflow {OLDEST_MLFLOW} or newer with a SQL store.",
             )
         raise self._refused(response)
+
+    def alive(self) -> bool:
+        """Whether the server answers a simple question."""
+        try:
+            return self.request("GET", "/api/2.0/mlflow/experiments/get", params={"experiment_id": "0"}).ok
+        except ExportError:
+            return False
 
     def experiment_id(self) -> str:
         """The id of the experiment; the first call checks the server's version and finds or creates it.
@@ -130,14 +138,15 @@ class MLflowServer:
             ExportError: no connection, no answer in time, refused credentials, or a redirect.
         """
         failure = ""
-        for delay in (*_RETRY_DELAYS, None):
+        for delay in (*(_RETRY_DELAYS if self._patience.insists else ()), None):
+            seconds = self._patience.seconds
             try:
                 response = self._session.request(
                     method,
                     self.uri + path,
                     headers={**_workspace(), **(headers or {})},
                     auth=_authorize,
-                    timeout=(min(_CONNECT_TIMEOUT, self._timeout), self._timeout),
+                    timeout=(min(_CONNECT_TIMEOUT, seconds), seconds),
                     # A redirected POST would arrive as a GET without its body.
                     allow_redirects=False,
                     **_tls(),

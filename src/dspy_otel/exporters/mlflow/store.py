@@ -64,6 +64,10 @@ class EmbeddedStore:
         except Exception as error:
             raise ExportError("write", f"MLflow cannot write to {self._name}: {first_line(error)}") from error
 
+    def alive(self) -> bool:
+        """A store in this process is."""
+        return True
+
     def after_fork(self) -> None:
         """Forget the parent's database connections without closing them under it."""
         engine = getattr(self._traces.store, "engine", None)

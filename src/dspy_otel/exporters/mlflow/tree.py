@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, NamedTuple
 
@@ -55,7 +55,6 @@ _ON_VALIDATION: Final = frozenset({sc.TRIAL_BASELINE, sc.TRIAL_FULL, sc.TRIAL_VA
 """Trials on the whole validation set, when the size is the same too."""
 
 _INTERRUPTIONS: Final = frozenset({"KeyboardInterrupt", "SystemExit", "CancelledError", "GeneratorExit"})
-_LM_OPERATIONS: Final = frozenset({sc.OPERATION_CHAT, sc.OPERATION_TEXT_COMPLETION, sc.OPERATION_EMBEDDINGS})
 # Of a compile span, as tags; everything else of interest has a place of its own.
 _COMPILE_TAGS: Final = (
     sc.OPTIMIZER_NAME,
@@ -95,6 +94,10 @@ _COMPILE_METRICS: Final[Mapping[str, str]] = {
     sc.OPTIMIZER_TRIALS_REJECTED: "rejected",
     sc.OPTIMIZER_EXAMPLES_EVALUATED: "examples_evaluated",
 }
+_CANDIDATE_COLUMNS: Final = (
+    *("number", "kind", "candidate", "parents", "score", "best_score", "accepted", "on_pareto_front"),
+    *("reason", "phase", "params", "changes", "run_id"),
+)
 _DATASETS: Final = (
     ("train", sc.DATASET_TRAIN_SIZE, sc.DATASET_TRAIN_DIGEST, sc.DATASET_TRAIN_ROWS),
     ("val", sc.DATASET_VAL_SIZE, sc.DATASET_VAL_DIGEST, sc.DATASET_VAL_ROWS),
@@ -166,7 +169,8 @@ class Run:
         over: nothing more comes from its span.
         evaluation: id of a trial's own evaluation.
         said, written_params, seen_datasets, tables: what has been wished before, written or not.
-        later: to be called before it is written for the last time, when its children have their ids.
+        winner: key of the winning trial's run, until that is known by its id.
+        candidates: the trials of a compile, each with the key of its run, until those are known by their ids.
     """
 
     key: str
@@ -190,7 +194,8 @@ class Run:
     written_params: set[str] = field(default_factory=set)
     seen_datasets: dict[str, Dataset] = field(default_factory=dict)
     tables: list[str] = field(default_factory=list)
-    later: list[Callable[[], None]] = field(default_factory=list)
+    winner: str | None = None
+    candidates: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def dirty(self) -> bool:
@@ -198,6 +203,23 @@ class Run:
         return self.run_id is None or bool(
             self.tags or self.params or self.metrics or self.datasets or self.artifacts or self.ended
         )
+
+    def name_others(self, ids: Mapping[str, str]) -> None:
+        """Say which runs its trials are: they have ids by now, so far as they exist.
+
+        Args:
+            ids: of runs, by key.
+        """
+        if self.winner is not None:
+            self.tag({"dspy.winner.run_id": ids.get(self.winner)})
+            self.winner = None
+        if self.candidates:
+            rows = [
+                [ids.get(trial["key"]) if column == "run_id" else trial.get(column) for column in _CANDIDATE_COLUMNS]
+                for trial in self.candidates
+            ]
+            self.table(CANDIDATE_TABLE, list(_CANDIDATE_COLUMNS), rows)
+            self.candidates = []
 
     def tag(self, values: Mapping[str, Any]) -> None:
         """Set tags; what is None is left out."""
@@ -257,58 +279,28 @@ class _Evaluation:
     without: int = 0
 
 
-class Spending:
-    """What LM calls have used so far, by optimization and role. Filled as spans end; safe to read beside that."""
-
-    def __init__(self) -> None:
-        self._sums: dict[str, dict[str, float]] = {}
-
-    def add(self, attributes: Attributes) -> None:
-        """Count one LM span, if it belongs to an optimization."""
-        run = attributes.get(sc.OPTIMIZER_RUN_ID)
-        if run is None or attributes.get(sc.GEN_AI_OPERATION_NAME) not in _LM_OPERATIONS:
-            return
-        used: dict[str, float] = {"lm_calls": 1, "cache_hits": int(attributes.get(sc.LM_CACHE_HIT) is True)}
-        for key, name in (
-            (sc.GEN_AI_USAGE_INPUT_TOKENS, "input_tokens"),
-            (sc.GEN_AI_USAGE_OUTPUT_TOKENS, "output_tokens"),
-            (sc.LM_COST, "cost"),
-        ):
-            value = attributes.get(key)
-            if isinstance(value, (int, float)):
-                used[name] = value
-        role = attributes.get(sc.LM_ROLE)
-        for place in {str(run), str(attributes.get(sc.OPTIMIZER_ROOT_RUN_ID, run))}:
-            sums = self._sums.setdefault(place, {})
-            for name, value in used.items():
-                sums[name] = sums.get(name, 0) + value
-                if role is not None:
-                    sums[f"{role}.{name}"] = sums.get(f"{role}.{name}", 0) + value
-
-    def of(self, run: str) -> dict[str, float]:
-        """The sums so far."""
-        return dict(self._sums.get(run, {}))
-
-    def forget(self, run: str) -> None:
-        """The optimization is over."""
-        self._sums.pop(run, None)
-
-
 class Tree:
     """All runs that are not yet in MLflow as they should be.
 
     Args:
         constant_tags: what every run carries (versions).
+
+    Attributes:
+        runs: by key.
+        metric_names: of the metric of each optimization, by its run id.
+        whole: whether it sees all spans of an optimization: else a table of candidates would lack some.
+        own_evaluations: ids of evaluations that have a run of their own.
     """
 
     def __init__(self, constant_tags: Mapping[str, str]) -> None:
         self.constant_tags = dict(constant_tags)
         self.runs: dict[str, Run] = {}
+        self.whole = True
         self._compiles: dict[str, _Compile] = {}
         self._evaluations: dict[str, _Evaluation] = {}
         self._trials: dict[tuple[str, int], Run] = {}
-        self._metrics: dict[str, str] = {}
-        self._own_evaluations: set[str] = set()
+        self.metric_names: dict[str, str] = {}
+        self.own_evaluations: set[str] = set()
 
     # --- what happens -------------------------------------------------------------------------------------------
     def start(self, span: ReadableSpan, outside: str | None) -> None:
@@ -323,7 +315,7 @@ class Tree:
         if kind == COMPILE:
             self._start_compile(span, at, outside)
         elif kind == TRIAL:
-            self._start_trial(span, at)
+            self._start_trial(span, at, outside)
         elif kind == EVALUATION:
             self._start_evaluation(span, at, outside)
 
@@ -388,7 +380,7 @@ class Tree:
             run.param({key.removeprefix("dspy.").removeprefix("optimizer."): at.get(key)})
         run.tag({key: at.get(key) for key in _COMPILE_TAGS})
         if (metric := at.get(prefix + "metric")) is not None:
-            self._metrics[run.key] = str(metric)
+            self.metric_names[run.key] = str(metric)
         for context, size, digest, rows in _DATASETS:
             # An optimization inside another works on the same rows: they are logged once.
             if size not in at or context in run.seen_datasets or run.parent is not None:
@@ -441,8 +433,9 @@ class Tree:
         if winner is not None:
             winner.tag({TAG_NAME: f"{winner.name} (winner)", "dspy.winner": "true"})
             self.runs.setdefault(winner.key, winner)
-            run.later.append(lambda: run.tag({"dspy.winner.run_id": winner.run_id}))
-        self._list_candidates(compile_)
+            run.winner = winner.key
+        if self.whole or len(compile_.trials) >= int(at.get(sc.OPTIMIZER_TRIALS_DONE, 0)):
+            self._list_candidates(compile_)
         outcome = {"failed": FAILED, "interrupted": KILLED}.get(str(at.get(sc.OPTIMIZER_OUTCOME)))
         status, reason = status_of(span, at)
         end_run(run, outcome or status, when, reason, note=summary(at))
@@ -451,27 +444,16 @@ class Tree:
         return key
 
     def _list_candidates(self, compile_: _Compile) -> None:
-        if not compile_.trials:
-            return
-        columns = ["number", "kind", "candidate", "parents", "score", "best_score", "accepted", "on_pareto_front"]
-        columns += ["reason", "phase", "params", "changes", "run_id"]
-
-        def make() -> None:
-            for trial in compile_.trials:
-                run = compile_.runs.get(trial["number"])
-                trial["run_id"] = None if run is None else run.run_id
-            rows = [[trial.get(column) for column in columns] for trial in compile_.trials]
-            compile_.run.table(CANDIDATE_TABLE, columns, rows)
-
-        compile_.run.later.append(make)
+        key = compile_.run.key
+        compile_.run.candidates = [{**trial, "key": f"{key}/{trial['number']}"} for trial in compile_.trials]
 
     # --- trials -------------------------------------------------------------------------------------------------
-    def _start_trial(self, span: ReadableSpan, at: Attributes) -> None:
+    def _start_trial(self, span: ReadableSpan, at: Attributes, outside: str | None) -> None:
         optimization, number = str(at[sc.OPTIMIZER_RUN_ID]), int(at[sc.TRIAL_NUMBER])
         compile_ = self._compiles.get(optimization)
         parent = None if compile_ is None else compile_.run
         name = f"trial {number} {at.get(sc.TRIAL_KIND, '')}".rstrip()
-        run = self._add(f"{optimization}/{number}", TRIAL, name, parent, None, span)
+        run = self._add(f"{optimization}/{number}", TRIAL, name, parent, outside, span)
         self._trials[optimization, number] = run
         if compile_ is not None:
             compile_.runs[number] = run
@@ -569,7 +551,7 @@ class Tree:
         metric, threads = at.get(sc.EVALUATION_METRIC_NAME), at.get(sc.EVALUATION_NUM_THREADS)
         run.param({"metric": metric, "num_threads": threads, "examples": at.get(sc.EVALUATION_SIZE)})
         self._evaluations[key] = _Evaluation(run, own=True)
-        self._own_evaluations.add(key)
+        self.own_evaluations.add(key)
 
     def _end_evaluation(self, span: ReadableSpan, at: Attributes) -> None:
         evaluation = self._evaluations.pop(str(at[sc.EVALUATION_ID]), None)
@@ -636,7 +618,7 @@ class Tree:
         at = span.attributes or {}
         optimization, evaluation = at.get(sc.OPTIMIZER_RUN_ID), at.get(sc.EVALUATION_ID)
         number = at.get(sc.TRIAL_NUMBER)
-        if evaluation in self._own_evaluations:
+        if evaluation in self.own_evaluations:
             return f"evaluation/{evaluation}"
         if optimization is None:
             return None
@@ -644,7 +626,7 @@ class Tree:
 
     def metric_of(self, at: Attributes) -> str:
         """The name of the metric that scored an example. Optimizers wrap it; its own name says more."""
-        name = self._metrics.get(str(at.get(sc.OPTIMIZER_RUN_ID)))
+        name = self.metric_names.get(str(at.get(sc.OPTIMIZER_RUN_ID)))
         return name or str(at.get(sc.EVALUATION_METRIC_NAME) or "score")
 
     def _add(self, key: str, kind: str, name: str, parent: Run | None, outside: str | None, span: ReadableSpan) -> Run:
@@ -726,6 +708,12 @@ def score_of_span(span: ReadableSpan, key: str, name: str) -> Score | None:
         None if error is None else str(error),
         index if isinstance(index, int) else None,
     )
+
+
+def assessment_id(score: Score) -> str:
+    """A score's id in MLflow. It follows from the score, so that one that is sent again is not stored twice."""
+    text = f"{score.trace_id}/{score.span_id}/{score.name}"
+    return f"a-{hashlib.sha256(text.encode('utf-8', 'replace')).hexdigest()[:32]}"
 
 
 def trace_id_of(span: ReadableSpan) -> str:

@@ -1,0 +1,74 @@
+"""``dspy-otel replay``: deliver what programs could not send to MLflow."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from pathlib import Path
+from typing import Any
+
+DESCRIPTION = """Delivers to MLflow what programs could not send while it was away: spans, runs, scores. They are in the
+spool (OTEL_DSPY_SPOOL; by default the user's state directory). What is delivered is removed from it. Files of OTLP that
+a Collector has written, in protobuf or lines of JSON, can be delivered too."""
+
+
+def add_parser(commands: Any) -> None:
+    """Add the subcommand."""
+    parser = commands.add_parser("replay", help="deliver to MLflow what could not be sent", description=DESCRIPTION)
+    parser.add_argument("source", nargs="*", type=Path, metavar="DIR|FILE", help="default: the spool of all programs")
+    parser.add_argument("--to", metavar="URI", help="an MLflow other than the one it was meant for")
+    parser.add_argument("--experiment", metavar="NAME|ID", help="another experiment")
+    parser.add_argument("--list", action="store_true", help="say what is there and deliver nothing")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Run it; the exit status is 0 when nothing is left, 1 when something is, 2 when nothing could be tried."""
+    try:
+        from dspy_otel.exporters.mlflow.replay import replay
+        from dspy_otel.exporters.mlflow.spool import spool_directory
+    except ImportError as error:
+        print(f"dspy-otel: replay needs {error.name}: pip install 'dspy-otel[mlflow]'", file=sys.stderr)
+        return 2
+    sources: list[Path] = options.source
+    if not sources:
+        directory = spool_directory()
+        if directory is None:
+            print("dspy-otel: the spool is off (OTEL_DSPY_SPOOL): name a directory or a file", file=sys.stderr)
+            return 2
+        sources = [directory]
+    missing = [source for source in options.source if not source.exists()]
+    if missing:
+        print(f"dspy-otel: there is no {missing[0]}", file=sys.stderr)
+        return 2
+    if options.list:
+        return _list(sources)
+    logging.basicConfig(format="%(message)s")
+    outcome = replay(sources, to=options.to, experiment=options.experiment, say=_progress())
+    if not outcome.found:
+        print(f"Nothing to deliver in {', '.join(map(str, sources))}.")
+        return 0
+    print(f"Delivered: {outcome}.")
+    for line in outcome.left:
+        print(f"Left: {line}", file=sys.stderr)
+    return 1 if outcome.left else 0
+
+
+def _list(sources: list[Path]) -> int:
+    from dspy_otel.exporters.mlflow.spool import count_of, places
+
+    for place in (place for source in sources for place in places(source)):
+        files = place.files()
+        about, state = place.about(), place.state() or {}
+        print(
+            f"{place.path}: {sum(map(count_of, files)):,} spans, {len(state.get('runs', ()))} runs, "
+            f"{len(state.get('scores', ())):,} scores for {about['tracking_uri']}, experiment {about['experiment']}"
+        )
+    return 0
+
+
+def _progress() -> Any:
+    """Progress in one line on a terminal; elsewhere a line for each step that matters."""
+    if not sys.stderr.isatty():
+        return lambda line: None if " of " in line else print(line, file=sys.stderr)
+    return lambda line: print(f"\r\x1b[2K{line}", end="" if " of " in line else "\n", file=sys.stderr, flush=True)
