@@ -30,6 +30,7 @@ MAX_BYTES: Final = 64 * 1024 * 1024
 """Most that spans may take in memory, roughly; what is above goes to the spool. At twice that, spans are dropped."""
 _SPAN_BYTES: Final = 3000
 """What a span takes beside its text: measured, with the attributes of an LM call."""
+_WEIGH_ONE_OF: Final = 16
 _BATCH: Final = 512
 _SPILL: Final = 2048
 """Spans in one file, at most."""
@@ -84,8 +85,9 @@ class Delivery:
         self._counted = counted
         self.spool = spool
         self._pace = pace
-        self._queue: deque[tuple[ReadableSpan, int]] = deque()
-        self._bytes = 0
+        self._queue: deque[ReadableSpan] = deque()
+        self._weight = float(_SPAN_BYTES)
+        self._until_weighed = 0
         self._current: _Batch | None = None
         self._lock = threading.Lock()
         self._wake = threading.Event()
@@ -114,20 +116,30 @@ class Delivery:
 
     def put(self, span: ReadableSpan) -> None:
         """Add a span; never waits."""
-        size = weight(span)
-        if self._stop.is_set() or (self._bytes > 2 * MAX_BYTES and not self._precious(span)):
+        if self._until_weighed <= 0:
+            # One for many: what a span holds is found out by looking at each of its attributes.
+            self._until_weighed = _WEIGH_ONE_OF
+            self._weight += (weight(span) - self._weight) / 4
+        self._until_weighed -= 1
+        bytes_waiting = self._bytes
+        if self._stop.is_set() or (bytes_waiting > 2 * MAX_BYTES and not self._precious(span)):
             self._lose(1, "already_shutdown" if self._stop.is_set() else "queue_full")
             return
-        self._idle.clear()
-        with self._lock:
-            self._queue.append((span, size))
-            self._bytes += size
-            if self._thread is None:
-                self._thread = start_thread(self._run, "dspy-otel-mlflow-spans")
-        if self._bytes > MAX_BYTES and not self._spilling and self.spool is not None:
+        self._queue.append(span)
+        if self._idle.is_set():
+            self._idle.clear()
+        if self._thread is None:
+            with self._lock:
+                if self._thread is None:
+                    self._thread = start_thread(self._run, "dspy-otel-mlflow-spans")
+        if bytes_waiting > MAX_BYTES and not self._spilling and self.spool is not None:
             self._start_to_spill()
-        if len(self._queue) >= _BATCH or not self._wake.is_set():
+        if not self._wake.is_set():
             self._wake.set()
+
+    @property
+    def _bytes(self) -> float:
+        return len(self._queue) * self._weight
 
     def flush(self, seconds: float) -> bool:
         """Wait until all spans so far are sent; False when they are not within the time."""
@@ -148,7 +160,7 @@ class Delivery:
         """Put what has not been sent into the spool. Nothing else must be called after it."""
         with self._lock:
             spans = [] if self._current is None or self._current.path is not None else list(self._current.spans)
-            spans += [span for span, _ in self._queue]
+            spans += self._queue
             self._queue.clear()
         for start in range(0, len(spans), _SPILL):
             some = spans[start : start + _SPILL]
@@ -212,8 +224,7 @@ class Delivery:
             return self._current
         with self._lock:
             taken = [self._queue.popleft() for _ in range(min(_BATCH, len(self._queue)))]
-            self._bytes -= sum(size for _, size in taken)
-            self._current = _Batch([span for span, _ in taken], None) if taken else None
+            self._current = _Batch(taken, None) if taken else None
         return self._current
 
     def _send_some(self, batch: _Batch) -> bool:
@@ -313,17 +324,14 @@ class Delivery:
             taken = [self._queue.popleft() for _ in range(min(_SPILL, len(self._queue)))]
         if not taken:
             return False
-        size = sum(size for _, size in taken)
         try:
-            dropped = self.spool.put([span for span, _ in taken], self._precious)
+            dropped = self.spool.put(taken, self._precious)
         except Exception as error:
             with self._lock:
                 self._queue.extendleft(reversed(taken))
             self._no_spool_until = time.monotonic() + _AGAIN
             self._report("spool", f"Too many spans wait for MLflow, and {error}. The next ones may be lost.")
             return False
-        with self._lock:
-            self._bytes -= size
         if dropped:
             self._report(
                 "spool full",

@@ -4,8 +4,8 @@ A program that ended in order has left what MLflow lacks of runs, links and scor
 Of one that was killed, and in files of a Collector, there are spans alone: then runs are built from them, by the same
 :class:`~dspy_otel.exporters.mlflow.tree.Tree` as when they happened.
 
-Everything may be written twice without harm: a span by its id, a run by its key, a metric's point by its value, step and
-time, a score by an id that follows from its trace.
+Everything may be written twice without harm: a span by its id, a run by its key, a metric's point by its value, step
+and time, a score by an id that follows from its trace.
 """
 
 from __future__ import annotations

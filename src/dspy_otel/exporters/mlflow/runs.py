@@ -126,16 +126,15 @@ class RunTracker(SpanProcessor):
                 self._put("end", span, {})
             else:
                 self._left_out += 1
-        if not self._spending.watches(span):
-            if kind_of(span.name, span.attributes or {}) is not None:  # an evaluation outside of any optimization
-                self._put("end", span, {})
-            return
-        at = span.attributes or {}
-        with self._lock:
-            self._spending.add(span)
-        if kind_of(span.name, at) is not None:
+        watched, spent = self._spending.watches(span), {}
+        if watched:
             with self._lock:
-                spent = self._spending.of(str(at.get(sc.OPTIMIZER_RUN_ID)))
+                self._spending.add(span)
+        at = span.attributes or {}
+        if kind_of(span.name, at) is not None:
+            if watched:
+                with self._lock:
+                    spent = self._spending.of(str(at.get(sc.OPTIMIZER_RUN_ID)))
             self._put("end", span, spent)
 
     def sent(self, spans: Sequence[ReadableSpan]) -> None:
@@ -241,13 +240,15 @@ class RunTracker(SpanProcessor):
     def _put(self, what: str, span: ReadableSpan, more: Any) -> None:
         if self._stop.is_set():
             return
-        self._idle.clear()
         self._events.append((what, span, more))
+        if self._idle.is_set():
+            self._idle.clear()
         if self._thread is None:
             with self._lock:
                 if self._thread is None:
                     self._thread = start_thread(self._run, "dspy-otel-mlflow")
-        self._wake.set()
+        if not self._wake.is_set():
+            self._wake.set()
 
     def _users_run(self) -> str | None:
         """Id of the run that the user has started around this, if it is in the same place as ours."""

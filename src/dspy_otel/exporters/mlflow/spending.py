@@ -23,12 +23,14 @@ class Spending:
 
     def __init__(self) -> None:
         self._places: dict[str, _Place] = {}
+        self._traces: set[int] = set()
 
     def begin(self, span: ReadableSpan) -> None:
         """A compile has started."""
         run = (span.attributes or {}).get(sc.OPTIMIZER_RUN_ID)
         if run is not None and span.context is not None:
             self._places[str(run)] = _Place(span.context.trace_id)
+            self._traces = {place.trace_id for place in self._places.values()}
 
     def add(self, span: ReadableSpan) -> None:
         """A span of ours has ended."""
@@ -49,11 +51,12 @@ class Spending:
     def forget(self, run: str) -> None:
         """The optimization is over."""
         self._places.pop(run, None)
+        self._traces = {place.trace_id for place in self._places.values()}
 
     def watches(self, span: ReadableSpan) -> bool:
         """Whether a span is part of the trace of an optimization that is under way, and not of an example's."""
         context = span.context
-        return context is not None and any(place.trace_id == context.trace_id for place in list(self._places.values()))
+        return context is not None and context.trace_id in self._traces
 
 
 class _Place:
