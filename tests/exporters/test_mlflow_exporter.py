@@ -347,7 +347,7 @@ def test_an_old_server_is_named(
     mlflow = MLflowSpanExporter(fake.url)
     assert [mlflow.export(spans), mlflow.export(spans)] == [OK, OK]
     assert len(lines()) == warned
-    assert all("is version 3.13.0; from 3.14 on" in line for line in lines())
+    assert all("has version 3.13.0, which is older than 3.14" in line for line in lines())
 
 
 def test_shutdown_ends_waiting_and_refuses_later_spans(

@@ -12,22 +12,19 @@ import textwrap
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import dspy
 import pytest
-from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
-from opentelemetry.sdk.trace.export import BatchSpanProcessor, SimpleSpanProcessor
-from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from dspy_otel import DSPyInstrumentor, program_id
 from dspy_otel import semconv as sc
 from dspy_otel.cli.demo.task import ColourFamily, load_examples, same_family, same_family_with_feedback
-from dspy_otel.exporters.mlflow import MLflowSpanExporter, load_best
+from dspy_otel.exporters.mlflow import load_best
 from tests.optimizers.common import RUNS, quietly, scripted_lm
 from tests.support.mlflow_server import mlflow_server
+from tests.support.mlflow_store import Store
 
 pytest.importorskip("mlflow")
 pytestmark = pytest.mark.integration
@@ -47,55 +44,6 @@ def uri(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Monk
         return str(request.getfixturevalue("server_uri"))
     monkeypatch.chdir(tmp_path)  # MLflow puts artifacts beside it
     return f"sqlite:///{tmp_path / 'mlflow.db'}"
-
-
-@dataclass
-class Store:
-    """One experiment, being written and read back."""
-
-    uri: str
-    experiment: str
-    spans: InMemorySpanExporter = field(default_factory=InMemorySpanExporter)
-
-    def __post_init__(self) -> None:
-        self.provider = TracerProvider()
-        self.provider.add_span_processor(SimpleSpanProcessor(self.spans))
-        self.provider.add_span_processor(BatchSpanProcessor(MLflowSpanExporter(self.uri, experiment=self.experiment)))
-
-    def instrument(self, **options: Any) -> None:
-        DSPyInstrumentor().instrument(tracer_provider=self.provider, **{"capture_content": "span_only", **options})
-
-    def flush(self) -> None:
-        assert self.provider.force_flush(120_000)
-
-    def named(self, name: str) -> list[ReadableSpan]:
-        return [span for span in self.spans.get_finished_spans() if span.name.split(" ")[0] == name]
-
-    @property
-    def client(self) -> Any:
-        from mlflow.tracking import MlflowClient
-
-        return MlflowClient(tracking_uri=self.uri)
-
-    @property
-    def experiment_id(self) -> str:
-        return str(self.client.get_experiment_by_name(self.experiment).experiment_id)
-
-    def runs(self) -> dict[str, Any]:
-        """Runs by the key that their spans' ids make up."""
-        found = self.client.search_runs([self.experiment_id], max_results=1000)
-        return {run.data.tags["dspy.run.key"]: run for run in found}
-
-    def traces(self, run: Any) -> list[Any]:
-        return list(self.client.search_traces(locations=[self.experiment_id], run_id=run.info.run_id, max_results=500))
-
-    def artifact(self, run: Any, path: str, directory: Path) -> Any:
-        place = directory / f"{run.info.run_id}"
-        place.mkdir(exist_ok=True)
-        return json.loads(Path(self.client.download_artifacts(run.info.run_id, path, str(place))).read_text())
-
-    def artifacts(self, run: Any) -> set[str]:
-        return {item.path for item in self.client.list_artifacts(run.info.run_id)}
 
 
 @pytest.fixture

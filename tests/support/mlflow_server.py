@@ -49,7 +49,11 @@ def mlflow_server(
     ]
     inherited = {key: value for key, value in os.environ.items() if not key.startswith(("OTEL_", "MLFLOW_"))}
     # Without the first, a server in a venv with LiteLLM and no network hangs at start.
-    defaults = {"LITELLM_LOCAL_MODEL_COST_MAP": "True", "MLFLOW_DISABLE_TELEMETRY": "true"}
+    defaults = {
+        "LITELLM_LOCAL_MODEL_COST_MAP": "True",
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # half of its memory, and always busy
+    }
     log_path = directory / "server.log"
     with log_path.open("wb") as log:
         process = subprocess.Popen(

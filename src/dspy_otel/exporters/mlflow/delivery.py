@@ -40,6 +40,8 @@ _PAUSES: Final = (1.0, 2.0, 5.0)
 _TRIES_AT_EXIT: Final = 2
 _MOST_TRIES: Final = 12
 """For one batch, when MLflow works otherwise: about 50 s. It may be the batch that MLflow cannot take."""
+_SECONDS_FOR_A_FILE: Final = 10.0
+"""To be waited for at the end, at most."""
 _AGAIN: Final = 30.0
 """Seconds after a failure to write to the spool before the next attempt."""
 _AWAY: Final = frozenset({"unreachable", "credentials", "store", "endpoint", "experiment", "redirect", "request"})
@@ -95,13 +97,15 @@ class Delivery:
         self._idle = threading.Event()
         self._idle.set()
         self._thread: threading.Thread | None = None
-        self._spilling = False
+        self._spilling: threading.Thread | None = None
+        self._on_the_way = 0
         self._no_spool_until = 0.0
         self._deadline = float("inf")
         self._failures = 0
         self._reported: set[str] = set()
         self.dead = False
         """Trying again cannot help."""
+        self._over = False
         self.done = 0
         self.lost = 0
         self.kept = 0
@@ -112,7 +116,8 @@ class Delivery:
         """Spans that are not yet sent, the spool's included."""
         spooled = 0 if self.spool is None else self.spool.waiting()
         current = self._current
-        return len(self._queue) + spooled + (len(current.spans) if current and current.path is None else 0)
+        sending = len(current.spans) if current is not None and current.path is None else 0
+        return len(self._queue) + spooled + sending + self._on_the_way
 
     def put(self, span: ReadableSpan) -> None:
         """Add a span; never waits."""
@@ -132,7 +137,7 @@ class Delivery:
             with self._lock:
                 if self._thread is None:
                     self._thread = start_thread(self._run, "dspy-otel-mlflow-spans")
-        if bytes_waiting > MAX_BYTES and not self._spilling and self.spool is not None:
+        if bytes_waiting > MAX_BYTES and self._spilling is None and self.spool is not None:
             self._start_to_spill()
         if not self._wake.is_set():
             self._wake.set()
@@ -146,18 +151,25 @@ class Delivery:
         self._wake.set()
         return self._idle.wait(seconds)
 
-    def stop(self, deadline: float) -> None:
-        """Send what is left, until ``deadline`` (of the monotonic clock) at most."""
+    def stop(self, deadline: float, hangs_after: float) -> None:
+        """Send what is left.
+
+        Args:
+            deadline: until then at most (monotonic clock).
+            hangs_after: seconds without any answer until MLflow is given up.
+        """
         self._deadline = deadline
         self._stop.set()
         self._wake.set()
         if self._thread is not None:
-            self._thread.join(max(0.0, deadline - time.monotonic()))
+            join(self._thread, deadline, hangs_after, lambda: (self.done, self._failures))
         elif self._queue:
             self._run()
 
     def leave(self) -> None:
         """Put what has not been sent into the spool. Nothing else must be called after it."""
+        if (spilling := self._spilling) is not None:
+            spilling.join(_SECONDS_FOR_A_FILE)
         with self._lock:
             spans = [] if self._current is None or self._current.path is not None else list(self._current.spans)
             spans += self._queue
@@ -174,6 +186,7 @@ class Delivery:
                 dropped = len(some)
             self._lose(dropped, "spool_full")
         self.kept = 0 if self.spool is None else self.spool.waiting()
+        self._over = True
 
     # --- to MLflow --------------------------------------------------------------------------------------------------
     def _run(self) -> None:
@@ -194,6 +207,8 @@ class Delivery:
                 began = time.thread_time()
                 with self._pace.working():
                     advanced = self._send_some(batch)
+                if self._over:  # nobody waits for it any more
+                    return
                 if advanced:
                     self._pace.rest(time.thread_time() - began, self._bytes / MAX_BYTES)
                     continue
@@ -305,9 +320,8 @@ class Delivery:
     # --- to the spool -----------------------------------------------------------------------------------------------
     def _start_to_spill(self) -> None:
         with self._lock:
-            if self._spilling or time.monotonic() < self._no_spool_until:
-                return
-            self._spilling = start_thread(self._spill, "dspy-otel-mlflow-spool") is not None
+            if self._spilling is None and time.monotonic() >= self._no_spool_until:
+                self._spilling = start_thread(self._spill, "dspy-otel-mlflow-spool")
 
     def _spill(self) -> None:
         """Move the oldest spans to disk until half of the room in memory is free."""
@@ -316,12 +330,14 @@ class Delivery:
                 while self._bytes > MAX_BYTES // 2 and not self._stop.is_set() and self._spill_some():
                     pass
         finally:
-            self._spilling = False
+            with self._lock:  # who starts this holds it, until it is noted
+                self._spilling = None
 
     def _spill_some(self) -> bool:
         assert self.spool is not None
         with self._lock:
             taken = [self._queue.popleft() for _ in range(min(_SPILL, len(self._queue)))]
+            self._on_the_way = len(taken)
         if not taken:
             return False
         try:
@@ -329,9 +345,11 @@ class Delivery:
         except Exception as error:
             with self._lock:
                 self._queue.extendleft(reversed(taken))
+                self._on_the_way = 0
             self._no_spool_until = time.monotonic() + _AGAIN
             self._report("spool", f"Too many spans wait for MLflow, and {error}. The next ones may be lost.")
             return False
+        self._on_the_way = 0
         if dropped:
             self._report(
                 "spool full",
@@ -352,7 +370,7 @@ class Delivery:
         return "Spans are lost." if self.spool is None else "Spans are kept in the spool, at the end of the program."
 
     def _report(self, cause: str, message: str) -> None:
-        if cause not in self._reported:
+        if cause not in self._reported and not self._over:
             self._reported.add(cause)
             _logger.error("%s", message)
 
@@ -373,6 +391,15 @@ def start_thread(function: Callable[[], None], name: str) -> threading.Thread | 
     except RuntimeError:
         return None
     return thread
+
+
+def join(thread: threading.Thread, deadline: float, hangs_after: float, progress: Callable[[], object]) -> None:
+    """Wait for a thread's end, as long as it gets on."""
+    while thread.is_alive() and (left := deadline - time.monotonic()) > 0:
+        before = progress()
+        thread.join(min(left, hangs_after))
+        if progress() == before:
+            return
 
 
 def _is_passing(cause: str) -> bool:

@@ -210,6 +210,11 @@ class MLflowSpanExporter(SpanExporter):
         """Where it writes, as given."""
         return self._tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
 
+    @property
+    def is_remote(self) -> bool:
+        """Whether it writes to a server."""
+        return _is_server(self.uri)
+
     def alive(self) -> bool:
         """Whether MLflow answers at all."""
         return self._destination is not None and self._destination.alive()

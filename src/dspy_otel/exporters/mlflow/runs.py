@@ -25,7 +25,7 @@ from opentelemetry.instrumentation.utils import suppress_instrumentation
 from opentelemetry.sdk.trace import ReadableSpan, Span, SpanProcessor
 
 from dspy_otel import semconv as sc
-from dspy_otel.exporters.mlflow.delivery import Delivery, start_thread
+from dspy_otel.exporters.mlflow.delivery import Delivery, join, start_thread
 from dspy_otel.exporters.mlflow.exporter import MLflowSpanExporter
 from dspy_otel.exporters.mlflow.pace import Pace
 from dspy_otel.exporters.mlflow.spending import Spending
@@ -46,6 +46,8 @@ EXIT_SECONDS: Final = 180.0
 """Most time that the end of the program waits for what is left. A server that does not answer ends it at once."""
 _REQUEST_AT_EXIT: Final = 15.0
 """Seconds for one request when the program ends: what takes longer goes to the spool."""
+_HANGS_AFTER: Final = 20.0
+"""Seconds without any answer until the end of the program gives a server up."""
 _WORTH_A_LINE: Final = 500
 """From so many spans and scores on, the end of the program says that it takes a while."""
 _TRIES_AT_EXIT: Final = 2
@@ -189,11 +191,14 @@ class RunTracker(SpanProcessor):
         waiting = self._delivery.waiting + len(self._events) + (0 if self._worker is None else self._worker.waiting)
         if waiting > _WORTH_A_LINE:
             _logger.warning("MLflow: writing the last %d spans and scores; at most %.0f s.", waiting, seconds)
-        self._delivery.stop(self._deadline)
+        # A store in this process works, however long it takes.
+        hangs_after = _HANGS_AFTER if self._exporter.is_remote else seconds
+        self._delivery.stop(self._deadline, hangs_after)
         self._stop.set()
         self._wake.set()
         if self._thread is not None:
-            self._thread.join(max(1.0, self._deadline + 1 - time.monotonic()))
+            deadline = max(self._deadline, time.monotonic()) + 1
+            join(self._thread, deadline, hangs_after, lambda: self._worker and self._worker.calls)
         elif self._events:
             self._run()
 

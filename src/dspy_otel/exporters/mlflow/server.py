@@ -194,7 +194,8 @@ class MLflowServer:
             return
         if old:
             _logger.warning(
-                "The MLflow server at %s is version %s; from %s on traces get their names and tags.",
+                "The MLflow server at %s has version %s, which is older than %s: traces lack their names and tags, "
+                "runs and scores may be incomplete. Upgrade the server.",
                 self._name,
                 response.text.strip(),
                 OLDEST_MLFLOW,

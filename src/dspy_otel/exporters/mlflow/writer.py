@@ -122,6 +122,7 @@ class RunWriter:
     Attributes:
         tree: what should be in MLflow.
         counts: what has been written.
+        calls: of the store so far, failed or not.
         error: why the last round failed, if it did.
     """
 
@@ -142,6 +143,7 @@ class RunWriter:
         self._helpers = _Helpers(pace)
         self.failures = 0
         self.error: ExportError | None = None
+        self.calls = 0
         self.counts = {"runs": 0, "traces on runs": 0, "scores": 0}
         self._lost = {"runs": 0, "links of traces": 0, "scores": 0}
 
@@ -336,6 +338,7 @@ class RunWriter:
         if parent is not None:
             tags[TAG_PARENT] = parent
         tags.setdefault(TAG_NAME, run.name)
+        self.calls += 1
         run.run_id, run.artifact_uri = store.create(run, _some(tags, _TAGS_AT_ONCE))
         for name in list(tags)[:_TAGS_AT_ONCE]:
             run.tags.pop(name, None)
@@ -360,6 +363,7 @@ class RunWriter:
         store = self._existing
 
         def assess(score: Score) -> bool:
+            self.calls += 1
             return store.assess(score, self._ids.get(score.key))
 
         results = self._helpers.run(assess, scores, _HELPERS if store.parallel else 0)
@@ -392,6 +396,7 @@ class RunWriter:
         """Call ``function``; what MLflow will never take is given up, so that the rest goes on."""
         if self.abandoned:
             raise ExportError("unreachable", "The program has ended.")
+        self.calls += 1
         try:
             function(*arguments)
         except Exception as error:
@@ -409,6 +414,7 @@ class RunWriter:
 
     def _failed(self, error: Exception) -> None:
         self.failures += 1
+        self.calls += 1
         explained = error if isinstance(error, ExportError) else None
         if explained is None and self._store is not None:
             explained = self._store.explain(error)
