@@ -64,7 +64,11 @@ class Store:
         return {run.data.tags["dspy.run.key"]: run for run in found}
 
     def traces(self, run: Any) -> list[Any]:
-        return list(self.client.search_traces(locations=[self.experiment_id], run_id=run.info.run_id, max_results=500))
+        """Of a run, without their spans."""
+        place = [self.experiment_id]
+        return list(
+            self.client.search_traces(locations=place, run_id=run.info.run_id, max_results=500, include_spans=False)
+        )
 
     def artifact(self, run: Any, path: str, directory: Path) -> Any:
         place = directory / f"{run.info.run_id}"

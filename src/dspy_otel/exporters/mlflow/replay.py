@@ -28,7 +28,7 @@ from dspy_otel.exporters.mlflow.exporter import MLflowSpanExporter
 from dspy_otel.exporters.mlflow.otlp import decode, decode_json
 from dspy_otel.exporters.mlflow.pace import Pace
 from dspy_otel.exporters.mlflow.runs import is_for_run, is_ours
-from dspy_otel.exporters.mlflow.spending import Spending, usage_of
+from dspy_otel.exporters.mlflow.spending import Spending
 from dspy_otel.exporters.mlflow.spool import Place, SpoolError, count_of, places
 from dspy_otel.exporters.mlflow.tree import COMPILE, TRIAL, is_example, kind_of
 from dspy_otel.exporters.mlflow.writer import RunWriter
@@ -153,6 +153,7 @@ class _Delivery:
         self._exporter = exporter
         self._say = say
         self._outcome = outcome
+        exporter.patience.insists = False  # this does
         urgent = threading.Event()
         urgent.set()
         self._writer = RunWriter(exporter.open_runs, threading.Event(), Pace(urgent))
@@ -271,24 +272,28 @@ class _Delivery:
         """Build runs from spans alone: first all starts, then the examples, file by file, then all ends, in order."""
         tree, spending = self._writer.tree, Spending()
         tree.whole = False
+        optimizations = {
+            span.context.trace_id
+            for _, spans in self._batches()
+            for span in filter(is_ours, spans)
+            if kind_of(span.name, span.attributes or {}) == COMPILE
+        }
         structure: list[ReadableSpan] = []
-        used: list[tuple[int, ReadableSpan]] = []
+        others: list[ReadableSpan] = []
         for _, spans in self._batches():
             for span in filter(is_ours, spans):
                 if kind_of(span.name, span.attributes or {}) is not None:
                     structure.append(span)
-                elif (
-                    not is_example(span.name)
-                    and sc.OPTIMIZER_RUN_ID in (span.attributes or {})
-                    and usage_of(span.attributes or {})
-                ):
-                    used.append((span.end_time or 0, _bare(span)))
+                elif span.context.trace_id in optimizations:
+                    others.append(_bare(span))
         structure.sort(key=lambda span: span.start_time or 0)
         for span in structure:
             if kind_of(span.name, span.attributes or {}) == COMPILE:
                 spending.begin(span)
             tree.start(span, self._known_parent(span))
-        ends = sorted([*used, *((span.end_time or 0, span) for span in structure)], key=lambda item: item[0])
+        for run in tree.runs.values():
+            run.tried = True  # it may be in MLflow already
+        ends = sorted([*others, *structure], key=lambda span: span.end_time or 0)
         read: list[Path] = []
         for path, spans in self._batches():
             self._send(spans)
@@ -301,7 +306,7 @@ class _Delivery:
             self._settle()
             if path is not None:
                 read.append(path)
-        for _, span in ends:
+        for span in ends:
             spending.add(span)
             if kind_of(span.name, span.attributes or {}) is not None:
                 tree.end(span, spending.of(str((span.attributes or {}).get(sc.OPTIMIZER_RUN_ID))))
