@@ -207,7 +207,7 @@ def rows(directory: Path, sink: str, recording: Recording, options: Any) -> dict
     names = ("agent, to Kafka", "gateway, from Kafka, sampling")
     if options.kafka and any(map(wanted, names)):
         kafka = Kafka(place("kafka"))
-        settings |= {"KAFKA_BROKERS": kafka.brokers, "METRICS_WITHOUT": "none"}
+        settings |= {"KAFKA_BROKERS": kafka.brokers}
         agent = Collector(place(names[0]), ("base", COLLECTOR / "scale/agent.yaml"), settings)
         files = ("base", COLLECTOR / "scale/gateway.yaml", "sampling", "content", "metrics", "jaeger")
         gateway = Collector(place(names[1]), files, settings)

@@ -59,7 +59,6 @@ def test_kafka_spreads_traces_over_gateways_and_keeps_each_whole(tmp_path: Path)
                 "PHOENIX_ENDPOINT": receiver.http,
                 "DECISION_WAIT": "12s",  # longer than it takes the two to share the partitions
                 "KEEP_REST_PERCENT": "0",
-                "METRICS_WITHOUT": "none",
             }
             files = ("base", COLLECTOR / "scale/gateway.yaml", "sampling", "content", "metrics", "phoenix")
             gateways.append(Collector(directory, files, settings))
