@@ -3,21 +3,38 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import json
+import logging
 import os
 import random
+import re
+import subprocess
+import sys
 import threading
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import dspy
 import pytest
 from opentelemetry import context as otel_context
 from opentelemetry import trace
+from opentelemetry.sdk.trace import Span, TracerProvider
 
 import dspy_otel
+from dspy_otel.operations.embedding import ASKING
+from dspy_otel.operations.evaluation import ExampleRun
+from dspy_otel.telemetry import guard, secrets, spans
+from dspy_otel.telemetry.hold import Held, HeldSpan
+from dspy_otel.telemetry.scope import Program, Scope
+from dspy_otel.telemetry.spans import Call
+from dspy_otel.telemetry.totals import Totals
+from tests.support.otlp_receiver import OtlpReceiver
+from tests.switching.process import ROOT, environment
 
-from .programs import Oracle
+from .programs import Oracle, until
 
 
 class Chain(dspy.Module):
@@ -35,6 +52,16 @@ class Chain(dspy.Module):
     async def aforward(self, question: str) -> Any:
         await self.one.acall(question=question)
         return await self.two.acall(question=question)
+
+
+class Counting(Oracle):
+    """Bills each call as many tokens as its question's number says."""
+
+    def forward(self, prompt: Any = None, messages: Any = None, **kwargs: Any) -> Any:
+        answer = super().forward(prompt, messages, **kwargs)
+        number = int(re.findall(r"number(\d+)", str(messages))[-1])
+        answer.usage = {"prompt_tokens": number + 1, "completion_tokens": 2 * number + 1}
+        return answer
 
 
 PER_CALL = Counter({"invoke_workflow Chain": 1, "Predict one": 1, "Predict two": 1, "chat oracle": 2})
@@ -56,9 +83,18 @@ def assert_own_parents(spans: Any) -> None:
             assert f"{question} " in span.attributes["gen_ai.input.messages"].replace("\\n", " ")
 
 
+def assert_own_tokens(telemetry: Any) -> None:
+    """Each program's totals are those of its own two calls."""
+    for root in telemetry.named("invoke_workflow"):
+        number = int(re.findall(r"number(\d+)", root.attributes["input.value"])[0])
+        assert root.attributes["dspy.usage.lm_calls"] == 2
+        assert root.attributes["dspy.usage.input_tokens"] == 2 * (number + 1)
+        assert root.attributes["dspy.usage.output_tokens"] == 2 * (2 * number + 1)
+
+
 def test_many_threads_on_one_program(telemetry: Any) -> None:
     telemetry.instrument(capture_content="span_only")
-    program, lm = Chain(), Oracle()
+    program, lm = Chain(), Counting()
     settings = {"lm": lm, "disable_history": True, "trace": None}
     calls, before = 256, threading.active_count()
 
@@ -72,22 +108,20 @@ def test_many_threads_on_one_program(telemetry: Any) -> None:
         assert all(pool.map(work, range(calls)))
     assert Counter(span.name for span in telemetry.spans) == Counter({n: c * calls for n, c in PER_CALL.items()})
     assert_own_parents(telemetry.spans)
-    roots = telemetry.named("invoke_workflow")
-    assert {span.attributes["dspy.usage.lm_calls"] for span in roots} == {2}
-    assert {span.attributes["dspy.usage.input_tokens"] for span in roots} == {6}
+    assert_own_tokens(telemetry)
     assert threading.active_count() <= before
 
 
 async def test_many_tasks_on_one_program(telemetry: Any) -> None:
     telemetry.instrument(capture_content="span_only")
-    program, calls = Chain(), 500
+    program, calls = Chain(), 1000
     surrounding = otel_context.get_current()
-    with dspy.context(lm=Oracle(), disable_history=True, trace=None):
+    with dspy.context(lm=Counting(), disable_history=True, trace=None):
         await asyncio.gather(*(program.acall(question=f"number{number}") for number in range(calls)))
     assert otel_context.get_current() is surrounding
     assert Counter(span.name for span in telemetry.spans) == Counter({n: c * calls for n, c in PER_CALL.items()})
     assert_own_parents(telemetry.spans)
-    assert {span.attributes["dspy.usage.lm_calls"] for span in telemetry.named("invoke_workflow")} == {2}
+    assert_own_tokens(telemetry)
 
 
 async def test_tasks_cancelled_at_random_points(telemetry: Any) -> None:
@@ -215,3 +249,201 @@ def test_abandoned_generators(telemetry: Any) -> None:
     assert otel_context.get_current() is surrounding
     assert len(telemetry.named("invoke_workflow Yields")) == 1
     assert len(telemetry.named("invoke_workflow Chain")) == 1
+
+
+# --- nothing is left ----------------------------------------------------------------------------------------------
+
+OURS = (Call, Scope, Totals, Program, Held, HeldSpan, spans._Pending, ExampleRun)
+
+
+def left_over() -> Counter[str]:
+    """Objects of ours, and live spans of the SDK, that anything still refers to."""
+    gc.collect()
+    kinds = (*OURS, Span)
+    return Counter(type(thing).__name__ for thing in gc.get_objects() if type(thing) in kinds)
+
+
+async def test_nothing_is_left_after_a_storm() -> None:
+    """Threads, tasks, cancellations, failures, abandoned calls and streams, retrievals: counted before and after."""
+    provider = TracerProvider(shutdown_on_exit=False)
+    dspy_otel.instrument(tracer_provider=provider, capture_content="span_and_event", optimization_traces="none")
+    chance = random.Random(2)
+    program, lm = Chain(), Counting()
+    retriever = dspy.Embeddings(["one", "two"], dspy.Embedder(lambda texts: [[1.0, 2.0] for _ in texts]), k=1)
+
+    class Slow(Counting):
+        async def aforward(self, *args: Any, **kwargs: Any) -> Any:
+            await asyncio.sleep(chance.random() / 100)
+            return await super().aforward(*args, **kwargs)
+
+    class Stream(dspy.Module):
+        def forward(self, question: str) -> Any:
+            def produce() -> Any:
+                yield program(question=question)
+                yield program(question=question)
+
+            return produce()
+
+        async def aforward(self, question: str) -> Any:
+            async def produce() -> Any:
+                yield await program.acall(question=question)
+                yield await program.acall(question=question)
+
+            return produce()
+
+    async def storm(size: int) -> None:
+        surrounding = otel_context.get_current()
+        with dspy.context(lm=Slow(), disable_history=True, trace=None, max_errors=1000):
+            tasks = [asyncio.create_task(program.acall(question=f"number{each}")) for each in range(size)]
+            await asyncio.sleep(0.005)
+            for task in tasks[::3]:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            async for _ in await Stream().acall(question="number1"):
+                break
+        settings = {"lm": lm, "disable_history": True, "trace": None, "max_errors": 1000}
+
+        def work(each: int) -> None:
+            with dspy.context(**settings):
+                next(Stream()(question=f"number{each}"))
+                retriever("q")
+                program.acall(question="number1").close()
+                rows = [dspy.Example(question=f"number{each}").with_inputs("question")] * 2
+                metric = (lambda *_: 1 / 0) if each % 2 else (lambda *_: 1.0)
+                dspy.Evaluate(devset=rows, metric=metric, num_threads=2, display_progress=False)(program)
+
+        with ThreadPoolExecutor(16) as pool:
+            await asyncio.gather(*(asyncio.get_running_loop().run_in_executor(pool, work, each) for each in range(32)))
+        assert otel_context.get_current() is surrounding
+
+    logging.getLogger("dspy").setLevel(logging.CRITICAL)
+    try:
+        await storm(50)  # what is made once and kept
+        before = left_over()
+        await storm(300)
+        assert until(lambda: left_over() == before), left_over() - before
+    finally:
+        logging.getLogger("dspy").setLevel(logging.NOTSET)
+    assert ASKING._waiting == {}
+    assert len(secrets._known) <= 256
+    assert len(guard._seen) <= 256
+
+
+# --- processes ----------------------------------------------------------------------------------------------------
+
+WORKER = Path(__file__).with_name("processes.py")
+
+
+@pytest.mark.integration
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this platform")
+@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+def test_exporters_are_alive_in_child_processes(method: str, tmp_path: Path) -> None:
+    """A program starts processes in its middle: their spans arrive, below its own, and so do their runs in MLflow."""
+    pytest.importorskip("mlflow")
+    with OtlpReceiver() as receiver:
+        settings = environment(
+            PYTHONPATH=os.pathsep.join((str(ROOT / "src"), str(ROOT))),
+            OTEL_TRACES_EXPORTER="otlp,mlflow",
+            OTEL_METRICS_EXPORTER="otlp",
+            OTEL_LOGS_EXPORTER="otlp",
+            OTEL_EXPORTER_OTLP_PROTOCOL="http/protobuf",
+            OTEL_EXPORTER_OTLP_ENDPOINT=receiver.http,
+            OTEL_INSTRUMENTATION_GENAI_CAPTURE_MESSAGE_CONTENT="span_and_event",
+            MLFLOW_TRACKING_URI=f"sqlite:///{tmp_path}/mlflow.db",
+        )
+        done = subprocess.run(
+            [sys.executable, str(WORKER), method],
+            cwd=tmp_path,
+            env=settings,
+            capture_output=True,
+            text=True,
+            timeout=400,
+        )
+        assert done.returncode == 0, done.stderr[-4000:]
+        found = receiver.spans()
+        metrics = receiver.metric_names()
+    told = json.loads(done.stdout.splitlines()[-1])
+    assert "Traceback" not in done.stderr, done.stderr[-4000:]
+    (parent,) = [span for span in found if span.name == "invoke_workflow Starts"]
+    below = [span for span in found if span.trace == parent.trace]
+    children = {f"child {number}" for number in range(2)}
+    of_children = [span for span in below if any(child in str(span.attributes) for child in children)]
+    by_id = {span.id: span for span in below}
+    assert len(by_id) == len(below), "an id was given twice"
+    assert all(span.parent in by_id for span in below if span is not parent)
+    for child in children:
+        own = [span for span in of_children if child in str(span.attributes.get("input.value"))]
+        assert Counter(span.name.split(" ")[0] for span in own) >= Counter({"Chain": 1, "Predict": 2}) or Counter(
+            span.name.split(" ")[0] for span in own
+        ) >= Counter({"invoke_workflow": 1, "Predict": 2}), [span.name for span in own]
+    assert "gen_ai.client.operation.duration" in metrics
+    # MLflow: one run for the parent's evaluation and one for each child's, each with its own traces.
+    from mlflow.tracking import MlflowClient
+
+    client = MlflowClient(tracking_uri=f"sqlite:///{tmp_path}/mlflow.db")
+    runs = client.search_runs(["0"])
+    assert {run.info.status for run in runs} == {"FINISHED"}
+    assert len(runs) == 3, [run.info.run_name for run in runs]
+    for run in runs:
+        assert len(client.search_traces(locations=["0"], run_id=run.info.run_id)) >= 2
+    assert told["statuses"] == [0, 0]
+
+
+SHUTDOWN = """
+import atexit, sys, threading, time
+import dspy, dspy_otel
+from tests.inert.test_concurrency import Chain, Counting
+
+dspy_otel.configure()
+program = Chain()
+settings = dict(lm=Counting(), disable_history=True, trace=None)
+
+def ask(number):
+    with dspy.context(**settings):
+        return program(question=f"number{number}").answer
+
+def forever():
+    while True:
+        ask(1)
+
+class Late:
+    def __del__(self):
+        print("late", ask(2), flush=True)
+
+atexit.register(lambda: print("exit", ask(3), flush=True))
+late = Late()
+sys.modules["kept until the end"] = late
+for _ in range(4):
+    threading.Thread(target=forever, daemon=True).start()
+pending = program.acall(question="number4")
+time.sleep(0.3)
+print("end", flush=True)
+"""
+
+
+@pytest.mark.integration
+def test_the_interpreter_ends_while_programs_run(tmp_path: Path) -> None:
+    bare = run_at_shutdown(SHUTDOWN.replace("dspy_otel.configure()", ""), tmp_path)
+    with OtlpReceiver() as receiver:
+        watched = run_at_shutdown(
+            SHUTDOWN, tmp_path, OTEL_EXPORTER_OTLP_ENDPOINT=receiver.http, OTEL_EXPORTER_OTLP_PROTOCOL="http/protobuf"
+        )
+        assert receiver.spans("invoke_workflow")
+    gone = run_at_shutdown(SHUTDOWN, tmp_path, OTEL_EXPORTER_OTLP_ENDPOINT="http://127.0.0.1:1")
+    for done in (watched, gone):
+        assert done.returncode == bare.returncode
+        assert [line.split()[0] for line in done.stdout.splitlines()] == [
+            line.split()[0] for line in bare.stdout.splitlines()
+        ]
+        assert "/src/dspy_otel/" not in done.stderr, done.stderr[-4000:]
+
+
+def run_at_shutdown(code: str, folder: Path, **settings: str) -> Any:
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=folder,
+        env=environment(PYTHONPATH=os.pathsep.join((str(ROOT / "src"), str(ROOT))), **settings),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
