@@ -58,9 +58,9 @@ class ParallelOperation(Operation):
                 raise
 
         def execute_watched(executor: Any, function: Any, data: Any) -> Any:
-            if not self.telemetry.enabled():
+            if not self.telemetry.safely("threads", False, self.telemetry.enabled):
                 return original(executor, function, data)
-            scope = current_scope()
+            scope = self.telemetry.safely("threads", None, current_scope)
             if scope is not None and scope.kind == "evaluate" and not scope.notes.get("executing"):
                 # An evaluation's own loop. A program that runs threads of its own inside an example does not come
                 # here: its scope is the example's.

@@ -279,15 +279,20 @@ class Observer:
 def patch(optimizers: Optimizers, patches: Patches) -> None:
     """``gepa.optimize`` gets one callback more, for the one call."""
 
+    def begin(budget: Any) -> Observer | None:
+        run = current_run(optimizers.phases)
+        if run is None or not isinstance(run.plan, GEPAPlan):
+            return None
+        run.plan.phases = optimizers.phases
+        run.planned_examples = budget if isinstance(budget, int) else None
+        return Observer(run.plan)
+
     def observed(original: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(original)
         def optimize(*args: Any, **kwargs: Any) -> Any:
-            run = optimizers.telemetry.safely("GEPA", None, current_run, optimizers.phases)
-            if run is not None and isinstance(run.plan, GEPAPlan):
-                run.plan.phases = optimizers.phases
-                budget = kwargs.get("max_metric_calls")
-                run.planned_examples = budget if isinstance(budget, int) else None
-                kwargs["callbacks"] = [*(kwargs.get("callbacks") or ()), Observer(run.plan)]
+            observer = optimizers.telemetry.safely("GEPA", None, begin, kwargs.get("max_metric_calls"))
+            if observer is not None:
+                kwargs["callbacks"] = [*(kwargs.get("callbacks") or ()), observer]
             return original(*args, **kwargs)
 
         return optimize

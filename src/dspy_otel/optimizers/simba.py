@@ -195,7 +195,9 @@ def patch(optimizers: Optimizers, patches: Patches) -> None:
         @functools.wraps(original)
         def wrap_program(program: Any, metric: Any, *args: Any, **kwargs: Any) -> Any:
             function = original(program, metric, *args, **kwargs)
-            return function if plan() is None else _Observed(function, program, metric)
+            if plan() is None:
+                return function
+            return telemetry.safely("SIMBA program", function, _Observed, function, program, metric)
 
         return wrap_program
 
@@ -227,7 +229,7 @@ def patch(optimizers: Optimizers, patches: Patches) -> None:
             telemetry.safely("SIMBA evaluation", None, _close_groups, optimizers, groups, results, None)
             if phase is not None:
                 optimizers.phases.close(phase, results, None)
-            telemetry.safely("SIMBA evaluation", None, current.evaluated, [_candidate(call) for call, _ in groups])
+            telemetry.safely("SIMBA evaluation", None, _evaluated, current, groups)
             return results
 
         return __call__
@@ -239,6 +241,10 @@ def patch(optimizers: Optimizers, patches: Patches) -> None:
 
 
 _Group = tuple[Call, list[int]]
+
+
+def _evaluated(plan: SIMBAPlan, groups: list[_Group]) -> None:
+    plan.evaluated([_candidate(call) for call, _ in groups])
 
 
 def _candidate(call: Call) -> str | None:
