@@ -47,6 +47,7 @@ from dspy_otel.exporters.mlflow.tree import (
     score_of_span,
     trace_id_of,
 )
+from dspy_otel.report.collect import is_phase
 from dspy_otel.version import __version__
 
 _logger = logging.getLogger(__name__)
@@ -177,7 +178,7 @@ class RunTracker(SpanProcessor):
                     self._put("end", span, {})
                 else:
                     self._left_out += 1
-            elif kind_of(span.name, at) is not None:
+            elif kind_of(span.name, at) is not None or is_phase(span.name, at):
                 with self._lock:
                     spent = self._spending.of(str(at.get(sc.OPTIMIZER_RUN_ID)))
                 self._put("end", span, spent)

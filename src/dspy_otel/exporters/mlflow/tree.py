@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,6 +17,11 @@ from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.trace import StatusCode
 
 from dspy_otel import semconv as sc
+from dspy_otel.report import Collector, render
+from dspy_otel.report.collect import is_phase
+from dspy_otel.report.model import tokens
+
+_logger = logging.getLogger(__name__)
 
 FINISHED, FAILED, KILLED = "FINISHED", "FAILED", "KILLED"
 
@@ -25,6 +31,8 @@ TRIAL_PROGRAM: Final = "model.json"
 INITIAL_PROGRAM: Final = "initial_model.json"
 EVALUATION_TABLE: Final = "evaluation_table.json"
 CANDIDATE_TABLE: Final = "candidates.json"
+PHASE_TABLE: Final = "phases.json"
+REPORT: Final = "report.html"
 
 MAX_PARAM: Final = 6000
 MAX_TAG: Final = 8000
@@ -48,6 +56,8 @@ HOW_TO_GET_CONTENT: Final = (
     "off: programs, instructions, demos, dataset rows and predictions are recorded with "
     "OTEL_INSTRUMENTATION_GENAI_CAPTURE_MESSAGE_CONTENT=span_only"
 )
+
+_ENDED_BEFORE: Final = "The program ended before it did."
 
 COMPILE, TRIAL, EVALUATION = "compile", "trial", "evaluation"
 
@@ -95,6 +105,7 @@ _COMPILE_METRICS: Final[Mapping[str, str]] = {
     sc.OPTIMIZER_TRIALS_REJECTED: "rejected",
     sc.OPTIMIZER_EXAMPLES_EVALUATED: "examples_evaluated",
 }
+_PHASE_USAGE: Final = ("lm_calls", "cache_hits", "input_tokens", "output_tokens", "cost")
 _DATASETS: Final = (
     ("train", sc.DATASET_TRAIN_SIZE, sc.DATASET_TRAIN_DIGEST, sc.DATASET_TRAIN_ROWS),
     ("val", sc.DATASET_VAL_SIZE, sc.DATASET_VAL_DIGEST, sc.DATASET_VAL_ROWS),
@@ -244,6 +255,7 @@ class _Compile:
     trials: list[dict[str, Any]] = field(default_factory=list)
     runs: dict[int, Run] = field(default_factory=dict)
     examples: int = 0
+    history: Collector = field(default_factory=Collector)
 
 
 @dataclass
@@ -336,7 +348,7 @@ class Tree:
         """A span has ended.
 
         Args:
-            span: of a compile, trial, evaluation or example.
+            span: of a compile, phase, trial, evaluation or example.
             spent: what LM calls of its optimization have used so far.
 
         Returns:
@@ -350,6 +362,10 @@ class Tree:
             self._end_trial(span, at, spent)
         elif kind == EVALUATION:
             self._end_evaluation(span, at)
+        elif is_phase(span.name, at):
+            compile_ = self._compiles.get(str(at[sc.OPTIMIZER_RUN_ID]))
+            if compile_ is not None:
+                compile_.history.step(span)
         elif sc.EVALUATION_ID in at:
             self._end_example(span, at)
         return None
@@ -359,11 +375,14 @@ class Tree:
         for key in list(self._evaluations):
             self._tabulate(self._evaluations.pop(key))
         for compile_ in self._compiles.values():
-            self._describe_compile(compile_, dict(compile_.span.attributes or {}))
+            at = dict(compile_.span.attributes or {})
+            self._describe_compile(compile_, at)
             self._list_candidates(compile_)
+            at[sc.OPTIMIZER_OUTCOME] = "interrupted"
+            self._report(compile_, at, when * 1_000_000, _ENDED_BEFORE)
         for run in self.runs.values():
             if not run.over:
-                end_run(run, KILLED, when, "The program ended before it did.")
+                end_run(run, KILLED, when, _ENDED_BEFORE)
         self._compiles.clear()
         self._trials.clear()
 
@@ -445,6 +464,10 @@ class Tree:
         self._list_candidates(compile_)
         outcome = {"failed": FAILED, "interrupted": KILLED}.get(str(at.get(sc.OPTIMIZER_OUTCOME)))
         status, reason = status_of(span, at)
+        self._report(compile_, at, span.end_time, reason)
+        above = self._compiles.get(str(at.get(sc.OPTIMIZER_PARENT_RUN_ID)))
+        if above is not None:
+            above.history.step(span)
         end_run(run, outcome or status, when, reason, note=summary(at))
         for number in compile_.runs:
             self._trials.pop((key, number), None)
@@ -454,7 +477,8 @@ class Tree:
         if not compile_.trials:
             return
         columns = ["number", "kind", "candidate", "parents", "score", "best_score", "accepted", "on_pareto_front"]
-        columns += ["reason", "phase", "params", "changes", "run_id"]
+        columns += ["reason", "phase", "size", "score_before", "score_after", "params", "changes", "error"]
+        columns += ["lm_calls", "tokens", "cost", "spent_lm_calls", "spent_tokens", "spent_cost", "run_id"]
 
         def make() -> None:
             for trial in compile_.trials:
@@ -464,6 +488,33 @@ class Tree:
             compile_.run.table(CANDIDATE_TABLE, columns, rows)
 
         compile_.run.later.append(make)
+        columns_of_phases = ["phase", "times", "seconds", *_PHASE_USAGE]
+        rows = [
+            [phase.name, phase.times, phase.seconds, *(phase.usage.get(name) for name in _PHASE_USAGE)]
+            for phase in compile_.history.phases
+        ]
+        if rows:
+            compile_.run.table(PHASE_TABLE, columns_of_phases, rows)
+
+    def _report(self, compile_: _Compile, at: Attributes, ended: int | None, reason: str | None) -> None:
+        """Add the report of an optimization that is over; steps of others that scored nothing need none."""
+        run, history = compile_.run, compile_.history
+        if run.parent is not None and not history.trials:
+            return
+        report = history.report(at, compile_.span.start_time, ended, reason)
+        report.versions = {
+            name.removesuffix(".version"): value
+            for name, value in self.constant_tags.items()
+            if name.endswith(".version")
+        }
+
+        def make() -> None:
+            try:
+                run.artifacts[REPORT] = render(report)
+            except Exception:
+                _logger.warning("The report of %s could not be made.", run.name, exc_info=True)
+
+        run.later.append(make)
 
     # --- trials -------------------------------------------------------------------------------------------------
     def _start_trial(self, span: ReadableSpan, at: Attributes) -> None:
@@ -498,13 +549,14 @@ class Tree:
             run.tag({TAG_NAME: run.name})
         compile_ = self._compiles.get(optimization)
         if compile_ is not None:
-            self._end_trial_of(compile_, run, number, at, when, spent)
+            self._end_trial_of(compile_, run, number, span, when, spent)
         status, reason = status_of(span, at)
         end_run(run, status, when, reason)
 
     def _end_trial_of(
-        self, compile_: _Compile, run: Run, number: int, at: Attributes, when: int, spent: Mapping[str, float]
+        self, compile_: _Compile, run: Run, number: int, span: ReadableSpan, when: int, spent: Mapping[str, float]
     ) -> None:
+        at = span.attributes or {}
         kind = str(at.get(sc.TRIAL_KIND, ""))
         candidate = at.get(sc.CANDIDATE_ID)
         if candidate is not None:
@@ -520,7 +572,8 @@ class Tree:
         validation = compile_.run.seen_datasets.get("val")
         if validation is not None and kind in _ON_VALIDATION and at.get(sc.TRIAL_SIZE) == validation.size:
             run.dataset(validation)
-        compile_.examples += int(at.get(sc.TRIAL_SIZE, 0))
+        trial = compile_.history.trial(span)
+        compile_.examples += trial.size or 0
         compile_.run.point(
             {
                 f"score.{kind}": at.get(sc.TRIAL_SCORE),
@@ -531,22 +584,30 @@ class Tree:
             when,
             number,
         )
-        prefix = sc.TRIAL_PARAMS_PREFIX
-        chosen = {key[len(prefix) :]: value for key, value in at.items() if key.startswith(prefix)}
         compile_.trials.append(
             {
                 "number": number,
                 "kind": kind,
                 "candidate": candidate,
-                "parents": ", ".join(map(str, at.get(sc.CANDIDATE_PARENT_IDS, ()))),
+                "parents": ", ".join(trial.parents),
                 "score": at.get(sc.TRIAL_SCORE),
                 "best_score": at.get(sc.TRIAL_BEST_SCORE),
-                "accepted": at.get(sc.TRIAL_ACCEPTED),
-                "on_pareto_front": at.get(sc.TRIAL_ON_PARETO_FRONT),
-                "reason": at.get(sc.TRIAL_REASON),
-                "phase": at.get(sc.OPTIMIZER_PHASE),
-                "params": json.dumps(chosen, ensure_ascii=False),
+                "accepted": trial.accepted,
+                "on_pareto_front": trial.on_front,
+                "reason": trial.reason,
+                "phase": trial.phase,
+                "size": trial.size,
+                "score_before": trial.before,
+                "score_after": trial.after,
+                "params": json.dumps(trial.params, ensure_ascii=False, default=str),
                 "changes": at.get(sc.CANDIDATE_DIFF),
+                "error": trial.error,
+                "lm_calls": trial.usage.get("lm_calls"),
+                "tokens": tokens(trial.usage),
+                "cost": trial.usage.get("cost"),
+                "spent_lm_calls": trial.spent.get("lm_calls"),
+                "spent_tokens": tokens(trial.spent),
+                "spent_cost": trial.spent.get("cost"),
             }
         )
 
@@ -577,6 +638,9 @@ class Tree:
             return
         run, when = evaluation.run, milliseconds(span.end_time)
         self._tabulate(evaluation)
+        compile_, number = self._compiles.get(str(at.get(sc.OPTIMIZER_RUN_ID))), at.get(sc.TRIAL_NUMBER)
+        if compile_ is not None and isinstance(number, int) and not evaluation.own:
+            compile_.history.rows(number, evaluation.rows)
         run.point({"failures": at.get(sc.EVALUATION_FAILURES) or None}, when)
         if not evaluation.own:
             return
