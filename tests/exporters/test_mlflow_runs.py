@@ -84,7 +84,7 @@ class Memory:
         self.scores.append((score.trace_id, score.value, run_id))
         return True
 
-    def find_runs(self, run_id: str | None, condition: str) -> list[Any]:
+    def find_runs(self, run_id: str | None, condition: str, experiment_id: str | None = None) -> list[Any]:
         return []
 
     def read_artifact(self, run_id: str, artifact_uri: str, path: str) -> str | None:

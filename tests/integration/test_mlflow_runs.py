@@ -26,6 +26,9 @@ from dspy_otel import DSPyInstrumentor, program_id
 from dspy_otel import semconv as sc
 from dspy_otel.cli.demo.task import ColourFamily, load_examples, same_family, same_family_with_feedback
 from dspy_otel.exporters.mlflow import MLflowSpanExporter, load_best
+from dspy_otel.exporters.mlflow.base import ExportError
+from dspy_otel.exporters.mlflow.read import read_report
+from dspy_otel.report import reports
 from tests.optimizers.common import RUNS, quietly, scripted_lm
 from tests.support.mlflow_server import mlflow_server
 
@@ -189,6 +192,24 @@ def test_runs_are_what_the_spans_say(store: Store, optimizer: str, tmp_path: Pat
     best = load_best(ColourFamily(), experiment=store.experiment, tracking_uri=store.uri, allow_unsafe_lm_state=True)
     assert program_id(best) == program_id(program)
 
+    # The report: an artifact, and made anew from what MLflow has it tells the same.
+    expected = next(one for one in reports(store.spans.get_finished_spans()) if one.run_id == top)
+    page = store.client.download_artifacts(ids[top], "report.html", str(tmp_path))
+    html = Path(page).read_text(encoding="utf-8")
+    found = read_report(experiment=store.experiment, tracking_uri=store.uri)
+    assert found.run_id == ids[top]
+    for part in ("optimizer", "program", "outcome", "reason", "scale", "baseline", "best", "gain", "winner", "seed_id"):
+        assert getattr(found.report, part) == getattr(expected, part), part
+    for part in ("best_id", "counts", "programs", "compared", "content"):
+        assert getattr(found.report, part) == getattr(expected, part), part
+    assert found.report.usage == pytest.approx(expected.usage)
+    assert [phase.name for phase in found.report.phases] == [phase.name for phase in expected.phases]
+    for mine, theirs in zip(found.report.trials, expected.trials, strict=True):
+        for part in ("number", "kind", "candidate", "parents", "score", "best", "size", "accepted", "reason", "phase"):
+            assert getattr(mine, part) == getattr(theirs, part), (part, mine.number)
+        assert mine.spent["cost"] == pytest.approx(theirs.spent["cost"])
+        assert f"trial {mine.number}, {mine.kind}: " in html
+
 
 def loaded(path: str) -> str | None:
     program = ColourFamily()
@@ -247,7 +268,7 @@ def test_without_content_there_is_all_that_is_no_content(store: Store, tmp_path:
     store.flush()
     runs = store.runs()
     top = next(run for run in runs.values() if "mlflow.parentRunId" not in run.data.tags)
-    assert store.artifacts(top) == {"candidates.json"}
+    assert store.artifacts(top) == {"candidates.json", "phases.json", "report.html"}
     assert top.data.tags["dspy.content"].startswith("off: ")
     assert top.data.metrics["best_score"] >= 0
     trial = runs[f"{top.data.tags['dspy.run.key']}/1"]
@@ -325,6 +346,7 @@ def test_a_run_is_there_within_five_seconds_and_a_failure_has_its_reason(store: 
         while not seen and time.monotonic() < until:
             if store.client.get_experiment_by_name(store.experiment) is not None:
                 seen.update({run.info.run_name: run.info.status for run in store.runs().values()})
+                seen["report"] = read_report(experiment=store.experiment, tracking_uri=store.uri).report.outcome
             time.sleep(0.2)
         raise ValueError("no verdict today")
 
@@ -336,9 +358,27 @@ def test_a_run_is_there_within_five_seconds_and_a_failure_has_its_reason(store: 
         quietly(optimizer.compile, ColourFamily(), trainset=load_examples("train", 4), valset=load_examples("val", 4))
     store.flush()
     assert seen["BootstrapFewShotWithRandomSearch ColourFamily"] == "RUNNING"
+    assert seen["report"] == "running"
     top = next(run for run in store.runs().values() if "mlflow.parentRunId" not in run.data.tags)
     assert top.info.status == "FAILED"
     assert top.data.tags["mlflow.note.content"].startswith("**FAILED**: ")
+    assert "report.html" in store.artifacts(top)
+    failed = read_report(top.info.run_id, tracking_uri=store.uri).report
+    assert failed.outcome == "failed"
+    assert failed.reason
+
+
+def test_who_only_reads_makes_nothing(store: Store, tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match="no experiment 'nowhere'"):
+        read_report(experiment="nowhere", tracking_uri=store.uri)
+    with pytest.raises(LookupError, match="no experiment 'nowhere'"):
+        load_best(ColourFamily(), experiment="nowhere", tracking_uri=store.uri)
+    assert store.client.get_experiment_by_name("nowhere") is None
+    with pytest.raises(LookupError, match="no run"):
+        read_report("0" * 32, tracking_uri=store.uri)
+    with pytest.raises(ExportError, match="no database"):
+        read_report(tracking_uri=f"sqlite:///{tmp_path / 'none.db'}")
+    assert not (tmp_path / "none.db").exists()
 
 
 def test_a_run_of_the_users_own_is_the_parent(store: Store) -> None:

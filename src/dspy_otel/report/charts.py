@@ -11,8 +11,10 @@ from .markup import Child, tag
 from .model import Report, Trial, tokens
 
 WIDTH, HEIGHT = 560, 300
-_LEFT, _RIGHT, _TOP, _BOTTOM = 52, 16, 14, 40
+_LEFT, _RIGHT, _TOP, _BOTTOM = 52, 26, 14, 40
 MAX_POINTS: Final = 1500
+_HUGE: Final = 1e100
+"""Scores beyond are not drawn: nobody means them."""
 
 KINDS: Final = {
     "baseline": "the initial program",
@@ -83,8 +85,8 @@ def mark(kind: str, x: float, y: float) -> Element:
 
 def ticks(low: float, high: float, most: int = 6) -> list[float]:
     """Round numbers that span ``low`` to ``high``."""
-    if not high > low:
-        high = low + (abs(low) or 1.0)
+    if high - low <= max(abs(low), abs(high)) * 1e-9 or high - low < 1e-200:
+        high = low + (abs(low) if abs(low) > 1e-200 else 1.0)
     rough = (high - low) / (most - 1)
     power = 10.0 ** math.floor(math.log10(rough))
     step = next((factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= rough), 10 * power)
@@ -105,7 +107,7 @@ def _chart(
     what: str,
     across: list[float],
 ) -> Element | None:
-    drawn = [(x, trial.score, trial) for x, trial in points if trial.score is not None]
+    drawn = [(x, trial.score, trial) for x, trial in points if trial.score is not None and abs(trial.score) < _HUGE]
     if not drawn:
         return None
     scores = [score for _, score, _ in drawn]
@@ -128,7 +130,13 @@ def _chart(
         parts.append(tag("text", f"{value:.6g}", x=f"{x:.1f}", y=HEIGHT - _BOTTOM + 16, text_anchor="middle"))
     middle = (_LEFT + WIDTH - _RIGHT) / 2
     parts.append(tag("text", what, x=middle, y=HEIGHT - 6, text_anchor="middle", class_="axis"))
-    line = _steps([(*place(x, trial.best), x) for x, trial in sorted(points, key=_at) if trial.best is not None])
+    line = _steps(
+        [
+            (*place(x, trial.best), x)
+            for x, trial in sorted(points, key=_at)
+            if trial.best is not None and abs(trial.best) < _HUGE
+        ]
+    )
     if line:
         parts.append(tag("path", d=line, class_="best"))
     # What stands out comes last, on top; when there are too many points, the small ones go.

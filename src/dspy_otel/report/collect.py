@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final
 
 from opentelemetry.sdk.trace import ReadableSpan
@@ -29,6 +29,40 @@ Attributes = Mapping[str, Any]
 def is_phase(name: str, at: Attributes) -> bool:
     """Whether a span is a phase of an optimization."""
     return name in PHASES and at.get(sc.OPTIMIZER_PHASE) == name and sc.OPTIMIZER_RUN_ID in at
+
+
+def reports(spans: Iterable[ReadableSpan]) -> list[Report]:
+    """The reports of all optimizations whose spans these are, finished ones, in any order.
+
+    Those that were steps of another one and scored nothing are left out.
+    """
+    collectors: dict[str, Collector] = {}
+    rows: dict[str, list[dict[str, Any]]] = {}
+    found: list[tuple[int, Report]] = []
+    for span in sorted(spans, key=lambda span: span.end_time or 0):
+        at = span.attributes or {}
+        run, word = str(at.get(sc.OPTIMIZER_RUN_ID)), span.name.split(" ", 1)[0]
+        if sc.OPTIMIZER_RUN_ID not in at:
+            continue
+        collector = collectors.setdefault(run, Collector())
+        if word == sc.SPAN_EXAMPLE and sc.EVALUATION_ID in at:
+            rows.setdefault(str(at[sc.EVALUATION_ID]), []).append(row_of(span))
+        elif word == sc.SPAN_EVALUATE and isinstance(trial := at.get(sc.TRIAL_NUMBER), int):
+            collector.rows(trial, rows.pop(str(at.get(sc.EVALUATION_ID)), []))
+        elif word == sc.SPAN_TRIAL and isinstance(at.get(sc.TRIAL_NUMBER), int):
+            collector.trial(span)
+        elif is_phase(span.name, at):
+            collector.step(span)
+        elif word == sc.SPAN_COMPILE:
+            inside = sc.OPTIMIZER_PARENT_RUN_ID in at
+            if inside:
+                collectors.setdefault(str(at[sc.OPTIMIZER_PARENT_RUN_ID]), Collector()).step(span)
+            if collector.trials or not inside:
+                failed = span.status.status_code is StatusCode.ERROR
+                reason = (span.status.description or str(at.get(sc.ERROR_TYPE) or "error")) if failed else None
+                report = collector.report(at, span.start_time, span.end_time, reason)
+                found.append((span.start_time or 0, report))
+    return [report for _, report in sorted(found, key=lambda one: one[0])]
 
 
 class Collector:
@@ -208,6 +242,37 @@ def usage_of(at: Attributes) -> dict[str, float]:
     prefix = sc.USAGE_PREFIX
     found = {key[len(prefix) :]: number(value) for key, value in at.items() if key.startswith(prefix)}
     return {name: value for name, value in found.items() if value is not None}
+
+
+def row_of(span: ReadableSpan) -> dict[str, Any]:
+    """An evaluated example as a row of its evaluation's table."""
+    at = span.attributes or {}
+    return {
+        "index": at.get(sc.EXAMPLE_INDEX),
+        "id": at.get(sc.EXAMPLE_ID),
+        "inputs": load_json(at.get(sc.MODULE_INPUTS, at.get(sc.INPUT_VALUE))),
+        "expected": load_json(at.get(sc.EXAMPLE_EXPECTED)),
+        "prediction": load_json(at.get(sc.MODULE_OUTPUTS, at.get(sc.OUTPUT_VALUE))),
+        "score": at.get(sc.EXAMPLE_SCORE),
+        "feedback": at.get(sc.EXAMPLE_FEEDBACK),
+        "error": at.get(sc.ERROR_TYPE),
+        "trace_id": trace_id_of(span),
+    }
+
+
+def trace_id_of(span: ReadableSpan) -> str:
+    """A span's trace id as MLflow writes it."""
+    return f"tr-{span.context.trace_id:032x}"
+
+
+def load_json(value: Any) -> Any:
+    """JSON text as what it says; text that is none as it is."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except ValueError:
+        return value
 
 
 def seconds_of(span: ReadableSpan) -> float:

@@ -139,5 +139,5 @@ def _dot(report: Report, node: Node, at: tuple[float, float], names: Mapping[str
         tag("title", said),
         tag("circle", cx=x, cy=y, r=12, class_="ring") if node.id == report.best_id else None,
         tag("circle", cx=x, cy=y, r=7, class_=f"node {kind}{' front' if node.on_front else ''}"),
-        tag("text", text, x=f"{at[0] + 14:.0f}", y=f"{at[1] + 4:.0f}"),
+        tag("text", text, x=f"{at[0] + 9:.0f}", y=f"{at[1] - 9:.0f}"),
     )

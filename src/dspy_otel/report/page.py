@@ -91,7 +91,9 @@ def _header(report: Report, title: str) -> list[Child]:
         note.append(tag("p", f"{report.outcome}: ", cut(report.reason, 2000), class_="warn"))
     if not report.content:
         note.append(tag("p", NO_CONTENT, class_="warn"))
-    if report.usage.get("unpriced_calls"):
+    if report.usage.get("unpriced_calls") and "cost" not in report.usage:
+        note.append(tag("p", "No LM call has a known price: what was spent is told in tokens.", class_="note"))
+    elif report.usage.get("unpriced_calls"):
         calls = f"{report.usage['unpriced_calls']:,.0f} of {report.usage.get('lm_calls', 0):,.0f} LM calls"
         note.append(tag("p", f"{calls} have no known price: the cost is that of the others.", class_="note"))
     return [
@@ -279,7 +281,11 @@ def _trials(report: Report, names: Mapping[str, str]) -> list[Child]:
         "choices",
     ]
     numeric = {"score", "best", "examples", "tokens", "cost"}
-    short = dict.fromkeys(("trial", "kind", "phase", "candidate"), "nw")
+    classes = {
+        **dict.fromkeys(("trial", "kind", "phase", "candidate"), "nw"),
+        "choices": "choices",
+        "verdict": "verdict",
+    }
     rows = []
     for trial in shown:
         cells: dict[str, Child] = {
@@ -296,7 +302,7 @@ def _trials(report: Report, names: Mapping[str, str]) -> list[Child]:
             "cost": None if "cost" not in trial.usage else _money(trial.usage["cost"]),
             "choices": [_chip(name, value) for name, value in list(trial.params.items())[:20]],
         }
-        row = [tag("td", cells[name], class_="n" if name in numeric else short.get(name)) for name in columns]
+        row = [tag("td", cells[name], class_="n" if name in numeric else classes.get(name)) for name in columns]
         rows.append(tag("tr", row, class_="winner" if trial.number == report.winner else None))
     more = f"{len(report.trials) - len(shown)} more trials are not shown." if len(report.trials) > len(shown) else None
     return [
@@ -337,9 +343,9 @@ def _usage(report: Report) -> list[Child]:
     total = [("all", None, report.usage)]
     found: list[Child] = []
     if by_role:
-        found.append(tag("div", tag("h3", "By role"), _usage_table("role", [*by_role, *total])))
+        found.append(tag("div", tag("h3", "By role"), _usage_table("role", [*by_role, *total]), class_="wide"))
     if by_phase:
-        found.append(tag("div", tag("h3", "By phase"), _usage_table("phase", by_phase)))
+        found.append(tag("div", tag("h3", "By phase"), _usage_table("phase", by_phase), class_="wide"))
     return [tag("h2", "Usage"), tag("div", found, class_="pair")] if found else []
 
 

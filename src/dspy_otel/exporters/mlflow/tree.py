@@ -18,7 +18,8 @@ from opentelemetry.trace import StatusCode
 
 from dspy_otel import semconv as sc
 from dspy_otel.report import Collector, render
-from dspy_otel.report.collect import is_phase
+from dspy_otel.report.collect import is_phase, load_json, row_of, trace_id_of
+from dspy_otel.report.model import number as as_number
 from dspy_otel.report.model import tokens
 
 _logger = logging.getLogger(__name__)
@@ -60,6 +61,9 @@ HOW_TO_GET_CONTENT: Final = (
 _ENDED_BEFORE: Final = "The program ended before it did."
 
 COMPILE, TRIAL, EVALUATION = "compile", "trial", "evaluation"
+
+_STEPS: Final = ("step", "iteration", "depth", "strategy")
+"""Choices that say where in an optimization a trial is."""
 
 _ON_VALIDATION: Final = frozenset({sc.TRIAL_BASELINE, sc.TRIAL_FULL, sc.TRIAL_VALIDATION})
 """Trials on the whole validation set, when the size is the same too."""
@@ -141,6 +145,10 @@ class StoredRun(NamedTuple):
     started: int
     tags: Mapping[str, str]
     metrics: Mapping[str, float]
+    params: Mapping[str, str] = {}
+    experiment_id: str = ""
+    status: str = ""
+    ended: int | None = None
 
 
 class Score(NamedTuple):
@@ -226,10 +234,11 @@ class Run:
                 self.params[name] = cut(as_text(value), MAX_PARAM)
 
     def point(self, values: Mapping[str, Any], when: int, step: int = 0) -> None:
-        """Add a point to each metric; what is no number is left out."""
+        """Add a point to each metric; what is no number is left out: NaN and infinity cannot be sent as JSON."""
         for key, value in values.items():
-            if isinstance(value, (int, float)) and not isinstance(value, bool):
-                self.metrics.append(Metric(safe_key(key), float(value), when, step))
+            found = as_number(value)
+            if found is not None:
+                self.metrics.append(Metric(safe_key(key), found, when, step))
 
     def dataset(self, dataset: Dataset) -> None:
         """Add a dataset input, once."""
@@ -239,7 +248,7 @@ class Run:
 
     def table(self, path: str, columns: list[str], rows: list[list[Any]]) -> None:
         """Add an artifact that MLflow shows as a table, in the form of its ``log_table``."""
-        self.artifacts[path] = json.dumps({"columns": columns, "data": rows}, ensure_ascii=False)
+        self.artifacts[path] = strict_json({"columns": columns, "data": rows})
         self.tables.append(path)
         self.tag({TAG_TABLES: json.dumps([{"path": table, "type": "table"} for table in self.tables])})
 
@@ -521,8 +530,7 @@ class Tree:
         optimization, number = str(at[sc.OPTIMIZER_RUN_ID]), int(at[sc.TRIAL_NUMBER])
         compile_ = self._compiles.get(optimization)
         parent = None if compile_ is None else compile_.run
-        name = f"trial {number} {at.get(sc.TRIAL_KIND, '')}".rstrip()
-        run = self._add(f"{optimization}/{number}", TRIAL, name, parent, None, span)
+        run = self._add(f"{optimization}/{number}", TRIAL, trial_name(at), parent, None, span)
         self._trials[optimization, number] = run
         if compile_ is not None:
             compile_.runs[number] = run
@@ -543,9 +551,8 @@ class Tree:
         run.point({"score": score, f"score.{kind}": score, "best_score": best}, when, number)
         run.param({"score_before": at.get(sc.TRIAL_SCORE_BEFORE), "score_after": at.get(sc.TRIAL_SCORE_AFTER)})
         run.point(usage(at, roles=False), when, number)
-        accepted = at.get(sc.TRIAL_ACCEPTED)
-        if isinstance(accepted, bool):
-            run.name += " accepted" if accepted else " rejected"
+        if run.name != trial_name(at):
+            run.name = trial_name(at)
             run.tag({TAG_NAME: run.name})
         compile_ = self._compiles.get(optimization)
         if compile_ is not None:
@@ -660,17 +667,7 @@ class Tree:
         evaluation = self._evaluations.get(str(at[sc.EVALUATION_ID]))
         if evaluation is None or span.context is None:
             return
-        row: dict[str, Any] = {
-            "index": at.get(sc.EXAMPLE_INDEX),
-            "id": at.get(sc.EXAMPLE_ID),
-            "inputs": load_json(at.get(sc.MODULE_INPUTS, at.get(sc.INPUT_VALUE))),
-            "expected": load_json(at.get(sc.EXAMPLE_EXPECTED)),
-            "prediction": load_json(at.get(sc.MODULE_OUTPUTS, at.get(sc.OUTPUT_VALUE))),
-            "score": at.get(sc.EXAMPLE_SCORE),
-            "feedback": at.get(sc.EXAMPLE_FEEDBACK),
-            "error": at.get(sc.ERROR_TYPE),
-            "trace_id": trace_id_of(span),
-        }
+        row = row_of(span)
         # With OpenInference's keys on, inputs and outputs are recorded once, under those.
         content = (sc.MODULE_INPUTS, sc.INPUT_VALUE, sc.EXAMPLE_EXPECTED, sc.MODULE_OUTPUTS, sc.OUTPUT_VALUE)
         evaluation.size += sum(len(str(at.get(key, ""))) for key in content)
@@ -712,10 +709,11 @@ class Tree:
         return name or str(at.get(sc.EVALUATION_METRIC_NAME) or "score")
 
     def _add(self, key: str, kind: str, name: str, parent: Run | None, outside: str | None, span: ReadableSpan) -> Run:
-        run = Run(key, kind, name, parent, outside if parent is None else None, milliseconds(span.start_time))
+        run = Run(key, kind, as_text(name), parent, outside if parent is None else None, milliseconds(span.start_time))
         run.tag({**self.constant_tags, TAG_KIND: kind, TAG_KEY: key})
         resource = span.resource.attributes if span.resource is not None else {}
-        run.tag({"service.name": resource.get("service.name")})
+        service = str(resource.get("service.name", ""))
+        run.tag({"service.name": None if service.startswith("unknown_service") else service or None})
         self.runs[key] = run
         return run
 
@@ -768,7 +766,7 @@ def summary(at: Attributes) -> str | None:
         text += f" (trial {at[sc.OPTIMIZER_WINNER_TRIAL]})"
     if baseline is not None:
         text += f", baseline {baseline:g}"
-    return f"{text}, {at.get(sc.OPTIMIZER_TRIALS_DONE, 0)} trials."
+    return f"{text}, {at.get(sc.OPTIMIZER_TRIALS_DONE, 0)} trials. More in {REPORT}, under Artifacts."
 
 
 def score_of_span(span: ReadableSpan, key: str, name: str) -> Score | None:
@@ -780,21 +778,32 @@ def score_of_span(span: ReadableSpan, key: str, name: str) -> Score | None:
     if value is None and error is None:
         return None
     feedback, index = at.get(sc.EXAMPLE_FEEDBACK), at.get(sc.EXAMPLE_INDEX)
+    found = as_number(float(value) if isinstance(value, bool) else value)
+    if found is None and error is None:
+        error = f"score is {value}"
     return Score(
         key,
         trace_id_of(span),
         None if span.parent is None else f"{span.context.span_id:016x}",
         name,
-        float(value) if isinstance(value, (int, float)) else None,
-        None if feedback is None else str(feedback),
-        None if error is None else str(error),
+        found,
+        None if feedback is None else as_text(feedback),
+        None if error is None else as_text(error),
         index if isinstance(index, int) else None,
     )
 
 
-def trace_id_of(span: ReadableSpan) -> str:
-    """A span's trace id as MLflow writes it."""
-    return f"tr-{span.context.trace_id:032x}"
+def trial_name(at: Attributes) -> str:
+    """A trial's number, kind and verdict first, for tables are narrow; then the step of the optimizer it is part of."""
+    name = f"trial {at[sc.TRIAL_NUMBER]} {at.get(sc.TRIAL_KIND, '')}".rstrip()
+    accepted = at.get(sc.TRIAL_ACCEPTED)
+    if isinstance(accepted, bool):
+        name += " accepted" if accepted else " rejected"
+    chosen = {part: at.get(sc.TRIAL_PARAMS_PREFIX + part) for part in _STEPS}
+    said = [
+        f"{part} {value}" if part != "strategy" else str(value) for part, value in chosen.items() if value is not None
+    ]
+    return ", ".join([name, *([" ".join(said)] if said else [])])
 
 
 def trial_params(at: Attributes) -> dict[str, Any]:
@@ -881,25 +890,31 @@ def load_table(value: Any) -> list[dict[str, Any]] | None:
     return [row for row in loaded if isinstance(row, dict)] if isinstance(loaded, list) else None
 
 
-def load_json(value: Any) -> Any:
-    """JSON text as what it says; text that is none as it is."""
-    if not isinstance(value, str):
-        return value
-    try:
-        return json.loads(value)
-    except ValueError:
-        return value
-
-
 def as_text(value: Any) -> str:
     """A value as a parameter or tag."""
     if isinstance(value, str):
-        return value
+        return value.encode("utf-8", "replace").decode()  # MLflow refuses half a character, and all that comes with it
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, (list, tuple, dict)):
-        return json.dumps(value, ensure_ascii=False, default=str)
+        return as_text(json.dumps(value, ensure_ascii=False, default=str))
     return str(value)
+
+
+def strict_json(value: Any) -> str:
+    """JSON that browsers take too: without NaN and infinity."""
+    try:
+        return json.dumps(value, ensure_ascii=False, allow_nan=False)
+    except ValueError:
+        return json.dumps(_finite(value), ensure_ascii=False, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(part) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(part) for part in value]
+    return str(value) if isinstance(value, float) and as_number(value) is None else value
 
 
 def cut(text: str, limit: int) -> str:
