@@ -32,14 +32,15 @@ from dspy_otel.exporters.mlflow.delivery import Delivery, start_thread
 from dspy_otel.exporters.mlflow.exporter import MLflowSpanExporter
 from dspy_otel.exporters.mlflow.tree import (
     COMPILE,
+    EVALUATION,
     TAG_NAME,
     TAG_PARENT,
     TRIAL,
     Dataset,
     Metric,
+    Models,
     Run,
     Score,
-    Spending,
     StoredRun,
     Tree,
     is_example,
@@ -140,7 +141,7 @@ class RunTracker(SpanProcessor):
     def _begin(self) -> None:
         self._events: deque[tuple[str, Any, Any]] = deque()
         self._delivery = Delivery(self._exporter.write, self.sent)
-        self._spending = Spending()
+        self._models = Models()
         self._lock = threading.Lock()
         self._wake = threading.Event()
         self._stop = threading.Event()
@@ -169,21 +170,29 @@ class RunTracker(SpanProcessor):
                 return
             at = span.attributes or {}
             if sc.GEN_AI_OPERATION_NAME in at:
-                if sc.OPTIMIZER_RUN_ID in at:
+                if sc.OPTIMIZER_RUN_ID in at or sc.EVALUATION_ID in at:
                     with self._lock:
-                        self._spending.add(at)
+                        self._models.add(at)
             elif is_example(span.name):
                 if len(self._events) < MAX_EVENTS:
                     self._put("end", span, {})
                 else:
                     self._left_out += 1
             elif kind_of(span.name, at) is not None or is_phase(span.name, at):
-                with self._lock:
-                    spent = self._spending.of(str(at.get(sc.OPTIMIZER_RUN_ID)))
-                self._put("end", span, spent)
+                self._put("end", span, self._models_of(span))
             self._take_along(span)  # last: a delivered trace is linked to a run that is known
         except Exception:
             _logger.debug("end of %r is not followed", span.name, exc_info=True)
+
+    def _models_of(self, span: ReadableSpan) -> dict[str, str]:
+        """The models of an optimization or evaluation that is over."""
+        at = span.attributes or {}
+        place = {COMPILE: at.get(sc.OPTIMIZER_RUN_ID), EVALUATION: at.get(sc.EVALUATION_ID)}
+        of = place.get(str(kind_of(span.name, at)))
+        with self._lock:
+            found = self._models.of(of)
+            self._models.forget(of)
+        return found
 
     def _take_along(self, span: ReadableSpan) -> None:
         if span.context is not None and span.context.trace_flags.sampled:
@@ -302,9 +311,8 @@ class RunTracker(SpanProcessor):
                     worker.tree.start(span, more)
                 elif what == "sent":
                     worker.deliver(span)
-                elif (over := worker.tree.end(span, more)) is not None:
-                    with self._lock:
-                        self._spending.forget(over)
+                else:
+                    worker.tree.end(span, more)
             except Exception:
                 _logger.debug("%s of %r is not followed", what, span.name, exc_info=True)
         with contextlib.suppress(Exception):

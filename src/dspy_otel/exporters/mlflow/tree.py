@@ -71,6 +71,8 @@ _ON_VALIDATION: Final = frozenset({sc.TRIAL_BASELINE, sc.TRIAL_FULL, sc.TRIAL_VA
 _INTERRUPTIONS: Final = frozenset({"KeyboardInterrupt", "SystemExit", "CancelledError", "GeneratorExit"})
 _LM_OPERATIONS: Final = frozenset({sc.OPERATION_CHAT, sc.OPERATION_TEXT_COMPLETION, sc.OPERATION_EMBEDDINGS})
 # Of a compile span, as tags; everything else of interest has a place of its own.
+_PLACES: Final = (sc.OPTIMIZER_RUN_ID, sc.OPTIMIZER_ROOT_RUN_ID, sc.EVALUATION_ID)
+_MOST_MODELS: Final = 10
 _COMPILE_TAGS: Final = (
     sc.OPTIMIZER_NAME,
     sc.OPTIMIZER_RUN_ID,
@@ -264,6 +266,7 @@ class _Compile:
     trials: list[dict[str, Any]] = field(default_factory=list)
     runs: dict[int, Run] = field(default_factory=dict)
     examples: int = 0
+    verdicts: dict[str, int] = field(default_factory=dict)
     history: Collector = field(default_factory=Collector)
 
 
@@ -278,41 +281,30 @@ class _Evaluation:
     without: int = 0
 
 
-class Spending:
-    """What LM calls have used so far, by optimization and role. Filled as spans end; safe to read beside that."""
+class Models:
+    """Which models answered, by optimization or evaluation and role. Filled as spans end; safe to read beside that."""
 
     def __init__(self) -> None:
-        self._sums: dict[str, dict[str, float]] = {}
+        self._names: dict[str, dict[str, set[str]]] = {}
 
     def add(self, attributes: Attributes) -> None:
-        """Count one LM span, if it belongs to an optimization."""
-        run = attributes.get(sc.OPTIMIZER_RUN_ID)
-        if run is None or attributes.get(sc.GEN_AI_OPERATION_NAME) not in _LM_OPERATIONS:
+        """Note the model of one LM span, if it belongs to an optimization or an evaluation."""
+        model = attributes.get(sc.GEN_AI_REQUEST_MODEL)
+        if model is None or attributes.get(sc.GEN_AI_OPERATION_NAME) not in _LM_OPERATIONS:
             return
-        used: dict[str, float] = {"lm_calls": 1, "cache_hits": int(attributes.get(sc.LM_CACHE_HIT) is True)}
-        for key, name in (
-            (sc.GEN_AI_USAGE_INPUT_TOKENS, "input_tokens"),
-            (sc.GEN_AI_USAGE_OUTPUT_TOKENS, "output_tokens"),
-            (sc.LM_COST, "cost"),
-        ):
-            value = attributes.get(key)
-            if isinstance(value, (int, float)):
-                used[name] = value
-        role = attributes.get(sc.LM_ROLE)
-        for place in {str(run), str(attributes.get(sc.OPTIMIZER_ROOT_RUN_ID, run))}:
-            sums = self._sums.setdefault(place, {})
-            for name, value in used.items():
-                sums[name] = sums.get(name, 0) + value
-                if role is not None:
-                    sums[f"{role}.{name}"] = sums.get(f"{role}.{name}", 0) + value
+        role = str(attributes.get(sc.LM_ROLE, sc.ROLE_TASK))
+        for place in {attributes.get(key) for key in _PLACES} - {None}:
+            names = self._names.setdefault(str(place), {}).setdefault(role, set())
+            if len(names) < _MOST_MODELS:
+                names.add(str(model))
 
-    def of(self, run: str) -> dict[str, float]:
-        """The sums so far."""
-        return dict(self._sums.get(run, {}))
+    def of(self, place: Any) -> dict[str, str]:
+        """The models so far, named as parameters: ``task.model``."""
+        return {f"{role}.model": ", ".join(sorted(names)) for role, names in self._names.get(str(place), {}).items()}
 
-    def forget(self, run: str) -> None:
-        """The optimization is over."""
-        self._sums.pop(run, None)
+    def forget(self, place: Any) -> None:
+        """The optimization or evaluation is over."""
+        self._names.pop(str(place), None)
 
 
 class Tree:
@@ -353,31 +345,27 @@ class Tree:
         for compile_ in self._compiles.values():
             self._describe_compile(compile_, dict(compile_.span.attributes or {}))
 
-    def end(self, span: ReadableSpan, spent: Mapping[str, float]) -> str | None:
+    def end(self, span: ReadableSpan, models: Mapping[str, str]) -> None:
         """A span has ended.
 
         Args:
             span: of a compile, phase, trial, evaluation or example.
-            spent: what LM calls of its optimization have used so far.
-
-        Returns:
-            The id of the optimization that is over with it, if one is.
+            models: those that it used, when it is a compile or an evaluation.
         """
         at = span.attributes or {}
         kind = kind_of(span.name, at)
         if kind == COMPILE:
-            return self._end_compile(span, at)
-        if kind == TRIAL:
-            self._end_trial(span, at, spent)
+            self._end_compile(span, at, models)
+        elif kind == TRIAL:
+            self._end_trial(span, at)
         elif kind == EVALUATION:
-            self._end_evaluation(span, at)
+            self._end_evaluation(span, at, models)
         elif is_phase(span.name, at):
             compile_ = self._compiles.get(str(at[sc.OPTIMIZER_RUN_ID]))
             if compile_ is not None:
                 compile_.history.step(span)
         elif sc.EVALUATION_ID in at:
             self._end_example(span, at)
-        return None
 
     def stop(self, when: int) -> None:
         """The program ends: whatever still runs is killed."""
@@ -445,13 +433,14 @@ class Tree:
             oldest = next(iter(compile_.programs))
             compile_.size -= len(compile_.programs.pop(oldest)[0])
 
-    def _end_compile(self, span: ReadableSpan, at: Attributes) -> str | None:
+    def _end_compile(self, span: ReadableSpan, at: Attributes, models: Mapping[str, str]) -> None:
         key = str(at[sc.OPTIMIZER_RUN_ID])
         compile_ = self._compiles.pop(key, None)
         if compile_ is None:
-            return None
+            return
         run, when = compile_.run, milliseconds(span.end_time)
         self._describe_compile(compile_, at)
+        run.param(models)
         run.tag({name: at.get(name) for name in _COMPILE_TAGS})
         step = max([trial["number"] for trial in compile_.trials], default=0)
         # The best score under its children's name too: MLflow's table of runs compares by name.
@@ -473,14 +462,13 @@ class Tree:
         self._list_candidates(compile_)
         outcome = {"failed": FAILED, "interrupted": KILLED}.get(str(at.get(sc.OPTIMIZER_OUTCOME)))
         status, reason = status_of(span, at)
-        self._report(compile_, at, span.end_time, reason)
+        self._report(compile_, at, span.end_time, reason, models)
         above = self._compiles.get(str(at.get(sc.OPTIMIZER_PARENT_RUN_ID)))
         if above is not None:
             above.history.step(span)
         end_run(run, outcome or status, when, reason, note=summary(at))
         for number in compile_.runs:
             self._trials.pop((key, number), None)
-        return key
 
     def _list_candidates(self, compile_: _Compile) -> None:
         if not compile_.trials:
@@ -505,12 +493,20 @@ class Tree:
         if rows:
             compile_.run.table(PHASE_TABLE, columns_of_phases, rows)
 
-    def _report(self, compile_: _Compile, at: Attributes, ended: int | None, reason: str | None) -> None:
+    def _report(
+        self,
+        compile_: _Compile,
+        at: Attributes,
+        ended: int | None,
+        reason: str | None,
+        models: Mapping[str, str] | None = None,
+    ) -> None:
         """Add the report of an optimization that is over; steps of others that scored nothing need none."""
         run, history = compile_.run, compile_.history
         if run.parent is not None and not history.trials:
             return
         report = history.report(at, compile_.span.start_time, ended, reason)
+        report.params = {**report.params, **(models or {})}
         report.versions = {
             name.removesuffix(".version"): value
             for name, value in self.constant_tags.items()
@@ -538,7 +534,7 @@ class Tree:
         run.tag({key: at.get(key) for key in _TRIAL_TAGS})
         run.param(trial_params(at))
 
-    def _end_trial(self, span: ReadableSpan, at: Attributes, spent: Mapping[str, float]) -> None:
+    def _end_trial(self, span: ReadableSpan, at: Attributes) -> None:
         optimization, number = str(at[sc.OPTIMIZER_RUN_ID]), int(at[sc.TRIAL_NUMBER])
         run = self._trials.get((optimization, number))
         if run is None:
@@ -556,13 +552,11 @@ class Tree:
             run.tag({TAG_NAME: run.name})
         compile_ = self._compiles.get(optimization)
         if compile_ is not None:
-            self._end_trial_of(compile_, run, number, span, when, spent)
+            self._end_trial_of(compile_, run, number, span, when)
         status, reason = status_of(span, at)
         end_run(run, status, when, reason)
 
-    def _end_trial_of(
-        self, compile_: _Compile, run: Run, number: int, span: ReadableSpan, when: int, spent: Mapping[str, float]
-    ) -> None:
+    def _end_trial_of(self, compile_: _Compile, run: Run, number: int, span: ReadableSpan, when: int) -> None:
         at = span.attributes or {}
         kind = str(at.get(sc.TRIAL_KIND, ""))
         candidate = at.get(sc.CANDIDATE_ID)
@@ -581,12 +575,16 @@ class Tree:
             run.dataset(validation)
         trial = compile_.history.trial(span)
         compile_.examples += trial.size or 0
+        if trial.accepted is not None:
+            verdict = "accepted" if trial.accepted else "rejected"
+            compile_.verdicts[verdict] = compile_.verdicts.get(verdict, 0) + 1
         compile_.run.point(
             {
                 f"score.{kind}": at.get(sc.TRIAL_SCORE),
                 "best_score": at.get(sc.TRIAL_BEST_SCORE),
                 "examples_evaluated": compile_.examples,
-                **spent,
+                **trial.spent,
+                **compile_.verdicts,
             },
             when,
             number,
@@ -639,7 +637,7 @@ class Tree:
         self._evaluations[key] = _Evaluation(run, own=True)
         self._own_evaluations.add(key)
 
-    def _end_evaluation(self, span: ReadableSpan, at: Attributes) -> None:
+    def _end_evaluation(self, span: ReadableSpan, at: Attributes, models: Mapping[str, str]) -> None:
         evaluation = self._evaluations.pop(str(at[sc.EVALUATION_ID]), None)
         if evaluation is None:
             return
@@ -651,6 +649,7 @@ class Tree:
         run.point({"failures": at.get(sc.EVALUATION_FAILURES) or None}, when)
         if not evaluation.own:
             return
+        run.param(models)
         run.point({"score": at.get(sc.EVALUATION_SCORE)}, when)
         run.point(usage(at), when)
         digest = digest_of(evaluation.rows)
