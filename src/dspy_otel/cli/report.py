@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,6 +38,8 @@ def run_report(options: argparse.Namespace) -> int:
     from dspy_otel.report import render
 
     logging.disable(logging.WARNING)  # MLflow's, of no use here
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    os.environ.setdefault("LITELLM_LOCAL_MODEL_COST_MAP", "True")  # else an import may wait for a download
     try:
         name, report = _of_spans(options) if options.spans is not None else _of_mlflow(options)
         path = options.output or Path(f"report-{name}.html")

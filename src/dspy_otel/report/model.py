@@ -206,8 +206,12 @@ def compare(before: Iterable[Mapping[str, Any]], after: Iterable[Mapping[str, An
     for key, row in _by_example(after).items():
         old = known.get(key)
         if old is not None:
-            scored = [{**one, "score": number(_plain(one.get("score")))} for one in (old, row)]
+            scored = [
+                {**{name: value for name, value in one.items() if value is not None}, "score": _plain(one.get("score"))}
+                for one in (old, row)
+            ]
             found.append(Compared(row.get("index"), row.get("inputs"), row.get("expected"), *scored))
+    found.sort(key=lambda one: one.index if isinstance(one.index, int) else -1)
     return found
 
 
@@ -224,5 +228,5 @@ def _by_example(rows: Iterable[Mapping[str, Any]]) -> dict[tuple[Any, int], Mapp
     return found
 
 
-def _plain(score: Any) -> Any:
-    return float(score) if isinstance(score, bool) else score
+def _plain(score: Any) -> float | None:
+    return float(score) if isinstance(score, bool) else number(score)
