@@ -137,7 +137,7 @@ def test_runs_are_what_the_spans_say(store: Store, optimizer: str, tmp_path: Pat
         kind, score = span.attributes[sc.TRIAL_KIND], span.attributes.get(sc.TRIAL_SCORE)
         metrics = runs[key].data.metrics
         assert (metrics.get("score"), metrics.get(f"score.{kind}")) == (score, score), key
-        assert f"trial {span.attributes[sc.TRIAL_NUMBER]} {kind}" in runs[key].info.run_name
+        assert runs[key].info.run_name.startswith(f"{span.attributes[sc.TRIAL_NUMBER]} {kind}")
     for kind in {span.attributes[sc.TRIAL_KIND] for span in trials.values()}:
         expected = {
             (span.attributes[sc.TRIAL_NUMBER], span.attributes[sc.TRIAL_SCORE])
@@ -157,6 +157,9 @@ def test_runs_are_what_the_spans_say(store: Store, optimizer: str, tmp_path: Pat
     assert parent.data.metrics["cost"] == pytest.approx(said[sc.USAGE_COST])
     assert parent.data.metrics["task.input_tokens"] == said["dspy.usage.task.input_tokens"]
     assert parent.data.tags["dspy.program.id"] == program_id(program)
+    assert parent.data.params["task.model"] == "scripted"
+    spent = store.client.get_metric_history(ids[top], "lm_calls")
+    assert [point.value for point in spent] == sorted(point.value for point in spent)
 
     # Datasets: real inputs, once each.
     inputs = {item.tags[0].value: item.dataset for item in parent.inputs.dataset_inputs}
@@ -191,6 +194,8 @@ def test_runs_are_what_the_spans_say(store: Store, optimizer: str, tmp_path: Pat
     assert loaded(store.client.download_artifacts(ids[top], "best_model.json", str(tmp_path))) == program_id(program)
     best = load_best(ColourFamily(), experiment=store.experiment, tracking_uri=store.uri, allow_unsafe_lm_state=True)
     assert program_id(best) == program_id(program)
+    quietly(best, colour_name="teal")
+    assert store.named("invoke_workflow")[-1].attributes[sc.PROGRAM_ID] == parent.data.tags["dspy.program.id"]
 
     # The report: an artifact, and made anew from what MLflow has it tells the same.
     expected = next(one for one in reports(store.spans.get_finished_spans()) if one.run_id == top)

@@ -47,7 +47,8 @@ def by_spend(report: Report, label: Callable[[Trial], str]) -> Element | None:
         ("tokens used so far", lambda trial: tokens(trial.spent)),
         ("LM calls so far", lambda trial: trial.spent.get("lm_calls")),
     ):
-        points = [(value, trial) for trial in report.trials if (value := spent(trial)) is not None]
+        # What is not known yet is nothing: the first calls may all have come from the cache.
+        points = [(spent(trial) or 0.0, trial) for trial in report.trials]
         if any(value > 0 for value, _ in points):
             return _chart(report, points, label, what, ticks(0, max(value for value, _ in points)))
     return None

@@ -793,8 +793,8 @@ def score_of_span(span: ReadableSpan, key: str, name: str) -> Score | None:
 
 
 def trial_name(at: Attributes) -> str:
-    """A trial's number, kind and verdict first, for tables are narrow; then the step of the optimizer it is part of."""
-    name = f"trial {at[sc.TRIAL_NUMBER]} {at.get(sc.TRIAL_KIND, '')}".rstrip()
+    """Number, kind, verdict, and the step of the optimizer, in this order: MLflow's table of runs shows two letters."""
+    name = f"{at[sc.TRIAL_NUMBER]} {at.get(sc.TRIAL_KIND, '')}".rstrip()
     accepted = at.get(sc.TRIAL_ACCEPTED)
     if isinstance(accepted, bool):
         name += " accepted" if accepted else " rejected"
