@@ -456,7 +456,8 @@ class Tree:
             run.tag({TAG_CONTENT: HOW_TO_GET_CONTENT})
         winner = compile_.runs.get(int(at.get(sc.OPTIMIZER_WINNER_TRIAL, -1)))
         if winner is not None:
-            winner.tag({TAG_NAME: f"{winner.name} (winner)", "dspy.winner": "true"})
+            what, comma, where = winner.name.partition(", ")
+            winner.tag({TAG_NAME: f"{what} (winner){comma}{where}", "dspy.winner": "true"})
             self.runs.setdefault(winner.key, winner)
             run.later.append(lambda: run.tag({"dspy.winner.run_id": winner.run_id}))
         self._list_candidates(compile_)
@@ -793,8 +794,8 @@ def score_of_span(span: ReadableSpan, key: str, name: str) -> Score | None:
 
 
 def trial_name(at: Attributes) -> str:
-    """Number, kind, verdict, and the step of the optimizer, in this order: MLflow's table of runs shows two letters."""
-    name = f"{at[sc.TRIAL_NUMBER]} {at.get(sc.TRIAL_KIND, '')}".rstrip()
+    """A trial's number, kind and verdict first, for tables are narrow; then the step of the optimizer it is part of."""
+    name = f"trial {at[sc.TRIAL_NUMBER]} {at.get(sc.TRIAL_KIND, '')}".rstrip()
     accepted = at.get(sc.TRIAL_ACCEPTED)
     if isinstance(accepted, bool):
         name += " accepted" if accepted else " rejected"
