@@ -282,7 +282,10 @@ def test_without_content_there_is_all_that_is_no_content(store: Store, tmp_path:
     assert table["columns"] == ["index", "id", "score", "trace_id"]
     assert len([trace for trace in store.traces(trial) if trace.info.assessments]) == 8
     everything = json.dumps([[run.data.tags, run.data.params] for run in runs.values()])
-    assert "colour" not in everything.replace("ColourFamily", "").replace("colour-words", "")
+    html = Path(store.client.download_artifacts(top.info.run_id, "report.html", str(tmp_path))).read_text()
+    for text in (everything, html):
+        assert "colour" not in text.replace("ColourFamily", "").replace("colour-words", "")
+    assert "CAPTURE_MESSAGE_CONTENT=span_only" in html
     with pytest.raises(LookupError, match="CAPTURE_MESSAGE_CONTENT"):
         load_best(ColourFamily(), experiment=store.experiment, tracking_uri=store.uri)
 
@@ -462,6 +465,11 @@ def test_the_environment_alone_is_enough_and_an_interrupted_compile_is_killed(se
     runs = store.runs().values()
     assert {run.info.status for run in runs if "mlflow.parentRunId" not in run.data.tags} == {"KILLED"}
     assert "RUNNING" not in {run.info.status for run in runs}
+    (top,) = [run for run in runs if "mlflow.parentRunId" not in run.data.tags]
+    assert "report.html" in store.artifacts(top)
+    killed = read_report(top.info.run_id, tracking_uri=server_uri).report
+    assert killed.outcome == "interrupted"
+    assert killed.reason is not None
     store.provider.shutdown()
 
 
