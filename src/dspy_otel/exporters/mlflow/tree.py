@@ -517,8 +517,9 @@ class Tree:
         def make() -> None:
             try:
                 run.artifacts[REPORT] = render(report)
-            except Exception:
-                _logger.warning("The report of %s could not be made.", run.name, exc_info=True)
+            except Exception as error:
+                _logger.warning("The report of %s could not be made (%s).", run.name, type(error).__name__)
+                _logger.debug("no report", exc_info=True)
 
         run.later.append(make)
 
