@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import threading
 import time
@@ -15,7 +16,7 @@ from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor, SimpleSpanProcessor
 
 from dspy_otel import semconv as sc
-from dspy_otel.exporters.mlflow import MLflowSpanExporter, delivery, runs, writer
+from dspy_otel.exporters.mlflow import MLflowSpanExporter, delivery, runs, tree, writer
 from dspy_otel.exporters.mlflow.base import ExportError
 from dspy_otel.exporters.mlflow.otlp import decode
 from dspy_otel.exporters.mlflow.runs import RunTracker, exporters_of, track_runs
@@ -86,7 +87,7 @@ class Memory:
         self.scores.append((score.trace_id, score.value, run_id))
         return True
 
-    def find_runs(self, run_id: str | None, condition: str) -> list[Any]:
+    def find_runs(self, run_id: str | None, condition: str, experiment_id: str | None = None) -> list[Any]:
         return []
 
     def read_artifact(self, run_id: str, artifact_uri: str, path: str) -> str | None:
@@ -476,3 +477,66 @@ def test_a_dataset_that_another_program_brought_at_the_same_time_is_tried_again(
     assert program.provider.force_flush()
     (run,) = store.runs.values()
     assert len(run["datasets"]) == 1
+
+
+def test_no_number_and_no_text_holds_anything_up(program: Program, store: Memory) -> None:
+    """A server refuses NaN and half a character, and with them all that is in the same call."""
+    span = program.compile()
+    span.set_attribute("dspy.optimizer.params.x", "half \ud800")
+    trial = program.start("trial", span, optimizer_run_id="r1", trial_number=1, trial_kind="full")
+    evaluation = {"optimizer_run_id": "r1", "trial_number": 1, "evaluation_id": "e"}
+    inner = program.start("evaluate QA", trial, **evaluation)
+    program.start("example QA", example_index=0, example_score=float("nan"), **evaluation).end()
+    inner.end()
+    trial.set_attribute(sc.TRIAL_SCORE, float("nan"))
+    trial.end()
+    span.set_attribute(sc.OPTIMIZER_BEST_SCORE, float("inf"))
+    span.end()
+    assert program.provider.force_flush()
+    run, child = store.runs["id of r1"], store.runs["id of r1/1"]
+    assert (run["status"], child["status"]) == ("FINISHED", "FINISHED")
+    for stored in (run, child):
+        assert "score" not in {metric.key for metric in stored["metrics"]}
+        json.dumps([stored["metrics"], stored["params"], stored["tags"]], allow_nan=False, ensure_ascii=False).encode()
+        for path, text in stored["artifacts"].items():
+            if path.endswith(".json"):
+                json.loads(text, parse_constant=pytest.fail)
+    assert [value for _, value, _ in store.scores] == [None]
+    assert "report.html" in run["artifacts"]
+
+
+def test_a_report_that_fails_holds_nothing_up(
+    program: Program, store: Memory, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(report: Any) -> str:
+        raise RuntimeError("secret")
+
+    monkeypatch.setattr(tree, "render", broken)
+    span = program.compile()
+    program.trial(span, 1, 50.0, examples=2)
+    span.end()
+    assert program.provider.force_flush()
+    run = store.runs["id of r1"]
+    assert run["status"] == "FINISHED"
+    assert set(run["artifacts"]) == {"candidates.json", "phases.json"}
+    assert [record.message for record in caplog.records] == ["The report of Best QA could not be made (RuntimeError)."]
+
+
+def test_spending_on_a_run_needs_no_traces(program: Program, store: Memory) -> None:
+    """Totals are on the spans of trials, phases and steps: LM calls need not be recorded."""
+    span = program.compile()
+    for number in (1, 2):
+        trial = program.start("trial", span, optimizer_run_id="r1", trial_number=number, trial_kind="full")
+        trial.set_attributes({"dspy.usage.lm_calls": 3, "dspy.usage.task.lm_calls": 3})
+        trial.end()
+        phase = program.start("propose", span, optimizer_run_id="r1", optimizer_phase="propose")
+        phase.set_attributes({"dspy.usage.lm_calls": 2, "dspy.usage.proposer.lm_calls": 2})
+        phase.end()
+    span.set_attributes({"dspy.usage.lm_calls": 10})
+    span.end()
+    assert program.provider.force_flush()
+    curve = [(m.key, m.step, m.value) for m in store.runs["id of r1"]["metrics"] if m.key.endswith("lm_calls")]
+    assert [value for key, _, value in curve if key == "lm_calls"] == [3, 8, 10]
+    assert ("proposer.lm_calls", 2, 2.0) in curve
+    table = json.loads(store.runs["id of r1"]["artifacts"]["phases.json"])
+    assert [row[:2] + row[3:4] for row in table["data"]] == [["trials", 0, 6.0], ["propose", 2, 4.0]]

@@ -29,7 +29,6 @@ from dspy_otel.exporters.mlflow.base import ExportError
 from dspy_otel.exporters.mlflow.otlp import decode, encode
 from dspy_otel.exporters.mlflow.pace import Pace
 from dspy_otel.exporters.mlflow.replay import replay
-from dspy_otel.exporters.mlflow.spending import Spending
 from dspy_otel.exporters.mlflow.spool import Place, Spool, SpoolError, places, spool_directory
 from tests.exporters.test_mlflow_runs import Exporter, Memory, Program
 from tests.support.fault_proxy import fault_proxy
@@ -485,41 +484,3 @@ def usage(calls: int, **roles: int) -> dict[str, Any]:
     for role, number in roles.items():
         found[f"dspy.usage.{role}.lm_calls"] = number
     return found
-
-
-def test_spending_needs_no_traces_of_examples(store: Memory) -> None:
-    program = Program(store)
-    spending = Spending()
-    compile_ = program.compile()
-    spending.begin(compile_)
-    phase = program.start("propose", compile_, optimizer_run_id="r1")
-    lm = {"gen_ai.operation.name": "chat", sc.LM_COST: 0.5, sc.LM_ROLE: "proposer", sc.OPTIMIZER_RUN_ID: "r1"}
-    inner = program.start("invoke_workflow P", phase, optimizer_run_id="r1")
-    call = program.start("chat", inner)
-    call.set_attributes(lm)
-    call.end()
-    spending.add(call)
-    assert spending.of("r1")["proposer.lm_calls"] == 1
-    inner.set_attributes(usage(1))  # says the same, without roles
-    inner.end()
-    spending.add(inner)
-    assert spending.of("r1")["proposer.lm_calls"] == 1
-    phase.set_attributes(usage(1, proposer=1))
-    phase.end()
-    spending.add(phase)
-    trial = program.start("trial", compile_, optimizer_run_id="r1", trial_number=1)
-    example = program.start("chat", None)  # of an example: a trace of its own
-    example.set_attributes({**lm, sc.LM_ROLE: "task"})
-    example.end()
-    spending.add(example)
-    trial.set_attributes(usage(4, task=4))
-    trial.end()
-    spending.add(trial)
-    assert spending.of("r1") == {
-        "lm_calls": 5,
-        "cost": 2.5,
-        "proposer.lm_calls": 1,
-        "task.lm_calls": 4,
-    }
-    compile_.end()
-    program.provider.shutdown()

@@ -22,6 +22,9 @@ from dspy_otel import DSPyInstrumentor, program_id
 from dspy_otel import semconv as sc
 from dspy_otel.cli.demo.task import ColourFamily, load_examples, same_family, same_family_with_feedback
 from dspy_otel.exporters.mlflow import load_best
+from dspy_otel.exporters.mlflow.base import ExportError
+from dspy_otel.exporters.mlflow.read import read_report
+from dspy_otel.report import reports
 from tests.optimizers.common import RUNS, quietly, scripted_lm
 from tests.support.mlflow_server import mlflow_server
 from tests.support.mlflow_store import Store
@@ -82,7 +85,7 @@ def test_runs_are_what_the_spans_say(store: Store, optimizer: str, tmp_path: Pat
         kind, score = span.attributes[sc.TRIAL_KIND], span.attributes.get(sc.TRIAL_SCORE)
         metrics = runs[key].data.metrics
         assert (metrics.get("score"), metrics.get(f"score.{kind}")) == (score, score), key
-        assert f"trial {span.attributes[sc.TRIAL_NUMBER]} {kind}" in runs[key].info.run_name
+        assert runs[key].info.run_name.startswith(f"trial {span.attributes[sc.TRIAL_NUMBER]} {kind}")
     for kind in {span.attributes[sc.TRIAL_KIND] for span in trials.values()}:
         expected = {
             (span.attributes[sc.TRIAL_NUMBER], span.attributes[sc.TRIAL_SCORE])
@@ -102,6 +105,9 @@ def test_runs_are_what_the_spans_say(store: Store, optimizer: str, tmp_path: Pat
     assert parent.data.metrics["cost"] == pytest.approx(said[sc.USAGE_COST])
     assert parent.data.metrics["task.input_tokens"] == said["dspy.usage.task.input_tokens"]
     assert parent.data.tags["dspy.program.id"] == program_id(program)
+    assert parent.data.params["task.model"] == "scripted"
+    spent = store.client.get_metric_history(ids[top], "lm_calls")
+    assert [point.value for point in spent] == sorted(point.value for point in spent)
 
     # Datasets: real inputs, once each.
     inputs = {item.tags[0].value: item.dataset for item in parent.inputs.dataset_inputs}
@@ -136,6 +142,26 @@ def test_runs_are_what_the_spans_say(store: Store, optimizer: str, tmp_path: Pat
     assert loaded(store.client.download_artifacts(ids[top], "best_model.json", str(tmp_path))) == program_id(program)
     best = load_best(ColourFamily(), experiment=store.experiment, tracking_uri=store.uri, allow_unsafe_lm_state=True)
     assert program_id(best) == program_id(program)
+    quietly(best, colour_name="teal")
+    assert store.named("invoke_workflow")[-1].attributes[sc.PROGRAM_ID] == parent.data.tags["dspy.program.id"]
+
+    # The report: an artifact, and made anew from what MLflow has it tells the same.
+    expected = next(one for one in reports(store.spans.get_finished_spans()) if one.run_id == top)
+    page = store.client.download_artifacts(ids[top], "report.html", str(tmp_path))
+    html = Path(page).read_text(encoding="utf-8")
+    found = read_report(experiment=store.experiment, tracking_uri=store.uri)
+    assert found.run_id == ids[top]
+    for part in ("optimizer", "program", "outcome", "reason", "scale", "baseline", "best", "gain", "winner", "seed_id"):
+        assert getattr(found.report, part) == getattr(expected, part), part
+    for part in ("best_id", "counts", "programs", "compared", "content"):
+        assert getattr(found.report, part) == getattr(expected, part), part
+    assert found.report.usage == pytest.approx(expected.usage)
+    assert [phase.name for phase in found.report.phases] == [phase.name for phase in expected.phases]
+    for mine, theirs in zip(found.report.trials, expected.trials, strict=True):
+        for part in ("number", "kind", "candidate", "parents", "score", "best", "size", "accepted", "reason", "phase"):
+            assert getattr(mine, part) == getattr(theirs, part), (part, mine.number)
+        assert mine.spent["cost"] == pytest.approx(theirs.spent["cost"])
+        assert f"trial {mine.number}, {mine.kind}: " in html
 
 
 def loaded(path: str) -> str | None:
@@ -158,7 +184,7 @@ def test_the_candidate_table_names_the_runs(store: Store, tmp_path: Path) -> Non
     winners = [
         run
         for run in runs.values()
-        if run.info.run_name.endswith("(winner)") and run.data.tags["mlflow.parentRunId"] == top.info.run_id
+        if "(winner)" in run.info.run_name and run.data.tags["mlflow.parentRunId"] == top.info.run_id
     ]
     assert [run.info.run_id for run in winners] == [top.data.tags["dspy.winner.run_id"]]
     assert winners[0].data.tags["dspy.program.id"] == top.data.tags["dspy.program.id"]
@@ -195,7 +221,7 @@ def test_without_content_there_is_all_that_is_no_content(store: Store, tmp_path:
     store.flush()
     runs = store.runs()
     top = next(run for run in runs.values() if "mlflow.parentRunId" not in run.data.tags)
-    assert store.artifacts(top) == {"candidates.json"}
+    assert store.artifacts(top) == {"candidates.json", "phases.json", "report.html"}
     assert top.data.tags["dspy.content"].startswith("off: ")
     assert top.data.metrics["best_score"] >= 0
     trial = runs[f"{top.data.tags['dspy.run.key']}/1"]
@@ -204,7 +230,10 @@ def test_without_content_there_is_all_that_is_no_content(store: Store, tmp_path:
     assert table["columns"] == ["index", "id", "score", "trace_id"]
     assert len([trace for trace in store.traces(trial) if trace.info.assessments]) == 8
     everything = json.dumps([[run.data.tags, run.data.params] for run in runs.values()])
-    assert "colour" not in everything.replace("ColourFamily", "").replace("colour-words", "")
+    html = Path(store.client.download_artifacts(top.info.run_id, "report.html", str(tmp_path))).read_text()
+    for text in (everything, html):
+        assert "colour" not in text.replace("ColourFamily", "").replace("colour-words", "")
+    assert "CAPTURE_MESSAGE_CONTENT=span_only" in html
     with pytest.raises(LookupError, match="CAPTURE_MESSAGE_CONTENT"):
         load_best(ColourFamily(), experiment=store.experiment, tracking_uri=store.uri)
 
@@ -273,6 +302,7 @@ def test_a_run_is_there_within_five_seconds_and_a_failure_has_its_reason(store: 
         while not seen and time.monotonic() < until:
             if store.client.get_experiment_by_name(store.experiment) is not None:
                 seen.update({run.info.run_name: run.info.status for run in store.runs().values()})
+                seen["report"] = read_report(experiment=store.experiment, tracking_uri=store.uri).report.outcome
             time.sleep(0.2)
         raise ValueError("no verdict today")
 
@@ -284,9 +314,28 @@ def test_a_run_is_there_within_five_seconds_and_a_failure_has_its_reason(store: 
         quietly(optimizer.compile, ColourFamily(), trainset=load_examples("train", 4), valset=load_examples("val", 4))
     store.flush()
     assert seen["BootstrapFewShotWithRandomSearch ColourFamily"] == "RUNNING"
+    assert seen["report"] == "running"
     top = next(run for run in store.runs().values() if "mlflow.parentRunId" not in run.data.tags)
     assert top.info.status == "FAILED"
     assert top.data.tags["mlflow.note.content"].startswith("**FAILED**: ")
+    assert "report.html" in store.artifacts(top)
+    failed = read_report(top.info.run_id, tracking_uri=store.uri).report
+    assert failed.outcome == "failed"
+    assert failed.reason
+
+
+def test_who_only_reads_makes_nothing(store: Store, tmp_path: Path) -> None:
+    store.client.create_experiment(store.experiment)  # sqlite: there is a database
+    with pytest.raises(ExportError, match="no experiment 'nowhere'"):
+        read_report(experiment="nowhere", tracking_uri=store.uri)
+    with pytest.raises(LookupError, match="no experiment 'nowhere'"):
+        load_best(ColourFamily(), experiment="nowhere", tracking_uri=store.uri)
+    assert store.client.get_experiment_by_name("nowhere") is None
+    with pytest.raises(LookupError, match="no run"):
+        read_report("0" * 32, tracking_uri=store.uri)
+    with pytest.raises(ExportError, match="no database"):
+        read_report(tracking_uri=f"sqlite:///{tmp_path / 'none.db'}")
+    assert not (tmp_path / "none.db").exists()
 
 
 def test_a_run_of_the_users_own_is_the_parent(store: Store) -> None:
@@ -364,6 +413,11 @@ def test_the_environment_alone_is_enough_and_an_interrupted_compile_is_killed(se
     runs = store.runs().values()
     assert {run.info.status for run in runs if "mlflow.parentRunId" not in run.data.tags} == {"KILLED"}
     assert "RUNNING" not in {run.info.status for run in runs}
+    (top,) = [run for run in runs if "mlflow.parentRunId" not in run.data.tags]
+    assert "report.html" in store.artifacts(top)
+    killed = read_report(top.info.run_id, tracking_uri=server_uri).report
+    assert killed.outcome == "interrupted"
+    assert killed.reason is not None
     store.provider.shutdown()
 
 

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
 
-from dspy_otel.cli import replay
+from dspy_otel.cli import replay, report
 from dspy_otel.version import __version__
 
 _NEEDED = {
@@ -18,6 +18,13 @@ _NEEDED = {
     "optuna": "optuna",
     "rich": "rich",
 }
+_NEEDED_TO_READ = {
+    "opentelemetry.sdk": "opentelemetry-sdk",
+    "opentelemetry.exporter.otlp.proto.http": "opentelemetry-exporter-otlp-proto-http",
+    "requests": "requests",
+    "packaging": "packaging",
+}
+"""For a server; a store without one needs MLflow, and says so."""
 _KEYS = {
     "openai": ("OPENAI_API_KEY",),
     "anthropic": ("ANTHROPIC_API_KEY",),
@@ -54,9 +61,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     demo.add_argument("--quick", action="store_true", help="less data and fewer trials")
     replay.add_parser(commands)
+    report.add_command(commands)
     options = parser.parse_args(argv)
     if options.command == "replay":
         return replay.run(options)
+    if options.command == "report":
+        modules = ["opentelemetry.sdk"] if options.spans is not None else list(_NEEDED_TO_READ)
+        needed = [_NEEDED_TO_READ[module] for module in modules if not _installed(module)]
+        if needed:
+            return _refuse(f"the report needs {', '.join(needed)}. Install it with: pip install 'dspy-otel[mlflow]'")
+        return report.run_report(options)
 
     missing = [package for module, package in _NEEDED.items() if not _installed(module)]
     if missing:

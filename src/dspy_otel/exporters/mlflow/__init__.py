@@ -5,12 +5,12 @@
 * :mod:`.server` - the way to an MLflow server: OTLP and two REST calls, MLflow itself is not needed;
 * :mod:`.store` - the way into an embedded SQL store, in process;
 * :mod:`.runs` - optimizations and evaluations as MLflow runs while they happen: a span processor and its worker;
-* :mod:`.tree`, :mod:`.spending` - pure: compile, trial and evaluate spans to what should be in MLflow;
+* :mod:`.tree` - pure: compile, trial and evaluate spans to what should be in MLflow;
 * :mod:`.writer` - brings MLflow up to that;
 * :mod:`.delivery`, :mod:`.pace` - the queue of spans, and how it keeps out of a busy program's way;
 * :mod:`.spool`, :mod:`.state`, :mod:`.otlp` - what could not be sent, on disk; :mod:`.replay` delivers it later;
 * :mod:`.runs_server`, :mod:`.runs_store` - runs, links and scores on a server and in an embedded store;
-* :mod:`.load` - a program back from a run.
+* :mod:`.load`, :mod:`.read` - a program, and what a report needs, back from a run.
 """
 
 from __future__ import annotations

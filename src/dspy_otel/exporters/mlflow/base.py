@@ -73,10 +73,14 @@ class Patience:
 
 @dataclass(frozen=True)
 class WantedExperiment:
-    """An experiment as the user named it; ``is_id`` is None when it may be a name or an id."""
+    """An experiment as the user named it; ``is_id`` is None when it may be a name or an id.
+
+    ``create`` is False for those who only read: a wrong name is an error then.
+    """
 
     value: str
     is_id: bool | None
+    create: bool = True
 
 
 class FoundExperiment(NamedTuple):
@@ -103,7 +107,8 @@ def resolve_experiment(wanted: WantedExperiment, experiments: Experiments) -> st
     """Return the id of the wanted experiment, created when it is a name that does not exist.
 
     Raises:
-        ExportError: an id that does not exist, or an experiment that was deleted.
+        ExportError: an id that does not exist, a name that does not when it is not to be created, or an experiment
+            that was deleted.
     """
     found = None
     if wanted.is_id or (wanted.is_id is None and wanted.value.isdigit()):
@@ -112,6 +117,8 @@ def resolve_experiment(wanted: WantedExperiment, experiments: Experiments) -> st
             raise ExportError("experiment", f"MLflow has no experiment with id {wanted.value} (MLFLOW_EXPERIMENT_ID).")
     if found is None:
         found = experiments.by_name(wanted.value)
+    if found is None and not wanted.create:
+        raise ExportError("experiment", f"MLflow has no experiment {wanted.value!r}.", permanent=True)
     if found is None:
         try:
             return experiments.create(wanted.value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import logging
 import os
@@ -163,24 +164,39 @@ class MLflowSpanExporter(SpanExporter):
         """Nothing is buffered here, so there is nothing to do."""
         return True
 
-    def open_runs(self, stopped: threading.Event) -> RunStore:
+    def open_runs(self, stopped: threading.Event, *, create: bool = True) -> RunStore:
         """Open the way for runs to where the traces go, on a connection of its own.
 
         Args:
             stopped: set when the program ends; ends waiting between retries.
+            create: make what does not exist: the experiment, a sqlite database. False for those who only read.
 
         Raises:
             ExportError: the store cannot be opened.
         """
-        uri = self._uri()
+        uri = self.uri
+        wanted = dataclasses.replace(self._wanted_experiment(), create=create)
         if _is_server(uri):
             from dspy_otel.exporters.mlflow.runs_server import ServerRuns
             from dspy_otel.exporters.mlflow.server import MLflowServer
 
-            return ServerRuns(MLflowServer(uri, self._wanted_experiment(), self.patience, stopped))
+            return ServerRuns(MLflowServer(uri, wanted, self.patience, stopped))
+        path = uri.partition(":///")[2] if _scheme(uri) == "sqlite" else ""
+        if not create and path and not path.startswith((":memory:", "file:")) and not os.path.exists(path):
+            raise ExportError("store", f"There is no database {path}.", permanent=True)
         from dspy_otel.exporters.mlflow.runs_store import EmbeddedRuns
 
-        return EmbeddedRuns(uri, self._wanted_experiment())
+        return EmbeddedRuns(uri, wanted)
+
+    @property
+    def server(self) -> str | None:
+        """Address of the server, without credentials; None for an embedded store.
+
+        Raises:
+            ExportError: the tracking URI is of a kind that cannot be used.
+        """
+        uri = self.uri
+        return public_uri(uri).rstrip("/") if _is_server(uri) else None
 
     def open_spool(self) -> Spool | None:
         """Where what cannot be sent waits on disk; None when that is switched off. From now on requests are not retried
@@ -193,9 +209,9 @@ class MLflowSpanExporter(SpanExporter):
     def about(self) -> dict[str, Any]:
         """Where this exporter writes, for the spool: no credentials."""
         try:
-            uri = self._uri()
-        except ExportError:
             uri = self.uri
+        except ExportError:
+            uri = self.given_uri
         wanted = self._wanted_experiment()
         return {
             "tracking_uri": public_uri(uri),
@@ -206,14 +222,14 @@ class MLflowSpanExporter(SpanExporter):
         }
 
     @property
-    def uri(self) -> str:
+    def given_uri(self) -> str:
         """Where it writes, as given."""
         return self._tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
 
     @property
     def is_remote(self) -> bool:
         """Whether it writes to a server."""
-        return _is_server(self.uri)
+        return _is_server(self.given_uri)
 
     def alive(self) -> bool:
         """Whether MLflow answers at all."""
@@ -221,10 +237,10 @@ class MLflowSpanExporter(SpanExporter):
 
     def is_here(self, tracking_uri: str) -> bool:
         """Whether ``tracking_uri`` is where this exporter writes."""
-        return _absolute(tracking_uri, self._directory).rstrip("/") == self._uri().rstrip("/")
+        return _absolute(tracking_uri, self._directory).rstrip("/") == self.uri.rstrip("/")
 
     def _connect(self) -> Destination:
-        uri = self._uri()
+        uri = self.uri
         if not (self._tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")):
             path = os.path.join(self._directory, "mlflow.db")
             _logger.warning(
@@ -240,13 +256,14 @@ class MLflowSpanExporter(SpanExporter):
 
         return EmbeddedStore(uri, self._wanted_experiment())
 
-    def _uri(self) -> str:
+    @property
+    def uri(self) -> str:
         """The tracking URI, a relative sqlite path made absolute.
 
         Raises:
             ExportError: it is of a kind that cannot be used.
         """
-        uri = self.uri
+        uri = self.given_uri
         if _is_server(uri):
             return uri
         scheme = _scheme(uri)

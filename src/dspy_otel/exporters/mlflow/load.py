@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Final, TypeVar
 
 from dspy_otel import semconv as sc
+from dspy_otel.exporters.mlflow.base import ExportError
 from dspy_otel.exporters.mlflow.exporter import MLflowSpanExporter
 from dspy_otel.exporters.mlflow.tree import BEST_PROGRAM, COMPILE, TAG_KIND, StoredRun
 
@@ -44,8 +45,9 @@ def load_best(
         ExportError: MLflow cannot be reached or opened.
     """
     exporter = MLflowSpanExporter(tracking_uri, experiment=experiment)
-    store = exporter.open_runs(threading.Event())
+    store = None
     try:
+        store = exporter.open_runs(threading.Event(), create=False)
         runs = store.find_runs(run_id, f"tags.`{TAG_KIND}` = '{COMPILE}' AND attributes.status = 'FINISHED'")
         # Steps of other optimizations have none of their own.
         runs = [run for run in runs if run_id is not None or sc.OPTIMIZER_PARENT_RUN_ID not in run.tags]
@@ -58,8 +60,13 @@ def load_best(
                 f"Run {best.run_id} has no {BEST_PROGRAM}: programs are recorded with "
                 "OTEL_INSTRUMENTATION_GENAI_CAPTURE_MESSAGE_CONTENT=span_only"
             )
+    except ExportError as error:
+        if error.cause == "experiment":
+            raise LookupError(str(error)) from error
+        raise
     finally:
-        store.close()
+        if store is not None:
+            store.close()
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory, BEST_PROGRAM)
         path.write_text(text, encoding="utf-8")

@@ -28,10 +28,10 @@ from dspy_otel.exporters.mlflow.exporter import MLflowSpanExporter
 from dspy_otel.exporters.mlflow.otlp import decode, decode_json
 from dspy_otel.exporters.mlflow.pace import Pace
 from dspy_otel.exporters.mlflow.runs import is_for_run, is_ours
-from dspy_otel.exporters.mlflow.spending import Spending
 from dspy_otel.exporters.mlflow.spool import Place, SpoolError, count_of, places
-from dspy_otel.exporters.mlflow.tree import COMPILE, TRIAL, is_example, kind_of
+from dspy_otel.exporters.mlflow.tree import COMPILE, TRIAL, Models, is_example, kind_of
 from dspy_otel.exporters.mlflow.writer import RunWriter
+from dspy_otel.report.collect import is_phase
 
 _BATCH: Final = 512
 _MOST_FAILURES: Final = 4
@@ -175,7 +175,7 @@ class _Delivery:
             OSError, ValueError: a file cannot be read.
         """
         state = self._source.state()
-        self._say(f"{self._source.path}: {self._spans or 'some'} spans to {public_uri(self._exporter.uri)}")
+        self._say(f"{self._source.path}: {self._spans or 'some'} spans to {public_uri(self._exporter.given_uri)}")
         if not self._exporter.wants_runs:
             for path, spans in self._batches():
                 self._send(spans)
@@ -270,30 +270,25 @@ class _Delivery:
 
     def _rebuild(self) -> None:
         """Build runs from spans alone: first all starts, then the examples, file by file, then all ends, in order."""
-        tree, spending = self._writer.tree, Spending()
+        tree, models = self._writer.tree, Models()
         tree.whole = False
-        optimizations = {
-            span.context.trace_id
-            for _, spans in self._batches()
-            for span in filter(is_ours, spans)
-            if kind_of(span.name, span.attributes or {}) == COMPILE
-        }
         structure: list[ReadableSpan] = []
-        others: list[ReadableSpan] = []
+        phases: list[ReadableSpan] = []
         for _, spans in self._batches():
             for span in filter(is_ours, spans):
-                if kind_of(span.name, span.attributes or {}) is not None:
+                at = span.attributes or {}
+                if kind_of(span.name, at) is not None:
                     structure.append(span)
-                elif span.context.trace_id in optimizations:
-                    others.append(_bare(span))
+                elif is_phase(span.name, at):
+                    phases.append(span)
+                else:
+                    models.add(at)
         structure.sort(key=lambda span: span.start_time or 0)
         for span in structure:
-            if kind_of(span.name, span.attributes or {}) == COMPILE:
-                spending.begin(span)
             tree.start(span, self._known_parent(span))
         for run in tree.runs.values():
             run.tried = True  # it may be in MLflow already
-        ends = sorted([*others, *structure], key=lambda span: span.end_time or 0)
+        ends = sorted([*phases, *structure], key=lambda span: span.end_time or 0)
         read: list[Path] = []
         for path, spans in self._batches():
             self._send(spans)
@@ -307,9 +302,7 @@ class _Delivery:
             if path is not None:
                 read.append(path)
         for span in ends:
-            spending.add(span)
-            if kind_of(span.name, span.attributes or {}) is not None:
-                tree.end(span, spending.of(str((span.attributes or {}).get(sc.OPTIMIZER_RUN_ID))))
+            tree.end(span, models.take(span))
         self._writer.stop()
         self._settle()
         for path in read:
@@ -338,14 +331,3 @@ class _Delivery:
 
     def _find(self, key: str) -> str | None:
         return None if key in self._writer.tree.runs else self._writer.find(key)
-
-
-def _bare(span: ReadableSpan) -> ReadableSpan:
-    """A span without its content."""
-    at = span.attributes or {}
-    names = (
-        *(sc.GEN_AI_OPERATION_NAME, sc.OPTIMIZER_RUN_ID, sc.OPTIMIZER_ROOT_RUN_ID, sc.OPTIMIZER_PARENT_RUN_ID),
-        *(sc.LM_CACHE_HIT, sc.LM_ROLE, sc.LM_COST, sc.GEN_AI_USAGE_INPUT_TOKENS, sc.GEN_AI_USAGE_OUTPUT_TOKENS),
-    )
-    kept = {key: value for key, value in at.items() if key in names or key.startswith(sc.USAGE_PREFIX)}
-    return ReadableSpan(span.name, span.context, span.parent, attributes=kept, end_time=span.end_time)

@@ -28,10 +28,10 @@ from dspy_otel import semconv as sc
 from dspy_otel.exporters.mlflow.delivery import Delivery, join, start_thread
 from dspy_otel.exporters.mlflow.exporter import MLflowSpanExporter
 from dspy_otel.exporters.mlflow.pace import Pace
-from dspy_otel.exporters.mlflow.spending import Spending
 from dspy_otel.exporters.mlflow.spool import Spool, SpoolError
-from dspy_otel.exporters.mlflow.tree import COMPILE, TRIAL, is_example, kind_of
+from dspy_otel.exporters.mlflow.tree import TRIAL, Models, is_example, kind_of
 from dspy_otel.exporters.mlflow.writer import RunWriter
+from dspy_otel.report.collect import is_phase
 from dspy_otel.telemetry.metrics import WithoutExemplars
 from dspy_otel.version import __version__
 
@@ -86,7 +86,7 @@ class RunTracker(SpanProcessor):
             spool=self._spool,
             pace=self._pace,
         )
-        self._spending = Spending()
+        self._models = Models()
         self._lock = threading.Lock()
         self._wake = threading.Event()
         self._stop = threading.Event()
@@ -104,9 +104,6 @@ class RunTracker(SpanProcessor):
             return
         try:
             kind = kind_of(span.name, span.attributes or {}) if is_ours(span) else None
-            if kind == COMPILE:
-                with self._lock:
-                    self._spending.begin(span)
             if kind is not None:
                 self._put("start", span, None if kind == TRIAL else self._users_run())
         except Exception:
@@ -123,21 +120,20 @@ class RunTracker(SpanProcessor):
             _logger.debug("end of %r is not followed", span.name, exc_info=True)
 
     def _note_end(self, span: ReadableSpan) -> None:
-        if is_example(span.name):
+        at = span.attributes or {}
+        if sc.GEN_AI_OPERATION_NAME in at:
+            if sc.OPTIMIZER_RUN_ID in at or sc.EVALUATION_ID in at:
+                with self._lock:
+                    self._models.add(at)
+        elif is_example(span.name):
             if len(self._events) < MAX_EVENTS:
                 self._put("end", span, {})
             else:
                 self._left_out += 1
-        watched, spent = self._spending.watches(span), {}
-        if watched:
+        elif kind_of(span.name, at) is not None or is_phase(span.name, at):
             with self._lock:
-                self._spending.add(span)
-        at = span.attributes or {}
-        if kind_of(span.name, at) is not None:
-            if watched:
-                with self._lock:
-                    spent = self._spending.of(str(at.get(sc.OPTIMIZER_RUN_ID)))
-            self._put("end", span, spent)
+                models = self._models.take(span)
+            self._put("end", span, models)
 
     def sent(self, spans: Sequence[ReadableSpan]) -> None:
         """These spans are delivered: their traces can be linked and scored now."""
@@ -314,9 +310,8 @@ class RunTracker(SpanProcessor):
                     worker.tree.start(span, more)
                 elif what == "sent":
                     worker.deliver(span)
-                elif (over := worker.tree.end(span, more)) is not None:
-                    with self._lock:
-                        self._spending.forget(over)
+                else:
+                    worker.tree.end(span, more)
             except Exception:
                 _logger.debug("%s of %r is not followed", what, span.name, exc_info=True)
         with contextlib.suppress(Exception):

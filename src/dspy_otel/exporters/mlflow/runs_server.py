@@ -134,12 +134,13 @@ class ServerRuns:
                 raise
             return True
 
-    def find_runs(self, run_id: str | None, condition: str) -> list[StoredRun]:
-        """The run with an id, or those of the experiment that match a search condition (the newest 1,000)."""
+    def find_runs(self, run_id: str | None, condition: str, experiment_id: str | None = None) -> list[StoredRun]:
+        """The run with an id, or those of an experiment that match a search condition (the newest 1,000)."""
         if run_id is not None:
             answer = self._server.rest("GET", "runs/get", params={"run_id": run_id})
             return [] if answer is None else [_stored(answer["run"])]
-        body = {"experiment_ids": [self._server.experiment_id()], "filter": condition, "max_results": 1000}
+        place = experiment_id or self._server.experiment_id()
+        body = {"experiment_ids": [place], "filter": condition, "max_results": 1000}
         return [_stored(run) for run in self._post("runs/search", body).get("runs") or []]
 
     def read_artifact(self, run_id: str, artifact_uri: str, path: str) -> str | None:
@@ -224,4 +225,8 @@ def _stored(answer: Mapping[str, Any]) -> StoredRun:
         int(info.get("start_time", 0)),
         {tag["key"]: tag.get("value", "") for tag in data.get("tags", ())},
         {metric["key"]: float(metric["value"]) for metric in data.get("metrics", ())},
+        {param["key"]: param.get("value", "") for param in data.get("params", ())},
+        str(info.get("experiment_id", "")),
+        str(info.get("status", "")),
+        int(info["end_time"]) if info.get("end_time") else None,
     )

@@ -114,19 +114,29 @@ class EmbeddedRuns:
             raise
         return True
 
-    def find_runs(self, run_id: str | None, condition: str) -> list[StoredRun]:
-        """The run with an id, or those of the experiment that match a search condition (the newest 1,000)."""
+    def find_runs(self, run_id: str | None, condition: str, experiment_id: str | None = None) -> list[StoredRun]:
+        """The run with an id, or those of an experiment that match a search condition (the newest 1,000)."""
         from mlflow.exceptions import MlflowException
 
         if run_id is None:
-            found = self._client.search_runs([self._experiment_id], condition, max_results=1000)
+            found = self._client.search_runs([experiment_id or self._experiment_id], condition, max_results=1000)
         else:
             try:
                 found = [self._client.get_run(run_id)]
             except MlflowException:
                 found = []
         return [
-            StoredRun(run.info.run_id, run.info.artifact_uri, run.info.start_time, run.data.tags, run.data.metrics)
+            StoredRun(
+                run.info.run_id,
+                run.info.artifact_uri,
+                run.info.start_time,
+                run.data.tags,
+                run.data.metrics,
+                run.data.params,
+                run.info.experiment_id,
+                run.info.status,
+                run.info.end_time,
+            )
             for run in found
         ]
 

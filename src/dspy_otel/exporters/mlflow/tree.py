@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,6 +17,12 @@ from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.trace import StatusCode
 
 from dspy_otel import semconv as sc
+from dspy_otel.report import Collector, render
+from dspy_otel.report.collect import is_phase, load_json, row_of, trace_id_of
+from dspy_otel.report.model import number as as_number
+from dspy_otel.report.model import tokens
+
+_logger = logging.getLogger(__name__)
 
 FINISHED, FAILED, KILLED = "FINISHED", "FAILED", "KILLED"
 
@@ -25,6 +32,8 @@ TRIAL_PROGRAM: Final = "model.json"
 INITIAL_PROGRAM: Final = "initial_model.json"
 EVALUATION_TABLE: Final = "evaluation_table.json"
 CANDIDATE_TABLE: Final = "candidates.json"
+PHASE_TABLE: Final = "phases.json"
+REPORT: Final = "report.html"
 
 MAX_PARAM: Final = 6000
 MAX_TAG: Final = 8000
@@ -49,13 +58,21 @@ HOW_TO_GET_CONTENT: Final = (
     "OTEL_INSTRUMENTATION_GENAI_CAPTURE_MESSAGE_CONTENT=span_only"
 )
 
+_ENDED_BEFORE: Final = "The program ended before it did."
+
 COMPILE, TRIAL, EVALUATION = "compile", "trial", "evaluation"
+
+_STEPS: Final = ("step", "iteration", "depth", "strategy")
+"""Choices that say where in an optimization a trial is."""
 
 _ON_VALIDATION: Final = frozenset({sc.TRIAL_BASELINE, sc.TRIAL_FULL, sc.TRIAL_VALIDATION})
 """Trials on the whole validation set, when the size is the same too."""
 
 _INTERRUPTIONS: Final = frozenset({"KeyboardInterrupt", "SystemExit", "CancelledError", "GeneratorExit"})
+_LM_OPERATIONS: Final = frozenset({sc.OPERATION_CHAT, sc.OPERATION_TEXT_COMPLETION, sc.OPERATION_EMBEDDINGS})
 # Of a compile span, as tags; everything else of interest has a place of its own.
+_PLACES: Final = (sc.OPTIMIZER_RUN_ID, sc.OPTIMIZER_ROOT_RUN_ID, sc.EVALUATION_ID)
+_MOST_MODELS: Final = 10
 _COMPILE_TAGS: Final = (
     sc.OPTIMIZER_NAME,
     sc.OPTIMIZER_RUN_ID,
@@ -96,8 +113,10 @@ _COMPILE_METRICS: Final[Mapping[str, str]] = {
 }
 _CANDIDATE_COLUMNS: Final = (
     *("number", "kind", "candidate", "parents", "score", "best_score", "accepted", "on_pareto_front"),
-    *("reason", "phase", "params", "changes", "run_id"),
+    *("reason", "phase", "size", "score_before", "score_after", "params", "changes", "error"),
+    *("lm_calls", "tokens", "cost", "spent_lm_calls", "spent_tokens", "spent_cost", "run_id"),
 )
+_PHASE_USAGE: Final = ("lm_calls", "cache_hits", "input_tokens", "output_tokens", "cost")
 _DATASETS: Final = (
     ("train", sc.DATASET_TRAIN_SIZE, sc.DATASET_TRAIN_DIGEST, sc.DATASET_TRAIN_ROWS),
     ("val", sc.DATASET_VAL_SIZE, sc.DATASET_VAL_DIGEST, sc.DATASET_VAL_ROWS),
@@ -133,6 +152,10 @@ class StoredRun(NamedTuple):
     started: int
     tags: Mapping[str, str]
     metrics: Mapping[str, float]
+    params: Mapping[str, str] = {}
+    experiment_id: str = ""
+    status: str = ""
+    ended: int | None = None
 
 
 class Score(NamedTuple):
@@ -237,10 +260,11 @@ class Run:
                 self.params[name] = cut(as_text(value), MAX_PARAM)
 
     def point(self, values: Mapping[str, Any], when: int, step: int = 0) -> None:
-        """Add a point to each metric; what is no number is left out."""
+        """Add a point to each metric; what is no number is left out: NaN and infinity cannot be sent as JSON."""
         for key, value in values.items():
-            if isinstance(value, (int, float)) and not isinstance(value, bool):
-                self.metrics.append(Metric(safe_key(key), float(value), when, step))
+            found = as_number(value)
+            if found is not None:
+                self.metrics.append(Metric(safe_key(key), found, when, step))
 
     def dataset(self, dataset: Dataset) -> None:
         """Add a dataset input, once."""
@@ -250,7 +274,7 @@ class Run:
 
     def table(self, path: str, columns: list[str], rows: list[list[Any]]) -> None:
         """Add an artifact that MLflow shows as a table, in the form of its ``log_table``."""
-        self.artifacts[path] = json.dumps({"columns": columns, "data": rows}, ensure_ascii=False)
+        self.artifacts[path] = strict_json({"columns": columns, "data": rows})
         self.tables.append(path)
         self.tag({TAG_TABLES: json.dumps([{"path": table, "type": "table"} for table in self.tables])})
 
@@ -266,6 +290,8 @@ class _Compile:
     trials: list[dict[str, Any]] = field(default_factory=list)
     runs: dict[int, Run] = field(default_factory=dict)
     examples: int = 0
+    verdicts: dict[str, int] = field(default_factory=dict)
+    history: Collector = field(default_factory=Collector)
 
 
 @dataclass
@@ -277,6 +303,37 @@ class _Evaluation:
     rows: list[dict[str, Any]] = field(default_factory=list)
     size: int = 0
     without: int = 0
+
+
+class Models:
+    """Which models answered, by optimization or evaluation and role. Filled as spans end; safe to read beside that."""
+
+    def __init__(self) -> None:
+        self._names: dict[str, dict[str, set[str]]] = {}
+
+    def add(self, attributes: Attributes) -> None:
+        """Note the model of one LM span, if it belongs to an optimization or an evaluation."""
+        model = attributes.get(sc.GEN_AI_REQUEST_MODEL)
+        if model is None or attributes.get(sc.GEN_AI_OPERATION_NAME) not in _LM_OPERATIONS:
+            return
+        role = str(attributes.get(sc.LM_ROLE, sc.ROLE_TASK))
+        for place in {attributes.get(key) for key in _PLACES} - {None}:
+            names = self._names.setdefault(str(place), {}).setdefault(role, set())
+            if len(names) < _MOST_MODELS:
+                names.add(str(model))
+
+    def of(self, place: Any) -> dict[str, str]:
+        """The models so far, named as parameters: ``task.model``."""
+        return {f"{role}.model": ", ".join(sorted(names)) for role, names in self._names.get(str(place), {}).items()}
+
+    def take(self, span: ReadableSpan) -> dict[str, str]:
+        """The models of the optimization or evaluation that ``span`` ends, to be forgotten; none of another span."""
+        at = span.attributes or {}
+        key = {COMPILE: sc.OPTIMIZER_RUN_ID, EVALUATION: sc.EVALUATION_ID}.get(str(kind_of(span.name, at)))
+        place = None if key is None else at.get(key)
+        found = self.of(place)
+        self._names.pop(str(place), None)
+        return found
 
 
 class Tree:
@@ -324,38 +381,41 @@ class Tree:
         for compile_ in self._compiles.values():
             self._describe_compile(compile_, dict(compile_.span.attributes or {}))
 
-    def end(self, span: ReadableSpan, spent: Mapping[str, float]) -> str | None:
+    def end(self, span: ReadableSpan, models: Mapping[str, str]) -> None:
         """A span has ended.
 
         Args:
-            span: of a compile, trial, evaluation or example.
-            spent: what LM calls of its optimization have used so far.
-
-        Returns:
-            The id of the optimization that is over with it, if one is.
+            span: of a compile, phase, trial, evaluation or example.
+            models: those that it used, when it is a compile or an evaluation.
         """
         at = span.attributes or {}
         kind = kind_of(span.name, at)
         if kind == COMPILE:
-            return self._end_compile(span, at)
-        if kind == TRIAL:
-            self._end_trial(span, at, spent)
+            self._end_compile(span, at, models)
+        elif kind == TRIAL:
+            self._end_trial(span, at)
         elif kind == EVALUATION:
-            self._end_evaluation(span, at)
+            self._end_evaluation(span, at, models)
+        elif is_phase(span.name, at):
+            compile_ = self._compiles.get(str(at[sc.OPTIMIZER_RUN_ID]))
+            if compile_ is not None:
+                compile_.history.step(span)
         elif sc.EVALUATION_ID in at:
             self._end_example(span, at)
-        return None
 
     def stop(self, when: int) -> None:
         """The program ends: whatever still runs is killed."""
         for key in list(self._evaluations):
             self._tabulate(self._evaluations.pop(key))
         for compile_ in self._compiles.values():
-            self._describe_compile(compile_, dict(compile_.span.attributes or {}))
+            at = dict(compile_.span.attributes or {})
+            self._describe_compile(compile_, at)
             self._list_candidates(compile_)
+            at[sc.OPTIMIZER_OUTCOME] = "interrupted"
+            self._report(compile_, at, when * 1_000_000, _ENDED_BEFORE)
         for run in self.runs.values():
             if not run.over:
-                end_run(run, KILLED, when, "The program ended before it did.")
+                end_run(run, KILLED, when, _ENDED_BEFORE)
         self._compiles.clear()
         self._trials.clear()
 
@@ -409,13 +469,14 @@ class Tree:
             oldest = next(iter(compile_.programs))
             compile_.size -= len(compile_.programs.pop(oldest)[0])
 
-    def _end_compile(self, span: ReadableSpan, at: Attributes) -> str | None:
+    def _end_compile(self, span: ReadableSpan, at: Attributes, models: Mapping[str, str]) -> None:
         key = str(at[sc.OPTIMIZER_RUN_ID])
         compile_ = self._compiles.pop(key, None)
         if compile_ is None:
-            return None
+            return
         run, when = compile_.run, milliseconds(span.end_time)
         self._describe_compile(compile_, at)
+        run.param(models)
         run.tag({name: at.get(name) for name in _COMPILE_TAGS})
         step = max([trial["number"] for trial in compile_.trials], default=0)
         # The best score under its children's name too: MLflow's table of runs compares by name.
@@ -431,29 +492,63 @@ class Tree:
             run.tag({TAG_CONTENT: HOW_TO_GET_CONTENT})
         winner = compile_.runs.get(int(at.get(sc.OPTIMIZER_WINNER_TRIAL, -1)))
         if winner is not None:
-            winner.tag({TAG_NAME: f"{winner.name} (winner)", "dspy.winner": "true"})
+            what, comma, where = winner.name.partition(", ")
+            winner.tag({TAG_NAME: f"{what} (winner){comma}{where}", "dspy.winner": "true"})
             self.runs.setdefault(winner.key, winner)
             run.winner = winner.key
         if self.whole or len(compile_.trials) >= int(at.get(sc.OPTIMIZER_TRIALS_DONE, 0)):
             self._list_candidates(compile_)
         outcome = {"failed": FAILED, "interrupted": KILLED}.get(str(at.get(sc.OPTIMIZER_OUTCOME)))
         status, reason = status_of(span, at)
+        self._report(compile_, at, span.end_time, reason, models)
+        above = self._compiles.get(str(at.get(sc.OPTIMIZER_PARENT_RUN_ID)))
+        if above is not None:
+            above.history.step(span)
         end_run(run, outcome or status, when, reason, note=summary(at))
         for number in compile_.runs:
             self._trials.pop((key, number), None)
-        return key
 
     def _list_candidates(self, compile_: _Compile) -> None:
         key = compile_.run.key
         compile_.run.candidates = [{**trial, "key": f"{key}/{trial['number']}"} for trial in compile_.trials]
+        rows = [
+            [phase.name, phase.times, phase.seconds, *(phase.usage.get(name) for name in _PHASE_USAGE)]
+            for phase in compile_.history.phases
+        ]
+        if rows:
+            compile_.run.table(PHASE_TABLE, ["phase", "times", "seconds", *_PHASE_USAGE], rows)
+
+    def _report(
+        self,
+        compile_: _Compile,
+        at: Attributes,
+        ended: int | None,
+        reason: str | None,
+        models: Mapping[str, str] | None = None,
+    ) -> None:
+        """Add the report of an optimization that is over; steps of others that scored nothing need none."""
+        run, history = compile_.run, compile_.history
+        if run.parent is not None and not history.trials:
+            return
+        report = history.report(at, compile_.span.start_time, ended, reason)
+        report.params = {**report.params, **(models or {})}
+        report.versions = {
+            name.removesuffix(".version"): value
+            for name, value in self.constant_tags.items()
+            if name.endswith(".version")
+        }
+        try:
+            run.artifacts[REPORT] = render(report)
+        except Exception as error:
+            _logger.warning("The report of %s could not be made (%s).", run.name, type(error).__name__)
+            _logger.debug("no report", exc_info=True)
 
     # --- trials -------------------------------------------------------------------------------------------------
     def _start_trial(self, span: ReadableSpan, at: Attributes, outside: str | None) -> None:
         optimization, number = str(at[sc.OPTIMIZER_RUN_ID]), int(at[sc.TRIAL_NUMBER])
         compile_ = self._compiles.get(optimization)
         parent = None if compile_ is None else compile_.run
-        name = f"trial {number} {at.get(sc.TRIAL_KIND, '')}".rstrip()
-        run = self._add(f"{optimization}/{number}", TRIAL, name, parent, outside, span)
+        run = self._add(f"{optimization}/{number}", TRIAL, trial_name(at), parent, outside, span)
         self._trials[optimization, number] = run
         if compile_ is not None:
             compile_.runs[number] = run
@@ -461,7 +556,7 @@ class Tree:
         run.tag({key: at.get(key) for key in _TRIAL_TAGS})
         run.param(trial_params(at))
 
-    def _end_trial(self, span: ReadableSpan, at: Attributes, spent: Mapping[str, float]) -> None:
+    def _end_trial(self, span: ReadableSpan, at: Attributes) -> None:
         optimization, number = str(at[sc.OPTIMIZER_RUN_ID]), int(at[sc.TRIAL_NUMBER])
         run = self._trials.get((optimization, number))
         if run is None:
@@ -474,19 +569,17 @@ class Tree:
         run.point({"score": score, f"score.{kind}": score, "best_score": best}, when, number)
         run.param({"score_before": at.get(sc.TRIAL_SCORE_BEFORE), "score_after": at.get(sc.TRIAL_SCORE_AFTER)})
         run.point(usage(at, roles=False), when, number)
-        accepted = at.get(sc.TRIAL_ACCEPTED)
-        if isinstance(accepted, bool):
-            run.name += " accepted" if accepted else " rejected"
+        if run.name != trial_name(at):
+            run.name = trial_name(at)
             run.tag({TAG_NAME: run.name})
         compile_ = self._compiles.get(optimization)
         if compile_ is not None:
-            self._end_trial_of(compile_, run, number, at, when, spent)
+            self._end_trial_of(compile_, run, number, span, when)
         status, reason = status_of(span, at)
         end_run(run, status, when, reason)
 
-    def _end_trial_of(
-        self, compile_: _Compile, run: Run, number: int, at: Attributes, when: int, spent: Mapping[str, float]
-    ) -> None:
+    def _end_trial_of(self, compile_: _Compile, run: Run, number: int, span: ReadableSpan, when: int) -> None:
+        at = span.attributes or {}
         kind = str(at.get(sc.TRIAL_KIND, ""))
         candidate = at.get(sc.CANDIDATE_ID)
         if candidate is not None:
@@ -502,33 +595,46 @@ class Tree:
         validation = compile_.run.seen_datasets.get("val")
         if validation is not None and kind in _ON_VALIDATION and at.get(sc.TRIAL_SIZE) == validation.size:
             run.dataset(validation)
-        compile_.examples += int(at.get(sc.TRIAL_SIZE, 0))
+        trial = compile_.history.trial(span)
+        compile_.examples += trial.size or 0
+        if trial.accepted is not None:
+            verdict = "accepted" if trial.accepted else "rejected"
+            compile_.verdicts[verdict] = compile_.verdicts.get(verdict, 0) + 1
         compile_.run.point(
             {
                 f"score.{kind}": at.get(sc.TRIAL_SCORE),
                 "best_score": at.get(sc.TRIAL_BEST_SCORE),
                 "examples_evaluated": compile_.examples,
-                **spent,
+                **trial.spent,
+                **compile_.verdicts,
             },
             when,
             number,
         )
-        prefix = sc.TRIAL_PARAMS_PREFIX
-        chosen = {key[len(prefix) :]: value for key, value in at.items() if key.startswith(prefix)}
         compile_.trials.append(
             {
                 "number": number,
                 "kind": kind,
                 "candidate": candidate,
-                "parents": ", ".join(map(str, at.get(sc.CANDIDATE_PARENT_IDS, ()))),
+                "parents": ", ".join(trial.parents),
                 "score": at.get(sc.TRIAL_SCORE),
                 "best_score": at.get(sc.TRIAL_BEST_SCORE),
-                "accepted": at.get(sc.TRIAL_ACCEPTED),
-                "on_pareto_front": at.get(sc.TRIAL_ON_PARETO_FRONT),
-                "reason": at.get(sc.TRIAL_REASON),
-                "phase": at.get(sc.OPTIMIZER_PHASE),
-                "params": json.dumps(chosen, ensure_ascii=False),
+                "accepted": trial.accepted,
+                "on_pareto_front": trial.on_front,
+                "reason": trial.reason,
+                "phase": trial.phase,
+                "size": trial.size,
+                "score_before": trial.before,
+                "score_after": trial.after,
+                "params": json.dumps(trial.params, ensure_ascii=False, default=str),
                 "changes": at.get(sc.CANDIDATE_DIFF),
+                "error": trial.error,
+                "lm_calls": trial.usage.get("lm_calls"),
+                "tokens": tokens(trial.usage),
+                "cost": trial.usage.get("cost"),
+                "spent_lm_calls": trial.spent.get("lm_calls"),
+                "spent_tokens": tokens(trial.spent),
+                "spent_cost": trial.spent.get("cost"),
             }
         )
 
@@ -553,15 +659,19 @@ class Tree:
         self._evaluations[key] = _Evaluation(run, own=True)
         self.own_evaluations.add(key)
 
-    def _end_evaluation(self, span: ReadableSpan, at: Attributes) -> None:
+    def _end_evaluation(self, span: ReadableSpan, at: Attributes, models: Mapping[str, str]) -> None:
         evaluation = self._evaluations.pop(str(at[sc.EVALUATION_ID]), None)
         if evaluation is None:
             return
         run, when = evaluation.run, milliseconds(span.end_time)
         self._tabulate(evaluation)
+        compile_, number = self._compiles.get(str(at.get(sc.OPTIMIZER_RUN_ID))), at.get(sc.TRIAL_NUMBER)
+        if compile_ is not None and isinstance(number, int) and not evaluation.own:
+            compile_.history.rows(number, evaluation.rows)
         run.point({"failures": at.get(sc.EVALUATION_FAILURES) or None}, when)
         if not evaluation.own:
             return
+        run.param(models)
         run.point({"score": at.get(sc.EVALUATION_SCORE)}, when)
         run.point(usage(at), when)
         digest = digest_of(evaluation.rows)
@@ -578,17 +688,7 @@ class Tree:
         evaluation = self._evaluations.get(str(at[sc.EVALUATION_ID]))
         if evaluation is None or span.context is None:
             return
-        row: dict[str, Any] = {
-            "index": at.get(sc.EXAMPLE_INDEX),
-            "id": at.get(sc.EXAMPLE_ID),
-            "inputs": load_json(at.get(sc.MODULE_INPUTS, at.get(sc.INPUT_VALUE))),
-            "expected": load_json(at.get(sc.EXAMPLE_EXPECTED)),
-            "prediction": load_json(at.get(sc.MODULE_OUTPUTS, at.get(sc.OUTPUT_VALUE))),
-            "score": at.get(sc.EXAMPLE_SCORE),
-            "feedback": at.get(sc.EXAMPLE_FEEDBACK),
-            "error": at.get(sc.ERROR_TYPE),
-            "trace_id": trace_id_of(span),
-        }
+        row = row_of(span)
         # With OpenInference's keys on, inputs and outputs are recorded once, under those.
         content = (sc.MODULE_INPUTS, sc.INPUT_VALUE, sc.EXAMPLE_EXPECTED, sc.MODULE_OUTPUTS, sc.OUTPUT_VALUE)
         evaluation.size += sum(len(str(at.get(key, ""))) for key in content)
@@ -630,10 +730,11 @@ class Tree:
         return name or str(at.get(sc.EVALUATION_METRIC_NAME) or "score")
 
     def _add(self, key: str, kind: str, name: str, parent: Run | None, outside: str | None, span: ReadableSpan) -> Run:
-        run = Run(key, kind, name, parent, outside if parent is None else None, milliseconds(span.start_time))
+        run = Run(key, kind, as_text(name), parent, outside if parent is None else None, milliseconds(span.start_time))
         run.tag({**self.constant_tags, TAG_KIND: kind, TAG_KEY: key})
         resource = span.resource.attributes if span.resource is not None else {}
-        run.tag({"service.name": resource.get("service.name")})
+        service = str(resource.get("service.name", ""))
+        run.tag({"service.name": None if service.startswith("unknown_service") else service or None})
         self.runs[key] = run
         return run
 
@@ -686,7 +787,7 @@ def summary(at: Attributes) -> str | None:
         text += f" (trial {at[sc.OPTIMIZER_WINNER_TRIAL]})"
     if baseline is not None:
         text += f", baseline {baseline:g}"
-    return f"{text}, {at.get(sc.OPTIMIZER_TRIALS_DONE, 0)} trials."
+    return f"{text}, {at.get(sc.OPTIMIZER_TRIALS_DONE, 0)} trials. More in {REPORT}, under Artifacts."
 
 
 def score_of_span(span: ReadableSpan, key: str, name: str) -> Score | None:
@@ -698,14 +799,17 @@ def score_of_span(span: ReadableSpan, key: str, name: str) -> Score | None:
     if value is None and error is None:
         return None
     feedback, index = at.get(sc.EXAMPLE_FEEDBACK), at.get(sc.EXAMPLE_INDEX)
+    found = as_number(float(value) if isinstance(value, bool) else value)
+    if found is None and error is None:
+        error = f"score is {value}"
     return Score(
         key,
         trace_id_of(span),
         None if span.parent is None else f"{span.context.span_id:016x}",
         name,
-        float(value) if isinstance(value, (int, float)) else None,
-        None if feedback is None else str(feedback),
-        None if error is None else str(error),
+        found,
+        None if feedback is None else as_text(feedback),
+        None if error is None else as_text(error),
         index if isinstance(index, int) else None,
     )
 
@@ -716,9 +820,17 @@ def assessment_id(score: Score) -> str:
     return f"a-{hashlib.sha256(text.encode('utf-8', 'replace')).hexdigest()[:32]}"
 
 
-def trace_id_of(span: ReadableSpan) -> str:
-    """A span's trace id as MLflow writes it."""
-    return f"tr-{span.context.trace_id:032x}"
+def trial_name(at: Attributes) -> str:
+    """A trial's number, kind and verdict first, for tables are narrow; then the step of the optimizer it is part of."""
+    name = f"trial {at[sc.TRIAL_NUMBER]} {at.get(sc.TRIAL_KIND, '')}".rstrip()
+    accepted = at.get(sc.TRIAL_ACCEPTED)
+    if isinstance(accepted, bool):
+        name += " accepted" if accepted else " rejected"
+    chosen = {part: at.get(sc.TRIAL_PARAMS_PREFIX + part) for part in _STEPS}
+    said = [
+        f"{part} {value}" if part != "strategy" else str(value) for part, value in chosen.items() if value is not None
+    ]
+    return ", ".join([name, *([" ".join(said)] if said else [])])
 
 
 def trial_params(at: Attributes) -> dict[str, Any]:
@@ -805,25 +917,31 @@ def load_table(value: Any) -> list[dict[str, Any]] | None:
     return [row for row in loaded if isinstance(row, dict)] if isinstance(loaded, list) else None
 
 
-def load_json(value: Any) -> Any:
-    """JSON text as what it says; text that is none as it is."""
-    if not isinstance(value, str):
-        return value
-    try:
-        return json.loads(value)
-    except ValueError:
-        return value
-
-
 def as_text(value: Any) -> str:
     """A value as a parameter or tag."""
     if isinstance(value, str):
-        return value
+        return value.encode("utf-8", "replace").decode()  # MLflow refuses half a character, and all that comes with it
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, (list, tuple, dict)):
-        return json.dumps(value, ensure_ascii=False, default=str)
+        return as_text(json.dumps(value, ensure_ascii=False, default=str))
     return str(value)
+
+
+def strict_json(value: Any) -> str:
+    """JSON that browsers take too: without NaN and infinity."""
+    try:
+        return json.dumps(value, ensure_ascii=False, allow_nan=False)
+    except ValueError:
+        return json.dumps(_finite(value), ensure_ascii=False, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(part) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(part) for part in value]
+    return str(value) if isinstance(value, float) and as_number(value) is None else value
 
 
 def cut(text: str, limit: int) -> str:

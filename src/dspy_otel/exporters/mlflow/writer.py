@@ -33,8 +33,8 @@ from dspy_otel.exporters.mlflow.tree import (
     StoredRun,
     Tree,
     score_of_span,
-    trace_id_of,
 )
+from dspy_otel.report.collect import trace_id_of
 from dspy_otel.version import __version__
 
 _logger = logging.getLogger(__name__)
@@ -92,8 +92,8 @@ class RunStore(Protocol):
     def assess(self, score: Score, run_id: str | None) -> bool:
         """Put a score on a trace; False when the trace does not exist."""
 
-    def find_runs(self, run_id: str | None, condition: str) -> list[StoredRun]:
-        """The run with an id, or those of the experiment that match a search condition."""
+    def find_runs(self, run_id: str | None, condition: str, experiment_id: str | None = None) -> list[StoredRun]:
+        """The run with an id, or those of an experiment (by default its own) that match a search condition."""
 
     def read_artifact(self, run_id: str, artifact_uri: str, path: str) -> str | None:
         """A text artifact, or None when the run has none under that path."""

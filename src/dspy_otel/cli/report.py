@@ -1,0 +1,78 @@
+"""`dspy-otel report`: the report of an optimization as a file."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dspy_otel.report import Report
+
+
+def add_command(commands: Any) -> None:
+    """Add the command to the parser's subcommands."""
+    command = commands.add_parser(
+        "report",
+        help="write the report of an optimization as one HTML file",
+        description="Makes the report of an optimization from what MLflow has of it, also while it runs, and writes it "
+        "as one HTML file that needs nothing else. Without a run: of the newest optimization in the experiment. With "
+        "--spans, from a file of OTLP JSON instead, as the Collector's file exporter writes it.",
+    )
+    command.add_argument(
+        "run", nargs="?", metavar="RUN_ID", help="MLflow's run of the optimization, or of one of its trials"
+    )
+    command.add_argument("--experiment", metavar="NAME", help="name or id (default: MLFLOW_EXPERIMENT_NAME or _ID)")
+    command.add_argument("--spans", metavar="FILE", type=Path, help="a file of spans in place of MLflow")
+    command.add_argument("--tracking-uri", metavar="URI", help="MLflow to read from (default: MLFLOW_TRACKING_URI)")
+    command.add_argument(
+        "-o", "--output", metavar="FILE", type=Path, help="where to write it (default: report-RUN_ID.html)"
+    )
+
+
+def run_report(options: argparse.Namespace) -> int:
+    """Make the report, and print where it is. Returns the exit status."""
+    from dspy_otel.report import render
+
+    logging.disable(logging.WARNING)  # MLflow's, of no use here
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    os.environ.setdefault("LITELLM_LOCAL_MODEL_COST_MAP", "True")  # else an import may wait for a download
+    try:
+        name, report = _of_spans(options) if options.spans is not None else _of_mlflow(options)
+        path = options.output or Path(f"report-{name}.html")
+        path.write_text(render(report), encoding="utf-8")
+    except (LookupError, ValueError, OSError) as error:
+        print(f"dspy-otel: {error}", file=sys.stderr)
+        return 1
+    finally:
+        logging.disable(logging.NOTSET)
+    print(path)
+    return 0
+
+
+def _of_mlflow(options: argparse.Namespace) -> tuple[str, Report]:
+    from dspy_otel.exporters.mlflow.base import ExportError
+    from dspy_otel.exporters.mlflow.read import read_report
+
+    try:
+        found = read_report(options.run, experiment=options.experiment, tracking_uri=options.tracking_uri)
+    except ExportError as error:
+        raise LookupError(str(error)) from error
+    return found.run_id, found.report
+
+
+def _of_spans(options: argparse.Namespace) -> tuple[str, Report]:
+    from dspy_otel.report import reports
+    from dspy_otel.report.otlp import read_spans
+
+    with options.spans.open(encoding="utf-8") as lines:
+        found = reports(read_spans(lines))
+    wanted = [report for report in found if options.run in (None, report.run_id)]
+    if not wanted:
+        known = f": it has {', '.join(str(report.run_id) for report in found)}" if found else ""
+        what = "finished optimization" if options.run is None else f"optimization {options.run}"
+        raise LookupError(f"{options.spans} has no {what}{known}.")
+    return str(wanted[-1].run_id), wanted[-1]

@@ -1,0 +1,168 @@
+"""Scores as SVG, drawn by hand: a page that loads nothing cannot load a chart library."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, Final
+from xml.etree.ElementTree import Element
+
+from .markup import Child, tag
+from .model import Report, Trial, tokens
+
+WIDTH, HEIGHT = 560, 300
+_LEFT, _RIGHT, _TOP, _BOTTOM = 52, 26, 14, 40
+MAX_POINTS: Final = 1500
+_HUGE: Final = 1e100
+"""Scores beyond are not drawn: nobody means them."""
+
+KINDS: Final = {
+    "baseline": "the initial program",
+    "full": "all examples",
+    "validation": "all examples, once more",
+    "minibatch": "some examples",
+    "sample": "rollouts to learn from",
+}
+"""Kinds of trials, in the order of the legend, with what they are scored on."""
+
+
+def score_text(value: float | None, scale: str | None) -> str:
+    """A score as the user reads it."""
+    if value is None:
+        return "-"
+    return f"{value:.4g}%" if scale == "percent" else f"{value:.4g}"
+
+
+def by_trial(report: Report, label: Callable[[Trial], str]) -> Element | None:
+    """Score against the number of the trial."""
+    trials = report.trials
+    highest = max((trial.number for trial in trials), default=1)
+    return _chart(report, [(float(trial.number), trial) for trial in trials], label, "trial", _whole(highest))
+
+
+def by_spend(report: Report, label: Callable[[Trial], str]) -> Element | None:
+    """Score against what had been spent when the trial ended: cost, or tokens when no call has a price."""
+    for what, spent in (
+        ("spent so far, USD", lambda trial: trial.spent.get("cost")),
+        ("tokens used so far", lambda trial: tokens(trial.spent)),
+        ("LM calls so far", lambda trial: trial.spent.get("lm_calls")),
+    ):
+        # What is not known yet is nothing: the first calls may all have come from the cache.
+        points = [(spent(trial) or 0.0, trial) for trial in report.trials]
+        if any(value > 0 for value, _ in points):
+            return _chart(report, points, label, what, ticks(0, max(value for value, _ in points)))
+    return None
+
+
+def legend(report: Report) -> Element:
+    """What the marks mean, for the kinds that occur."""
+    present = {trial.kind for trial in report.trials if trial.score is not None}
+    items: list[Child] = [
+        tag("span", tag("svg", mark(kind, 8, 8), width=16, height=16, aria_hidden="true"), f"{kind}: {meaning}")
+        for kind, meaning in KINDS.items()
+        if kind in present
+    ]
+    if any(trial.best is not None for trial in report.trials):
+        line = tag("path", d="M0 8H16", class_="best")
+        items.append(tag("span", tag("svg", line, width=16, height=16, aria_hidden="true"), "best so far"))
+    if report.winning is not None:
+        ring = tag("circle", cx=8, cy=8, r=7, class_="ring")
+        items.append(tag("span", tag("svg", ring, width=16, height=16, aria_hidden="true"), "winner"))
+    return tag("p", items, class_="legend")
+
+
+def mark(kind: str, x: float, y: float) -> Element:
+    """The mark of a trial: a form and a colour for each kind, so that neither is needed to tell them apart."""
+    shapes = {
+        "baseline": f"M{x:.1f} {y - 6:.1f}l6 6l-6 6l-6 -6z",
+        "validation": f"M{x:.1f} {y - 5.5:.1f}l5.5 10h-11z",
+        "sample": f"M{x - 3.5:.1f} {y - 3.5:.1f}l7 7m0 -7l-7 7",
+    }
+    if kind in shapes:
+        return tag("path", d=shapes[kind], class_=f"k-{kind}")
+    known = kind if kind in KINDS else "full"
+    return tag("circle", cx=f"{x:.1f}", cy=f"{y:.1f}", r=3.5 if known == "minibatch" else 5, class_=f"k-{known}")
+
+
+def ticks(low: float, high: float, most: int = 6) -> list[float]:
+    """Round numbers that span ``low`` to ``high``."""
+    if high - low <= max(abs(low), abs(high)) * 1e-9 or high - low < 1e-200:
+        high = low + (abs(low) if abs(low) > 1e-200 else 1.0)
+    rough = (high - low) / (most - 1)
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = next((factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= rough), 10 * power)
+    first = math.floor(low / step + 1e-9)
+    count = math.ceil(high / step - 1e-9) - first
+    return [(first + place) * step for place in range(count + 1)]
+
+
+def _whole(highest: int) -> list[float]:
+    step = max(1, round(ticks(0, max(highest, 5))[1]))
+    return [float(value) for value in range(0, highest + step, step)]
+
+
+def _chart(
+    report: Report,
+    points: Sequence[tuple[float, Trial]],
+    label: Callable[[Trial], str],
+    what: str,
+    across: list[float],
+) -> Element | None:
+    drawn = [(x, trial.score, trial) for x, trial in points if trial.score is not None and abs(trial.score) < _HUGE]
+    if not drawn:
+        return None
+    scores = [score for _, score, _ in drawn]
+    up = ticks(min(scores), max(scores))
+    left, right, bottom, top = across[0], across[-1], up[0], up[-1]
+
+    def place(x: float, y: float) -> tuple[float, float]:
+        return (
+            _LEFT + (WIDTH - _LEFT - _RIGHT) * (x - left) / (right - left),
+            HEIGHT - _BOTTOM - (HEIGHT - _TOP - _BOTTOM) * (y - bottom) / (top - bottom),
+        )
+
+    parts: list[Any] = []
+    for value in up:
+        y = place(left, value)[1]
+        parts.append(tag("path", d=f"M{_LEFT} {y:.1f}H{WIDTH - _RIGHT}", class_="grid"))
+        parts.append(tag("text", f"{value:.6g}", x=_LEFT - 6, y=f"{y + 4:.1f}", text_anchor="end"))
+    for value in across:
+        x = place(value, bottom)[0]
+        parts.append(tag("text", f"{value:.6g}", x=f"{x:.1f}", y=HEIGHT - _BOTTOM + 16, text_anchor="middle"))
+    middle = (_LEFT + WIDTH - _RIGHT) / 2
+    parts.append(tag("text", what, x=middle, y=HEIGHT - 6, text_anchor="middle", class_="axis"))
+    line = _steps(
+        [
+            (*place(x, trial.best), x)
+            for x, trial in sorted(points, key=_at)
+            if trial.best is not None and abs(trial.best) < _HUGE
+        ]
+    )
+    if line:
+        parts.append(tag("path", d=line, class_="best"))
+    # What stands out comes last, on top; when there are too many points, the small ones go.
+    order = {"sample": 0, "minibatch": 1}
+    drawn.sort(key=lambda point: (point[2].number == report.winner, order.get(point[2].kind, 2)))
+    for x, score, trial in drawn[-MAX_POINTS:]:
+        at = place(x, score)
+        dot = mark(trial.kind, *at)
+        if trial.accepted is False:
+            dot.set("class", dot.get("class", "") + " rejected")
+        parts.append(tag("g", tag("title", label(trial)), dot))
+        if trial.number == report.winner:
+            parts.append(tag("circle", cx=f"{at[0]:.1f}", cy=f"{at[1]:.1f}", r=9, class_="ring"))
+    said = f"Scores of {len(drawn)} trials against {what}"
+    return tag("svg", parts, viewBox=f"0 0 {WIDTH} {HEIGHT}", role="img", aria_label=said, class_="chart")
+
+
+def _at(point: tuple[float, Trial]) -> tuple[float, int]:
+    return point[0], point[1].number
+
+
+def _steps(points: Sequence[tuple[float, float, float]]) -> str:
+    """A line that stays level until the next point."""
+    if not points:
+        return ""
+    path = [f"M{points[0][0]:.1f} {points[0][1]:.1f}"]
+    path += [f"H{x:.1f}V{y:.1f}" for x, y, _ in points[1:]]
+    return "".join(path)

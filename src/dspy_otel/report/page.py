@@ -1,0 +1,514 @@
+"""A report as one HTML file. What it shows is bounded, whatever the optimization was."""
+
+from __future__ import annotations
+
+import datetime
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from importlib import resources
+from typing import Any, Final
+from xml.etree.ElementTree import Element
+
+from dspy_otel.version import __version__
+
+from . import charts, lineage
+from .charts import score_text
+from .markup import Child, cut, document, tag
+from .model import RUNNING, TOKENS, Compared, Predictor, Report, Trial, number, tokens
+from .words import ADDED, REMOVED, differences
+
+MAX_TRIALS: Final = 500
+"""Most rows of the table of trials."""
+MAX_CANDIDATES: Final = 40
+"""Most candidates whose texts are shown."""
+MAX_EXAMPLES: Final = 60
+"""Most examples shown as improved, and most shown as regressed."""
+MAX_DEMOS: Final = 8
+"""Most demos shown for one predictor."""
+MAX_TEXT: Final = 12_000
+"""Most characters of one instruction."""
+MAX_TEXTS: Final = 600_000
+"""Most characters of all instructions and demos; candidates beyond are left out."""
+MAX_VALUE: Final = 300
+"""Most characters of any other value."""
+
+NO_CONTENT: Final = (
+    "Instructions, demos, inputs and answers were not recorded. Set "
+    'OTEL_INSTRUMENTATION_GENAI_CAPTURE_MESSAGE_CONTENT=span_only, or capture_content="span_only", to have them here.'
+)
+_POLICY: Final = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
+"""The page needs nothing but its style. Should a text ever become markup, it can load and run nothing."""
+
+
+def render(report: Report) -> str:
+    """The report as a whole HTML file."""
+    names = names_of(report)
+    title = f"{report.optimizer} on {report.program}"
+    head = tag(
+        "head",
+        tag("meta", charset="utf-8"),
+        tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
+        tag("meta", http_equiv="Content-Security-Policy", content=_POLICY),
+        tag("title", cut(title, MAX_VALUE)),
+        tag("style", resources.files(__package__).joinpath("style.css").read_text(encoding="utf-8")),
+    )
+    body = tag(
+        "body",
+        _header(report, title),
+        _scores(report, names),
+        _lineage(report, names),
+        _programs(report, names),
+        _examples(report),
+        _trials(report, names),
+        _usage(report),
+        _about(report),
+    )
+    return document(tag("html", head, body, lang="en"))
+
+
+def names_of(report: Report) -> dict[str, str]:
+    """A short name for each candidate: ids are sixteen hexadecimal digits that nobody can tell apart."""
+    return {candidate: "seed" if candidate == report.seed_id else f"c{place}" for place, candidate in _placed(report)}
+
+
+def _placed(report: Report) -> Iterable[tuple[int, str]]:
+    found = list(lineage.nodes(report))
+    if report.best_id is not None and report.best_id not in found:
+        found.append(report.best_id)
+    return enumerate(found, 0 if report.seed_id in found[:1] else 1)
+
+
+# --- sections -------------------------------------------------------------------------------------------------------
+
+
+def _header(report: Report, title: str) -> list[Child]:
+    outcome = {"finished": "good", "failed": "bad", "interrupted": "bad"}.get(report.outcome, "soft")
+    started = None if report.started is None else datetime.datetime.fromtimestamp(report.started, datetime.timezone.utc)
+    when = None if started is None else f"{started:%Y-%m-%d %H:%M:%S} UTC"
+    said = [when, None if report.run_id is None else f"run {report.run_id}"]
+    note: list[Child] = []
+    if report.reason is not None:
+        note.append(tag("p", f"{report.outcome}: ", cut(report.reason, 2000), class_="warn"))
+    if not report.content:
+        note.append(tag("p", NO_CONTENT, class_="warn"))
+    if report.usage.get("unpriced_calls") and "cost" not in report.usage:
+        note.append(tag("p", "No LM call has a known price: what was spent is told in tokens.", class_="note"))
+    elif report.usage.get("unpriced_calls"):
+        calls = f"{report.usage['unpriced_calls']:,.0f} of {report.usage.get('lm_calls', 0):,.0f} LM calls"
+        note.append(tag("p", f"{calls} have no known price: the cost is that of the others.", class_="note"))
+    return [
+        tag("h1", title, " ", tag("span", report.outcome, class_=f"badge {outcome}")),
+        tag("p", " · ".join(part for part in said if part), class_="soft"),
+        tag("div", _tiles(report), class_="tiles"),
+        note,
+    ]
+
+
+def _tiles(report: Report) -> Iterable[Element]:
+    winner = report.winning
+    best = "best score" if winner is None else f"best score, trial {winner.number}"
+    yield _tile(score_text(report.baseline, report.scale), "baseline")
+    yield _tile(score_text(report.best, report.scale), best if report.outcome != RUNNING else "best so far")
+    if report.gain is not None:
+        sign = "+" if report.gain > 0 else ""
+        unit = "gain, points" if report.scale == "percent" else "gain"
+        yield _tile(f"{sign}{report.gain:.4g}", unit, "good" if report.gain > 0 else "bad" if report.gain < 0 else None)
+    done, planned = len(report.trials), report.counts.get("planned")
+    yield _tile(f"{done} of {planned}" if planned and planned > done else str(done), "trials")
+    if "accepted" in report.counts or "rejected" in report.counts:
+        yield _tile(
+            f"{report.counts.get('accepted', 0)} / {report.counts.get('rejected', 0)}", "proposals accepted / rejected"
+        )
+    if report.counts.get("examples"):
+        yield _tile(f"{report.counts['examples']:,}", "examples evaluated")
+    if "lm_calls" in report.usage:
+        yield _tile(f"{report.usage['lm_calls']:,.0f}", "LM calls")
+    if (used := tokens(report.usage)) is not None:
+        yield _tile(_short_count(used), "tokens")
+    if "cost" in report.usage:
+        yield _tile(_money(report.usage["cost"]), "cost")
+    if report.started is not None and report.ended is not None:
+        yield _tile(_duration(report.ended - report.started), "duration")
+
+
+def _tile(value: str, name: str, class_: str | None = None) -> Element:
+    return tag("div", tag("b", value, class_=class_), tag("span", name), class_="tile")
+
+
+def _scores(report: Report, names: Mapping[str, str]) -> list[Child]:
+    def label(trial: Trial) -> str:
+        said = f"trial {trial.number}, {trial.kind}: {score_text(trial.score, report.scale)}"
+        said += "" if trial.size is None else f" on {trial.size} examples"
+        said += "" if trial.candidate is None else f", candidate {names.get(trial.candidate, trial.candidate)}"
+        return said + {True: ", accepted", False: ", rejected", None: ""}[trial.accepted]
+
+    drawn = [chart for chart in (charts.by_trial(report, label), charts.by_spend(report, label)) if chart is not None]
+    if not drawn:
+        return []
+    kinds = {trial.kind for trial in report.trials}
+    apart = "Scores on some examples are not comparable with those on all of them, and do not count for the best."
+    return [
+        tag("h2", "Scores"),
+        tag("div", drawn, class_="pair"),
+        charts.legend(report),
+        tag("p", apart, class_="note") if kinds & {"minibatch", "sample"} else None,
+    ]
+
+
+def _lineage(report: Report, names: Mapping[str, str]) -> list[Child]:
+    graph = lineage.graph(report, names)
+    if graph is None:
+        return []
+    said = "From the initial program (seed), left, to the winner (ringed); hollow: rejected."
+    front = any(trial.on_front for trial in report.trials)
+    said += " A violet rim: on the Pareto front." if front else ""
+    return [tag("h2", "Lineage"), tag("p", said, class_="note"), graph]
+
+
+def _programs(report: Report, names: Mapping[str, str]) -> list[Child]:
+    seed = report.programs.get(report.seed_id or "")
+    if seed is None or len(report.programs) < 2:
+        return []
+    found: list[Child] = [tag("h2", "What changed in the program")]
+    best = report.programs.get(report.best_id or "")
+    spent = 0
+    if report.best_id == report.seed_id:
+        found.append(tag("p", "The initial program is what was returned: no candidate was better."))
+    elif best is not None:
+        spent += _characters(best)
+        name = names.get(report.best_id or "", "")
+        found.append(tag("p", f"The returned program ({name}) against the initial one. ", _key(), class_="note"))
+        found += _changes(seed, best)
+    shown = 0
+    others: list[Child] = []
+    for candidate, note in _ranked(report, names):
+        program = report.programs.get(candidate)
+        if program is None or candidate in (report.seed_id, report.best_id):
+            continue
+        spent += _characters(program)
+        if shown >= MAX_CANDIDATES or spent > MAX_TEXTS:
+            break
+        shown += 1
+        others.append(
+            tag(
+                "details",
+                tag("summary", names.get(candidate, candidate), note and f": {note}"),
+                _changes(seed, program),
+            )
+        )
+    if others:
+        found.append(tag("h3", "Other candidates, against the initial program"))
+        found += others
+    left = len(set(report.programs) - {report.seed_id, report.best_id}) - shown
+    if left > 0:
+        found.append(tag("p", f"{left} more candidates are not shown.", class_="note"))
+    return found
+
+
+def _examples(report: Report) -> list[Child]:
+    if not report.compared:
+        return []
+    better = sorted((one for one in report.compared if one.gain > 0), key=lambda one: -one.gain)
+    worse = sorted((one for one in report.compared if one.gain < 0), key=lambda one: one.gain)
+    same = len(report.compared) - len(better) - len(worse)
+    said = [
+        tag("b", f"{len(better)} improved", class_="good"),
+        ", ",
+        tag("b", f"{len(worse)} regressed", class_="bad"),
+        f", {same} stayed the same, of {len(report.compared)} that both programs were scored on.",
+    ]
+    return [
+        tag("h2", "Examples"),
+        tag("p", said),
+        _example_table(report, "Regressed", worse),
+        _example_table(report, "Improved", better),
+    ]
+
+
+def _example_table(report: Report, title: str, found: Sequence[Compared]) -> list[Child]:
+    if not found:
+        return []
+    shown = found[:MAX_EXAMPLES]
+    content = any(one.inputs is not None for one in shown)
+    feedback = any(side.get("feedback") is not None for one in shown for side in (one.before, one.after))
+    columns = ["example", *(("inputs", "expected") if content else ()), "initial program", "best program"]
+    rows = []
+    for one in shown:
+        cells: list[Child] = [tag("td", "-" if one.index is None else one.index, class_="nw")]
+        if content:
+            cells += [tag("td", _value(one.inputs)), tag("td", _value(one.expected))]
+        cells += [tag("td", _side(report, side, content, feedback)) for side in (one.before, one.after)]
+        rows.append(tag("tr", cells))
+    more = f"{len(found) - len(shown)} more are not shown." if len(found) > len(shown) else None
+    return [
+        tag("h3", f"{title} ({len(found)})"),
+        tag("div", _table(columns, rows), class_="wide"),
+        None if more is None else tag("p", more, class_="note"),
+    ]
+
+
+def _side(report: Report, side: Mapping[str, Any], content: bool, feedback: bool) -> list[Child]:
+    score, trace = side.get("score"), side.get("trace_id")
+    found: list[Child] = [tag("b", "failed" if score is None else f"{score:.4g}")]
+    if score is None and side.get("error") is not None:
+        found.append(f" {cut(str(side['error']), 80)}")
+    if content and side.get("prediction") is not None:
+        found += [" ", _value(side["prediction"])]
+    if feedback and side.get("feedback") is not None:
+        found.append(tag("div", cut(str(side["feedback"]), MAX_VALUE), class_="soft"))
+    if trace is not None:
+        code = tag("code", cut(str(trace), 60))
+        address = None if report.trace_url is None else report.trace_url.replace("{}", str(trace))
+        found.append(tag("div", code if address is None else _link(address, code), class_="soft"))
+    return found
+
+
+def _trials(report: Report, names: Mapping[str, str]) -> list[Child]:
+    if not report.trials:
+        return []
+    shown = report.trials[:MAX_TRIALS]
+    if (winner := report.winning) is not None and winner not in shown:
+        shown[-1] = winner
+    verdicts = any(trial.accepted is not None or trial.reason for trial in shown)
+    phases = len({trial.phase for trial in shown}) > 1
+    priced = any("cost" in trial.usage for trial in shown)
+    used = any(tokens(trial.usage) is not None for trial in shown)
+    columns = ["trial", "kind", *(["phase"] if phases else []), "candidate", "made from", "score", "best", "examples"]
+    columns += [
+        *(["verdict"] if verdicts else []),
+        *(["tokens"] if used else []),
+        *(["cost"] if priced else []),
+        "choices",
+    ]
+    numeric = {"score", "best", "examples", "tokens", "cost"}
+    classes = {
+        **dict.fromkeys(("trial", "kind", "phase", "candidate"), "nw"),
+        "choices": "choices",
+        "verdict": "verdict",
+    }
+    rows = []
+    for trial in shown:
+        cells: dict[str, Child] = {
+            "trial": _trial_name(report, trial),
+            "kind": trial.kind,
+            "phase": trial.phase,
+            "candidate": _candidate(names, trial.candidate),
+            "made from": [[_candidate(names, parent), " "] for parent in trial.parents],
+            "score": tag("span", trial.error, class_="bad") if trial.error else score_text(trial.score, report.scale),
+            "best": None if trial.best is None else score_text(trial.best, report.scale),
+            "examples": trial.size,
+            "verdict": _verdict(trial),
+            "tokens": None if (total := tokens(trial.usage)) is None else f"{total:,.0f}",
+            "cost": None if "cost" not in trial.usage else _money(trial.usage["cost"]),
+            "choices": [_chip(name, value) for name, value in list(trial.params.items())[:20]],
+        }
+        row = [tag("td", cells[name], class_="n" if name in numeric else classes.get(name)) for name in columns]
+        rows.append(tag("tr", row, class_="winner" if trial.number == report.winner else None))
+    more = f"{len(report.trials) - len(shown)} more trials are not shown." if len(report.trials) > len(shown) else None
+    return [
+        tag("h2", "Trials"),
+        tag("div", _table(columns, rows, numeric), class_="wide"),
+        None if more is None else tag("p", more, class_="note"),
+    ]
+
+
+def _trial_name(report: Report, trial: Trial) -> Child:
+    name = f"{trial.number}" + (" (winner)" if trial.number == report.winner else "")
+    address = report.source.get(trial.number)
+    return tag("span", name, class_="nw") if address is None else _link(address, name)
+
+
+def _verdict(trial: Trial) -> list[Child]:
+    if trial.accepted is None:
+        return [] if trial.reason is None else [cut(trial.reason, MAX_VALUE)]
+    said = tag("span", "accepted" if trial.accepted else "rejected", class_="good" if trial.accepted else "bad")
+    scores = ""
+    if trial.after is not None:
+        scores = f" {trial.after:.4g}" if trial.before is None else f" {trial.before:.4g} → {trial.after:.4g}"
+    reason = None if trial.reason is None else tag("div", cut(trial.reason, MAX_VALUE), class_="soft")
+    return [said, scores, reason]
+
+
+def _usage(report: Report) -> list[Child]:
+    roles = sorted({name.partition(".")[0] for name in report.usage if "." in name})
+    by_role = [
+        (
+            role,
+            None,
+            {name.partition(".")[2]: value for name, value in report.usage.items() if name.startswith(f"{role}.")},
+        )
+        for role in roles
+    ]
+    by_phase = [(phase.name, phase.seconds or None, phase.usage) for phase in report.phases]
+    total = [("all", None, report.usage)]
+    found: list[Child] = []
+    if by_role:
+        found.append(tag("div", tag("h3", "By role"), _usage_table("role", [*by_role, *total]), class_="wide"))
+    if by_phase:
+        found.append(tag("div", tag("h3", "By phase"), _usage_table("phase", by_phase), class_="wide"))
+    return [tag("h2", "Usage"), tag("div", found, class_="pair")] if found else []
+
+
+def _usage_table(first: str, rows: Sequence[tuple[str, float | None, Mapping[str, float]]]) -> Element:
+    names = [name for name in ("lm_calls", "cache_hits", *TOKENS, "cost") if any(name in row[2] for row in rows)]
+    titles = {
+        "lm_calls": "LM calls",
+        "cache_hits": "from cache",
+        "input_tokens": "tokens in",
+        "output_tokens": "tokens out",
+    }
+    timed = any(row[1] is not None for row in rows)
+    columns = [first, *(titles.get(name, name) for name in names), *(["time"] if timed else [])]
+    made = []
+    for name, seconds, used in rows:
+        cells = [tag("td", cut(name, 80), class_="nw")]
+        for key in names:
+            value = used.get(key)
+            text = None if value is None else _money(value) if key == "cost" else f"{value:,.0f}"
+            cells.append(tag("td", text, class_="n"))
+        if timed:
+            cells.append(tag("td", None if seconds is None else _duration(seconds), class_="n"))
+        made.append(tag("tr", cells))
+    return _table(columns, made, set(columns[1:]))
+
+
+def _about(report: Report) -> list[Child]:
+    found: list[Child] = [tag("h2", "Settings")]
+    found.append(tag("div", [_chip(name, value) for name, value in sorted(report.params.items())[:200]]))
+    for role, size, digest in report.datasets:
+        found.append(tag("p", f"{role}: {size:,} examples", "" if digest is None else [" ", tag("code", digest)]))
+    if report.best_id is not None:
+        found.append(tag("p", "returned program: ", tag("code", report.best_id)))
+    versions = ", ".join(f"{name} {version}" for name, version in report.versions.items()) or f"dspy-otel {__version__}"
+    found.append(tag("p", versions, class_="note"))
+    return found
+
+
+# --- parts ----------------------------------------------------------------------------------------------------------
+
+
+def _changes(seed: Mapping[str, Predictor], program: Mapping[str, Predictor]) -> list[Child]:
+    found: list[Child] = []
+    same = []
+    for name, predictor in list(program.items())[:50]:
+        before = seed.get(name, Predictor("", []))
+        known = {_json(demo) for demo in before.demos}
+        added = [demo for demo in predictor.demos if _json(demo) not in known]
+        removed = len(before.demos) - sum(_json(demo) in known for demo in predictor.demos)
+        if before.instructions == predictor.instructions and not added and removed <= 0:
+            same.append(name)
+            continue
+        found.append(tag("h3", cut(name, MAX_VALUE)))
+        if before.instructions != predictor.instructions:
+            found.append(_text_changes(before.instructions, predictor.instructions))
+        else:
+            found.append(tag("p", "Instructions as before.", class_="note"))
+        if added:
+            found.append(tag("p", f"{len(added)} demo{'s' * (len(added) > 1)} added:"))
+            found += [tag("div", _demo(demo), class_="text") for demo in added[:MAX_DEMOS]]
+            if len(added) > MAX_DEMOS:
+                found.append(tag("p", f"{len(added) - MAX_DEMOS} more", class_="note"))
+        if removed > 0:
+            found.append(tag("p", f"{removed} demo{'s' * (removed > 1)} removed."))
+    if same:
+        found.append(tag("p", f"As before: {cut(', '.join(same), 1000)}.", class_="note"))
+    return found
+
+
+def _text_changes(before: str, after: str) -> Element:
+    pieces: list[Child] = []
+    for piece in differences(cut(before, MAX_TEXT), cut(after, MAX_TEXT)):
+        name = {ADDED: "ins", REMOVED: "del"}.get(piece.kind)
+        pieces.append(piece.text if name is None else tag(name, piece.text))
+    return tag("div", pieces, class_="text")
+
+
+def _key() -> list[Child]:
+    return [tag("ins", "added"), " ", tag("del", "removed")]
+
+
+def _demo(demo: Any) -> Child:
+    if not isinstance(demo, dict):
+        return cut(_json(demo), MAX_VALUE)
+    fields = [(name, value) for name, value in demo.items() if name != "augmented"]
+    return tag("dl", [[tag("dt", cut(str(name), 80)), tag("dd", _plain(value))] for name, value in fields[:30]])
+
+
+def _ranked(report: Report, names: Mapping[str, str]) -> list[tuple[str, str]]:
+    """Candidates with what was found of them, those with the best comparable scores first."""
+    nodes = lineage.nodes(report)
+    order = sorted(nodes.values(), key=lambda node: (node.score is None, -(node.score or 0), node.accepted is False))
+    found = []
+    for node in order:
+        made = " and ".join(names.get(parent, parent) for parent in node.parents[:5])
+        said = [
+            "" if node.score is None else score_text(node.score, report.scale),
+            {True: "accepted", False: "rejected", None: ""}[node.accepted],
+            f"made from {made}" if made and made != "seed" else "",
+        ]
+        found.append((node.id, ", ".join(part for part in said if part)))
+    return found
+
+
+def _candidate(names: Mapping[str, str], candidate: str | None) -> Child:
+    return (
+        None
+        if candidate is None
+        else tag("span", names.get(candidate, cut(candidate, 16)), title=candidate, class_="nw")
+    )
+
+
+def _chip(name: str, value: Any) -> Element:
+    return tag("span", tag("i", f"{cut(name, 80)} "), cut(_json(value), 120), class_="chip")
+
+
+def _value(value: Any) -> Child:
+    """Inputs or an answer: a single field without its name."""
+    if isinstance(value, dict) and len(value) == 1:
+        value = next(iter(value.values()))
+    if isinstance(value, dict):
+        return tag("dl", [[tag("dt", cut(name, 80)), tag("dd", _plain(part))] for name, part in value.items()])
+    return None if value is None else _plain(value)
+
+
+def _plain(value: Any) -> str:
+    return cut(_json(value), MAX_VALUE)
+
+
+def _json(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+
+
+def _table(
+    columns: Sequence[str], rows: Sequence[Element], numeric: set[str] | frozenset[str] = frozenset()
+) -> Element:
+    head = tag("tr", [tag("th", name, class_="n" if name in numeric else None, scope="col") for name in columns])
+    return tag("table", tag("thead", head), tag("tbody", rows))
+
+
+def _link(address: str, text: Child) -> Element:
+    return tag("a", text, href=address if address.startswith(("http://", "https://")) else None, rel="noreferrer")
+
+
+def _characters(program: Mapping[str, Predictor]) -> int:
+    return sum(min(len(one.instructions), MAX_TEXT) + len(_json(one.demos[:MAX_DEMOS])) for one in program.values())
+
+
+def _money(value: float) -> str:
+    return f"${value:,.2f}" if value >= 1 else f"${value:.4f}" if value >= 0.0001 or not value else f"${value:.2g}"
+
+
+def _short_count(value: float) -> str:
+    for limit, unit in ((1e9, "B"), (1e6, "M"), (1e4, "k")):
+        if value >= limit:
+            return f"{value / (1e3 if unit == 'k' else limit):.3g}{unit}"
+    return f"{value:,.0f}"
+
+
+def _duration(seconds: float) -> str:
+    seconds = number(seconds) or 0.0
+    if seconds < 60:
+        return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"

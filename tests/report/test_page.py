@@ -1,0 +1,187 @@
+"""The page: nothing in it can become markup, it loads nothing, and it stays small."""
+
+from __future__ import annotations
+
+from html.parser import HTMLParser
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dspy_otel.report import Report, charts, render
+from dspy_otel.report.model import Compared, Phase, Predictor, Trial, compare
+
+HOSTILE = "<script>alert(1)</script>\"'><img src=x onerror=alert(2)>&amp;]]><!-- \ud800 \x00 \u202e \N{PILE OF POO}"
+
+
+class Page(HTMLParser):
+    """Its elements and texts; fails on what a browser would have to guess."""
+
+    VOID = frozenset({"meta"})
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.texts: list[str] = []
+        self._open: list[str] = []
+        self.feed(html)
+        self.close()
+        assert self._open == []
+
+    def handle_starttag(self, tag: str, attrs: Any) -> None:
+        self.elements.append((tag, dict(attrs)))
+        if tag not in self.VOID:
+            self._open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self._open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self._open and self._open[-1] != "style":
+            self.texts.append(data)
+
+    def handle_comment(self, data: str) -> None:
+        raise AssertionError(data)
+
+    @property
+    def text(self) -> str:
+        return " ".join(self.texts)
+
+
+def hostile(count: int = 3) -> Report:
+    """Every text that a program or a model can choose, as bad as it can be."""
+    side = {"score": float("nan"), "trace_id": HOSTILE, "prediction": {HOSTILE: HOSTILE}, "feedback": HOSTILE}
+    trials = [
+        Trial(
+            number,
+            HOSTILE if number == 2 else "full",
+            HOSTILE if number == 3 else f"id{number}",
+            (HOSTILE, f"id{number - 1}"),
+            score=number / count,
+            best=number / count,
+            reason=HOSTILE,
+            accepted=number % 2 == 0,
+            phase=HOSTILE,
+            params={HOSTILE: HOSTILE, "list": [HOSTILE]},
+            spent={"cost": number * 0.1},
+            error=HOSTILE if number == 1 else None,
+        )
+        for number in range(1, count + 1)
+    ]
+    return Report(
+        optimizer=HOSTILE,
+        program=HOSTILE,
+        run_id=HOSTILE,
+        outcome=HOSTILE,
+        reason=HOSTILE,
+        baseline=1.0,
+        best=2.0,
+        gain=1.0,
+        winner=2,
+        seed_id="id0",
+        best_id=f"id{count}",
+        params={HOSTILE: HOSTILE},
+        datasets=[(HOSTILE, 3, HOSTILE)],
+        usage={"lm_calls": 1, f"{HOSTILE}.lm_calls": 1},
+        trials=trials,
+        phases=[Phase(HOSTILE, 1, 1.0, {"lm_calls": 1})],
+        programs={
+            f"id{number}": {HOSTILE: Predictor(f"{HOSTILE} {number}", [{HOSTILE: HOSTILE}, HOSTILE, None, number])}
+            for number in range(count + 1)
+        },
+        compared=[Compared(HOSTILE, HOSTILE, HOSTILE, {**side, "score": 0.0}, {**side, "score": 1.0})],
+        versions={HOSTILE: HOSTILE},
+        source={2: "javascript:alert(3)", 3: f"http://localhost/{HOSTILE}"},
+        trace_url="javascript:alert(4)//{}",
+    )
+
+
+def test_nothing_becomes_markup() -> None:
+    page = Page(render(hostile()))
+    names = {name for name, _ in page.elements}
+    assert not names & {"script", "img", "iframe", "link", "object", "form", "base"}
+    for name, attributes in page.elements:
+        assert not any(key.startswith("on") for key in attributes), (name, attributes)
+        assert "src" not in attributes
+        assert (attributes.get("href") or "http://").startswith("http://")
+    assert "<script>alert(1)</script>" in page.text
+
+
+def test_it_can_be_written_and_read() -> None:
+    text = render(hostile())
+    assert text.encode("utf-8").decode("utf-8") == text
+    assert "\x00" not in text
+    assert "\u202e" not in text
+
+
+def test_it_loads_nothing_and_runs_nothing() -> None:
+    text = render(hostile())
+    assert "url(" not in text
+    assert "@import" not in text
+    page = Page(text)
+    (policy,) = [at["content"] for name, at in page.elements if name == "meta" and "http-equiv" in at]
+    assert policy is not None
+    assert policy.startswith("default-src 'none'")
+
+
+def test_it_stays_small_however_large_the_optimization() -> None:
+    report = hostile(3000)
+    long = "word " * 20_000
+    report.programs = {name: {"p": Predictor(f"{long}{name}", [long] * 100)} for name in report.programs}
+    report.compared = report.compared * 5000
+    report.params = {f"{long}{number}": long for number in range(1000)}
+    text = render(report)
+    assert len(text) < 3_000_000
+    assert "more trials are not shown" in text
+    assert "more candidates are not shown" in text
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 10**400])
+def test_what_is_no_number_is_not_drawn(value: Any) -> None:
+    from dspy_otel.report.model import number
+
+    assert number(value) is None
+    assert number(True) is None
+
+
+def test_an_empty_report_is_a_page_too() -> None:
+    page = Page(render(Report()))
+    assert "running" in page.text
+
+
+def test_without_content_it_says_how_to_get_the_rest() -> None:
+    assert "CAPTURE_MESSAGE_CONTENT=span_only" in render(Report(content=False))
+
+
+def test_one_trial_and_equal_scores_can_be_drawn() -> None:
+    assert "<svg" in render(Report(trials=[Trial(1, "full", score=0.0, spent={"cost": 0.0})]))
+    assert "<svg" in render(Report(trials=[Trial(n, "full", score=50.0) for n in (1, 2)]))
+    assert "<svg" in render(Report(trials=[Trial(1, "full", score=1.0), Trial(2, "full", score=1e308)]))
+
+
+@given(st.floats(-1e100, 1e100), st.floats(-1e100, 1e100))
+def test_ticks_span_the_scores(one: float, other: float) -> None:
+    low, high = sorted((one, other))
+    found = charts.ticks(low, high)
+    assert found == sorted(set(found))
+    assert 2 <= len(found) <= 8
+    slack = 1e-6 * (found[-1] - found[0])
+    assert found[0] <= low + slack
+    assert found[-1] >= high - slack
+
+
+def test_a_circle_of_parents_ends() -> None:
+    trials = [Trial(1, "full", "a", ("b",)), Trial(2, "full", "b", ("a",)), Trial(3, "full", "c", ("b",))]
+    assert Page(render(Report(trials=trials, best_id="c"))).elements
+
+
+def test_examples_are_compared_one_by_one() -> None:
+    before = [
+        {"index": n, "id": "same" if n < 2 else f"e{n}", "score": score} for n, score in enumerate((0, 1, 1, None))
+    ]
+    after = [{"index": n, "id": "same" if n < 2 else f"e{n}", "score": score} for n, score in enumerate((1, 0, 1, 0.5))]
+    assert [one.gain for one in compare(before, after)] == [1, -1, 0, 1]
+    page = Page(render(Report(compared=compare(before, after))))
+    assert "2 improved" in page.text
+    assert "1 regressed" in page.text
