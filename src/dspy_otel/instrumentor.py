@@ -68,10 +68,13 @@ class DSPyInstrumentor(BaseInstrumentor):  # type: ignore[misc]
         providers = {name: kwargs.pop(name, None) for name in _PROVIDERS}
         guarded("secrets of the environment")(secrets.remember_environment)()
         config = Config.load(**kwargs)
-        self._telemetry = Telemetry(
-            config, **providers, on_provider=track_runs, on_outermost=before_each_program(config.content)
-        )
         self._generation += 1
+        try:
+            look = before_each_program(config.content)
+            self._telemetry = Telemetry(config, **providers, on_provider=track_runs, on_outermost=look)
+        except Exception as error:
+            failed("instrument()", error)
+            return
         generation = self._generation
         if "dspy" in sys.modules and hasattr(sys.modules["dspy"], "Module"):
             self._patch(generation)

@@ -267,7 +267,7 @@ async def test_nothing_is_left_after_a_storm() -> None:
     """Threads, tasks, cancellations, failures, abandoned calls and streams, retrievals: counted before and after."""
     provider = TracerProvider(shutdown_on_exit=False)
     dspy_otel.instrument(tracer_provider=provider, capture_content="span_and_event", optimization_traces="none")
-    chance = random.Random(2)
+    chance, one_at_a_time = random.Random(2), threading.Lock()
     program, lm = Chain(), Counting()
     retriever = dspy.Embeddings(["one", "two"], dspy.Embedder(lambda texts: [[1.0, 2.0] for _ in texts]), k=1)
 
@@ -310,7 +310,8 @@ async def test_nothing_is_left_after_a_storm() -> None:
                 program.acall(question="number1").close()
                 rows = [dspy.Example(question=f"number{each}").with_inputs("question")] * 2
                 metric = (lambda *_: 1 / 0) if each % 2 else (lambda *_: 1.0)
-                dspy.Evaluate(devset=rows, metric=metric, num_threads=2, display_progress=False)(program)
+                with one_at_a_time:  # DSPy clears tqdm's own list of bars, which is not for several threads
+                    dspy.Evaluate(devset=rows, metric=metric, num_threads=2, display_progress=False)(program)
 
         with ThreadPoolExecutor(16) as pool:
             await asyncio.gather(*(asyncio.get_running_loop().run_in_executor(pool, work, each) for each in range(32)))
@@ -321,7 +322,7 @@ async def test_nothing_is_left_after_a_storm() -> None:
         await storm(50)  # what is made once and kept
         before = left_over()
         await storm(300)
-        assert until(lambda: left_over() == before), left_over() - before
+        assert until(lambda: not left_over() - before, 20), left_over() - before
     finally:
         logging.getLogger("dspy").setLevel(logging.NOTSET)
     assert ASKING._waiting == {}

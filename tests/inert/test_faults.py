@@ -691,7 +691,11 @@ def some(places: set[str]) -> list[Any]:
     """All of them, of which every twelfth runs in the fast suite; those of optimizers take longer."""
 
     def is_fast(index: int, place: str) -> bool:
-        return index % 12 == 0 and not place.startswith("optimizers.") and not NEVER_CALLED.search(place)
+        return (
+            index % 12 == 0
+            and not place.startswith(("optimizers.", "telemetry.hold."))
+            and not NEVER_CALLED.search(place)
+        )
 
     return [
         pytest.param(place, marks=[] if is_fast(index, place) else pytest.mark.slow)
