@@ -151,6 +151,24 @@ def test_simba_trials_are_its_own_scores(telemetry: Any) -> None:
     assert ("append_a_demo", True) in strategies
 
 
+def test_simba_has_one_baseline_though_it_ends_with_copies_of_the_initial_program(telemetry: Any) -> None:
+    class Gone(common.ScriptedLM):  # and so no rule is ever added
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            raise ValueError("no answer")
+
+    scripted_lm()
+    telemetry.instrument()
+    gone = Gone("embedded/gone", cache=False)
+    optimizer = dspy.SIMBA(
+        metric=common.same_family, bsize=4, num_candidates=2, max_steps=2, prompt_model=gone, num_threads=2
+    )
+    quietly(optimizer.compile, common.ColourFamily(), trainset=common.load_examples("train", 8))
+    final = [trial for trial in trials(telemetry, "SIMBA") if trial["optimizer.phase"] == "final_evaluation"]
+    initial = compile_span(telemetry, "SIMBA").attributes["dspy.optimizer.initial_program.id"]
+    assert [trial["candidate.id"] for trial in final].count(initial) > 1
+    assert [trial["trial.kind"] for trial in final] == ["baseline"] + ["validation"] * (len(final) - 1)
+
+
 @pytest.mark.parametrize("seed", [0, 3])
 def test_gepa_trials_are_its_detailed_results(telemetry: Any, seed: int) -> None:
     program, _, found = run(telemetry, "GEPA", seed=seed)
@@ -190,6 +208,31 @@ def test_gepa_displaced_candidates_are_told(telemetry: Any) -> None:
     for trial, event in zip(full, fronts, strict=True):
         on_front = event.attributes["dspy.optimizer.pareto_front.candidates"]
         assert (trial["candidate.id"] in on_front) == trial["trial.on_pareto_front"]
+        assert len(on_front) == len(set(on_front))
+        assert not set(on_front) & set(event.attributes["dspy.optimizer.pareto_front.displaced"])
+
+
+def test_gepa_names_whom_a_candidate_displaced(telemetry: Any) -> None:
+    telemetry.instrument()
+    quietly(common.run_gepa_digits, calls=60)
+    fronts = [event.attributes for event in compile_span(telemetry, "GEPA").events]
+    displaced = {one for front in fronts for one in front["dspy.optimizer.pareto_front.displaced"]}
+    known = {trial["candidate.id"] for trial in trials(telemetry, "GEPA") if trial["trial.kind"] != "minibatch"}
+    assert displaced
+    assert displaced <= known
+
+
+def test_gepa_whose_reflection_fails_says_that_there_was_no_proposal(telemetry: Any) -> None:
+    class Gone(common.HashLM):
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            raise ValueError("no answer")
+
+    telemetry.instrument()
+    quietly(common.run_gepa_digits, calls=15, reflection_lm=Gone("embedded/gone", cache=False))
+    reflections = telemetry.named("reflect")
+    assert reflections
+    assert {span.attributes["dspy.trial.reason"] for span in reflections} == {"no_proposal"}
+    assert {trial["trial.kind"] for trial in trials(telemetry, "GEPA")} == {"baseline", "sample"}
 
 
 @pytest.mark.parametrize("side_by_side", [False, True])

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Final
 
 from .. import semconv as names
@@ -132,8 +132,12 @@ class GEPAPlan(Plan):
 
     def _end_reflect(self) -> None:
         reflect, self.reflect = self.reflect, None
-        if reflect is not None:
-            reflect.operation.close(reflect, None, None)
+        if reflect is None:
+            return
+        if not self.proposed:
+            # The reflection failed, which GEPA only logs, or had nothing to say.
+            reflect.instance.attributes.setdefault(names.TRIAL_REASON, "no_proposal")
+        reflect.operation.close(reflect, None, None)
 
     def end(self) -> None:
         self._end_reflect()
@@ -222,11 +226,15 @@ class GEPAPlan(Plan):
             return
         trial.said[names.TRIAL_ON_PARETO_FRONT] = index in front["new_front"]
         shown: Attributes = {
-            names.PARETO_FRONT: [self.pool[one] for one in front["new_front"] if one in self.pool],
-            names.PARETO_DISPLACED: [self.pool[one] for one in front["displaced_candidates"] if one in self.pool],
+            names.PARETO_FRONT: self._named(front["new_front"]),
+            names.PARETO_DISPLACED: self._named(front["displaced_candidates"]),
             f"{names.TRIAL_PARAMS_PREFIX}iteration": self.iteration,
         }
         self.run.telemetry.add_event(self.run.scope.span, names.EVENT_PARETO_FRONT, shown)
+
+    def _named(self, indices: Iterable[int]) -> list[str]:
+        """Candidates by id, each once: two of the pool may be the same program."""
+        return list(dict.fromkeys(self.pool[index] for index in indices if index in self.pool))
 
     def on_candidate_rejected(self, event: Mapping[str, Any]) -> None:
         pending = [trial for trial in self.waiting if trial.kind == names.TRIAL_MINIBATCH]

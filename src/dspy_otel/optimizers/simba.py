@@ -64,8 +64,9 @@ class SIMBAPlan(Plan):
                 if source < len(self.pool) and self.pool[source] is not None:
                     parents = [str(self.pool[source])]
             return Trial(self.next, params, parents)
-        initial = about.program_id is not None and about.program_id == self.run.initial_id
-        return Trial(names.TRIAL_BASELINE if initial else names.TRIAL_VALIDATION)
+        # Several of the programs chosen for the end may be copies of the initial one.
+        kind = self.kind_of(about)
+        return Trial(kind if kind == names.TRIAL_BASELINE else names.TRIAL_VALIDATION)
 
     def score(self, result: Any, error: BaseException | None) -> float | None:
         return mean_of(result)
