@@ -27,6 +27,14 @@ class COPROPlan(Plan):
         self.place: tuple[int, str | None] | None = None
         self.index = 0
 
+    def told(self) -> None:
+        if self.run.student is None:
+            return
+        predictors, breadth, depth = len(self.run.student.predictors()), self.instance.breadth, self.instance.depth
+        # A single predictor's new proposals are scored; of several, all proposals again at each depth.
+        rounds = depth if predictors == 1 else depth * (depth + 1) // 2
+        self.run.plan_trials(predictors * breadth * rounds)
+
     @property
     def depth(self) -> int:
         """The depth that is worked on, from 0 as in ``candidate_programs``."""

@@ -16,6 +16,7 @@ from .. import semconv as names
 from ..patching import Patches, resolve
 from ..telemetry.attributes import Attributes
 from ..telemetry.errors import hide_frames
+from ..telemetry.scope import current_scope
 from ..telemetry.spans import Call, detach
 from .plan import Evaluation, Phase, Plan, Trial, mean_of
 from .run import MEAN, Run
@@ -43,6 +44,14 @@ class SIMBAPlan(Plan):
 
     def end(self) -> None:
         _strategies.give_back(self.instance)
+
+    def told(self) -> None:
+        # At most: a strategy may fail, and the same program may be chosen twice for the end.
+        rows = self.arguments.get("trainset")
+        if isinstance(rows, (list, tuple)):
+            size, candidates, steps = self.instance.bsize, self.instance.num_candidates, self.instance.max_steps
+            step = size * (candidates + min(size, candidates + 1))
+            self.run.planned_examples = steps * step + min(steps, candidates) * len(rows) + len(rows)
 
     def new_step(self) -> None:
         """The next step begins: it samples first, then scores candidates."""
@@ -212,6 +221,9 @@ def patch(optimizers: Optimizers, patches: Patches) -> None:
         def evaluate_observed(self_: Any, *args: Any, **kwargs: Any) -> Any:
             current = plan()
             pairs = args[0] if args and isinstance(args[0], list) else None
+            if current is not None and pairs == [] and telemetry.safely("SIMBA evaluation", None, _in_compile):
+                # Every strategy has failed: there is no candidate to score.
+                telemetry.safely("SIMBA evaluation", None, current.evaluated, [])
             if current is None or not pairs or not isinstance(pairs[0][0], _Observed):
                 return original(self_, *args, **kwargs)
             about = telemetry.safely("SIMBA evaluation", None, current.phase)
@@ -240,6 +252,12 @@ def patch(optimizers: Optimizers, patches: Patches) -> None:
 
 
 _Group = tuple[Call, list[int]]
+
+
+def _in_compile() -> bool:
+    """Whether the optimizer itself is at work here, and not a program that it runs."""
+    scope = current_scope()
+    return scope is not None and scope.kind == "compile"
 
 
 def _candidate(call: Call) -> str | None:
