@@ -412,8 +412,11 @@ def test_a_program_that_compiles_when_it_is_called_is_one_trace(telemetry: Any, 
     (call,) = [span for span in telemetry.spans if span.parent is None]
     assert call.name == "invoke_workflow ColourFamily"
     assert call.attributes["dspy.usage.lm_calls"] == len(lm_calls(telemetry))
+    inside = compile_span(telemetry, "LabeledFewShot")
+    assert inside.attributes["dspy.optimizer.inference_time"] is True
     # Each call would push an optimization that made a program out of memory.
     assert optimization(at_inference.attributes["dspy.program.id"]) is None
+    assert optimization(inside.attributes["dspy.program.id"]) is None
 
 
 def test_bootstrap_attempts_are_traces_of_their_own(telemetry: Any) -> None:

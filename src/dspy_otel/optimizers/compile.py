@@ -55,7 +55,8 @@ class CompileOperation(Operation):
         scope.totals = (*scope.totals, totals)
         name = type(instance).__name__
         run = Run(self.telemetry, random_source.token_hex(8), name, scope, totals, run_of(parent))
-        run.inference_time = parent is not None and parent.program is not None
+        around = run.parent is not None and run.parent.inference_time
+        run.inference_time = around or (parent is not None and parent.program is not None)
         given = self._given(instance, bound_arguments(instance, args, kwargs))
         attributes: Attributes = {names.OPTIMIZER_NAME: name, **self._initial(run, given)}
         run.plan = self.plan_for(instance)(run, instance, given)

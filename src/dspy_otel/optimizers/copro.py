@@ -11,7 +11,6 @@ from ..patching import Patches, resolve
 from ..telemetry.attributes import Attributes
 from .plan import Evaluation, Phase, Plan
 from .run import Run
-from .spans import current_run
 
 if TYPE_CHECKING:
     from . import Optimizers
@@ -67,9 +66,9 @@ def patch(optimizers: Optimizers, patches: Patches) -> None:
         @functools.wraps(original)
         def wrapper(self_: Any, predictor: Any, *args: Any, **kwargs: Any) -> Any:
             result = original(self_, predictor, *args, **kwargs)
-            run = optimizers.telemetry.safely("COPRO", None, current_run, optimizers.phases)
-            if run is not None and isinstance(run.plan, COPROPlan):
-                run.plan.changed = predictor
+            plan = optimizers.running(COPROPlan)
+            if plan is not None:
+                plan.changed = predictor
             return result
 
         return wrapper

@@ -18,7 +18,6 @@ from ..telemetry.attributes import Attributes
 from ..telemetry.spans import Call
 from .plan import Evaluation, Phase, Plan, Trial, mean_of
 from .run import MEAN, Run
-from .spans import current_run
 
 if TYPE_CHECKING:
     from . import Optimizers
@@ -290,15 +289,18 @@ def patch(optimizers: Optimizers, patches: Patches) -> None:
     def observed(original: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(original)
         def optimize(*args: Any, **kwargs: Any) -> Any:
-            run = optimizers.telemetry.safely("GEPA", None, current_run, optimizers.phases)
-            if run is not None and isinstance(run.plan, GEPAPlan):
-                run.plan.phases = optimizers.phases
-                budget = kwargs.get("max_metric_calls")
-                run.planned_examples = budget if isinstance(budget, int) else None
-                kwargs["callbacks"] = [*(kwargs.get("callbacks") or ()), Observer(run.plan)]
+            plan = optimizers.running(GEPAPlan)
+            if plan is not None:
+                kwargs = optimizers.telemetry.safely("GEPA", kwargs, observing, plan, kwargs)
             return original(*args, **kwargs)
 
         return optimize
+
+    def observing(plan: GEPAPlan, kwargs: dict[str, Any]) -> dict[str, Any]:
+        plan.phases = optimizers.phases
+        budget = kwargs.get("max_metric_calls")
+        plan.run.planned_examples = budget if isinstance(budget, int) else None
+        return {**kwargs, "callbacks": [*(kwargs.get("callbacks") or ()), Observer(plan)]}
 
     if resolve("dspy.teleprompt.gepa.gepa", "GEPA") is not None:
         patches.wrap(resolve("gepa"), "optimize", observed, loses="GEPA's trials, verdicts and reflections")

@@ -20,7 +20,7 @@ from ..telemetry.scope import current_scope
 from ..telemetry.spans import Call, detach
 from .plan import Evaluation, Phase, Plan, Trial, mean_of
 from .run import MEAN, Run
-from .spans import CandidateRun, current_run
+from .spans import CandidateRun
 
 if TYPE_CHECKING:
     from . import Optimizers
@@ -188,8 +188,7 @@ def patch(optimizers: Optimizers, patches: Patches) -> None:
     module = resolve("dspy.teleprompt.simba")
 
     def plan() -> SIMBAPlan | None:
-        run = telemetry.safely("SIMBA", None, current_run, optimizers.phases)
-        return run.plan if run is not None and isinstance(run.plan, SIMBAPlan) else None
+        return optimizers.running(SIMBAPlan)
 
     def note_step(original: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(original)
