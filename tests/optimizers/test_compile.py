@@ -228,6 +228,21 @@ def test_a_subclass_that_brings_its_own_data(telemetry: Any) -> None:
     ]
 
 
+def test_programs_that_an_optimizer_runs_side_by_side_are_the_task(telemetry: Any) -> None:
+    scripted_lm()
+    telemetry.instrument()
+
+    class SideBySide(Teleprompter):
+        def compile(self, student: Any, *, trainset: Any) -> Any:
+            student.batch(trainset, num_threads=2, disable_progress_bar=True)
+            dspy.Predict("task -> instruction")(task="think of something")
+            return student
+
+    quietly(SideBySide().compile, ColourFamily(), trainset=load_examples("train", 3))
+    usage = compile_span(telemetry, "SideBySide").attributes
+    assert (usage["dspy.usage.task.lm_calls"], usage["dspy.usage.proposer.lm_calls"]) == (6, 1)
+
+
 def test_an_optimizer_inside_a_metric_is_a_run_of_its_own(telemetry: Any) -> None:
     scripted_lm()
     telemetry.instrument()
