@@ -105,6 +105,24 @@ def better_together(lm: Any, train: list[Any], val: list[Any]) -> Any:
     return optimizer.compile(program, trainset=train, valset=val, strategy="p -> w")
 
 
+def knn_few_shot(lm: Any, train: list[Any], val: list[Any]) -> Any:
+    import numpy
+
+    def letters(texts: list[str]) -> Any:
+        return numpy.array([[text.count(chr(97 + letter)) for letter in range(26)] for text in texts], dtype=float)
+
+    optimizer = dspy.KNNFewShot(k=4, trainset=train, vectorizer=dspy.Embedder(letters), metric=same_family, **FEW)
+    program = optimizer.compile(ColourFamily())
+    program(**val[0].inputs())  # it bootstraps anew for each question
+    return program
+
+
+def ensemble(lm: Any, train: list[Any], val: list[Any]) -> Any:
+    programs = [dspy.LabeledFewShot(k=k).compile(ColourFamily(), trainset=train) for k in (2, 4, 8)]
+    return dspy.Ensemble(reduce_fn=dspy.majority).compile(programs)
+
+
+# All that the embedded model can serve: BootstrapFinetune and GRPO need weights to train, ReAnchor needs probabilities.
 OPTIMIZERS: dict[str, Callable[[Any, list[Any], list[Any]], Any]] = {
     "LabeledFewShot": labeled_few_shot,
     "BootstrapFewShot": bootstrap_few_shot,
@@ -116,6 +134,8 @@ OPTIMIZERS: dict[str, Callable[[Any, list[Any], list[Any]], Any]] = {
     "GEPA": gepa,
     "InferRules": infer_rules,
     "BetterTogether": better_together,
+    "KNNFewShot": knn_few_shot,
+    "Ensemble": ensemble,
 }
 
 

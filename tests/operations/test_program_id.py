@@ -230,6 +230,20 @@ def test_demo_keys_and_field_texts_changed_in_place_show() -> None:
     assert len({first, second, third}) == 3
 
 
+@pytest.mark.skipif(not hasattr(dspy.Predict("a -> b"), "fields"), reason="DSPy 3.3 has no decision settings")
+def test_decision_settings_changed_in_place_show(telemetry: Any) -> None:
+    programs = Programs()
+    predictor = dspy.Predict("text -> spam: bool")
+    seen = [programs.find(predictor).id]
+    predictor.fields["spam"] = {"threshold": 0.5}
+    seen.append(programs.find(predictor).id)
+    predictor.fields["spam"]["threshold"] = 0.7
+    seen.append(programs.find(predictor).id)
+    assert len(set(seen)) == 3
+    del predictor.fields["spam"]
+    assert programs.find(predictor).id == seen[0]
+
+
 def test_identity_depends_on_the_state_alone() -> None:
     """Not on which secrets this process knows, and not on how long the state is."""
 

@@ -277,13 +277,6 @@ def run_gepa_digits(seed: int = 0, calls: int = 150, **options: Any) -> Any:
     for name in ("dspy", "gepa"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     rows = [dspy.Example(question=f"question {number}").with_inputs("question") for number in range(14)]
-    optimizer = dspy.GEPA(
-        metric=sum_of_digits,
-        reflection_lm=lm,
-        max_metric_calls=calls,
-        track_stats=True,
-        num_threads=2,
-        seed=seed,
-        **options,
-    )
+    given = {"reflection_lm": lm, "track_stats": True, "num_threads": 2, **options}
+    optimizer = dspy.GEPA(metric=sum_of_digits, max_metric_calls=calls, seed=seed, **given)
     return optimizer.compile(Digits(), trainset=rows[:8], valset=rows[8:]), optimizer

@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import subprocess
+import sys
 import threading
+from collections import defaultdict
+from enum import Enum
+from pathlib import Path
 from typing import Any
 
 import dspy
@@ -13,6 +19,7 @@ from dspy.teleprompt import Teleprompter
 import dspy_otel
 from dspy_otel import program_id
 from dspy_otel.optimizers import optimization
+from dspy_otel.optimizers.parameters import parameter_attributes
 from tests.optimizers import common
 from tests.optimizers.common import (
     ColourFamily,
@@ -66,6 +73,51 @@ def test_all_parameters_with_their_defaults(telemetry: Any) -> None:
     assert attributes["dspy.dataset.train.digest"] != attributes["dspy.dataset.val.digest"]
     assert attributes["dspy.optimizer.initial_program.id"] == program_id(ColourFamily())
     assert attributes["dspy.optimizer.outcome"] == "finished"
+
+
+class Flavour(Enum):
+    MILD = "A long sentence."
+
+
+def test_parameters_of_any_kind() -> None:
+    key = "0123456789abcdef0123456789abcdef01234567"
+    told = {
+        "label": key,
+        "id": "3f2c9a10-77aa-4b1c-9e8f-001122334455",
+        "model": "gpt-4o-mini-2024-07-18",
+        "strategy": "p -> w -> p",
+        "mode": "bootstrap_shuffled",
+        "text": "What a user wrote.",
+        "folder": Path("/home/somebody/runs"),
+        "flavour": Flavour.MILD,
+        "settings": {"lr": 0.1, "note": key, "api_key": "abc", "flavour": Flavour.MILD, "deep": [[1, (2.5, None)]]},
+        "seed": 2**70,
+    }
+    shown = {
+        name.removeprefix(f"{OWN}params."): value for name, value in parameter_attributes(object(), told, False).items()
+    }
+    assert shown == {
+        "label": "<40 characters>",
+        "id": "<36 characters>",
+        "model": "gpt-4o-mini-2024-07-18",
+        "strategy": "p -> w -> p",
+        "mode": "bootstrap_shuffled",
+        "text": "<18 characters>",
+        "folder": "<19 characters>",
+        "flavour": "Flavour.MILD",
+        "settings": '{"lr":0.1,"note":"<40 characters>","api_key":"[masked]","flavour":"Flavour.MILD",'
+        '"deep":[[1,[2.5,null]]]}',
+        "seed": float(2**70),
+    }
+    assert parameter_attributes(object(), {"folder": told["folder"]}, True)[f"{OWN}params.folder"] == str(
+        told["folder"]
+    )
+
+
+def test_settings_for_every_lm_are_told() -> None:
+    optimizer = dspy.BootstrapFinetune(metric=same_family, train_kwargs={"lr": 0.1, "api_key": "abc"})
+    shown = parameter_attributes(optimizer, {"others": defaultdict(list)}, False)
+    assert shown[f"{OWN}params.train_kwargs"] == '{"lr":0.1,"api_key":"[masked]"}'
 
 
 def test_the_validation_set_that_an_optimizer_splits_off(telemetry: Any) -> None:
@@ -146,6 +198,80 @@ def test_a_users_own_optimizer_two_levels_deep(telemetry: Any) -> None:
         call.attributes["dspy.lm.role"] for call in lm_calls(telemetry) if "dspy.trial.number" not in call.attributes
     ]
     assert roles == ["task", "task", "proposer"]
+
+
+def test_a_subclass_that_brings_its_own_data(telemetry: Any) -> None:
+    scripted_lm()
+    telemetry.instrument()
+    rows = load_examples("train", 6)
+
+    class Ready(dspy.BootstrapFewShotWithRandomSearch):
+        def compile(self, program: Any, flavour: str = "mild") -> Any:
+            return super().compile(program, trainset=rows[:4], valset=rows[2:], restrict=[-3, 0])
+
+    optimizer = Ready(
+        metric=same_family, max_bootstrapped_demos=1, max_labeled_demos=1, num_candidate_programs=2, num_threads=2
+    )
+    quietly(optimizer.compile, ColourFamily())
+    span = compile_span(telemetry, "Ready")
+    assert params(span)["flavour"] == "mild"
+    assert params(span)["restrict"] == "[-3,0]"
+    assert "program" not in params(span)
+    attributes = span.attributes
+    assert (attributes["dspy.dataset.train.size"], attributes["dspy.dataset.val.size"]) == (4, 4)
+    assert attributes["dspy.optimizer.initial_program.id"] == program_id(ColourFamily())
+    assert attributes["dspy.optimizer.trials.planned"] == 2
+    found = trials(telemetry, "Ready")
+    assert [(trial["trial.kind"], trial["trial.params.strategy"]) for trial in found] == [
+        ("baseline", "zero_shot"),
+        ("full", "bootstrap_shuffled"),
+    ]
+
+
+def test_programs_that_an_optimizer_runs_side_by_side_are_the_task(telemetry: Any) -> None:
+    scripted_lm()
+    telemetry.instrument()
+
+    class SideBySide(Teleprompter):
+        def compile(self, student: Any, *, trainset: Any) -> Any:
+            student.batch(trainset, num_threads=2, disable_progress_bar=True)
+            dspy.Predict("task -> instruction")(task="think of something")
+            return student
+
+    quietly(SideBySide().compile, ColourFamily(), trainset=load_examples("train", 3))
+    usage = compile_span(telemetry, "SideBySide").attributes
+    assert (usage["dspy.usage.task.lm_calls"], usage["dspy.usage.proposer.lm_calls"]) == (6, 1)
+
+
+def test_an_optimizer_inside_a_metric_is_a_run_of_its_own(telemetry: Any) -> None:
+    scripted_lm()
+    telemetry.instrument()
+    few = {"max_bootstrapped_demos": 1, "max_labeled_demos": 1}
+    rows = load_examples("train", 4)
+
+    def metric(example: Any, prediction: Any, trace: Any = None) -> bool:
+        dspy.BootstrapFewShot(metric=same_family, **few).compile(ColourFamily(), trainset=rows[:1])
+        return same_family(example, prediction)
+
+    optimizer = dspy.BootstrapFewShotWithRandomSearch(metric=metric, num_candidate_programs=0, num_threads=2, **few)
+    quietly(optimizer.compile, ColourFamily(), trainset=rows[:2], valset=rows[2:])
+    outer = compile_span(telemetry, "BootstrapFewShotWithRandomSearch")
+    run_id = outer.attributes["dspy.optimizer.run.id"]
+    inside = [
+        span
+        for span in telemetry.named("compile BootstrapFewShot")
+        if "dspy.optimizer.parent_trial.number" in span.attributes
+    ]
+    assert len(inside) == 6
+    for span in inside:
+        assert span.attributes["dspy.optimizer.parent_run.id"] == run_id
+        assert 1 <= span.attributes["dspy.optimizer.parent_trial.number"] <= 3
+    # A number, candidate or phase beside a run's id is of that very run.
+    told = {"dspy.trial.number", "dspy.candidate.id"}
+    below = [span for span in telemetry.spans if span.attributes.get("dspy.optimizer.run.id") not in (None, run_id)]
+    assert below
+    assert not [span.name for span in below if told & set(span.attributes)]
+    assert outer.attributes["dspy.usage.lm_calls"] == len(lm_calls(telemetry))
 
 
 def test_two_compiles_at_once_stay_apart(telemetry: Any) -> None:
@@ -239,29 +365,73 @@ def test_how_a_compile_ends(telemetry: Any, error: type[BaseException], outcome:
     assert dspy_otel.optimizers.run.Run.live == 0
 
 
+def test_an_interrupted_trial_has_no_score(telemetry: Any) -> None:
+    def metric(example: Any, prediction: Any, trace: Any = None) -> bool:
+        raise KeyboardInterrupt
+
+    lm = scripted_lm()
+    telemetry.instrument()
+    program = ColourFamily()
+    program.set_lm(lm)
+    optimizer = dspy.BetterTogether(metric=metric, p=dspy.LabeledFewShot(k=2))
+    rows = load_examples("train", 4)
+    with pytest.raises(KeyboardInterrupt):
+        quietly(optimizer.compile, program, trainset=rows, valset=rows[:2], strategy="p", num_threads=1)
+    (trial,) = trials(telemetry, "BetterTogether")
+    assert "trial.score" not in trial
+    attributes = compile_span(telemetry, "BetterTogether").attributes
+    assert attributes["dspy.optimizer.outcome"] == "interrupted"
+    assert "dspy.optimizer.best_score" not in attributes
+
+
 @pytest.mark.parametrize("name", ["LabeledFewShot", "Ensemble", "KNNFewShot"])
 def test_optimizers_without_trials(telemetry: Any, name: str) -> None:
     scripted_lm()
     telemetry.instrument()
     rows = load_examples("train", 4)
     if name == "LabeledFewShot":
-        compiled = dspy.LabeledFewShot(k=2).compile(ColourFamily(), trainset=rows)
+        dspy.LabeledFewShot(k=2).compile(ColourFamily(), trainset=rows)
     elif name == "Ensemble":
-        compiled = dspy.Ensemble(reduce_fn=dspy.majority).compile([ColourFamily(), ColourFamily()])
+        dspy.Ensemble(reduce_fn=dspy.majority).compile([ColourFamily(), ColourFamily()])
     else:
         import numpy
 
         vectorizer = dspy.Embedder(lambda texts: numpy.array([[float(len(text)), 1.0] for text in texts]))
-        compiled = dspy.KNNFewShot(k=2, trainset=rows, vectorizer=vectorizer).compile(ColourFamily())
+        knn = dspy.KNNFewShot(k=2, trainset=rows, vectorizer=vectorizer, metric=same_family)
+        knn.compile(ColourFamily())
     span = compile_span(telemetry, name)
     assert span.attributes["dspy.optimizer.outcome"] == "finished"
     if name == "Ensemble":
         assert params(span)["reduce_fn"] == "majority"
     if name == "KNNFewShot":
-        telemetry.clear()
-        quietly(compiled, colour_name="teal")
-        at_inference = compile_span(telemetry, "BootstrapFewShot")
-        assert at_inference.attributes["dspy.optimizer.inference_time"] is True
+        assert params(span)["k"] == 2
+        assert params(span)["vectorizer"] == "Embedder"
+        assert span.attributes["dspy.dataset.train.size"] == 4
+
+
+@pytest.mark.parametrize("mode", ["all", "none"])
+def test_a_program_that_compiles_when_it_is_called_is_one_trace(telemetry: Any, mode: str) -> None:
+    import numpy
+
+    scripted_lm()
+    telemetry.instrument(optimization_traces=mode)
+    rows = load_examples("train", 4)
+    vectorizer = dspy.Embedder(lambda texts: numpy.array([[float(len(text)), 1.0] for text in texts]))
+    knn = dspy.KNNFewShot(k=2, trainset=rows, vectorizer=vectorizer, metric=same_family)
+    program = knn.compile(ColourFamily())
+    telemetry.clear()
+    quietly(program, colour_name="teal")
+    at_inference = compile_span(telemetry, "BootstrapFewShot")
+    assert at_inference.attributes["dspy.optimizer.inference_time"] is True
+    assert telemetry.named("attempt ")
+    (call,) = [span for span in telemetry.spans if span.parent is None]
+    assert call.name == "invoke_workflow ColourFamily"
+    assert call.attributes["dspy.usage.lm_calls"] == len(lm_calls(telemetry))
+    inside = compile_span(telemetry, "LabeledFewShot")
+    assert inside.attributes["dspy.optimizer.inference_time"] is True
+    # Each call would push an optimization that made a program out of memory.
+    assert optimization(at_inference.attributes["dspy.program.id"]) is None
+    assert optimization(inside.attributes["dspy.program.id"]) is None
 
 
 def test_bootstrap_attempts_are_traces_of_their_own(telemetry: Any) -> None:
@@ -310,6 +480,61 @@ def test_where_a_program_came_from(telemetry: Any, tmp_path: Any) -> None:
     assert optimization(changed) is None
     assert optimization("not a program") is None
     assert optimization(object()) is None
+
+
+def test_who_only_starts_from_a_program_has_not_made_it(telemetry: Any) -> None:
+    scripted_lm()
+    telemetry.instrument()
+    rows = load_examples("train", 4)
+    winner = dspy.LabeledFewShot(k=2).compile(ColourFamily(), trainset=rows)
+    made = optimization(winner)
+    assert made is not None
+
+    class Again(Teleprompter):
+        def compile(self, student: Any, *, trainset: Any) -> Any:
+            dspy.Evaluate(devset=trainset, metric=same_family, num_threads=1, display_progress=False)(student)
+            return student
+
+    quietly(Again().compile, winner, trainset=rows)
+    assert compile_span(telemetry, "Again").attributes["dspy.optimizer.winner.trial"] == 1
+    assert optimization(winner) == made
+
+
+@pytest.mark.integration
+def test_a_saved_program_in_another_process_has_the_id_of_its_trial(telemetry: Any, tmp_path: Path) -> None:
+    lm = scripted_lm()
+    telemetry.instrument()
+    program, _ = quietly(common.run_random_search, lm)
+    made = optimization(program)
+    assert made is not None
+    program.save(tmp_path / "state.json")
+    program.save(tmp_path / "whole", save_program=True)
+    script = f"""
+import sys, dspy, dspy_otel
+from tests.optimizers import common
+from tests.support.spans import Recorder
+lm = common.scripted_lm()
+recorder = Recorder().instrument()
+loaded = common.ColourFamily()
+loaded.load({str(tmp_path / "state.json")!r})
+for program in (loaded, dspy.load({str(tmp_path / "whole")!r}, allow_pickle=True)):
+    program.set_lm(lm)
+    program(colour_name="teal")
+print(*(span.attributes["dspy.program.id"] for span in recorder.named("invoke_workflow")))
+"""
+    root = Path(__file__).parent.parent.parent
+    process = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=root,
+        env={**os.environ, "PYTHONPATH": f"{root / 'src'}{os.pathsep}{root}"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert process.returncode == 0, process.stderr[-2000:]
+    assert process.stdout.split() == [made.program_id] * 2
+    found = [trial for trial in trials(telemetry, made.optimizer) if trial["candidate.id"] == made.program_id]
+    assert [trial["trial.number"] for trial in found] == [made.trial]
 
 
 def test_a_candidates_state_only_behind_the_content_switch(telemetry: Any) -> None:

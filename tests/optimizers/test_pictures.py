@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -87,3 +89,20 @@ def test_picture(telemetry: Any, snapshot: Callable[..., None], name: str) -> No
         "\n".join(f"{key}: {value}" for key, value in totals.items()),
     ]
     snapshot("\n\n".join(parts), name)
+    assert not undocumented(telemetry)
+
+
+PAGE = (Path(__file__).parent.parent.parent / "docs" / "semantic-conventions.md").read_text(encoding="utf-8")
+ROLE = re.compile(r"usage\.(task|judge|proposer|reflection|teacher)\.")
+
+
+def undocumented(telemetry: Any) -> set[str]:
+    """Attributes, events and metrics of an optimization that the reference page does not list."""
+    spans = telemetry.spans
+    emitted = {key for span in spans for key in span.attributes}
+    emitted |= {key for span in spans for event in span.events for key in (event.name, *event.attributes)}
+    for name, metric in telemetry.metrics().items():
+        emitted |= {name, *(key for point in metric.data.data_points for key in point.attributes)}
+    families = ("dspy.optimizer.params.", "dspy.trial.params.", "dspy.optimizer.all_attempts.")
+    listed = {next((f"{family}*" for family in families if key.startswith(family)), key) for key in emitted}
+    return {key for key in listed if "`" + ROLE.sub("usage.", key) + "`" not in PAGE}

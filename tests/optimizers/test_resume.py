@@ -109,6 +109,29 @@ def test_a_killed_run_goes_on(tmp_path: Path, around: bool) -> None:
     assert [name for name in os.listdir(folder) if name.endswith(".tmp")] == []
 
 
+def test_each_of_several_killed_attempts_keeps_its_link_and_its_sums(telemetry: Any, tmp_path: Path) -> None:
+    telemetry.instrument()
+    for calls in (30, 50, 70):
+        quietly(run_gepa_digits, calls=calls, log_dir=str(tmp_path))
+        noted = json.loads((tmp_path / FILE).read_text(encoding="utf-8"))
+        # As if it had been killed just before its end: nothing but the file is left of it.
+        (tmp_path / FILE).write_text(json.dumps({**noted, "outcome": "running"}), encoding="utf-8")
+    told: dict[int, list[Any]] = {}
+    for span in telemetry.named("compile GEPA"):
+        told.setdefault(span.attributes[PREFIX + "attempt"], []).append(span)
+    assert {number: len(spans) for number, spans in told.items()} == {1: 2, 2: 2, 3: 1}
+    first, second, (third,) = told[1], told[2], told[3]
+    for spans in (first, second):
+        assert len({span.context.span_id for span in spans}) == 1
+    for span in second:
+        assert [link.context.span_id for link in span.links] == [first[0].context.span_id]
+    assert [link.context.span_id for link in third.links] == [second[0].context.span_id]
+    by_itself, in_its_place = sorted(second, key=lambda span: span.attributes[PREFIX + "outcome"])
+    assert by_itself.attributes[PREFIX + "outcome"] == "finished"
+    everything = PREFIX + "all_attempts.usage.lm_calls"
+    assert in_its_place.attributes[everything] == by_itself.attributes[everything]
+
+
 def test_a_run_in_a_new_folder_is_the_first_attempt(telemetry: Any, tmp_path: Path) -> None:
     telemetry.instrument()
     quietly(run_gepa_digits, log_dir=str(tmp_path))

@@ -9,6 +9,7 @@ import dspy
 import pytest
 
 from dspy_otel import program_id
+from dspy_otel.optimizers.compile import CompileOperation
 from tests.optimizers import common
 from tests.optimizers.common import compile_span, quietly, scripted_lm, trials
 
@@ -81,7 +82,8 @@ def test_random_search_trials_are_its_candidates(telemetry: Any, restrict: Any) 
 
 def test_copro_trials_are_its_candidates(telemetry: Any) -> None:
     program, _, found = run(telemetry, "COPRO")
-    assert len(found) == program.total_calls
+    planned = compile_span(telemetry, "COPRO").attributes["dspy.optimizer.trials.planned"]
+    assert len(found) == program.total_calls == planned
     best: dict[str, float] = defaultdict(float)
     for trial in found:
         best[trial["candidate.id"]] = max(best[trial["candidate.id"]], trial["trial.score"])
@@ -116,8 +118,17 @@ def test_simba_trials_are_its_own_scores(telemetry: Any) -> None:
     handler = Keep()
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
+    planned: list[int | None] = []
+    remember = CompileOperation.measure
     try:
-        program, _ = quietly(common.run_simba, lm)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(
+                CompileOperation,
+                "measure",
+                lambda self, call, *rest: planned.append(call.scope.notes["run"].planned_examples)
+                or remember(self, call, *rest),
+            )
+            program, _ = quietly(common.run_simba, lm)
     finally:
         logger.removeHandler(handler)
         logger.setLevel(logging.NOTSET)
@@ -140,6 +151,8 @@ def test_simba_trials_are_its_own_scores(telemetry: Any) -> None:
     reported = [(program_id(entry["program"]), entry["score"]) for entry in program.candidate_programs]
     assert sorted(reported) == sorted((trial["candidate.id"], trial["trial.score"]) for trial in final)
     winner = compile_span(telemetry, "SIMBA").attributes
+    assert planned == [3 * 5 * (3 + 4) + 4 * 10]
+    assert winner["dspy.optimizer.examples.evaluated"] == planned[0]
     assert winner["dspy.program.id"] == reported[0][0]
     assert winner["dspy.optimizer.best_score"] == reported[0][1]
     strategies = {
@@ -149,6 +162,34 @@ def test_simba_trials_are_its_own_scores(telemetry: Any) -> None:
     }
     assert ("append_a_rule", True) in strategies
     assert ("append_a_demo", True) in strategies
+
+
+def test_simba_has_one_baseline_though_it_ends_with_copies_of_the_initial_program(telemetry: Any) -> None:
+    class Gone(common.ScriptedLM):  # and so no rule is ever added
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            raise ValueError("no answer")
+
+    scripted_lm()
+    telemetry.instrument()
+    gone = Gone("embedded/gone", cache=False)
+    optimizer = dspy.SIMBA(
+        metric=common.same_family, bsize=4, num_candidates=2, max_steps=2, prompt_model=gone, num_threads=2
+    )
+    quietly(optimizer.compile, common.ColourFamily(), trainset=common.load_examples("train", 8))
+    final = [trial for trial in trials(telemetry, "SIMBA") if trial["optimizer.phase"] == "final_evaluation"]
+    initial = compile_span(telemetry, "SIMBA").attributes["dspy.optimizer.initial_program.id"]
+    assert [trial["candidate.id"] for trial in final].count(initial) > 1
+    assert [trial["trial.kind"] for trial in final] == ["baseline"] + ["validation"] * (len(final) - 1)
+
+
+def test_simba_without_any_candidate_still_ends_with_its_final_evaluation(telemetry: Any) -> None:
+    scripted_lm()
+    telemetry.instrument()
+    optimizer = dspy.SIMBA(metric=common.same_family, bsize=4, num_candidates=2, max_steps=1, num_threads=2)
+    optimizer.strategies = [lambda *args, **kwargs: 1 / 0]
+    quietly(optimizer.compile, common.ColourFamily(), trainset=common.load_examples("train", 4))
+    found = [(trial["optimizer.phase"], trial["trial.kind"]) for trial in trials(telemetry, "SIMBA")]
+    assert found == [("sample", "sample"), ("final_evaluation", "baseline")]
 
 
 @pytest.mark.parametrize("seed", [0, 3])
@@ -190,6 +231,31 @@ def test_gepa_displaced_candidates_are_told(telemetry: Any) -> None:
     for trial, event in zip(full, fronts, strict=True):
         on_front = event.attributes["dspy.optimizer.pareto_front.candidates"]
         assert (trial["candidate.id"] in on_front) == trial["trial.on_pareto_front"]
+        assert len(on_front) == len(set(on_front))
+        assert not set(on_front) & set(event.attributes["dspy.optimizer.pareto_front.displaced"])
+
+
+def test_gepa_names_whom_a_candidate_displaced(telemetry: Any) -> None:
+    telemetry.instrument()
+    quietly(common.run_gepa_digits, calls=60)
+    fronts = [event.attributes for event in compile_span(telemetry, "GEPA").events]
+    displaced = {one for front in fronts for one in front["dspy.optimizer.pareto_front.displaced"]}
+    known = {trial["candidate.id"] for trial in trials(telemetry, "GEPA") if trial["trial.kind"] != "minibatch"}
+    assert displaced
+    assert displaced <= known
+
+
+def test_gepa_whose_reflection_fails_says_that_there_was_no_proposal(telemetry: Any) -> None:
+    class Gone(common.HashLM):
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            raise ValueError("no answer")
+
+    telemetry.instrument()
+    quietly(common.run_gepa_digits, calls=15, reflection_lm=Gone("embedded/gone", cache=False))
+    reflections = telemetry.named("reflect")
+    assert reflections
+    assert {span.attributes["dspy.trial.reason"] for span in reflections} == {"no_proposal"}
+    assert {trial["trial.kind"] for trial in trials(telemetry, "GEPA")} == {"baseline", "sample"}
 
 
 @pytest.mark.parametrize("side_by_side", [False, True])

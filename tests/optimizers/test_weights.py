@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
+from types import SimpleNamespace
 from typing import Any
 
 import dspy
 import pytest
 from dspy.clients.provider import Provider, TrainingJob
 
+from dspy_otel import program_id
+from dspy_otel.cli.demo.prompt import Message, read_prompt, write_answer
+from tests.optimizers import common
 from tests.optimizers.common import (
     ColourFamily,
     ScriptedLM,
@@ -114,33 +119,79 @@ def test_grpo(telemetry: Any) -> None:
     assert {call.attributes["dspy.lm.role"] for call in lm_calls(telemetry)} == {"task"}
 
 
-def test_reanchor(telemetry: Any) -> None:
-    pytest.importorskip("dspy.teleprompt.reanchor", reason="DSPy 3.3 has no ReAnchor")
-    calibrate = pytest.importorskip("dspy.teleprompt.reanchor.calibrate")
-    scripted_lm()
-    telemetry.instrument()
-    rows = load_examples("train", 4)
+class Spam(dspy.Signature):
+    """Is this mail unwanted?"""
 
-    class Calibrates(dspy.ReAnchor if hasattr(dspy, "ReAnchor") else dspy.teleprompt.reanchor.ReAnchor):  # type: ignore[misc]
-        """ReAnchor's scoring, without the decisions that only some backends give probabilities for."""
+    text: str = dspy.InputField()
+    spam: bool = dspy.OutputField(desc="unwanted mail")
 
-        def compile(self, student: Any, *, trainset: Any, valset: Any = None) -> Any:
-            program = student.deepcopy()
-            self.scores = [
-                calibrate.run(program, trainset, self.metric, 2),
-                calibrate.run(program, valset, self.metric, 2),
-            ]
-            program.describe.signature = program.describe.signature.with_instructions("Another setting.")
-            self.scores.append(calibrate.run(program, trainset, self.metric, 2))
-            return program
 
-    optimizer = Calibrates(same_family)
-    quietly(optimizer.compile, ColourFamily(), trainset=rows, valset=load_examples("val", 3))
-    found = trials(telemetry, "Calibrates")
-    assert [trial["trial.kind"] for trial in found] == ["baseline", "validation", "full"]
-    assert [trial["trial.score"] for trial in found] == optimizer.scores
-    assert compile_span(telemetry, "Calibrates").attributes["dspy.optimizer.score.scale"] == "mean"
-    examples = telemetry.named("example ")
-    assert len(examples) == 11
-    assert all("dspy.example.score" in example.attributes for example in examples)
+class Filter(dspy.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.judge = dspy.Predict(Spam)
+
+    def forward(self, text: str) -> Any:
+        return self.judge(text=text)
+
+
+def probability(text: str) -> float:
+    return common.hash_of(text) % 100 / 100
+
+
+class ProbableLM(dspy.LM):
+    """Answers a decision, or its probability when it is asked for that."""
+
+    def forward(self, prompt: Any = None, messages: Any = None, **kwargs: Any) -> Any:
+        said = [Message(message["role"], common.text_of(message["content"])) for message in messages]
+        read = read_prompt(said)
+        likely = probability(read.inputs["text"])
+        asked = any("noul" in message.text for message in said)
+        text = write_answer(read.style, {"spam": json.dumps({"noul": likely}) if asked else str(likely > 0.5)})
+        choice = SimpleNamespace(message=SimpleNamespace(content=text), finish_reason="stop")
+        usage = {"prompt_tokens": 10, "completion_tokens": 2, "total_tokens": 12}
+        return SimpleNamespace(id="probable", model=self.model, choices=[choice], usage=usage)
+
+
+@pytest.mark.parametrize(("border", "kept"), [(0.5, False), (0.8, True)])
+def test_reanchor(telemetry: Any, tmp_path: Any, border: float, kept: bool) -> None:
+    reanchor = pytest.importorskip("dspy.teleprompt.reanchor", reason="DSPy 3.3 has no ReAnchor")
+    lm = ProbableLM("embedded/probable", cache=False)
+    dspy.configure(lm=lm)
+    telemetry.instrument(capture_content="span_only")
+    texts = [f"mail {number}" for number in range(12)]
+    rows = [dspy.Example(text=text, spam=probability(text) > border).with_inputs("text") for text in texts]
+
+    def metric(example: Any, prediction: Any, trace: Any = None) -> float:
+        return float(example.spam == prediction.spam)
+
+    optimizer = reanchor.ReAnchor(metric, num_threads=2, require_cache=False)
+    program = quietly(optimizer.compile, Filter(), trainset=rows[:9], valset=rows[9:])
+    report = optimizer.report
+    found = trials(telemetry, "ReAnchor")
+    (row,) = report["fitted"]
+    assert ("skipped" in row) != kept
+    assert found[0]["trial.kind"] == "baseline"
+    validation = [trial for trial in found if trial["trial.kind"] == "validation"]
+    assert [round(trial["trial.score"], 4) for trial in validation] == [report["val_score_before"], report["val_score"]]
+    assert round(found[0]["trial.score"], 4) == report["train_score_before"]
+    assert round(found[-2]["trial.score"], 4) == report["train_score"]
+    # Before, to look at the probabilities, and from there; then one for each setting; then the one that was kept.
+    assert len(found) == 5 + row["observed"]["candidates"] + 2
+    fitted = f'"threshold":{program.judge.fields["spam"]["threshold"]}' if kept else None
+    for trial in found:
+        same = trial.get("trial.params.fields") == (f'{{"judge":{{"spam":{{{fitted}}}}}}}' if kept else None)
+        assert (trial["candidate.id"] == program_id(program)) == same
+        if "trial.params.fields" in trial:
+            setting = json.loads(trial["trial.params.fields"])["judge"]
+            assert json.loads(trial["candidate.diff"]) == {"judge": {"decisions": {"before": {}, "after": setting}}}
+    attributes = compile_span(telemetry, "ReAnchor").attributes
+    winner = next(trial for trial in found if trial["trial.number"] == attributes["dspy.optimizer.winner.trial"])
+    assert round(winner["trial.score"], 4) == report["train_score"]
+    assert attributes["dspy.optimizer.score.scale"] == "mean"
+    assert len(telemetry.named("example ")) == sum(trial["trial.size"] for trial in found)
     assert not telemetry.named("parallel")
+    program.save(tmp_path / "program.json")
+    loaded = Filter()
+    loaded.load(tmp_path / "program.json")
+    assert program_id(loaded) == program_id(program)

@@ -149,6 +149,10 @@ def _add_state(module: Any, shape: list[Any], objects: list[Any]) -> None:
                 if type(value) not in _LEAVES:
                     _add_parts(value, objects, 3)
             shape.append(len(objects))
+    decisions = stored.get("fields")
+    if decisions:
+        _add_parts(decisions, objects, 3)
+        shape.append(len(objects))
 
 
 def _add_parts(value: Any, objects: list[Any], depth: int) -> None:
@@ -165,8 +169,8 @@ def _add_parts(value: Any, objects: list[Any], depth: int) -> None:
 
 
 def program_digest(program: Any) -> str | None:
-    """A stable digest of a program's state: instructions, field texts and demos of every predictor, by name, and the
-    source of every ``dspy.Flex``.
+    """A stable digest of a program's state: instructions, field texts, demos and decision settings of every predictor,
+    by name, and the source of every ``dspy.Flex``.
 
     The same before ``save()`` and after ``load()``, and for an optimizer's candidate and the program it returns.
 
@@ -186,7 +190,7 @@ def program_digest(program: Any) -> str | None:
 
 def _predictor_state(predictor: Any) -> dict[str, Any]:
     signature = predictor.signature
-    return {
+    state = {
         "instructions": signature.instructions,
         "fields": [
             [name, (field.json_schema_extra or {}).get("prefix"), (field.json_schema_extra or {}).get("desc")]
@@ -194,6 +198,10 @@ def _predictor_state(predictor: Any) -> dict[str, Any]:
         ],
         "demos": [_demo_state(demo) for demo in peek.items(predictor.demos)],
     }
+    decisions = predictor.__dict__.get("fields")
+    if decisions:  # DSPy 3.4: thresholds, cuts and weights of decision outputs, which ReAnchor fits
+        state["decisions"] = decisions
+    return state
 
 
 def _demo_state(demo: Any) -> Any:

@@ -6,7 +6,7 @@ others.
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from ..operations.program import Programs
 from ..patching import Patches
@@ -27,7 +27,9 @@ from . import (
 from .compile import CompileOperation
 from .memory import Optimization, optimization
 from .plan import Plan
-from .spans import CandidateEvaluation, CandidateExample, DirectModule, PhaseOperation, TrialOperation
+from .spans import CandidateEvaluation, CandidateExample, DirectModule, PhaseOperation, TrialOperation, current_run
+
+_Plan = TypeVar("_Plan", bound=Plan)
 
 _FILES: Final = (
     better_together,
@@ -75,6 +77,11 @@ class Optimizers:
             if kind.__module__.startswith("dspy.") and kind.__name__ in self.plans:
                 return self.plans[kind.__name__]
         return Plan
+
+    def running(self, kind: type[_Plan]) -> _Plan | None:
+        """The plan of the optimization that runs here, if it is one of this kind."""
+        run = current_run(self.phases)
+        return run.plan if run is not None and isinstance(run.plan, kind) else None
 
     def patch(self, patches: Patches) -> None:
         """Put the hooks of single optimizers in force; one that this DSPy lacks costs its detail and a warning."""

@@ -110,6 +110,10 @@ class Attempt:
             return []
         return [Link(_context(self.before["trace_id"], self.before["span_id"]))]
 
+    def _link_to_here(self) -> list[str]:
+        before = self.before
+        return [before["trace_id"], before["span_id"]] if before is not None and before["span_id"] else []
+
     def speak_for_the_killed(self, telemetry: Telemetry) -> None:
         """End the compile span of a killed attempt in its place, with what is known of it."""
         before = self.before
@@ -124,6 +128,7 @@ class Attempt:
                 f"{names.SPAN_COMPILE} {said[names.OPTIMIZER_NAME]}",
                 around,
                 attributes=said,
+                links=[Link(_context(*before["link"]))] if len(before.get("link", ())) == 2 else None,
                 start_time=before["started"],
             )
         span.set_status(Status(StatusCode.ERROR, "the process ended without a word"))
@@ -141,6 +146,7 @@ class Attempt:
             "span_id": f"{context.span_id:016x}" if recorded else "",
             "parent_id": f"{parent.span_id:016x}" if parent is not None else "",
             "started": self.started,
+            "link": self._link_to_here(),
             "attributes": {
                 **{
                     key: value
@@ -184,7 +190,7 @@ class Attempt:
             "pool": dict(self.pool),
             "usage": self.usage(run),
             **run.progress(),
-            "own": {**run.totals.attributes(), **run.attributes()},
+            "own": {**run.totals.attributes(), **run.attributes(), **self.end_attributes(run)},
         }
         state.update((key, value) for key, value in self.own.items())
         self.path.parent.mkdir(parents=True, exist_ok=True)

@@ -26,7 +26,7 @@ class BetterTogetherPlan(Plan):
         self.steps: list[str] = []
         self.last: str | None = None
 
-    def begin(self) -> None:
+    def told(self) -> None:
         strategy = self.arguments.get("strategy")
         self.steps = strategy.split(_SEPARATOR) if isinstance(strategy, str) else []
         ratio = self.arguments.get("valset_ratio")

@@ -33,7 +33,8 @@ class BootstrapPlan(Plan):
 class AttemptOperation(Operation):
     """``BootstrapFewShot._bootstrap_one_example``: the teacher's answer to one example, and the metric's verdict.
 
-    Like an evaluated example it is a trace of its own, linked both ways to its phase.
+    Like an evaluated example it is a trace of its own, linked both ways to its phase; but not when a program compiles
+    as part of its answer: one call is one trace.
     """
 
     kind = "example"
@@ -43,7 +44,8 @@ class AttemptOperation(Operation):
         self.programs = programs
 
     def start(self, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any], parent: Scope | None) -> Start | None:
-        if parent is None or parent.kind != "phase" or run_of(parent) is None:
+        run = run_of(parent)
+        if parent is None or parent.kind != "phase" or run is None:
             return None
         teacher = instance.teacher
         # The scope's owner is the teacher, so that its answer can be told from what the metric calls.
@@ -59,7 +61,8 @@ class AttemptOperation(Operation):
             attributes[names.BOOTSTRAP_ROUND] = tried
         openinference(attributes, self.telemetry, names.KIND_CHAIN)
         begin_example(self.telemetry, scope)
-        linked = self.telemetry.config.evaluation_traces == "linked"
+        linked = self.telemetry.config.evaluation_traces == "linked" and not run.inference_time
+        scope.notes["linked"] = linked
         links = [Link(parent.span.get_span_context())] if linked and parent.span is not None else []
         return Start(f"{names.SPAN_BOOTSTRAP_ATTEMPT} {name}", scope, attributes, root=linked, links=links)
 
@@ -74,7 +77,7 @@ class AttemptOperation(Operation):
             put_inputs(self.telemetry, attributes, inputs)
             self.telemetry.put_content(attributes, names.EXAMPLE_EXPECTED, expected)
         phase = call.scope.parent
-        linked = self.telemetry.config.evaluation_traces == "linked" and call.scope.hold is None
+        linked = call.scope.notes["linked"] and call.scope.hold is None
         if linked and phase is not None and phase.span is not None:
             links = phase.notes.get("links", 0)
             if links < MAX_LINKS and phase.span.is_recording():

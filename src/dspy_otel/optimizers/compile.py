@@ -2,47 +2,28 @@
 
 from __future__ import annotations
 
-import contextlib
 import inspect
-import re
 import secrets as random_source
 from collections.abc import Callable, Mapping
-from itertools import islice
 from typing import Any, Final
 
 from .. import semconv as names
-from ..operations.evaluation import callable_name
 from ..operations.program import Programs
-from ..telemetry import peek, secrets
-from ..telemetry.attributes import Attributes, AttributeValue
-from ..telemetry.content import Content
-from ..telemetry.scope import Scope
+from ..telemetry.attributes import Attributes
+from ..telemetry.scope import Scope, current_scope
 from ..telemetry.spans import Call, Operation, Start, openinference
 from ..telemetry.totals import Totals
 from .attempts import Attempt
 from .memory import remember_winner
+from .parameters import bound_arguments, constructor_arguments, is_dataset, parameter_attributes
 from .plan import Plan
 from .progress import ProgressDisplay
 from .run import Run, run_of
 from .spans import dataset_attributes
 from .state import put_state, state_of
 
-# Text that names a choice, and not what a user wrote: one short lower-case word, or such words joined by arrows.
-_CHOICE: Final = re.compile(r"(?=.{1,48}$)[a-z0-9][a-z0-9_.-]*(?: -> [a-z0-9][a-z0-9_.-]*)*")
-_NOT_PARAMETERS: Final = frozenset(
-    {"self", "student", "trainset", "valset", "teacher", "programs", "callbacks", "args", "kwargs", "_args", "_kwargs"}
-)
-# Constructor parameters that optimizers of DSPy keep under another name.
-_STORED_AS: Final = {
-    "metric": "metric_fn",
-    "num_candidate_programs": "num_candidate_sets",
-    "max_bootstrapped_demos": "max_num_samples",
-    "instruction_proposer": "custom_instruction_proposer",
-    "code_proposer": "custom_code_proposer",
-}
-_CONTENT: Final = Content(limit=4096)
-_PLAIN_KINDS: Final = (dict, list, tuple, set, frozenset)
-_MOST: Final = 100
+# Stamps that are told by run, and so hold for one run only.
+_OF_ONE_RUN: Final = (names.OPTIMIZER_PHASE, names.TRIAL_NUMBER, names.CANDIDATE_ID)
 
 
 class CompileOperation(Operation):
@@ -68,38 +49,70 @@ class CompileOperation(Operation):
         return super().wrap(original, override_of)
 
     def start(self, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any], parent: Scope | None) -> Start | None:
-        if parent is not None and parent.kind == self.kind and parent.owner is instance:
-            return None  # compile() calling super().compile() is one optimization
         scope = Scope(self.kind, instance, parent)
         totals = Totals(by_role=True)
         scope.program = None
         scope.totals = (*scope.totals, totals)
-        given = bound_arguments(instance, args, kwargs)
-        student = given.get("student")
         name = type(instance).__name__
         run = Run(self.telemetry, random_source.token_hex(8), name, scope, totals, run_of(parent))
-        attributes: Attributes = {names.OPTIMIZER_NAME: name}
-        program = self.programs.find(student) if hasattr(student, "named_predictors") else None
-        if program is not None:
-            run.student, run.program_name, run.initial_id = student, program.name, program.id
-            attributes[names.PROGRAM_NAME] = program.name
-            if program.id is not None:
-                attributes[names.INITIAL_PROGRAM_ID] = program.id
+        around = run.parent is not None and run.parent.inference_time
+        run.inference_time = around or (parent is not None and parent.program is not None)
+        given = self._given(instance, bound_arguments(instance, args, kwargs))
+        attributes: Attributes = {names.OPTIMIZER_NAME: name, **self._initial(run, given)}
         run.plan = self.plan_for(instance)(run, instance, given)
         if self.telemetry.safely("optimizer's run file", None, self._resume, run) is not None:
             attributes.update(run.attempt.start_attributes())  # type: ignore[union-attr]
         scope.role = run.plan.role
-        stamps = {**scope.stamps, names.OPTIMIZER_RUN_ID: run.id}
+        stamps = {key: value for key, value in scope.stamps.items() if key not in _OF_ONE_RUN}
+        stamps[names.OPTIMIZER_RUN_ID] = run.id
         if run.parent is not None:
             stamps[names.OPTIMIZER_ROOT_RUN_ID] = run.root.id
             attributes[names.OPTIMIZER_PARENT_RUN_ID] = run.parent.id
-        elif parent is not None and parent.program is not None:
+            if names.TRIAL_NUMBER in scope.stamps:
+                attributes[names.OPTIMIZER_PARENT_TRIAL] = scope.stamps[names.TRIAL_NUMBER]
+        if run.inference_time:
             attributes[names.OPTIMIZER_INFERENCE_TIME] = True
         scope.stamps = stamps
-        scope.notes.update(run=run, given=given, at_start=attributes)
+        scope.notes.update(run=run, given=given)
         openinference(attributes, self.telemetry, names.KIND_CHAIN)
         links = [] if run.attempt is None else run.attempt.links()
         return Start(f"{names.SPAN_COMPILE} {name}", scope, attributes, links=links)
+
+    def _given(self, instance: Any, arguments: dict[str, Any]) -> dict[str, Any]:
+        """The arguments of ``compile()``, and datasets that the constructor was given instead (KNNFewShot)."""
+        built = constructor_arguments(instance)
+        kept = {name: built[name] for name in ("trainset", "valset") if is_dataset(built.get(name))}
+        return {**arguments, **{name: rows for name, rows in kept.items() if arguments.get(name) is None}}
+
+    def _initial(self, run: Run, given: Mapping[str, Any]) -> Attributes:
+        """Which program is optimized: the argument ``student``, or else the first one that is a program."""
+        if run.student is not None:
+            return {}
+        programs = (value for value in (given.get("student"), *given.values()) if hasattr(value, "named_predictors"))
+        student = next(programs, None)
+        program = None if student is None else self.programs.find(student)
+        if program is None:
+            return {}
+        run.student, run.program_name, run.initial_id = student, program.name, program.id
+        attributes: Attributes = {names.PROGRAM_NAME: program.name}
+        if program.id is not None:
+            attributes[names.INITIAL_PROGRAM_ID] = program.id
+        return attributes
+
+    def _told_more(
+        self, scope: Scope, args: tuple[Any, ...], kwargs: Mapping[str, Any], override_of: type | None
+    ) -> None:
+        """A subclass's ``compile()`` calls the one it overrides, and may pass on what nobody has told it."""
+        run: Run = scope.notes["run"]
+        given: dict[str, Any] = scope.notes["given"]
+        more = bound_arguments(scope.owner, args, kwargs, override_of)
+        new = {name: value for name, value in more.items() if value is not None and given.get(name) is None}
+        given.update(new)
+        attributes = self._initial(run, given)
+        self.telemetry.safely("optimizer", None, run.plan.told)
+        if scope.span is not None and scope.span.is_recording():
+            attributes.update(self._about(run, scope.owner, new, described=not attributes))
+            scope.span.set_attributes(attributes)
 
     def _resume(self, run: Run) -> Attempt | None:
         attempt = Attempt.of(run)
@@ -112,6 +125,11 @@ class CompileOperation(Operation):
     def open(
         self, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any], override_of: type | None = None
     ) -> Call | None:
+        around = current_scope()
+        if around is not None and around.kind == self.kind and around.owner is instance:
+            # compile() calling super().compile() is one optimization.
+            self._told_more(around, args, kwargs, override_of)
+            return None
         call = super().open(instance, args, kwargs, override_of)
         if call is not None:
             Run.enter(1)
@@ -121,7 +139,8 @@ class CompileOperation(Operation):
                 self.telemetry.safely("optimizer's run file", None, run.attempt.opened, call)
                 run.save()
             self.telemetry.safely("optimizer", None, run.plan.begin)
-            if self.display is not None and names.OPTIMIZER_INFERENCE_TIME not in call.scope.notes["at_start"]:
+            self.telemetry.safely("optimizer", None, run.plan.told)
+            if self.display is not None and not run.inference_time:
                 self.telemetry.safely("progress display", None, self.display.begin, run)
         return call
 
@@ -133,12 +152,14 @@ class CompileOperation(Operation):
         Run.enter(-1)
 
     def detail(self, call: Call) -> Attributes:
-        given = call.scope.notes["given"]
-        attributes = parameter_attributes(call.instance, given, self.telemetry.config.content_on_spans)
+        return self._about(call.scope.notes["run"], call.instance, call.scope.notes["given"])
+
+    def _about(self, run: Run, instance: Any, given: Mapping[str, Any], described: bool = False) -> Attributes:
+        """Parameters, datasets, and the initial program's state, unless that is described already."""
+        attributes = parameter_attributes(instance, given, self.telemetry.config.content_on_spans, run.student)
         for name, role in (("trainset", "train"), ("valset", "val")):
             attributes.update(dataset_attributes(self.programs, given.get(name), role))
-        run: Run = call.scope.notes["run"]
-        if run.student is not None and run.initial_id is not None and self.telemetry.config.content_on_spans:
+        if not described and run.initial_id is not None and self.telemetry.config.content_on_spans:
             run.remember_state(run.initial_id, state_of(run.student))
             put_state(self.telemetry, attributes, run.student, names.INITIAL_PROGRAM_STATE)
         if run.parent is None:  # the optimizations inside work on the same rows
@@ -192,117 +213,3 @@ def outcome_of(error: BaseException | None) -> str:
     if error is None:
         return "finished"
     return "failed" if isinstance(error, Exception) else "interrupted"
-
-
-def bound_arguments(instance: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of ``compile()`` by name, defaults included. What does not fit is left to DSPy to complain of."""
-    with contextlib.suppress(TypeError, ValueError):
-        signature = inspect.signature(type(instance).compile)
-        bound = signature.bind(instance, *args, **kwargs)
-        bound.apply_defaults()
-        given: dict[str, Any] = {}
-        for name, value in bound.arguments.items():
-            if signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD:
-                given.update(value)
-            elif signature.parameters[name].kind is not inspect.Parameter.VAR_POSITIONAL:
-                given[name] = value
-        given.pop(next(iter(signature.parameters)), None)
-        return given
-    given = dict(kwargs)
-    if args:
-        given["student"] = args[0]
-    return given
-
-
-def constructor_arguments(instance: Any) -> dict[str, Any]:
-    """What an optimizer was built with, defaults included, as far as it keeps that on itself.
-
-    Parameters of every ``__init__`` of its class count: ``**kwargs`` usually go to the one of a base class.
-    """
-    stored = vars(instance)
-    found: dict[str, Any] = {}
-    for kind in type(instance).__mro__:
-        init = vars(kind).get("__init__")
-        if init is None or kind is object:
-            continue
-        try:
-            parameters = inspect.signature(init).parameters
-        except (TypeError, ValueError):
-            continue
-        for name in parameters:
-            if name in found or name == "self":
-                continue
-            for place in (name, _STORED_AS.get(name, name), f"_{name}"):
-                if place in stored:
-                    found[name] = stored[place]
-                    break
-    return found
-
-
-def parameter_attributes(instance: Any, compile_arguments: Mapping[str, Any], content: bool) -> Attributes:
-    """All parameters of an optimization as ``dspy.optimizer.params.*``; those given to ``compile()`` win.
-
-    Numbers and booleans as they are; metrics, models, modules and functions by name; strings as they are with content
-    on, else only where they name a choice (``light``, ``p -> w``); lists and dictionaries as JSON of such; secrets
-    masked; datasets and programs left out, and whatever is ``None``.
-    """
-    given = {name: value for name, value in compile_arguments.items() if value is not None}
-    attributes: Attributes = {}
-    for name, value in {**constructor_arguments(instance), **given}.items():
-        if name.startswith("_") or name in _NOT_PARAMETERS:
-            continue
-        shown = secrets.MASK if secrets.hides(name, value) else parameter(value, content)
-        if shown is not None:
-            attributes[f"{names.OPTIMIZER_PARAMS_PREFIX}{name}"] = shown
-    return attributes
-
-
-def parameter(value: Any, content: bool) -> AttributeValue | None:
-    """One parameter as an attribute value, or ``None`` when there is nothing to show."""
-    kind = type(value)
-    if value is None or value is True or value is False:
-        return value
-    if issubclass(kind, (int, float)):
-        whole = peek.whole(value)
-        return whole if whole is not None else peek.real(value)
-    if issubclass(kind, str):
-        return _CONTENT.text(_choice(value, content))
-    if kind in _PLAIN_KINDS:
-        if not value or is_dataset(value):
-            return None
-        return _CONTENT.json(_plain(value, content))
-    return named(value)
-
-
-def _choice(value: str, content: bool) -> str:
-    if content:
-        return value
-    return value if _CHOICE.fullmatch(value, 0, 64) else f"<{str.__len__(value)} characters>"
-
-
-def _plain(value: Any, content: bool, depth: int = 0) -> Any:
-    kind = type(value)
-    if kind is dict and depth < 4:
-        return {
-            _choice(str(key), content) if type(key) in (str, int) else named(key): _plain(item, content, depth + 1)
-            for key, item in islice(value.items(), _MOST)
-        }
-    if kind in _PLAIN_KINDS and kind is not dict and depth < 4:
-        if is_dataset(value):
-            return f"<{len(value)} examples>"
-        return [_plain(item, content, depth + 1) for item in islice(value, _MOST)]
-    if value is None or issubclass(kind, (bool, int, float)):
-        return value
-    return _choice(value, content) if issubclass(kind, str) else named(value)
-
-
-def named(value: Any) -> str:
-    """An object by name: a model's, a function's or class's, else that of its class. Never its contents."""
-    model = peek.text(peek.field(value, "model"), 256)
-    return model or callable_name(value)  # the former of an LM
-
-
-def is_dataset(value: Any) -> bool:
-    """Whether ``value`` is a list of examples."""
-    first, _ = peek.bounded(value, 1)
-    return bool(first) and peek.store_of(first[0]) is not None

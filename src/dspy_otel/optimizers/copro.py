@@ -11,7 +11,6 @@ from ..patching import Patches, resolve
 from ..telemetry.attributes import Attributes
 from .plan import Evaluation, Phase, Plan
 from .run import Run
-from .spans import current_run
 
 if TYPE_CHECKING:
     from . import Optimizers
@@ -26,6 +25,14 @@ class COPROPlan(Plan):
         self.changed: Any = None
         self.place: tuple[int, str | None] | None = None
         self.index = 0
+
+    def told(self) -> None:
+        if self.run.student is None:
+            return
+        predictors, breadth, depth = len(self.run.student.predictors()), self.instance.breadth, self.instance.depth
+        # A single predictor's new proposals are scored; of several, all proposals again at each depth.
+        rounds = depth if predictors == 1 else depth * (depth + 1) // 2
+        self.run.plan_trials(predictors * breadth * rounds)
 
     @property
     def depth(self) -> int:
@@ -59,9 +66,9 @@ def patch(optimizers: Optimizers, patches: Patches) -> None:
         @functools.wraps(original)
         def wrapper(self_: Any, predictor: Any, *args: Any, **kwargs: Any) -> Any:
             result = original(self_, predictor, *args, **kwargs)
-            run = optimizers.telemetry.safely("COPRO", None, current_run, optimizers.phases)
-            if run is not None and isinstance(run.plan, COPROPlan):
-                run.plan.changed = predictor
+            plan = optimizers.running(COPROPlan)
+            if plan is not None:
+                plan.changed = predictor
             return result
 
         return wrapper

@@ -11,7 +11,6 @@ from ..patching import Patches, resolve
 from ..telemetry.attributes import Attributes
 from .plan import Evaluation, Phase, Plan, Trial
 from .run import Run
-from .spans import current_run
 
 if TYPE_CHECKING:
     from . import Optimizers
@@ -54,8 +53,7 @@ def patch(optimizers: Optimizers, patches: Patches) -> None:
     def note_step(original: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(original)
         def wrapper(self_: Any, *args: Any, **kwargs: Any) -> Any:
-            run = optimizers.telemetry.safely("GRPO step", None, current_run, optimizers.phases)
-            plan = run.plan if run is not None and isinstance(run.plan, GRPOPlan) else None
+            plan = optimizers.running(GRPOPlan)
             if plan is None:
                 return original(self_, *args, **kwargs)
             # (self, student, trainset, valset, logger, step_idx=-1)

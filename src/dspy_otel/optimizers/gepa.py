@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Final
 
 from .. import semconv as names
@@ -18,7 +18,6 @@ from ..telemetry.attributes import Attributes
 from ..telemetry.spans import Call
 from .plan import Evaluation, Phase, Plan, Trial, mean_of
 from .run import MEAN, Run
-from .spans import current_run
 
 if TYPE_CHECKING:
     from . import Optimizers
@@ -132,8 +131,12 @@ class GEPAPlan(Plan):
 
     def _end_reflect(self) -> None:
         reflect, self.reflect = self.reflect, None
-        if reflect is not None:
-            reflect.operation.close(reflect, None, None)
+        if reflect is None:
+            return
+        if not self.proposed:
+            # The reflection failed, which GEPA only logs, or had nothing to say.
+            reflect.instance.attributes.setdefault(names.TRIAL_REASON, "no_proposal")
+        reflect.operation.close(reflect, None, None)
 
     def end(self) -> None:
         self._end_reflect()
@@ -222,11 +225,15 @@ class GEPAPlan(Plan):
             return
         trial.said[names.TRIAL_ON_PARETO_FRONT] = index in front["new_front"]
         shown: Attributes = {
-            names.PARETO_FRONT: [self.pool[one] for one in front["new_front"] if one in self.pool],
-            names.PARETO_DISPLACED: [self.pool[one] for one in front["displaced_candidates"] if one in self.pool],
+            names.PARETO_FRONT: self._named(front["new_front"]),
+            names.PARETO_DISPLACED: self._named(front["displaced_candidates"]),
             f"{names.TRIAL_PARAMS_PREFIX}iteration": self.iteration,
         }
         self.run.telemetry.add_event(self.run.scope.span, names.EVENT_PARETO_FRONT, shown)
+
+    def _named(self, indices: Iterable[int]) -> list[str]:
+        """Candidates by id, each once: two of the pool may be the same program."""
+        return list(dict.fromkeys(self.pool[index] for index in indices if index in self.pool))
 
     def on_candidate_rejected(self, event: Mapping[str, Any]) -> None:
         pending = [trial for trial in self.waiting if trial.kind == names.TRIAL_MINIBATCH]
@@ -279,23 +286,21 @@ class Observer:
 def patch(optimizers: Optimizers, patches: Patches) -> None:
     """``gepa.optimize`` gets one callback more, for the one call."""
 
-    def begin(budget: Any) -> Observer | None:
-        run = current_run(optimizers.phases)
-        if run is None or not isinstance(run.plan, GEPAPlan):
-            return None
-        run.plan.phases = optimizers.phases
-        run.planned_examples = budget if isinstance(budget, int) else None
-        return Observer(run.plan)
-
     def observed(original: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(original)
         def optimize(*args: Any, **kwargs: Any) -> Any:
-            observer = optimizers.telemetry.safely("GEPA", None, begin, kwargs.get("max_metric_calls"))
-            if observer is not None:
-                kwargs["callbacks"] = [*(kwargs.get("callbacks") or ()), observer]
+            plan = optimizers.running(GEPAPlan)
+            if plan is not None:
+                kwargs = optimizers.telemetry.safely("GEPA", kwargs, observing, plan, kwargs)
             return original(*args, **kwargs)
 
         return optimize
+
+    def observing(plan: GEPAPlan, kwargs: dict[str, Any]) -> dict[str, Any]:
+        plan.phases = optimizers.phases
+        budget = kwargs.get("max_metric_calls")
+        plan.run.planned_examples = budget if isinstance(budget, int) else None
+        return {**kwargs, "callbacks": [*(kwargs.get("callbacks") or ()), Observer(plan)]}
 
     if resolve("dspy.teleprompt.gepa.gepa", "GEPA") is not None:
         patches.wrap(resolve("gepa"), "optimize", observed, loses="GEPA's trials, verdicts and reflections")

@@ -38,7 +38,7 @@ class Optimization:
 
 def remember(run: Run, trial: Scored) -> None:
     """Note a scored candidate; a winner and a trial that decides are not replaced by one that does not."""
-    if trial.candidate is None:
+    if trial.candidate is None or not _makes(run, trial.candidate):
         return
     with _lock:
         known = _made.get(trial.candidate)
@@ -51,9 +51,19 @@ def remember(run: Run, trial: Scored) -> None:
 def remember_winner(run: Run, program_id: str) -> Scored | None:
     """Note what a compile returned, and give the trial that scored it."""
     trial = run.trial_of(program_id)
-    number, score = (trial.number, trial.score) if trial is not None else (None, None)
-    _keep(Optimization(run.id, run.name, program_id, number, score, True))
+    if _makes(run, program_id):
+        number, score = (trial.number, trial.score) if trial is not None else (None, None)
+        _keep(Optimization(run.id, run.name, program_id, number, score, True))
     return trial
+
+
+def _makes(run: Run, program_id: str) -> bool:
+    """Whether a program is of a run's making: not if it came from another run, or if programs compile at each call."""
+    if run.inference_time:
+        return False
+    with _lock:
+        known = _made.get(program_id)
+    return known is None or known.run_id == run.id or program_id != run.initial_id
 
 
 def _keep(optimization: Optimization) -> None:

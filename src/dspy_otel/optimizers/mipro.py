@@ -11,7 +11,6 @@ from ..patching import Patches, resolve
 from ..telemetry.attributes import Attributes
 from .plan import Evaluation, Phase, Plan
 from .run import Run
-from .spans import current_run
 
 if TYPE_CHECKING:
     from . import Optimizers
@@ -72,11 +71,6 @@ def patch(optimizers: Optimizers, patches: Patches) -> None:
     patches.wrap(owner, choice, note_choice, loses="the parameters of MIPROv2's trials")
 
 
-def _plan(optimizers: Optimizers) -> MIPROv2Plan | None:
-    run = current_run(optimizers.phases)
-    return run.plan if run is not None and isinstance(run.plan, MIPROv2Plan) else None
-
-
 def _search(run: Run, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Phase:
     # (self, program, instruction_candidates, demo_candidates, evaluate, valset, num_trials, minibatch,
     #  minibatch_size, minibatch_full_eval_steps, seed)
@@ -95,6 +89,6 @@ def _argument(args: tuple[Any, ...], kwargs: Mapping[str, Any], index: int, name
 
 
 def _note(optimizers: Optimizers, optimizer: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-    plan = _plan(optimizers)
+    plan = optimizers.running(MIPROv2Plan)
     if plan is not None:
         plan.choose(_argument(args, kwargs, 3, "trial").params)

@@ -10,7 +10,6 @@ from ..patching import Patches, resolve
 from ..telemetry.attributes import Attributes
 from .plan import Evaluation, Plan
 from .run import Run
-from .spans import current_run
 
 if TYPE_CHECKING:
     from . import Optimizers
@@ -40,9 +39,9 @@ def patch(optimizers: Optimizers, patches: Patches) -> None:
     def note_trial(original: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(original)
         def wrapper(self_: Any, trial: Any, *args: Any, **kwargs: Any) -> Any:
-            run = optimizers.telemetry.safely("Optuna trial", None, current_run, optimizers.phases)
-            if run is not None and isinstance(run.plan, OptunaPlan):
-                run.plan.trial = trial
+            plan = optimizers.running(OptunaPlan)
+            if plan is not None:
+                plan.trial = trial
             return original(self_, trial, *args, **kwargs)
 
         return wrapper

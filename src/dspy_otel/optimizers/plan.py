@@ -132,6 +132,9 @@ class Plan:
     def begin(self) -> None:
         """The compile begins; its span is open."""
 
+    def told(self) -> None:
+        """:attr:`arguments` are known; again when a subclass's ``compile()`` has told more to the one it overrides."""
+
     def end(self) -> None:
         """The compile ends; its span is still open."""
 
@@ -170,7 +173,7 @@ class Plan:
     def score(self, result: Any, error: BaseException | None) -> float | None:
         """The score, as the optimizer counts it."""
         if error is not None:
-            return self.failed_score
+            return self.failed_score if isinstance(error, Exception) else None  # interrupted: no optimizer goes on
         return score_of(getattr(result, "score", None))
 
     def scored(self, trial: Trial, result: Any) -> None:

@@ -18,7 +18,7 @@ _STRATEGIES: Final = {-3: "zero_shot", -2: "labeled", -1: "bootstrap_unshuffled"
 class RandomSearchPlan(Plan):
     """The k-th evaluation belongs to the k-th seed that is not left out by ``restrict``."""
 
-    def begin(self) -> None:
+    def told(self) -> None:
         restrict = self.arguments.get("restrict")
         chosen = None if restrict is None else set(restrict)
         last = self.instance.num_candidate_sets

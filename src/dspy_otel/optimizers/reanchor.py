@@ -13,7 +13,6 @@ from ..telemetry.attributes import Attributes
 from ..telemetry.content import Content
 from .plan import Evaluation, Plan, mean_of
 from .run import MEAN
-from .spans import current_run
 
 if TYPE_CHECKING:
     from . import Optimizers
@@ -54,9 +53,8 @@ def patch(optimizers: Optimizers, patches: Patches) -> None:
     def as_evaluation(original: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(original)
         def scores(program: Any, examples: Any, metric: Any, num_threads: Any = None, *args: Any, **kwargs: Any) -> Any:
-            run = optimizers.telemetry.safely("ReAnchor", None, current_run, optimizers.phases)
             call = None
-            if run is not None:
+            if optimizers.running(Plan) is not None:
                 given = SimpleNamespace(program=program, metric=metric, devset=examples, num_threads=num_threads)
                 call = optimizers.evaluate.open(given, (), {})
             if call is None:

@@ -58,6 +58,7 @@ class Run:
         student: it.
         plan: what is particular to this optimizer.
         attempt: which attempt this is, for an optimizer that can go on after its process was killed.
+        inference_time: a program compiles as part of its own answer (KNNFewShot).
     """
 
     telemetry: Telemetry
@@ -71,6 +72,7 @@ class Run:
     student: Any = None
     plan: Plan = field(init=False)
     attempt: Attempt | None = None
+    inference_time: bool = False
 
     live: ClassVar[int] = 0
     """How many optimizations are running in this process. While none is, its hooks cost nothing."""

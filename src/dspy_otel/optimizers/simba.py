@@ -16,10 +16,11 @@ from .. import semconv as names
 from ..patching import Patches, resolve
 from ..telemetry.attributes import Attributes
 from ..telemetry.errors import hide_frames
+from ..telemetry.scope import current_scope
 from ..telemetry.spans import Call, detach
 from .plan import Evaluation, Phase, Plan, Trial, mean_of
 from .run import MEAN, Run
-from .spans import CandidateRun, current_run
+from .spans import CandidateRun
 
 if TYPE_CHECKING:
     from . import Optimizers
@@ -44,6 +45,14 @@ class SIMBAPlan(Plan):
     def end(self) -> None:
         _strategies.give_back(self.instance)
 
+    def told(self) -> None:
+        # At most: a strategy may fail, and the same program may be chosen twice for the end.
+        rows = self.arguments.get("trainset")
+        if isinstance(rows, (list, tuple)):
+            size, candidates, steps = self.instance.bsize, self.instance.num_candidates, self.instance.max_steps
+            step = size * (candidates + min(size, candidates + 1))
+            self.run.planned_examples = steps * step + min(steps, candidates) * len(rows) + len(rows)
+
     def new_step(self) -> None:
         """The next step begins: it samples first, then scores candidates."""
         self.step += 1
@@ -64,8 +73,9 @@ class SIMBAPlan(Plan):
                 if source < len(self.pool) and self.pool[source] is not None:
                     parents = [str(self.pool[source])]
             return Trial(self.next, params, parents)
-        initial = about.program_id is not None and about.program_id == self.run.initial_id
-        return Trial(names.TRIAL_BASELINE if initial else names.TRIAL_VALIDATION)
+        # Several of the programs chosen for the end may be copies of the initial one.
+        kind = self.kind_of(about)
+        return Trial(kind if kind == names.TRIAL_BASELINE else names.TRIAL_VALIDATION)
 
     def score(self, result: Any, error: BaseException | None) -> float | None:
         return mean_of(result)
@@ -178,8 +188,7 @@ def patch(optimizers: Optimizers, patches: Patches) -> None:
     module = resolve("dspy.teleprompt.simba")
 
     def plan() -> SIMBAPlan | None:
-        run = telemetry.safely("SIMBA", None, current_run, optimizers.phases)
-        return run.plan if run is not None and isinstance(run.plan, SIMBAPlan) else None
+        return optimizers.running(SIMBAPlan)
 
     def note_step(original: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(original)
@@ -213,6 +222,9 @@ def patch(optimizers: Optimizers, patches: Patches) -> None:
         def evaluate_observed(self_: Any, *args: Any, **kwargs: Any) -> Any:
             current = plan()
             pairs = args[0] if args and isinstance(args[0], list) else None
+            if current is not None and pairs == [] and telemetry.safely("SIMBA evaluation", None, _in_compile):
+                # Every strategy has failed: there is no candidate to score.
+                telemetry.safely("SIMBA evaluation", None, current.evaluated, [])
             if current is None or not pairs or not isinstance(pairs[0][0], _Observed):
                 return original(self_, *args, **kwargs)
             about = telemetry.safely("SIMBA evaluation", None, current.phase)
@@ -245,6 +257,12 @@ _Group = tuple[Call, list[int]]
 
 def _evaluated(plan: SIMBAPlan, groups: list[_Group]) -> None:
     plan.evaluated([_candidate(call) for call, _ in groups])
+
+
+def _in_compile() -> bool:
+    """Whether the optimizer itself is at work here, and not a program that it runs."""
+    scope = current_scope()
+    return scope is not None and scope.kind == "compile"
 
 
 def _candidate(call: Call) -> str | None:

@@ -308,8 +308,11 @@ class DirectModule(ModuleOperation):
 
     def start(self, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any], parent: Scope | None) -> Start | None:
         start = super().start(instance, args, kwargs, parent)
-        if start is not None and parent is not None and parent.kind == "compile":
-            run = run_of(parent)
+        around = parent
+        while around is not None and around.kind == "parallel":  # dspy.Parallel, Module.batch
+            around = around.parent
+        if start is not None and around is not None and around.kind == "compile":
+            run = run_of(around)
             if run is not None and is_program_of(run, instance):
                 start.scope.role = run.plan.program_role
         return start

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from typing import Any, Final
 
@@ -16,7 +17,7 @@ MOST: Final = 256 * 1024
 
 
 def state_of(program: Any) -> dict[str, Any]:
-    """Instructions, field prefixes and demos of every predictor by name.
+    """Instructions, field prefixes, demos and decision settings of every predictor by name.
 
     Plain copies: optimizers change programs in place.
     """
@@ -28,6 +29,7 @@ def state_of(program: Any) -> dict[str, Any]:
                 for field, info in predictor.signature.fields.items()
             },
             "demos": [_copied(demo) for demo in peek.items(predictor.demos)],
+            "decisions": copy.deepcopy(predictor.__dict__.get("fields") or {}),  # DSPy 3.4
         }
         for name, predictor in program.named_predictors()
     }
@@ -42,15 +44,15 @@ def differences(parent: dict[str, Any], child: dict[str, Any]) -> dict[str, Any]
     """What changed from ``parent`` to ``child``, by predictor.
 
     Returns:
-        For each changed predictor: ``instructions`` and ``prefixes`` with ``before`` and ``after``; ``demos`` with
-        those ``added`` and the number ``removed``. Empty when nothing changed.
+        For each changed predictor: ``instructions``, ``prefixes`` and ``decisions`` with ``before`` and ``after``;
+        ``demos`` with those ``added`` and the number ``removed``. Empty when nothing changed.
     """
     changes: dict[str, Any] = {}
     for name, state in child.items():
-        before = parent.get(name, {"instructions": None, "prefixes": None, "demos": []})
+        before = parent.get(name, {"instructions": None, "prefixes": None, "demos": [], "decisions": {}})
         change: dict[str, Any] = {
             part: {"before": before[part], "after": state[part]}
-            for part in ("instructions", "prefixes")
+            for part in ("instructions", "prefixes", "decisions")
             if state[part] != before[part]
         }
         added = [demo for demo in state["demos"] if demo not in before["demos"]]

@@ -22,7 +22,10 @@ MOST_HELD: Final = 5000
 def begin_example(telemetry: Telemetry, scope: Scope) -> None:
     """An example or attempt begins, perhaps inside an optimization: hold or drop its trace, if the mode says so."""
     mode = telemetry.config.optimization_traces
-    if mode == "all" or not Run.live or scope.hold is not None or run_of(scope) is None:
+    if mode == "all" or not Run.live or scope.hold is not None:
+        return
+    run = run_of(scope)
+    if run is None or run.inference_time:
         return
     scope.hold = Dropped() if mode == "none" else Held(telemetry.tracer)
 
