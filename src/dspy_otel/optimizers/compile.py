@@ -24,6 +24,11 @@ from .state import put_state, state_of
 
 # Stamps that are told by run, and so hold for one run only.
 _OF_ONE_RUN: Final = (names.OPTIMIZER_PHASE, names.TRIAL_NUMBER, names.CANDIDATE_ID)
+# How a compile inside another one tells where in that it is.
+_OF_PARENT: Final = (
+    (names.OPTIMIZER_PHASE, names.OPTIMIZER_PARENT_PHASE),
+    (names.TRIAL_NUMBER, names.OPTIMIZER_PARENT_TRIAL),
+)
 
 
 class CompileOperation(Operation):
@@ -68,8 +73,9 @@ class CompileOperation(Operation):
         if run.parent is not None:
             stamps[names.OPTIMIZER_ROOT_RUN_ID] = run.root.id
             attributes[names.OPTIMIZER_PARENT_RUN_ID] = run.parent.id
-            if names.TRIAL_NUMBER in scope.stamps:
-                attributes[names.OPTIMIZER_PARENT_TRIAL] = scope.stamps[names.TRIAL_NUMBER]
+            for stamp, key in _OF_PARENT:
+                if stamp in scope.stamps:
+                    attributes[key] = scope.stamps[stamp]
         if run.inference_time:
             attributes[names.OPTIMIZER_INFERENCE_TIME] = True
         scope.stamps = stamps

@@ -106,7 +106,7 @@ class Collector:
     def step(self, span: ReadableSpan) -> None:
         """A phase, or an optimizer inside this one, has ended. The latter counts to the phase it is in, if any."""
         at = span.attributes or {}
-        phase = at.get(sc.OPTIMIZER_PHASE)
+        phase = at.get(sc.OPTIMIZER_PARENT_PHASE, at.get(sc.OPTIMIZER_PHASE))
         inside = phase is not None and span.name not in PHASES
         found = self._phase(phase or at.get(sc.OPTIMIZER_NAME, span.name))
         add(found.usage, self._own(span))
