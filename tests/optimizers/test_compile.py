@@ -498,6 +498,14 @@ def test_who_only_starts_from_a_program_has_not_made_it(telemetry: Any) -> None:
     quietly(Again().compile, winner, trainset=rows)
     assert compile_span(telemetry, "Again").attributes["dspy.optimizer.winner.trial"] == 1
     assert optimization(winner) == made
+    # What nobody has made is known from whoever worked with it last.
+    first = ColourFamily()
+    for _ in range(2):
+        telemetry.clear()
+        quietly(Again().compile, first, trainset=rows)
+        told = optimization(first)
+        assert told is not None
+        assert told.run_id == compile_span(telemetry, "Again").attributes["dspy.optimizer.run.id"]
 
 
 @pytest.mark.integration

@@ -13,6 +13,8 @@ from .run import Run, Scored
 _MOST: Final = 4096
 _lock: Final = threading.Lock()
 _made: Final[OrderedDict[str, Optimization]] = OrderedDict()
+_given: Final[set[str]] = set()
+"""Those among them that no run has made: each run that knows them has started from them."""
 
 
 @dataclass(frozen=True)
@@ -38,40 +40,39 @@ class Optimization:
 
 def remember(run: Run, trial: Scored) -> None:
     """Note a scored candidate; a winner and a trial that decides are not replaced by one that does not."""
-    if trial.candidate is None or not _makes(run, trial.candidate):
+    if trial.candidate is None:
         return
     with _lock:
         known = _made.get(trial.candidate)
-        if known is not None and (known.winner or not trial.decides) and known.run_id == run.id:
-            return
+    if known is not None and (known.winner or not trial.decides) and known.run_id == run.id:
+        return
     best = run.trial_of(trial.candidate) or trial
-    _keep(Optimization(run.id, run.name, trial.candidate, best.number, best.score, False))
+    _keep(run, Optimization(run.id, run.name, trial.candidate, best.number, best.score, False))
 
 
 def remember_winner(run: Run, program_id: str) -> Scored | None:
     """Note what a compile returned, and give the trial that scored it."""
     trial = run.trial_of(program_id)
-    if _makes(run, program_id):
-        number, score = (trial.number, trial.score) if trial is not None else (None, None)
-        _keep(Optimization(run.id, run.name, program_id, number, score, True))
+    number, score = (trial.number, trial.score) if trial is not None else (None, None)
+    _keep(run, Optimization(run.id, run.name, program_id, number, score, True))
     return trial
 
 
-def _makes(run: Run, program_id: str) -> bool:
-    """Whether a program is of a run's making: not if it came from another run, or if programs compile at each call."""
+def _keep(run: Run, optimization: Optimization) -> None:
+    """Keep it, unless programs compile at each call, or the run only started from what another one has made."""
     if run.inference_time:
-        return False
+        return
+    program_id = optimization.program_id
+    given = program_id == run.initial_id
     with _lock:
         known = _made.get(program_id)
-    return known is None or known.run_id == run.id or program_id != run.initial_id
-
-
-def _keep(optimization: Optimization) -> None:
-    with _lock:
-        _made[optimization.program_id] = optimization
-        _made.move_to_end(optimization.program_id)
+        if given and known is not None and known.run_id != run.id and program_id not in _given:
+            return
+        (_given.add if given else _given.discard)(program_id)
+        _made[program_id] = optimization
+        _made.move_to_end(program_id)
         while len(_made) > _MOST:
-            _made.popitem(last=False)
+            _given.discard(_made.popitem(last=False)[0])
 
 
 def optimization(program: Any) -> Optimization | None:
