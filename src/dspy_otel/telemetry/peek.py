@@ -83,9 +83,12 @@ def field(value: Any, name: str, default: Any = None) -> Any:
         if library(base) in _TRUSTED:
             return getattr(value, name, default)
         return default if hasattr(type(found), "__get__") else found
-    # pydantic keeps what a model allows beyond its fields apart.
-    extra = slot(value, "__pydantic_extra__")
-    return dict.get(extra[0], name, default) if extra and type(extra[0]) is dict else default
+    # pydantic keeps apart what a model has beyond its fields.
+    for place in ("__pydantic_extra__", "__pydantic_private__"):
+        kept = slot(value, place)
+        if kept and type(kept[0]) is dict and name in kept[0]:
+            return kept[0][name]
+    return default
 
 
 def length(value: Any) -> int | None:
