@@ -113,7 +113,12 @@ class Store:
 
         # Traces: each with all of its spans, on its run, with one score.
         spans_of: Counter[str] = Counter(trace_id(span) for span in self.spans.get_finished_spans())
-        stored = self.client.search_traces(locations=[self.experiment_id], max_results=500)
+        stored, token = [], None
+        while True:
+            page = self.client.search_traces(locations=[self.experiment_id], max_results=200, page_token=token)
+            stored += page
+            if not (token := page.token):
+                break
         assert Counter({trace.info.trace_id: len(trace.data.spans) for trace in stored}) == spans_of
         for key in trials:
             expected = {
