@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import re
-import time
 
 import dspy
 import pytest
@@ -76,19 +75,22 @@ def test_consumer_stops_early(telemetry, words, caplog, engine, is_async_program
                 break
             telemetry.tracer.start_span("after").end()
 
-    # The loop's end closes the abandoned stream, from a task of its own.
-    asyncio.run(consumer())
-    # The program itself runs on a thread, and notices when it wants to send its next chunk.
-    for _ in range(200):
-        if telemetry.named("invoke_workflow"):
-            break
-        time.sleep(0.02)
+    async def application():
+        await asyncio.create_task(consumer())
+        # The loop closes the abandoned stream, from a task of its own. The program may run on a thread and notice when
+        # it wants to send its next chunk: to a loop that is gone, AnyIO would wait for ever.
+        for _ in range(500):
+            if telemetry.named("invoke_workflow"):
+                break
+            await asyncio.sleep(0.02)
+
+    asyncio.run(application())
     # All closed, below their true parents, and the application's own context is what it was.
-    application = telemetry.only("application")
+    root = telemetry.only("application")
     workflow, chat = telemetry.only("invoke_workflow"), telemetry.only("chat")
-    assert workflow.parent.span_id == application.context.span_id
+    assert workflow.parent.span_id == root.context.span_id
     assert chat.parent.span_id == workflow.context.span_id
-    assert telemetry.only("after").parent.span_id == application.context.span_id
+    assert telemetry.only("after").parent.span_id == root.context.span_id
     assert chat.attributes["dspy.lm.chunks"] >= 1
     assert not [record.message for record in caplog.records if "detach" in record.message.lower()]
     if NATIVE:
