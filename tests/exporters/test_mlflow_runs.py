@@ -505,6 +505,29 @@ def test_no_number_and_no_text_holds_anything_up(program: Program, store: Memory
     assert "report.html" in run["artifacts"]
 
 
+class Raising(logging.Handler):
+    """A handler of the user's that cannot take anything."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        raise RuntimeError("no disk")
+
+
+def test_a_logging_handler_that_raises_stops_no_thread(program: Program, store: Memory) -> None:
+    handler = Raising()
+    logging.getLogger("dspy_otel").addHandler(handler)
+    try:
+        store.failure = ExportError("unreachable", "nobody there")
+        span = program.compile()
+        program.trial(span, 1, 50.0, examples=2)
+        span.end()
+        assert not program.provider.force_flush(300)
+        store.failure = None
+        assert program.provider.force_flush()
+    finally:
+        logging.getLogger("dspy_otel").removeHandler(handler)
+    assert store.runs["id of r1"]["status"] == "FINISHED"
+
+
 def test_a_report_that_fails_holds_nothing_up(
     program: Program, store: Memory, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

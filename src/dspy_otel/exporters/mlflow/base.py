@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 from urllib.parse import urlsplit
@@ -146,3 +147,15 @@ def first_line(error: Exception) -> str:
     """Type and first line of an error: SQLAlchemy's go on with statements and parameters, which are content."""
     lines = str(error).splitlines()
     return f"{type(error).__name__}: {lines[0][:300] if lines else ''}"
+
+
+def say(log: Callable[..., object], message: str, *arguments: object) -> None:
+    """Log ``message % arguments``; a handler of the user's that raises must not stop the thread that says it.
+
+    Args:
+        log: a method of a logger.
+        message: a %-format.
+        arguments: for the format.
+    """
+    with contextlib.suppress(Exception):
+        log(message, *arguments)

@@ -20,7 +20,7 @@ from typing import Final, NamedTuple
 from opentelemetry.instrumentation.utils import suppress_instrumentation
 from opentelemetry.sdk.trace import ReadableSpan
 
-from dspy_otel.exporters.mlflow.base import ExportError, first_line
+from dspy_otel.exporters.mlflow.base import ExportError, first_line, say
 from dspy_otel.exporters.mlflow.pace import Pace
 from dspy_otel.exporters.mlflow.spool import Spool, SpoolError
 
@@ -232,7 +232,7 @@ class Delivery:
             try:
                 spans = self.spool.read(path)
             except (OSError, ValueError) as error:  # somebody has been at it
-                _logger.error("Spans in %s cannot be read: %s", path, first_line(error))
+                say(_logger.error, "Spans in %s cannot be read: %s", path, first_line(error))
                 path.rename(path.with_suffix(".broken"))
                 continue
             self._current = _Batch(spans, path)
@@ -253,7 +253,7 @@ class Delivery:
                     return False
             else:
                 if self._failures:
-                    _logger.warning("MLflow takes spans again.")
+                    say(_logger.warning, "MLflow takes spans again.")
                     self._reported.clear()
                 self._failures = 0
                 self._succeeded(spans[:_BATCH])
@@ -372,7 +372,7 @@ class Delivery:
     def _report(self, cause: str, message: str) -> None:
         if cause not in self._reported and not self._over:
             self._reported.add(cause)
-            _logger.error("%s", message)
+            say(_logger.error, "%s", message)
 
 
 def weight(span: ReadableSpan) -> int:

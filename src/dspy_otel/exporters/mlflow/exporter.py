@@ -23,6 +23,7 @@ from dspy_otel.exporters.mlflow.base import (
     WantedExperiment,
     first_line,
     public_uri,
+    say,
 )
 from dspy_otel.exporters.mlflow.spool import Spool, spool_directory, spool_limit
 from dspy_otel.exporters.mlflow.translate import translate
@@ -126,7 +127,7 @@ class MLflowSpanExporter(SpanExporter):
             self._fail(type(error).__name__, f"Spans could not be written: {first_line(error)}", len(spans))
             return SpanExportResult.FAILURE
         if self._reported:
-            _logger.warning("MLflow takes spans again; lost in between: %d.", self._lost)
+            say(_logger.warning, "MLflow takes spans again; lost in between: %d.", self._lost)
             self._reported.clear()
             self._lost = 0
         return SpanExportResult.SUCCESS
@@ -148,7 +149,7 @@ class MLflowSpanExporter(SpanExporter):
             return
         self._stopped.set()
         if self._lost:
-            _logger.warning("Spans not written to MLflow: %d.", self._lost)
+            say(_logger.warning, "Spans not written to MLflow: %d.", self._lost)
         if self.tracker is None:
             self.close()
 
@@ -243,7 +244,8 @@ class MLflowSpanExporter(SpanExporter):
         uri = self.uri
         if not (self._tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")):
             path = os.path.join(self._directory, "mlflow.db")
-            _logger.warning(
+            say(
+                _logger.warning,
                 "MLFLOW_TRACKING_URI is not set: traces go to %s. To look at them: mlflow ui --backend-store-uri %s",
                 path,
                 uri,
@@ -298,7 +300,7 @@ class MLflowSpanExporter(SpanExporter):
         if cause not in self._reported:
             self._reported.add(cause)
             until = "No span will be written." if self._dead else "Spans are dropped until it works."
-            _logger.error("%s %s", message, until)
+            say(_logger.error, "%s %s", message, until)
 
     def _after_fork(self) -> None:
         self._lock = threading.Lock()

@@ -25,6 +25,7 @@ from opentelemetry.instrumentation.utils import suppress_instrumentation
 from opentelemetry.sdk.trace import ReadableSpan, Span, SpanProcessor
 
 from dspy_otel import semconv as sc
+from dspy_otel.exporters.mlflow.base import first_line, say
 from dspy_otel.exporters.mlflow.delivery import Delivery, join, start_thread
 from dspy_otel.exporters.mlflow.exporter import MLflowSpanExporter
 from dspy_otel.exporters.mlflow.pace import Pace
@@ -173,8 +174,8 @@ class RunTracker(SpanProcessor):
         self._stop.set()
         try:
             self._leave_rest()
-        except Exception:
-            _logger.warning("MLflow: what was not written is lost.", exc_info=True)
+        except Exception as error:
+            say(_logger.warning, "MLflow: what was not written is lost (%s).", first_line(error))
         self._exporter.close()
         if interrupted is not None and threading.main_thread().is_alive():
             raise interrupted
@@ -186,7 +187,7 @@ class RunTracker(SpanProcessor):
         self._urgent.set()
         waiting = self._delivery.waiting + len(self._events) + (0 if self._worker is None else self._worker.waiting)
         if waiting > _WORTH_A_LINE:
-            _logger.warning("MLflow: writing the last %d spans and scores; at most %.0f s.", waiting, seconds)
+            say(_logger.warning, "MLflow: writing the last %d spans and scores; at most %.0f s.", waiting, seconds)
         # A store in this process works, however long it takes.
         hangs_after = _HANGS_AFTER if self._exporter.is_remote else seconds
         self._delivery.stop(self._deadline, hangs_after)
@@ -234,7 +235,7 @@ class RunTracker(SpanProcessor):
         try:
             self._spool.put_state(worker.state())
         except SpoolError as error:
-            _logger.error("Runs and scores cannot be kept: %s.", error)
+            say(_logger.error, "Runs and scores cannot be kept: %s.", error)
             return False
         return True
 
@@ -344,7 +345,7 @@ def exit_seconds() -> float:
     except ValueError:
         seconds = -1.0
     if not 0 <= seconds < float("inf"):
-        _logger.warning("dspy-otel: %s: use a number of seconds; using %g", ENV_EXIT_SECONDS, EXIT_SECONDS)
+        say(_logger.warning, "dspy-otel: %s: use a number of seconds; using %g", ENV_EXIT_SECONDS, EXIT_SECONDS)
         return EXIT_SECONDS
     return seconds
 

@@ -17,6 +17,7 @@ from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.trace import StatusCode
 
 from dspy_otel import semconv as sc
+from dspy_otel.exporters.mlflow.base import say
 from dspy_otel.report import Collector, render
 from dspy_otel.report.collect import is_phase, load_json, row_of, trace_id_of
 from dspy_otel.report.model import number as as_number
@@ -540,7 +541,7 @@ class Tree:
         try:
             run.artifacts[REPORT] = render(report)
         except Exception as error:
-            _logger.warning("The report of %s could not be made (%s).", run.name, type(error).__name__)
+            say(_logger.warning, "The report of %s could not be made (%s).", run.name, type(error).__name__)
             _logger.debug("no report", exc_info=True)
 
     # --- trials -------------------------------------------------------------------------------------------------

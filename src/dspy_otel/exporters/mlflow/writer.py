@@ -18,7 +18,7 @@ from typing import Any, Final, Protocol, TypeVar
 from opentelemetry.instrumentation.utils import suppress_instrumentation
 from opentelemetry.sdk.trace import ReadableSpan
 
-from dspy_otel.exporters.mlflow.base import ExportError, first_line
+from dspy_otel.exporters.mlflow.base import ExportError, first_line, say
 from dspy_otel.exporters.mlflow.delivery import start_thread
 from dspy_otel.exporters.mlflow.pace import Pace
 from dspy_otel.exporters.mlflow.state import Left, dump, load
@@ -234,7 +234,7 @@ class RunWriter:
             self._failed(error)
         else:
             if self.failures:
-                _logger.warning("MLflow takes runs again.")
+                say(_logger.warning, "MLflow takes runs again.")
             self.failures, self.error = 0, None
             self._reported.clear()
 
@@ -425,12 +425,12 @@ class RunWriter:
             self.dead = True  # the exporter says why: it cannot write either
         elif explained.cause not in self._reported:
             self._reported.add(explained.cause)
-            _logger.warning("%s Runs and scores wait until it works.", explained)
+            say(_logger.warning, "%s Runs and scores wait until it works.", explained)
 
     def _report(self, error: ExportError) -> None:
         if error.cause not in self._reported:
             self._reported.add(error.cause)
-            _logger.warning("%s This is left out.", error)
+            say(_logger.warning, "%s This is left out.", error)
 
 
 class _Helpers:
