@@ -39,7 +39,7 @@ from opentelemetry.sdk.trace.id_generator import IdGenerator
 from opentelemetry.sdk.trace.sampling import Sampler
 
 import dspy_otel
-from dspy_otel.telemetry import spans
+from dspy_otel.telemetry import guard, spans
 from tests.inert import hostile
 from tests.optimizers import common, test_inert
 from tests.support.spans import Recorder
@@ -463,6 +463,8 @@ def is_written(function: Any) -> bool:
 
 
 PLACES = functions()
+GUARDED = guard.guarded("")(functions).__code__
+"""The code of whatever a guard is around."""
 
 
 class Fault:
@@ -490,6 +492,8 @@ class Fault:
         replacement: Any = broken
         if in_class and issubclass(self.owner, spans.Operation) and self.name in ("open", "close"):
             replacement = {"open": spans.safe_open, "close": spans.safe_close}[self.name](broken)
+        elif getattr(original, "__code__", None) is GUARDED:
+            replacement = guard.guarded("a part")(broken)  # broken inside its guard
         elif isinstance(original, property):
             replacement = property(broken)
         elif isinstance(original, (staticmethod, classmethod)):
@@ -659,7 +663,7 @@ def resumed() -> Any:
 
 NEVER_CALLED = re.compile(
     r"optimizers\.(finetune|reanchor|progress|memory)\.|interpreter|typed|_CountedStream|_note_(chunk|retry|litellm)"
-    r"|outcome_of_response|on_merge_rejected|formatting_without|\.remote\._typed|\.HeldSpan\.|Asking\.of"
+    r"|_keys_of_suppression|simba\._in_compile|outcome_of_response|on_merge_rejected|formatting_without|\.remote\._typed|\.HeldSpan\.|Asking\.of"
     r"|\.__init__$|\.Telemetry\.(_make|__)|parent_of_process|\.(Operation|Plan|Blob)\.\w+$|_Pending|_moment|moment$"
 )
 """Not in a scenario here: other DSPy versions, a terminal, a stream, fine-tuning, what runs at instrument() or is
@@ -709,7 +713,7 @@ def test_each_function_of_ours_fails_in_turn(
 ) -> None:
     scenario = scenario_of(place)
     if scenario is None:
-        assert NEVER_CALLED.search(place), "no scenario comes by here"
+        assert NEVER_CALLED.search(place) or AT_TIMES.search(place), "no scenario comes by here"
         pytest.skip("no scenario comes by here; it has tests of its own")
     expected = unwatched(scenario)
     fault = Fault(place)

@@ -11,6 +11,7 @@ from typing import Any, Final, TypeVar
 from ..operations.program import Programs
 from ..patching import Patches
 from ..telemetry.core import Telemetry
+from ..telemetry.guard import guarded
 from . import (
     better_together,
     bootstrap,
@@ -78,6 +79,7 @@ class Optimizers:
                 return self.plans[kind.__name__]
         return Plan
 
+    @guarded("optimizer")
     def running(self, kind: type[_Plan]) -> _Plan | None:
         """The plan of the optimization that runs here, if it is one of this kind."""
         run = current_run(self.phases)
