@@ -239,8 +239,6 @@ def is_allowed(place: str, kind: str, content: bool) -> bool:
     """Where user's code runs on purpose."""
     if kind == "spy error" and place.endswith("error") and content:
         return True  # a class of exceptions with a message of its own is asked for it
-    if place == "config of a call" and content and dspy.__version__.startswith("3.3."):
-        return True  # pydantic rejects it there, in an error with a message of its own
     if place == "held":
         return True  # DSPy's `named_predictors()` looks into everything that a module holds
     return place == "student" and content  # a program that is being optimized is saved, as DSPy saves it
