@@ -7,6 +7,7 @@ import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import pydantic
 import pytest
 
 from dspy_otel.telemetry.content import Content
@@ -84,3 +85,14 @@ def test_redaction_that_raises_leaves_the_type() -> None:
         raise RuntimeError
 
     assert exception_attributes(caught(0), Content(1000, redact=redact)) == {"exception.type": "ValueError"}
+
+
+def test_what_pydantic_rejects_is_not_asked_for_its_text() -> None:
+    class Loud:
+        def __repr__(self) -> str:
+            raise AssertionError("touched")
+
+    with pytest.raises(pydantic.ValidationError) as caught:
+        pydantic.TypeAdapter(int).validate_python(Loud())
+    attributes = exception_attributes(caught.value, Content(1000))
+    assert "valid integer" in str(attributes["exception.message"])

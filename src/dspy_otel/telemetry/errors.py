@@ -105,6 +105,9 @@ def message_of(error: BaseException) -> Any:
     """
     if _says_itself(type(error)):
         try:
+            if type(error).__module__ == "pydantic_core._pydantic_core" and hasattr(error, "errors"):
+                # Its own text has `repr()` of the values that it rejects.
+                return error.errors(include_url=False, include_context=False, include_input=False)
             return str(error)
         except Exception as problem:
             return f"<{error_type(error)}: its message raises {error_type(problem)}>"
