@@ -88,11 +88,15 @@ def test_redaction_that_raises_leaves_the_type() -> None:
 
 
 def test_what_pydantic_rejects_is_not_asked_for_its_text() -> None:
-    class Loud:
+    touched = []
+
+    class Watched:
         def __repr__(self) -> str:
-            raise AssertionError("touched")
+            touched.append(self)
+            return "x"
 
     with pytest.raises(pydantic.ValidationError) as caught:
-        pydantic.TypeAdapter(int).validate_python(Loud())
+        pydantic.TypeAdapter(int).validate_python(Watched())
     attributes = exception_attributes(caught.value, Content(1000))
+    assert touched == []
     assert "valid integer" in str(attributes["exception.message"])
