@@ -18,9 +18,10 @@ from opentelemetry.sdk.trace.export import BatchSpanProcessor, SimpleSpanProcess
 from dspy_otel import semconv as sc
 from dspy_otel.exporters.mlflow import MLflowSpanExporter, delivery, runs, tree, writer
 from dspy_otel.exporters.mlflow.base import ExportError
+from dspy_otel.exporters.mlflow.mapping import program_params
 from dspy_otel.exporters.mlflow.otlp import decode
 from dspy_otel.exporters.mlflow.runs import RunTracker, exporters_of, track_runs
-from dspy_otel.exporters.mlflow.tree import Run, Score, program_params, safe_key
+from dspy_otel.exporters.mlflow.wanted import Run, Score, safe_key
 
 
 class Memory:

@@ -10,7 +10,7 @@ from typing import Any, Final, TypeVar
 from dspy_otel import semconv as sc
 from dspy_otel.exporters.mlflow.base import ExportError
 from dspy_otel.exporters.mlflow.exporter import MLflowSpanExporter
-from dspy_otel.exporters.mlflow.tree import BEST_PROGRAM, COMPILE, TAG_KIND, StoredRun
+from dspy_otel.exporters.mlflow.wanted import BEST_PROGRAM, COMPILE, TAG_KIND, StoredRun
 
 _Program = TypeVar("_Program")
 _PERCENT: Final = "percent"

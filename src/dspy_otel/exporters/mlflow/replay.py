@@ -25,11 +25,13 @@ from opentelemetry.sdk.trace import ReadableSpan
 from dspy_otel import semconv as sc
 from dspy_otel.exporters.mlflow.base import ExportError, WantedExperiment, first_line, public_uri
 from dspy_otel.exporters.mlflow.exporter import MLflowSpanExporter
+from dspy_otel.exporters.mlflow.mapping import is_example, kind_of
 from dspy_otel.exporters.mlflow.otlp import decode, decode_json
 from dspy_otel.exporters.mlflow.pace import Pace
 from dspy_otel.exporters.mlflow.runs import is_for_run, is_ours
 from dspy_otel.exporters.mlflow.spool import Place, SpoolError, count_of, places
-from dspy_otel.exporters.mlflow.tree import COMPILE, TRIAL, Models, is_example, kind_of
+from dspy_otel.exporters.mlflow.tree import Models
+from dspy_otel.exporters.mlflow.wanted import COMPILE, TRIAL
 from dspy_otel.exporters.mlflow.writer import RunWriter
 from dspy_otel.report.collect import is_phase
 

@@ -28,9 +28,11 @@ from dspy_otel import semconv as sc
 from dspy_otel.exporters.mlflow.base import first_line, say
 from dspy_otel.exporters.mlflow.delivery import Delivery, join, start_thread
 from dspy_otel.exporters.mlflow.exporter import MLflowSpanExporter
+from dspy_otel.exporters.mlflow.mapping import is_example, kind_of
 from dspy_otel.exporters.mlflow.pace import Pace
 from dspy_otel.exporters.mlflow.spool import Spool, SpoolError
-from dspy_otel.exporters.mlflow.tree import TRIAL, Models, is_example, kind_of
+from dspy_otel.exporters.mlflow.tree import Models
+from dspy_otel.exporters.mlflow.wanted import TRIAL
 from dspy_otel.exporters.mlflow.writer import RunWriter
 from dspy_otel.report.collect import is_phase
 from dspy_otel.telemetry.metrics import WithoutExemplars

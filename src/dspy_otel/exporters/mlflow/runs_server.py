@@ -12,7 +12,7 @@ from urllib.parse import quote, urlsplit
 
 from dspy_otel.exporters.mlflow.base import ExportError, first_line
 from dspy_otel.exporters.mlflow.server import MLflowServer
-from dspy_otel.exporters.mlflow.tree import TAG_KEY, TAG_NAME, Dataset, Metric, Run, Score, StoredRun, assessment_id
+from dspy_otel.exporters.mlflow.wanted import TAG_KEY, TAG_NAME, Dataset, Metric, Run, Score, StoredRun, assessment_id
 
 _ARTIFACTS: Final = "mlflow-artifacts"
 

@@ -9,7 +9,7 @@ from typing import Final
 from dspy_otel.exporters.mlflow.base import ExportError, WantedExperiment, first_line
 from dspy_otel.exporters.mlflow.runs_server import dataset_fields, read_with_client, score_metadata
 from dspy_otel.exporters.mlflow.store import EmbeddedStore
-from dspy_otel.exporters.mlflow.tree import TAG_KEY, TAG_NAME, Dataset, Metric, Run, Score, StoredRun, assessment_id
+from dspy_otel.exporters.mlflow.wanted import TAG_KEY, TAG_NAME, Dataset, Metric, Run, Score, StoredRun, assessment_id
 
 _LASTING: Final = ("INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "RESOURCE_ALREADY_EXISTS")
 """Codes of MLflow's errors that the same call would get again."""

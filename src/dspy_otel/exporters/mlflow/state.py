@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any, Final, NamedTuple
 
-from dspy_otel.exporters.mlflow.tree import Dataset, Metric, Run, Score, Tree
+from dspy_otel.exporters.mlflow.tree import Tree
+from dspy_otel.exporters.mlflow.wanted import Dataset, Metric, Run, Score
 
 VERSION: Final = 1
 _PLAIN: Final = ("key", "kind", "name", "started", "tags", "params", "artifacts", "ended", "run_id", "artifact_uri")

@@ -20,20 +20,11 @@ from opentelemetry.sdk.trace import ReadableSpan
 
 from dspy_otel.exporters.mlflow.base import ExportError, first_line, say
 from dspy_otel.exporters.mlflow.delivery import start_thread
+from dspy_otel.exporters.mlflow.mapping import score_of_span
 from dspy_otel.exporters.mlflow.pace import Pace
 from dspy_otel.exporters.mlflow.state import Left, dump, load
-from dspy_otel.exporters.mlflow.tree import (
-    COMPILE,
-    TAG_NAME,
-    TAG_PARENT,
-    Dataset,
-    Metric,
-    Run,
-    Score,
-    StoredRun,
-    Tree,
-    score_of_span,
-)
+from dspy_otel.exporters.mlflow.tree import Tree
+from dspy_otel.exporters.mlflow.wanted import COMPILE, TAG_NAME, TAG_PARENT, Dataset, Metric, Run, Score, StoredRun
 from dspy_otel.report.collect import trace_id_of
 from dspy_otel.version import __version__
 
