@@ -18,7 +18,7 @@ from opentelemetry.sdk.trace.export import BatchSpanProcessor, SimpleSpanProcess
 from dspy_otel import semconv as sc
 from dspy_otel.exporters.mlflow import MLflowSpanExporter, delivery, runs, tree, writer
 from dspy_otel.exporters.mlflow.base import ExportError
-from dspy_otel.exporters.mlflow.mapping import program_params
+from dspy_otel.exporters.mlflow.mapping import program_of, program_params
 from dspy_otel.exporters.mlflow.otlp import decode
 from dspy_otel.exporters.mlflow.runs import RunTracker, exporters_of, track_runs
 from dspy_otel.exporters.mlflow.wanted import Run, Score, safe_key
@@ -369,6 +369,22 @@ def test_params_of_a_program_are_instructions_and_demos() -> None:
         "qa.demos": 1,
         "qa.demos.0": {"q": "1+1", "a": "2"},
     }
+
+
+@pytest.mark.parametrize(
+    ("state", "complete", "whole"),
+    [('{"qa": {}}', None, True), ('{"qa": {}}', False, False), ('{"qa": {"signature": {"instr', None, False)],
+    ids=["whole", "we cut it", "the SDK cut it"],
+)
+def test_only_a_whole_program_is_named_as_one(state: str, complete: bool | None, whole: bool) -> None:
+    at: dict[str, Any] = {sc.PROGRAM_STATE: state}
+    if complete is not None:
+        at[f"{sc.PROGRAM_STATE}.complete"] = complete
+    program = program_of(at, sc.PROGRAM_STATE)
+    assert program == (state, whole)
+    run = Run("key", "trial", "trial 1", None, None, 0)
+    run.put_program("model.json", program)
+    assert list(run.artifacts) == ["model.json" if whole else "model.incomplete.json"]
 
 
 def test_keys_are_those_that_mlflow_takes() -> None:

@@ -29,6 +29,14 @@ class EvaluateOperation(Operation):
     """``Evaluate.__call__``."""
 
     kind = "evaluate"
+    must_stay = (
+        names.EVALUATION_ID,
+        names.PROGRAM_NAME,
+        names.PROGRAM_ID,
+        names.OPTIMIZER_RUN_ID,
+        names.OPTIMIZER_ROOT_RUN_ID,
+        names.TRIAL_NUMBER,
+    )
 
     def __init__(self, telemetry: Any, programs: Programs) -> None:
         super().__init__(telemetry)
@@ -103,6 +111,7 @@ class ExampleOperation(Operation):
     """One example of an evaluation: the program's answer and the metric's verdict on it."""
 
     kind = "example"
+    must_stay = (*EvaluateOperation.must_stay, names.EXAMPLE_INDEX, names.CANDIDATE_ID)
 
     def __init__(self, telemetry: Any, programs: Programs) -> None:
         super().__init__(telemetry)

@@ -41,6 +41,14 @@ class CompileOperation(Operation):
     """
 
     kind = "compile"
+    must_stay = (
+        names.OPTIMIZER_NAME,
+        names.OPTIMIZER_RUN_ID,
+        names.OPTIMIZER_PARENT_RUN_ID,
+        names.OPTIMIZER_ROOT_RUN_ID,
+        names.PROGRAM_NAME,
+        names.INITIAL_PROGRAM_ID,
+    )
 
     def __init__(self, telemetry: Any, programs: Programs, plan_for: Callable[[Any], type[Plan]]) -> None:
         super().__init__(telemetry)

@@ -92,6 +92,19 @@ class TrialOperation(Operation):
     """One scored candidate. Called with a :class:`Trial` in place of an instance."""
 
     kind = "trial"
+    must_stay = (
+        names.OPTIMIZER_NAME,
+        names.OPTIMIZER_RUN_ID,
+        names.OPTIMIZER_ROOT_RUN_ID,
+        names.OPTIMIZER_PHASE,
+        names.PROGRAM_NAME,
+        names.PROGRAM_ID,
+        names.TRIAL_NUMBER,
+        names.TRIAL_KIND,
+        names.TRIAL_SIZE,
+        names.CANDIDATE_ID,
+        names.CANDIDATE_PARENT_IDS,
+    )
 
     def start(self, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any], parent: Scope | None) -> Start | None:
         trial: Trial = instance

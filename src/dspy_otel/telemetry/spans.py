@@ -13,7 +13,7 @@ import types
 from collections.abc import Callable, Sequence
 from contextvars import Token
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, ClassVar, Final
 
 from opentelemetry import context as otel_context
 from opentelemetry.context import Context
@@ -73,6 +73,7 @@ class Call:
         recording: whether anything set on the span is kept.
         details: attributes collected since the start; set together at the end, which costs a span least.
         outside: OpenTelemetry context around the call.
+        identity: attributes of its start that must be on the span at its end.
         around: a call that was opened around this one, and is closed after it.
         closed: whether the call has been closed.
     """
@@ -83,6 +84,7 @@ class Call:
         "closed",
         "context",
         "details",
+        "identity",
         "instance",
         "kwargs",
         "operation",
@@ -103,6 +105,7 @@ class Call:
     context: Context
     recording: bool
     details: Attributes
+    identity: Attributes
     started: float
     token: Token[Context] | None
     outside: Context
@@ -117,6 +120,9 @@ class Operation:
     """
 
     kind: str = ""
+    must_stay: ClassVar[tuple[str, ...]] = ()
+    """Attributes without which the span is lost to whoever reads it. The SDK drops the oldest when there are too many
+    (128, unless ``OTEL_SPAN_ATTRIBUTE_COUNT_LIMIT`` says otherwise)."""
 
     def __init__(self, telemetry: Telemetry) -> None:
         self.telemetry = telemetry
@@ -237,7 +243,10 @@ class Operation:
         call.recording = call.span.is_recording()
         call.context = inside(outside, call.span, scope)
         call.details = {}
+        call.identity = {}
         if call.recording:
+            if self.must_stay:
+                call.identity = {key: start.attributes[key] for key in self.must_stay if key in start.attributes}
             try:
                 call.details = self.detail(call)
             except Exception as error:
@@ -268,6 +277,8 @@ class Operation:
         try:
             if call.details:
                 call.span.set_attributes(call.details)
+            if call.identity:
+                put_back(call.span, call.identity)
         except Exception as problem:
             failed("attributes of span", problem)
         try:
@@ -455,6 +466,12 @@ class _NothingToRecord:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return types.FunctionType, ((lambda *_: None).__code__, {})
+
+
+def put_back(span: Any, attributes: Attributes) -> None:
+    """Set attributes again, if the SDK had to drop some of ``span``: the oldest went first, these are the last now."""
+    if getattr(span, "dropped_attributes", 0):
+        span.set_attributes(attributes)
 
 
 def detach(token: Token[Context] | None) -> None:

@@ -138,9 +138,14 @@ def program_params(state: str) -> dict[str, Any]:
 
 
 def program_of(at: Attributes, key: str) -> tuple[str, bool] | None:
-    """A program's state on a span, and whether it is whole (nothing cut, masked or redacted)."""
+    """A program's state on a span, and whether it is whole (nothing cut, masked or redacted).
+
+    The SDK cuts texts too, by ``OTEL_SPAN_ATTRIBUTE_VALUE_LENGTH_LIMIT``, and then it is no JSON any more.
+    """
     state = at.get(key)
-    return None if state is None else (str(state), at.get(f"{key}.complete") is not False)
+    if state is None:
+        return None
+    return str(state), at.get(f"{key}.complete") is not False and isinstance(load_json(state), dict)
 
 
 def usage(at: Attributes, roles: bool = True) -> dict[str, Any]:
