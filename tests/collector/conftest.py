@@ -83,14 +83,26 @@ class Stack:
                         found.append(Span(message.name, *ids, attributes_of(message.attributes), events))
         return found
 
+    @property
+    def written(self) -> int:
+        """Spans in the Collector's file by now."""
+        lines = (self.directory / "files/traces.jsonl").read_text(encoding="utf-8").splitlines()
+        resources = [resource for line in lines for resource in json.loads(line)["resourceSpans"]]
+        return sum(len(scope["spans"]) for resource in resources for scope in resource["scopeSpans"])
+
+    @property
+    def scraped(self) -> float | None:
+        """Spans that Prometheus knows of by now."""
+        return self.last("sum(dspy_collector_spans_total)").get(())
+
     def sent(self, exporter: str) -> float:
         """Spans that a backend has confirmed to the Collector."""
         url = f"http://localhost:{self.ports['COLLECTOR_TELEMETRY_PORT']}/metrics"
         return own_metric(url, "otelcol_exporter_sent_spans", f'exporter="{exporter}"')
 
     def promql(self, query: str) -> list[dict[str, Any]]:
-        """The series that a PromQL query gives, over the time of the workload; no `NaN` in them."""
-        window = {"start": self.started, "end": self.ended + 5, "step": 1}
+        """The series that a PromQL query gives, from the start of the workload until now; no `NaN` in them."""
+        window = {"start": self.started, "end": time.time(), "step": 1}
         answer = get(f"{self.url('prometheus')}/api/v1/query_range", query=query, **window)
         series = answer["data"]["result"]
         for each in series:
@@ -138,7 +150,8 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
         stack.ended = time.time()
         assert workload.returncode == 0, output[-3000:]
         wait_for(lambda: says("ready;"), 240, "all servers of run.sh")
-        time.sleep(4)  # two scrapes
+        if "  prometheus" in stack.output:
+            wait_for(lambda: stack.scraped == stack.written, 60, "metrics of all spans")
         yield stack
     finally:
         process.send_signal(signal.SIGTERM)
