@@ -56,6 +56,7 @@ def configurations() -> list[Row]:
     """Every row, in the order of the tables."""
     return [
         Row("bare", "", "no telemetry"),
+        Row("floor", "off", "the spans of each example, by hand"),
         Row("dspy-otel", "off/all", "default: all traces, content off"),
         Row("dspy-otel", "off/failed_and_best", "failed and best traces, content off"),
         Row("dspy-otel", "off/none", "no example traces, content off"),
@@ -142,9 +143,10 @@ def remarks(rows: list[Row]) -> list[str]:
     calls = ", ".join(f"{title} {bare.said[name][0]['calls']}" for name, title in OPTIMIZERS.items())
     said = [f"LM calls in a compile: {calls}"]
     for name, title in OPTIMIZERS.items():
-        made = {reply["program"] for row in rows if not row.skipped for reply in row.said[name].values()}
-        if len(made) > 1:
-            said.append(f"{title}: not every compile made the same program ({len(made)} different ones)")
+        usual = {reply["program"] for reply in bare.said[name].values()}
+        others = [row.name for row in rows if any(reply["program"] not in usual for reply in row.said[name].values())]
+        if others:
+            said.append(f"{title}: another program than the bare one made by {', '.join(others)}")
     for row in rows:
         if row.tool == "dspy-otel" and not row.skipped:
             ratios = {title: ratio(row, bare, name, "cpu") for name, title in OPTIMIZERS.items()}

@@ -27,6 +27,7 @@ from typing import Any
 
 import dspy
 from dspy.clients import base_lm
+from programs import by_hand
 from worker import Pipeline, Skipped
 
 OPTIMIZERS = ("MIPROv2", "GEPA", "BootstrapFewShotWithRandomSearch", "SIMBA")
@@ -82,10 +83,12 @@ class HashLM(dspy.LM):
 class Digits(dspy.Module):
     """Two predictors, whose answers depend on their instructions and demos."""
 
+    predict: type = dspy.Predict
+
     def __init__(self) -> None:
         super().__init__()
-        self.one = dspy.Predict("question -> first")
-        self.two = dspy.Predict("question -> second")
+        self.one = self.predict("question -> first")
+        self.two = self.predict("question -> second")
 
     def forward(self, question: str) -> Any:
         """Two digits."""
@@ -111,10 +114,14 @@ def rows(start: int, count: int) -> list[Any]:
     return [dspy.Example(question=f"question {n}").with_inputs("question") for n in range(start, start + count)]
 
 
+classes: dict[str, Any] = {"program": Digits, "lm": HashLM}
+"""What is compiled, with which LM; the floor has classes of its own."""
+
+
 def compile_once(optimizer: str, lm: HashLM, size: float) -> Any:
     """One whole compile; ``size`` 1 makes some hundreds of LM calls."""
     train, val = rows(0, max(int(30 * size), 6)), rows(1000, max(int(30 * size), 6))
-    program: Any = Digits()
+    program: Any = classes["program"]()
     if optimizer == "MIPROv2":
         search = dspy.MIPROv2(
             metric=high,
@@ -158,6 +165,9 @@ def set_up(tool: str, state: str, pipeline: Pipeline) -> str:
     """Switch the tool on and give its version. Raises Skipped or ImportError."""
     if tool == "bare":
         return ""
+    if tool == "floor":
+        write_by_hand(pipeline)
+        return version("opentelemetry-sdk")
     if tool == "dspy-otel":
         import dspy_otel
 
@@ -190,6 +200,35 @@ def set_up(tool: str, state: str, pipeline: Pipeline) -> str:
         pipeline.flush = mlflow.flush_trace_async_logging
         return mlflow.__version__
     raise Skipped(f"unknown tool {tool}")
+
+
+def write_by_hand(pipeline: Pipeline) -> None:
+    """The spans and measurements of each evaluated example, recorded under dspy-otel, then written by hand (floor.py).
+
+    Less than what any instrumentation does: constants for all attributes, and nothing for optimizers, their trials,
+    their own LM calls, or the metric.
+    """
+    from floor import Recorder, opener
+
+    import dspy_otel
+
+    recorder = Recorder()
+    dspy_otel.instrument(tracer_provider=recorder.tracer_provider, meter_provider=recorder.meter_provider)
+    HashLM.seconds = 0
+    with dspy.context(lm=HashLM()):
+        dspy.Evaluate(devset=rows(0, 1), metric=high, display_progress=False)(Digits())
+    dspy_otel.uninstrument()
+    HashLM.seconds = 0.001
+    by_name = {span["name"].split(" ")[0]: span for span in recorder.spans.values()}
+    tracer, meter = pipeline.tracer_provider.get_tracer("by_hand"), pipeline.meter_provider.get_meter("by_hand")
+    written = {name: opener(by_name[name], tracer, meter) for name in ("example", "invoke_workflow", "Predict", "chat")}
+
+    def example(call: Any, *args: Any, **kwargs: Any) -> Any:
+        return written["example"](lambda: written["invoke_workflow"](call, *args, **kwargs))
+
+    program = by_hand(Digits, example)
+    program.predict = by_hand(dspy.Predict, written["Predict"])  # type: ignore[attr-defined]
+    classes.update(program=program, lm=by_hand(HashLM, written["chat"]))
 
 
 def forget(lm: HashLM) -> None:
@@ -272,7 +311,7 @@ def main() -> None:
     try:
         pipeline = Pipeline(state)
         name = set_up(tool, state, pipeline)
-        lm = HashLM()
+        lm = classes["lm"]()
         dspy.configure(lm=lm)
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             for optimizer in OPTIMIZERS:

@@ -125,6 +125,14 @@ def openers(chain: list[dict[str, Any]], tracer: trace.Tracer, meter: metrics.Me
     return [_opener(span, start, end, tracer, meter) for span, start, end in zip(chain, starts, ends, strict=True)]
 
 
+def opener(span: dict[str, Any], tracer: trace.Tracer, meter: metrics.Meter) -> Opener:
+    """Write one recorded span by hand."""
+    texts: dict[str, str] = {}
+    seen: set[str] = set()
+    start, end = (_attributes(span[part], texts, seen) for part in ("start", "end"))
+    return _opener(span, start, end, tracer, meter)
+
+
 def _attributes(recorded: dict[str, Any], texts: dict[str, str], seen: set[str]) -> Callable[[], dict[str, Any]]:
     """Give a function that makes the attributes, serializing each distinct content where it is first needed."""
     fixed = {key: tuple(value) if isinstance(value, list) else value for key, value in recorded.items()}
