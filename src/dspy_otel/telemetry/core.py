@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -27,6 +28,8 @@ from .scope import current_scope
 
 _Result = TypeVar("_Result")
 _CARRIER = ("traceparent", "tracestate", "baggage")
+_PATIENCE = 10.0
+"""Seconds to wait for the thread that makes the first span. After a fork in the middle of that, there is none."""
 
 
 class Telemetry:
@@ -56,6 +59,7 @@ class Telemetry:
         self.on_outermost = on_outermost
         self._provider = tracer_provider
         self._tracer: Tracer | None = None
+        self._settling = threading.RLock()
         meters = meter_provider if config.metrics else NoOpMeterProvider()
         self.measuring = not isinstance(meters, NoOpMeterProvider)
         self.metrics = self.safely("meter provider", None, self._make_metrics, meters) or Metrics(NoOpMeter("none"))
@@ -78,10 +82,21 @@ class Telemetry:
         tracer = trace.get_tracer(names.SCOPE_NAME, __version__, self._provider, schema_url=names.SCHEMA_URL)
         if isinstance(tracer, ProxyTracer):  # No provider has been set yet.
             return tracer
-        if self._on_provider is not None:
-            self.safely("tracer provider", None, self._on_provider, self._provider or trace.get_tracer_provider())
-        self._tracer = with_system_ids(tracer)
-        return self._tracer
+        return self._settle(tracer)
+
+    def _settle(self, tracer: Tracer) -> Tracer:
+        """Keep ``tracer``, and tell which provider it is of. Other threads wait, or their span would be missed."""
+        held = self._settling.acquire(timeout=_PATIENCE)
+        try:
+            if self._tracer is None:
+                if self._on_provider is not None:
+                    provider = self._provider or trace.get_tracer_provider()
+                    self.safely("tracer provider", None, self._on_provider, provider)
+                self._tracer = with_system_ids(tracer)
+            return self._tracer
+        finally:
+            if held:
+                self._settling.release()
 
     @property
     def span_content(self) -> Content | None:
