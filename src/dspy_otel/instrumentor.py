@@ -32,7 +32,7 @@ from .telemetry.ids import OwnJitter
 from .telemetry.spans import Operation
 
 _LOG: Final = logging.getLogger(__name__)
-_instruments: Final = ("dspy >= 3.3.1, < 4",)
+_instruments: Final = ("dspy >= 3.0.4, < 4",)
 
 _PROVIDERS: Final = ("tracer_provider", "meter_provider", "logger_provider")
 
@@ -238,8 +238,10 @@ def _hands_on(owner: type, method: str) -> bool:
     function = vars(owner)[method]
     if not isinstance(function, FunctionType):
         return True  # another instrumentation's wrapper around it
-    # By super(), or to the LM it stands for.
-    return "__class__" in function.__code__.co_freevars or owner.__module__ == "dspy.primitives.facade"
+    code = function.__code__
+    # By super(), to the synchronous way (DummyLM before DSPy 3.2), or to the LM it stands for.
+    through = "__class__" in code.co_freevars or (method == "acall" and "__call__" in code.co_names)
+    return through or owner.__module__ == "dspy.primitives.facade"
 
 
 def _subclasses(base: type[Any]) -> list[type[Any]]:
