@@ -174,7 +174,7 @@ def apply(telemetry: Telemetry, patches: Patches) -> None:
         patches.wrap(execution, "_delay", lm.wrap_delay, loses="retries of LM calls")
         patches.wrap(execution, "stream_emitted", lm.wrap_stream_emitted, loses="time to first chunk")
         patches.wrap(resolve("dspy.clients.lm"), "stream_emitted", lm.wrap_stream_emitted, loses="time to first chunk")
-    else:  # 3.3
+    else:  # before
         loses = "usage, cost and cache hits of LM calls"
         patches.wrap(base_lm, "_process_lm_response", lm.wrap_process_response, loses=loses)
         patches.wrap(base_lm, "_finalize_lm_response", lm.wrap_finalize_typed)

@@ -125,7 +125,7 @@ def _entry(place: str, loses: str, used: str, *methods: str, since: tuple[int, .
 LM, OPS = "operations/lm.py", "operations"
 USAGE = "usage, cost and cache hits of LM calls"
 SIMBA = "SIMBA's trials"
-GEPA = "GEPA's kinds of trials, verdicts, parents and reflections"
+GEPA = "GEPA's verdicts, parents and reflections"
 EVENTS = {
     "on_iteration_start": ("iteration", "state"),
     "on_candidate_selected": ("candidate_idx",),
@@ -169,7 +169,9 @@ FEATURES: tuple[Feature, ...] = (
     *_entry("dspy.predict.knn:KNN", "retrieval by KNN", f"{OPS}/retrieval.py", "__call__"),
     *_entry("dspy.dsp.colbertv2:ColBERTv2", "retrieval by ColBERTv2", f"{OPS}/retrieval.py", "__call__"),
     *_entry("dspy.evaluate.evaluate:Evaluate", "evaluations", f"{OPS}/evaluation.py", "__call__"),
-    *_entry("dspy.primitives.python_interpreter:PythonInterpreter", "executed code", f"{OPS}/interpreter.py", "execute"),
+    *_entry(
+        "dspy.primitives.python_interpreter:PythonInterpreter", "executed code", f"{OPS}/interpreter.py", "execute"
+    ),
     *_entry(
         "dspy.primitives.local_interpreter:LocalInterpreter",
         "executed code",

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from .. import semconv as names
 from ..patching import Patches, resolve
-from ..telemetry import secrets
+from ..telemetry import peek, secrets
 from ..telemetry.attributes import Attributes
 from ..telemetry.guard import warn_once
 from ..telemetry.spans import Call
@@ -263,14 +263,30 @@ class GEPAPlan(Plan):
 
 
 class SilentGEPAPlan(Plan):
-    """GEPA without callbacks: its evaluations are trials, as those of any other optimizer."""
+    """GEPA without callbacks: its evaluations are trials, as those of any other optimizer.
+
+    Which rows they are on tells those that decide from those on minibatches.
+    """
+
+    scale = MEAN
+    deciding = GEPAPlan.deciding
 
     def begin(self) -> None:
         warn_once(("patch", "callbacks"), "this GEPA knows no callbacks; telemetry lacks %s", _LOSES)
 
+    def kind_of(self, about: Evaluation) -> str:
+        rows = self.arguments.get("valset") or self.arguments.get("trainset")
+        whole = {id(row) for row in peek.items(rows)}
+        return (
+            super().kind_of(about) if {id(row) for row in peek.items(about.devset)} == whole else names.TRIAL_MINIBATCH
+        )
+
+    def score(self, result: Any, error: BaseException | None) -> float | None:
+        return mean_of(result)
+
 
 PLANS: Final[dict[str, type[Plan]]] = {"GEPA": GEPAPlan}
-_LOSES: Final = "GEPA's kinds of trials, verdicts, parents and reflections"
+_LOSES: Final = "GEPA's verdicts, parents and reflections"
 
 
 def row_score(row: Any) -> float:
