@@ -12,6 +12,7 @@ from typing import Any, Final
 from opentelemetry.instrumentation.instrumentor import BaseInstrumentor  # type: ignore[attr-defined]
 from wrapt import register_post_import_hook
 
+from . import compat
 from .config import Config
 from .neighbours import Neighbours
 from .operations.adapter import AdapterOperation, AdapterSpanOperation
@@ -188,9 +189,11 @@ def apply(telemetry: Telemetry, patches: Patches) -> None:
 
     if sys.version_info < (3, 11):
         for place in ("dspy.predict.react", "dspy.predict.react_v2"):
-            patches.wrap(resolve(place), "format_error_for_lm", formatting_without_our_frames)
+            for name in ("format_error_for_lm", "_fmt_exc"):  # the latter before DSPy 3.3
+                patches.wrap(resolve(place), name, formatting_without_our_frames)
 
     optimizers.patch(patches)
+    compat.patch(patches)
 
     if telemetry.config.adapter_spans and adapters is not None:
         for method in ("format", "parse"):

@@ -514,6 +514,15 @@ FEATURES: tuple[Feature, ...] = (
         built("strategies", "bsize", "num_candidates", "max_steps", metric=_metric),
         replaces=False,
     ),
+    Feature(
+        "dspy.predict.rlm:ThreadPoolExecutor",
+        "the pool of `llm_query_batched`, looked up when it runs",
+        "compat.py",
+        "parents of LM calls in RLM's batches",
+        inspect.isclass,
+        since=(3, 1, 3),
+        until=(3, 3),
+    ),
     # --- elsewhere ----------------------------------------------------------------------------------------------------
     Feature(
         "dspy.primitives.facade:SandboxLM",
@@ -526,15 +535,20 @@ FEATURES: tuple[Feature, ...] = (
     ),
     *(
         Feature(
-            f"{module}:format_error_for_lm",
-            "what an agent's LM is told of a tool's error",
+            f"dspy.predict.{place}",
+            "what an agent's LM is told of a tool's error, looked up when it runs",
             "telemetry/errors.py",
             "nothing; on Python 3.10 our frames would show in it",
-            takes("error"),
+            takes(first),
             since=since,
+            until=until,
             replaces=sys.version_info < (3, 11),
         )
-        for module, since in (("dspy.predict.react", (3, 3)), ("dspy.predict.react_v2", (3, 3)))
+        for place, first, since, until in (
+            ("react:_fmt_exc", "err", (3, 0, 4), (3, 3)),
+            ("react:format_error_for_lm", "error", (3, 3), NEVER),
+            ("react_v2:format_error_for_lm", "error", (3, 3), NEVER),
+        )
     ),
 )
 
