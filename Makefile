@@ -17,7 +17,7 @@ export UV_SYSTEM_CERTS = true
 export LITELLM_LOCAL_MODEL_COST_MAP = True
 export DSPY_CACHEDIR = $(CURDIR)/$(VENV)/dspy-cache
 
-.PHONY: help demo test test-slow test-integration test-all lint format matrix bench backends collector jaeger phoenix rotel kafka clean
+.PHONY: help demo test test-slow test-integration test-all lint format matrix lowest nightly dist bench imports backends collector jaeger phoenix rotel kafka clean
 help: ## show this
 	@sed -n 's/^\([a-z -]*\):.*## /\1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 18
 
@@ -47,8 +47,20 @@ format: $(VENV)/.lint ## let ruff mend style
 matrix: ## the fast tests on oldest and newest DSPy and Python
 	@.ci/matrix
 
+lowest: ## the fast tests with every package as old as pyproject.toml allows
+	@MATRIX=lowest .ci/matrix
+
+nightly: ## all DSPy versions, pre-releases, lower bounds, the wheel; and what changed since the last time
+	@.ci/nightly
+
+dist: ## the wheel and the sdist: same bytes each time, install alone, licences known
+	@.ci/package
+
 bench: $(VENV)/.bench ## what instrumentation costs
 	$(BIN)/python benchmarks/overhead.py $(ARGS)
+
+imports: $(VENV)/.demo ## what importing and switching on cost
+	$(BIN)/python benchmarks/imports.py $(ARGS)
 
 backends: ## the Collector and every backend that is on this machine, until Ctrl-C
 	@collector/run.sh

@@ -9,15 +9,44 @@ Three ways to switch it on:
 
 from __future__ import annotations
 
-from typing import Any
+import importlib
+from typing import TYPE_CHECKING, Any, Final
 
-from .config import Config
-from .instrumentor import DSPyInstrumentor
-from .operations.program import program_digest as program_id
-from .optimizers import Optimization, optimization
-from .propagation import attach, bind, inject
-from .providers import configure
 from .version import __version__
+
+if TYPE_CHECKING:
+    from .config import Config
+    from .instrumentor import DSPyInstrumentor
+    from .operations.program import program_digest as program_id
+    from .optimizers import Optimization, optimization
+    from .propagation import attach, bind, inject
+    from .providers import configure
+
+# Loaded when first asked for: a program that leaves instrumentation off pays for none of it.
+_PLACES: Final = {
+    "Config": ("config", "Config"),
+    "DSPyInstrumentor": ("instrumentor", "DSPyInstrumentor"),
+    "Optimization": ("optimizers", "Optimization"),
+    "attach": ("propagation", "attach"),
+    "bind": ("propagation", "bind"),
+    "configure": ("providers", "configure"),
+    "inject": ("propagation", "inject"),
+    "optimization": ("optimizers", "optimization"),
+    "program_id": ("operations.program", "program_digest"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PLACES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module, attribute = _PLACES[name]
+    value = getattr(importlib.import_module(f".{module}", __name__), attribute)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_PLACES})
 
 
 def instrument(**options: Any) -> DSPyInstrumentor:
@@ -29,6 +58,8 @@ def instrument(**options: Any) -> DSPyInstrumentor:
     Returns:
         The instrumentor, for ``uninstrument()``.
     """
+    from .instrumentor import DSPyInstrumentor
+
     instrumentor = DSPyInstrumentor()
     instrumentor.instrument(**options)
     return instrumentor
@@ -36,6 +67,8 @@ def instrument(**options: Any) -> DSPyInstrumentor:
 
 def uninstrument() -> None:
     """Switch instrumentation off and put every attribute of DSPy back."""
+    from .instrumentor import DSPyInstrumentor
+
     DSPyInstrumentor().uninstrument()
 
 

@@ -12,6 +12,7 @@ from typing import Any, Final
 from opentelemetry.instrumentation.instrumentor import BaseInstrumentor  # type: ignore[attr-defined]
 from wrapt import register_post_import_hook
 
+from . import compat
 from .config import Config
 from .neighbours import Neighbours
 from .operations.adapter import AdapterOperation, AdapterSpanOperation
@@ -32,7 +33,7 @@ from .telemetry.ids import OwnJitter
 from .telemetry.spans import Operation
 
 _LOG: Final = logging.getLogger(__name__)
-_instruments: Final = ("dspy >= 3.3.1, < 4",)
+_instruments: Final = ("dspy >= 3.0.4, < 4",)
 
 _PROVIDERS: Final = ("tracer_provider", "meter_provider", "logger_provider")
 
@@ -174,7 +175,7 @@ def apply(telemetry: Telemetry, patches: Patches) -> None:
         patches.wrap(execution, "_delay", lm.wrap_delay, loses="retries of LM calls")
         patches.wrap(execution, "stream_emitted", lm.wrap_stream_emitted, loses="time to first chunk")
         patches.wrap(resolve("dspy.clients.lm"), "stream_emitted", lm.wrap_stream_emitted, loses="time to first chunk")
-    else:  # 3.3
+    else:  # before
         loses = "usage, cost and cache hits of LM calls"
         patches.wrap(base_lm, "_process_lm_response", lm.wrap_process_response, loses=loses)
         patches.wrap(base_lm, "_finalize_lm_response", lm.wrap_finalize_typed)
@@ -188,9 +189,11 @@ def apply(telemetry: Telemetry, patches: Patches) -> None:
 
     if sys.version_info < (3, 11):
         for place in ("dspy.predict.react", "dspy.predict.react_v2"):
-            patches.wrap(resolve(place), "format_error_for_lm", formatting_without_our_frames)
+            for name in ("format_error_for_lm", "_fmt_exc"):  # the latter before DSPy 3.3
+                patches.wrap(resolve(place), name, formatting_without_our_frames)
 
     optimizers.patch(patches)
+    compat.patch(patches)
 
     if telemetry.config.adapter_spans and adapters is not None:
         for method in ("format", "parse"):
@@ -238,8 +241,10 @@ def _hands_on(owner: type, method: str) -> bool:
     function = vars(owner)[method]
     if not isinstance(function, FunctionType):
         return True  # another instrumentation's wrapper around it
-    # By super(), or to the LM it stands for.
-    return "__class__" in function.__code__.co_freevars or owner.__module__ == "dspy.primitives.facade"
+    code = function.__code__
+    # By super(), to the synchronous way (DummyLM before DSPy 3.2), or to the LM it stands for.
+    through = "__class__" in code.co_freevars or (method == "acall" and "__call__" in code.co_names)
+    return through or owner.__module__ == "dspy.primitives.facade"
 
 
 def _subclasses(base: type[Any]) -> list[type[Any]]:

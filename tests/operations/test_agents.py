@@ -13,6 +13,7 @@ from tests.support.openai_server import Reply
 from .common import NATIVE, dummy
 
 only_local_interpreter = pytest.mark.skipif(not NATIVE, reason="DSPy 3.3 has no LocalInterpreter")
+only_react_v2 = pytest.mark.skipif(not hasattr(dspy, "ReActV2"), reason="DSPy 3.2 has no ReActV2")
 needs_deno = pytest.mark.skipif(shutil.which("deno") is None, reason="PythonInterpreter needs Deno, which is absent")
 
 
@@ -101,6 +102,7 @@ def test_react_with_a_failing_tool(telemetry, snapshot):
     assert "canary" not in telemetry.everything()
 
 
+@only_react_v2
 async def test_react_v2(telemetry, server, snapshot):
     telemetry.instrument()
     agent = dspy.ReActV2("question -> answer", tools=[weather])

@@ -10,7 +10,7 @@ import pytest
 
 from tests.support.openai_server import Reply
 
-from .common import NATIVE
+from .common import NATIVE, VERSION
 from .test_retrieval import embed
 
 CANARY = "kanarienvogel"
@@ -69,7 +69,8 @@ def run_everything(server):
         dspy.Evaluate(devset=rows, metric=metric, num_threads=2, display_progress=False)(program)
         server.replies.append(Reply(f"{CANARY} that no adapter can parse"))
         program.ask(question=CANARY)
-        server.replies.append(Reply(f"{CANARY} of the provider", status=400))
+        # Before DSPy 3.3, its adapters ask again in other formats whatever went wrong.
+        server.replies += [Reply(f"{CANARY} of the provider", status=400)] * (1 if VERSION >= (3, 3) else 3)
         with pytest.raises(Exception, match=CANARY):
             program.ask(question=CANARY)
         dspy.LabeledFewShot(k=1).compile(program, trainset=rows)

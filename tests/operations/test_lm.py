@@ -12,7 +12,7 @@ import pytest
 import dspy_otel
 from tests.support.openai_server import Reply
 
-from .common import NATIVE, dummy, only_native
+from .common import NATIVE, VERSION, dummy, only_native
 
 ENGINES = ["lm15", "litellm"] if NATIVE else ["litellm"]
 
@@ -193,7 +193,8 @@ async def test_error(telemetry, server, snapshot, engine, asynchronous):
     with pytest.raises(Exception, match="canary"):
         await lm.acall("Hi") if asynchronous else lm("Hi")
     span = telemetry.spans[0]
-    assert span.attributes["http.response.status_code"] == 400
+    if VERSION >= (3, 3):  # before, LiteLLM's own exceptions come through
+        assert span.attributes["http.response.status_code"] == 400
     assert "canary" not in telemetry.everything()
     if engine == "lm15":
         assert span.attributes["dspy.lm.request.id"] == "req-77"
@@ -313,7 +314,7 @@ def test_after_uninstrument_nothing_is_recorded(telemetry, server):
     assert telemetry.spans == []
 
 
-only_typed = pytest.mark.skipif(NATIVE, reason="DSPy 3.4 has removed 3.3's experimental typed requests")
+only_typed = pytest.mark.skipif(not hasattr(dspy, "LMRequest"), reason="DSPy 3.3 alone has experimental typed requests")
 
 
 @only_typed

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import dspy
 import pytest
+
+import dspy_otel
 
 from .common import dummy
 
@@ -112,3 +116,16 @@ def test_worker_threads_keep_no_context(telemetry):
     run([(Look(), {"question": "1"})] * 4)
     assert seen == [True] * 4
     assert get_current_span() is before
+
+
+@pytest.mark.skipif(not hasattr(dspy, "RLM"), reason="DSPy 3.1.3 is the first with RLM")
+def test_lm_calls_of_rlms_batches_belong_to_it(telemetry, server):
+    telemetry.instrument()
+    dspy.configure(lm=server.lm())
+    with telemetry.tracer.start_as_current_span("application"):
+        tools = dspy.RLM("context, query -> answer")._make_llm_tools()
+        assert len(tools["llm_query_batched"](["one", "two", "three"])) == 3
+    application = telemetry.only("application")
+    assert [span.name for span in telemetry.children(application)] == ["chat gpt-4o-mini"] * 3
+    dspy_otel.uninstrument()
+    assert vars(sys.modules["dspy.predict.rlm"])["ThreadPoolExecutor"] is ThreadPoolExecutor

@@ -10,6 +10,7 @@ import pytest
 
 from dspy_otel import program_id
 from dspy_otel.optimizers.compile import CompileOperation
+from dspy_otel.optimizers.plan import Trial
 from tests.optimizers import common
 from tests.optimizers.common import compile_span, quietly, scripted_lm, trials
 
@@ -258,8 +259,44 @@ def test_gepa_whose_reflection_fails_says_that_there_was_no_proposal(telemetry: 
     assert {trial["trial.kind"] for trial in trials(telemetry, "GEPA")} == {"baseline", "sample"}
 
 
+@pytest.mark.parametrize("seed", [0, 3])
+def test_a_gepa_without_callbacks_runs_and_tells_its_candidates(
+    telemetry: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, seed: int
+) -> None:
+    """As before GEPA 0.0.27: an argument that it does not take would end the compile."""
+    monkeypatch.setattr("dspy_otel.optimizers.gepa._takes", lambda function, name: False)
+    program, _, found = run(telemetry, "GEPA", seed=seed)
+    assert [record.getMessage() for record in caplog.records if record.name == "dspy_otel"] == [
+        "dspy-otel: this GEPA knows no callbacks; telemetry lacks GEPA's verdicts, parents and reflections"
+    ]
+    results = program.detailed_results
+    whole = [trial for trial in found if trial["trial.kind"] in ("baseline", "full")]
+    assert [trial["trial.score"] for trial in whole] == results.val_aggregate_scores
+    assert [trial["candidate.id"] for trial in whole] == [program_id(candidate) for candidate in results.candidates]
+    assert {trial["trial.kind"] for trial in found} == {"baseline", "full", "minibatch"}
+    about = compile_span(telemetry, "GEPA").attributes
+    assert about["dspy.optimizer.best_score"] == max(results.val_aggregate_scores)
+
+
+def test_two_trials_of_the_same_fields_are_two() -> None:
+    """Those that wait for a verdict are looked up in a list."""
+    one, other = Trial("minibatch"), Trial("minibatch")
+    waiting = [one, other]
+    waiting.remove(other)
+    assert waiting[0] is one
+
+
+def test_whether_gepa_takes_callbacks_is_read_from_its_signature() -> None:
+    from dspy_otel.optimizers.gepa import _takes
+
+    assert _takes(lambda callbacks=None: None, "callbacks")
+    assert _takes(lambda **anything: None, "callbacks")
+    assert not _takes(lambda seed_candidate, trainset: None, "callbacks")
+
+
 @pytest.mark.parametrize("side_by_side", [False, True])
 def test_gepa_merges_and_side_by_side_proposals(telemetry: Any, side_by_side: bool) -> None:
+    pytest.importorskip("gepa.strategies.proposal_sampling", reason="GEPA before 0.1 has no such strategy")
     from gepa.strategies.proposal_sampling import IndependentSampling
 
     options = {"gepa_kwargs": {"sampling_strategy": IndependentSampling(2)}} if side_by_side else {}

@@ -43,6 +43,7 @@ class Recorder:
         self.tracer_provider = TracerProvider(shutdown_on_exit=False)
         self.tracer_provider.add_span_processor(SimpleSpanProcessor(self.exporter))
         self.reader = InMemoryMetricReader()
+        self._told: dict[str, Any] = {}
         self.meter_provider = MeterProvider([self.reader], shutdown_on_exit=False)
         self.log_exporter = InMemoryLogRecordExporter()
         self.logger_provider = LoggerProvider(shutdown_on_exit=False)
@@ -151,14 +152,15 @@ class Recorder:
         return "\n".join(lines)
 
     def metrics(self) -> dict[str, Any]:
-        """Every metric by name, as the SDK's own objects (cumulative)."""
+        """Every metric by name, as the SDK's own objects (cumulative), as a backend knows them.
+
+        Older SDKs tell a gauge only once each time it is set.
+        """
         data = self.reader.get_metrics_data()
-        return {
-            metric.name: metric
-            for resource in (data.resource_metrics if data else ())
-            for scope in resource.scope_metrics
-            for metric in scope.metrics
-        }
+        for resource in data.resource_metrics if data else ():
+            for scope in resource.scope_metrics:
+                self._told.update((metric.name, metric) for metric in scope.metrics)
+        return dict(self._told)
 
     def metric(self, name: str) -> list[Any]:
         """Data points of one metric; none if it was never recorded."""

@@ -16,8 +16,66 @@ HEAVY = (
 def test_nothing_heavy_is_imported(then: str):
     done = python(f"import sys, dspy_otel; {then}\nprint('\\n'.join(sys.modules))")
     loaded = done.output.splitlines()
-    assert "dspy_otel.instrumentor" in loaded
+    assert ("dspy_otel.instrumentor" in loaded) is bool(then)
     assert [name for name in loaded if name.startswith(tuple(f"{heavy}." for heavy in HEAVY)) or name in HEAVY] == []
+
+
+def test_the_public_face_is_loaded_when_it_is_asked_for():
+    """A program that leaves instrumentation off pays for none of it, and finds every name all the same."""
+    done = python(
+        "import sys, dspy_otel\n"
+        "before = [name for name in sys.modules if name.startswith(('dspy_otel.', 'opentelemetry.'))]\n"
+        "assert before == ['dspy_otel.version'], before\n"
+        "assert set(dspy_otel.__all__) <= set(dir(dspy_otel))\n"
+        "from dspy_otel import *\n"
+        "print([name for name in dspy_otel.__all__ if name not in globals()])\n"
+        "print(DSPyInstrumentor is dspy_otel.instrumentor.DSPyInstrumentor, hasattr(dspy_otel, 'nothing_of_this_name'))"
+    )
+    assert done.output == "[]\nTrue False\n"
+
+
+# Everything that asks the network anything, however it is reached. `configure()` makes exporters, which connect only
+# when they export, in their own time.
+_OFFLINE = """
+import os, sys
+{first}
+asked = []
+def watch(event, args):
+    if event in ("socket.connect", "socket.getaddrinfo", "socket.gethostbyname", "socket.sendto"):
+        asked.append((event, args[1:]))
+        raise OSError("the network was asked")
+sys.addaudithook(watch)
+import dspy_otel
+{then}
+assert asked == [], asked
+import socket
+try:
+    socket.create_connection(("127.0.0.1", 9))
+except OSError as error:
+    print(error)
+sys.stdout.flush()
+os._exit(0)  # what is not exported yet is nobody's business here
+"""
+
+
+@pytest.mark.parametrize("first", ["", "import dspy"])
+@pytest.mark.parametrize(
+    "then",
+    [
+        "dspy_otel.instrument(capture_content='span_and_event')",
+        "dspy_otel.instrument(); dspy_otel.uninstrument()",
+        "dspy_otel.instrument(); from tests.switching.app import main; sys.argv = ['app', 'evaluate']; main()",
+        "dspy_otel.configure(console=True)",
+        "dspy_otel.configure(otlp='http://collector.example:4318')",
+        "import dspy_otel.exporters.mlflow as ours; ours.MLflowSpanExporter(tracking_uri='http://mlflow.example')",
+    ],
+)
+@pytest.mark.integration
+def test_no_network_is_asked(first: str, then: str):
+    if "MLflow" in then or "configure" in then:
+        pytest.importorskip("opentelemetry.sdk")
+    done = python(_OFFLINE.format(first=first, then=then))
+    assert done.output.splitlines()[-1] == "the network was asked", "the watch itself does not work"
 
 
 _ORDER = """

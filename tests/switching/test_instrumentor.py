@@ -8,6 +8,7 @@ import logging
 import pickle
 import sys
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -381,6 +382,22 @@ def test_the_extra_says_what_the_instrumentor_says():
 
     extra = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]["instruments"]
     assert [Requirement(item) for item in extra] == [Requirement(item) for item in _instruments]
+
+
+def test_a_dspy_outside_the_range_is_refused_with_one_clear_error(
+    telemetry: Recorder, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    monkeypatch.setattr("dspy_otel.instrumentor._instruments", ("dspy >= 99, < 100",))
+    before = dspy.Module.__call__
+    telemetry.instrument()
+    assert dspy.Module.__call__ is before
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert "dspy >= 99, < 100" in said
+    assert f"dspy {version('dspy')}" in said
+    # Whoever wants to try it all the same can.
+    telemetry.instrument(skip_dep_check=True)
+    Plain()(text="a")
+    assert [span.name for span in telemetry.spans] == ["invoke_workflow Plain"]
 
 
 # --- copies and pickles ---------------------------------------------------------------------------------------------

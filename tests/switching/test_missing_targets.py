@@ -34,15 +34,18 @@ class Recording(Patches):
     def __init__(self) -> None:
         super().__init__()
         self.places: list[tuple[Any, str]] = []
+        self.loses: dict[tuple[Any, str], str] = {}
 
     def wrap(self, owner: Any, name: str, make: Any, *, loses: str = "") -> bool:
         done = super().wrap(owner, name, make, loses=loses)
         if done:
             self.places.append((owner, name))
+            if loses:
+                self.loses[owner, name] = loses
         return done
 
 
-def places() -> list[tuple[Any, str]]:
+def replaced() -> Recording:
     """All that apply() replaces in this DSPy, once each."""
     instrumentor = dspy_otel.DSPyInstrumentor()
     instrumentor.instrument(adapter_spans=True)
@@ -53,10 +56,12 @@ def places() -> list[tuple[Any, str]]:
         apply(telemetry, recording)
     finally:
         recording.restore()
-    return recording.places
+    return recording
 
 
-PLACES = places()
+RECORDED = replaced()
+PLACES = RECORDED.places
+WHAT_EACH_LOSES = RECORDED.loses
 CLASSES = list(dict.fromkeys(owner for owner, _ in PLACES if isinstance(owner, type)))
 # Where telemetry loses something, in each DSPy version that has the place, it must say so.
 SAID = {

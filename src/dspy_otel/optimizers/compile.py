@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import secrets as random_source
 from collections.abc import Callable, Mapping
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from .. import semconv as names
 from ..operations.program import Programs
@@ -13,14 +13,16 @@ from ..telemetry.attributes import Attributes
 from ..telemetry.scope import Scope, current_scope
 from ..telemetry.spans import Call, Operation, Start, openinference
 from ..telemetry.totals import Totals
-from .attempts import Attempt
 from .memory import remember_winner
 from .parameters import bound_arguments, constructor_arguments, is_dataset, parameter_attributes
 from .plan import Plan
-from .progress import ProgressDisplay
 from .run import Run, run_of
 from .spans import dataset_attributes
 from .state import put_state, state_of
+
+if TYPE_CHECKING:
+    from .attempts import Attempt
+    from .progress import ProgressDisplay
 
 # Stamps that are told by run, and so hold for one run only.
 _OF_ONE_RUN: Final = (names.OPTIMIZER_PHASE, names.TRIAL_NUMBER, names.CANDIDATE_ID)
@@ -54,7 +56,11 @@ class CompileOperation(Operation):
         super().__init__(telemetry)
         self.programs = programs
         self.plan_for = plan_for
-        self.display = ProgressDisplay() if telemetry.config.progress else None
+        self.display: ProgressDisplay | None = None
+        if telemetry.config.progress:
+            from .progress import ProgressDisplay
+
+            self.display = ProgressDisplay()
 
     def wrap(self, original: Callable[..., Any], override_of: type | None = None) -> Callable[..., Any]:
         if inspect.iscoroutinefunction(original):
@@ -129,6 +135,8 @@ class CompileOperation(Operation):
             scope.span.set_attributes(attributes)
 
     def _resume(self, run: Run) -> Attempt | None:
+        from .attempts import Attempt
+
         attempt = Attempt.of(run)
         if attempt is not None:
             attempt.resume(run)

@@ -7,14 +7,16 @@ so the trial's span stays open until then.
 from __future__ import annotations
 
 import functools
+import inspect
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Final
 
 from .. import semconv as names
 from ..patching import Patches, resolve
-from ..telemetry import secrets
+from ..telemetry import peek, secrets
 from ..telemetry.attributes import Attributes
+from ..telemetry.guard import warn_once
 from ..telemetry.spans import Call
 from .plan import Evaluation, Phase, Plan, Trial, mean_of
 from .run import MEAN, Run
@@ -260,7 +262,31 @@ class GEPAPlan(Plan):
     phases: Any = None
 
 
+class SilentGEPAPlan(Plan):
+    """GEPA without callbacks: its evaluations are trials, as those of any other optimizer.
+
+    Which rows they are on tells those that decide from those on minibatches.
+    """
+
+    scale = MEAN
+    deciding = GEPAPlan.deciding
+
+    def begin(self) -> None:
+        warn_once(("patch", "callbacks"), "this GEPA knows no callbacks; telemetry lacks %s", _LOSES)
+
+    def kind_of(self, about: Evaluation) -> str:
+        rows = self.arguments.get("valset") or self.arguments.get("trainset")
+        whole = {id(row) for row in peek.items(rows)}
+        return (
+            super().kind_of(about) if {id(row) for row in peek.items(about.devset)} == whole else names.TRIAL_MINIBATCH
+        )
+
+    def score(self, result: Any, error: BaseException | None) -> float | None:
+        return mean_of(result)
+
+
 PLANS: Final[dict[str, type[Plan]]] = {"GEPA": GEPAPlan}
+_LOSES: Final = "GEPA's verdicts, parents and reflections"
 
 
 def row_score(row: Any) -> float:
@@ -302,5 +328,19 @@ def patch(optimizers: Optimizers, patches: Patches) -> None:
         plan.run.planned_examples = budget if isinstance(budget, int) else None
         return {**kwargs, "callbacks": [*(kwargs.get("callbacks") or ()), Observer(plan)]}
 
-    if resolve("dspy.teleprompt.gepa.gepa", "GEPA") is not None:
-        patches.wrap(resolve("gepa"), "optimize", observed, loses="GEPA's trials, verdicts and reflections")
+    if resolve("dspy.teleprompt.gepa.gepa", "GEPA") is None:
+        return
+    optimize = resolve("gepa", "optimize")
+    if optimize is not None and not _takes(optimize, "callbacks"):  # before GEPA 0.0.27
+        optimizers.plans["GEPA"] = SilentGEPAPlan
+        return
+    patches.wrap(resolve("gepa"), "optimize", observed, loses=_LOSES)
+
+
+def _takes(function: Any, name: str) -> bool:
+    """Whether ``function`` has a parameter of this name, or takes any."""
+    try:
+        parameters = inspect.signature(function).parameters
+    except (TypeError, ValueError):
+        return True
+    return name in parameters or any(one.kind is one.VAR_KEYWORD for one in parameters.values())

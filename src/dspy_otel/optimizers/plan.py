@@ -13,7 +13,7 @@ from ..telemetry.spans import Call
 from .run import PERCENT, Run
 
 
-@dataclass
+@dataclass(eq=False)
 class Evaluation:
     """An ``Evaluate`` call that is about to begin directly inside a compile or one of its phases.
 
@@ -37,7 +37,7 @@ class Evaluation:
         return len(self.devset) if isinstance(self.devset, (list, tuple)) else None
 
 
-@dataclass
+@dataclass(eq=False)
 class Trial:
     """How to record an evaluation as a trial.
 
@@ -74,7 +74,7 @@ class Trial:
     about: Any = None
 
 
-@dataclass
+@dataclass(eq=False)
 class Phase:
     """A part of an optimization that scores no candidate.
 

@@ -29,9 +29,10 @@ class ProgressDisplay:
 
     def begin(self, run: Run) -> None:
         """A run begins: show it from now on."""
-        if not _is_terminal(sys.stderr):
-            return
         with self._lock:
+            # While we show something, rich stands in for stderr, and before rich 15 says that it is no terminal.
+            if self._live is None and not _is_terminal(sys.stderr):
+                return
             self._rows.append(_Row(run))
             if self._live is None:
                 self._live = _start(self._render)

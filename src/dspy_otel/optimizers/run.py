@@ -42,7 +42,7 @@ class Scored:
     decides: bool
 
 
-@dataclass
+@dataclass(eq=False)
 class Run:
     """One optimization.
 

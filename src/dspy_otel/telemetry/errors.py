@@ -163,7 +163,10 @@ def hide_frames(error: BaseException) -> None:
 
 
 def formatting_without_our_frames(original: Callable[..., str]) -> Callable[..., str]:
-    """In place of DSPy's ``format_error_for_lm``, on Python 3.10: what it shows the LM has no frames of ours."""
+    """In place of DSPy's ``format_error_for_lm``, on Python 3.10: what it shows the LM has no frames of ours.
+
+    Before DSPy 3.3, this is ReAct's ``_fmt_exc``.
+    """
 
     def format_error_for_lm(error: BaseException, *args: Any, **kwargs: Any) -> str:
         with contextlib.suppress(Exception):

@@ -7,11 +7,31 @@ import json
 import os
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from itertools import islice
 from typing import Any, Final
 
 MASK: Final = "[masked]"
+
+
+class _Pattern:
+    """A regular expression that is compiled when it is first used: importing must be cheap."""
+
+    search: Callable[..., re.Match[str] | None]
+    match: Callable[..., re.Match[str] | None]
+    sub: Callable[..., str]
+
+    def __init__(self, source: str, flags: int = 0) -> None:
+        self._source = source
+        self._flags = flags
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in ("search", "match", "sub"):
+            raise AttributeError(name)
+        method = getattr(re.compile(self._source, self._flags), name)
+        setattr(self, name, method)  # found directly from now on
+        return method
+
 
 # --- by name -----------------------------------------------------------------------------------------------------
 # Names are compared in snake case: `X-Api-Key`, `apiKey` and `API_KEY` are all `api_key`.
@@ -39,7 +59,7 @@ _RUN_BYTES: Final = b"x" * _RUN
 _RUN_TABLE: Final = bytes(
     120 if byte < 128 and (chr(byte).isalnum() or chr(byte) in "_-") else 32 for byte in range(256)
 )
-_KEY: Final = re.compile(
+_KEY: Final = _Pattern(
     r"(?<![A-Za-z0-9])(?:"
     r"[srp]k-(?!learn)[\w\-]{12,}|[sr]k_(?:live|test)_\w{10,}|csk-\w{12,}|"
     r"A(?:KIA|SIA|GPA|ROA|IDA)[0-9A-Z]{16}|AIza[\w\-]{30,}|"
@@ -50,19 +70,19 @@ _KEY: Final = re.compile(
     r"whsec_\w{12,}|shpat_\w{12,}|dop_v1_\w{12,}|AGE-SECRET-KEY-\w{12,}"
     r")"
 )
-_DOTTED: Final = re.compile(
+_DOTTED: Final = _Pattern(
     # A JWT, also one that the end of the text cuts off; Google's OAuth tokens; SendGrid's keys.
     r"eyJ[\w\-]{8,}(?:\.[\w\-]{8,}(?:\.[\w\-]*)?|\.?[\w\-]*\Z)|ya29\.[\w\-.]{12,}|SG\.[\w\-]{16,}\.[\w\-]{16,}"
 )
-_ASSIGNED: Final = re.compile(
+_ASSIGNED: Final = _Pattern(
     r"""(?:api[_\- ]?key|subscription-key|access[_\- ]?key|account[_\- ]?key|secret|token|authorization|password|sig)"""
     r"""\\?["']?\s?[:=]\s?\\?["']?(?:[A-Za-z]+\s)?\Z""",
     re.IGNORECASE,
 )
-_TOKEN: Final = re.compile(r"[\w\-.~+/]+=*")
+_TOKEN: Final = _Pattern(r"[\w\-.~+/]+=*")
 # Each beside a cheap `in` that decides whether it is worth running; each begins with literal text, which is fast.
 _PATTERNS: Final = tuple(
-    (needle, re.compile(pattern), replacement)
+    (needle, _Pattern(pattern), replacement)
     for needle, pattern, replacement in (
         ("earer ", r"earer (?=\S*[0-9=~+_]|\S*[a-z][A-Z])[\w\-.~+/]{8,}=*", f"earer {MASK}"),
         ("asic ", r"asic (?=\S*[0-9=]|\S*[a-z][A-Z])[A-Za-z0-9+/\-_]{12,}=*", f"asic {MASK}"),
@@ -85,7 +105,7 @@ _LONGEST_JSON: Final = 16_384
 _known: dict[str, None] = {}
 _PAUSE: Final = 1.0
 _environment_seen = (float("-inf"), 0)
-_LOGIN: Final = re.compile(r"https?://[^\s/:@]{0,128}:([^\s/@]{1,256})@")
+_LOGIN: Final = _Pattern(r"https?://[^\s/:@]{0,128}:([^\s/@]{1,256})@")
 _NESTED: Final = 4
 _MOST_SETTINGS: Final = 1000
 
