@@ -17,7 +17,7 @@ export UV_SYSTEM_CERTS = true
 export LITELLM_LOCAL_MODEL_COST_MAP = True
 export DSPY_CACHEDIR = $(CURDIR)/$(VENV)/dspy-cache
 
-.PHONY: help demo test test-slow test-integration test-all lint format matrix lowest nightly dist bench imports backends collector jaeger phoenix rotel kafka clean
+.PHONY: help demo test test-slow test-integration test-rest test-all lint format matrix lowest nightly dist bench imports backends collector jaeger phoenix rotel kafka clean
 help: ## show this
 	@sed -n 's/^\([a-z -]*\):.*## /\1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 18
 
@@ -33,7 +33,12 @@ test-slow: $(VENV)/.test ## the slow tests
 test-integration: $(VENV)/.neighbours ## the tests against real servers and in fresh processes
 	$(BIN)/python -m pytest -n auto --dist loadfile -m integration $(ARGS)
 
-test-all: test test-slow test-integration ## all tests
+# Many of them wait for a server or a process: one more at a time than there are cores.
+test-rest: $(VENV)/.neighbours ## the slow tests and the integration tests, together
+	$(BIN)/python -m pytest -n $(shell $(PYTHON) -c 'import os; print((os.cpu_count() or 1) + 1)') --dist loadfile \
+	  -m "slow or integration" $(ARGS)
+
+test-all: test test-rest ## all tests
 
 lint: $(VENV)/.lint ## style and types
 	$(BIN)/ruff check .
