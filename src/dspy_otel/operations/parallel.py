@@ -58,8 +58,11 @@ class ParallelOperation(Operation):
                 raise
 
         def execute_watched(executor: Any, function: Any, data: Any) -> Any:
-            if not self.telemetry.safely("threads", False, self.telemetry.enabled):
+            if not self.telemetry.active:
                 return original(executor, function, data)
+            if not self.telemetry.safely("threads", False, self.telemetry.enabled):
+                # `suppress_instrumentation()` is for the workers, too, and only the context tells them.
+                return run(executor, function, data)
             scope = self.telemetry.safely("threads", None, current_scope)
             if scope is not None and scope.kind == "evaluate" and not scope.notes.get("executing"):
                 # An evaluation's own loop. A program that runs threads of its own inside an example does not come
