@@ -74,7 +74,8 @@ $(VENV)/.test: $(VENV)/.demo
 	@touch $@
 
 $(VENV)/.neighbours: $(VENV)/.test
-	@$(INSTALL) --group neighbours
+# All in one: each release of OpenTelemetry's instrumentations wants the SDK of its own release.
+	@$(INSTALL) -e ".[demo]" --group test --group neighbours --group workers
 	@touch $@
 
 $(VENV)/.lint: $(VENV)/.demo

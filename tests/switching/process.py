@@ -55,9 +55,9 @@ def python(code: str, *arguments: str, cwd: Path | None = None, **settings: str)
     return _run([sys.executable, "-c", code, *arguments], cwd, {"PYTHONPATH": _path(), **settings})
 
 
-def script(program: Path, *arguments: str, **settings: str) -> Finished:
+def script(program: Path, *arguments: str, cwd: Path | None = None, **settings: str) -> Finished:
     """``python program arguments``, likewise."""
-    return _run([sys.executable, str(program), *arguments], None, {"PYTHONPATH": _path(), **settings})
+    return _run([sys.executable, str(program), *arguments], cwd, {"PYTHONPATH": _path(), **settings})
 
 
 def _path() -> str:
