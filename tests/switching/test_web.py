@@ -1,0 +1,136 @@
+"""A web application: a program behind FastAPI on uvicorn, with the session and the user of each request."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+from urllib.request import Request, urlopen
+
+import dspy
+import pytest
+from opentelemetry import baggage, context
+
+from tests.support.openai_server import OpenAIServer
+from tests.support.spans import Recorder
+from tests.switching.test_neighbours import needs
+
+pytestmark = [
+    pytest.mark.integration,
+    needs("fastapi", "fastapi"),
+    needs("uvicorn", "uvicorn"),
+    needs("opentelemetry.instrumentation.fastapi", "opentelemetry-instrumentation-fastapi"),
+]
+
+
+class Greeter(dspy.Module):
+    """Goes on only when two calls are inside at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reply = dspy.Predict("question -> answer")
+        self.inside: set[str] = set()
+        self.end = time.monotonic() + 20
+
+    def alone(self, question: str) -> bool:
+        self.inside.add(question)
+        return len(self.inside) < 2 and time.monotonic() < self.end
+
+    def forward(self, question: str) -> Any:
+        while self.alone(question):
+            time.sleep(0.01)
+        return self.reply(question=question)
+
+    async def aforward(self, question: str) -> Any:
+        while self.alone(question):
+            await asyncio.sleep(0.01)
+        return await self.reply.acall(question=question)
+
+
+def application() -> Any:
+    """As a user writes it; the middleware is the one of docs/neighbours.md."""
+    from fastapi import FastAPI
+    from fastapi.responses import StreamingResponse
+
+    app = FastAPI()
+
+    @app.middleware("http")
+    async def who_asks(request: Any, call_next: Any) -> Any:
+        here = baggage.set_baggage("session.id", request.headers["x-session"])
+        here = baggage.set_baggage("user.id", request.headers["x-user"], here)
+        token = context.attach(here)
+        try:
+            return await call_next(request)
+        finally:
+            context.detach(token)
+
+    greeters = {kind: Greeter() for kind in ("sync", "async", "stream")}
+
+    @app.get("/sync")
+    def sync(question: str) -> str:
+        return greeters["sync"](question=question).answer
+
+    @app.get("/async")
+    async def asynchronous(question: str) -> str:
+        return (await greeters["async"].acall(question=question)).answer
+
+    @app.get("/stream")
+    async def stream(question: str) -> Any:
+        async def chunks() -> Any:
+            async for chunk in dspy.streamify(greeters["stream"])(question=question):
+                if isinstance(chunk, dspy.Prediction):
+                    yield json.dumps(chunk.answer)
+
+        return StreamingResponse(chunks())
+
+    return app
+
+
+@pytest.fixture
+def address(telemetry: Recorder, server: OpenAIServer) -> Iterator[str]:
+    import uvicorn
+    from opentelemetry.instrumentation.fastapi import FastAPIInstrumentor
+
+    dspy.configure(lm=server.lm())
+    app = application()
+    FastAPIInstrumentor.instrument_app(app, tracer_provider=telemetry.tracer_provider)
+    web = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning", lifespan="off"))
+    thread = threading.Thread(target=web.run)
+    thread.start()
+    try:
+        while not web.started:
+            assert thread.is_alive()
+            time.sleep(0.01)
+        yield f"http://127.0.0.1:{web.servers[0].sockets[0].getsockname()[1]}"
+    finally:
+        web.should_exit = True
+        thread.join()
+
+
+@pytest.mark.parametrize("kind", ["sync", "async", "stream"])
+def test_two_requests_at_once_keep_their_spans_and_names_apart(telemetry: Recorder, address: str, kind: str):
+    telemetry.instrument()
+
+    def ask(who: str) -> str:
+        asked = Request(f"{address}/{kind}?question={who}", headers={"x-session": f"s-{who}", "x-user": f"u-{who}"})
+        with urlopen(asked, timeout=30) as answer:
+            return json.loads(answer.read())
+
+    with ThreadPoolExecutor(2) as clients:
+        assert list(clients.map(ask, ("ann", "bob"))) == ["the answer"] * 2
+    requests = [span for span in telemetry.named(f"GET /{kind}") if span.parent is None]
+    assert len({request.context.trace_id for request in requests}) == 2
+    seen = []
+    for request in requests:
+        ours = [span for span in telemetry.spans if span.instrumentation_scope.name == "dspy_otel"]
+        ours = [span for span in ours if span.context.trace_id == request.context.trace_id]
+        assert [span.name for span in ours] == ["invoke_workflow Greeter", "Predict reply", "chat gpt-4o-mini"]
+        above = [request, *ours]
+        for parent, span in zip(above, ours):
+            assert span.parent.span_id == parent.context.span_id
+        seen += {(span.attributes["session.id"], span.attributes["user.id"]) for span in ours}
+    assert sorted(seen) == [("s-ann", "u-ann"), ("s-bob", "u-bob")]
