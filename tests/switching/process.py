@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -58,6 +61,30 @@ def python(code: str, *arguments: str, cwd: Path | None = None, **settings: str)
 def script(program: Path, *arguments: str, cwd: Path | None = None, **settings: str) -> Finished:
     """``python program arguments``, likewise."""
     return _run([sys.executable, str(program), *arguments], cwd, {"PYTHONPATH": _path(), **settings})
+
+
+@contextmanager
+def running(*arguments: str, cwd: Path, **settings: str) -> Iterator[None]:
+    """``python arguments`` for as long as the block lasts; then it is asked to end, and given time for that."""
+    with open(cwd / "output.txt", "w+") as output:
+        process = subprocess.Popen(
+            [sys.executable, *arguments],
+            env=environment(PYTHONPATH=_path(), **settings),
+            cwd=cwd,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        try:
+            yield
+            process.terminate()
+            ended = process.wait(60)
+            output.seek(0)
+            assert ended == 0, output.read()[-4000:]
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
 
 
 def _path() -> str:
