@@ -1,8 +1,9 @@
-"""Other instrumentations of DSPy in the same process: named, with what doubles."""
+"""Other instrumentations of DSPy in the same process: named, with what doubles, and with what they take away."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from typing import Any, Final
 
 from .telemetry.guard import warn_once
@@ -23,15 +24,49 @@ _INSTRUMENTORS: Final = (
     ),
 )
 
+_MOST_WRAPPERS: Final = 32
+
 
 class Neighbours:
     """Watches for other instrumentations. They may be switched on before ours, or at any time after it."""
 
     def __init__(self) -> None:
         self._modules = 0
+        self._space: Mapping[str, Any] | None = None
+        self._entry: Any = None
+        self._ours: Any = None
 
     def look(self) -> None:
-        """Warn once about each one that is active. Cheap enough for each outermost call.
+        """Warn once about each one that is active, and once if one has taken ours away.
+
+        Cheap enough for each outermost call.
+        """
+        self._look_at_modules()
+        self._look_at_entry()
+
+    def _look_at_entry(self) -> None:
+        """Warn once when the entry point of modules is one that ours stood for.
+
+        OpenInference's ``uninstrument()`` does that: it puts back what is below all wrappers, whoever made them.
+        """
+        if self._space is None:
+            owner = getattr(sys.modules.get("dspy.primitives.module"), "Module", None)
+            self._space = None if owner is None else vars(owner)
+        entry = None if self._space is None else self._space.get("__call__")
+        if entry is self._entry:
+            return
+        self._entry = entry
+        if self._ours is None:
+            self._ours = entry  # The first look comes right after our patches.
+        elif any(entry is each for each in _stood_for(self._ours)):  # a proxy is equal to what it stands for
+            warn_once(
+                ("neighbour", "removed"),
+                "another instrumentation has taken ours off dspy.Module when it was switched off: modules are not "
+                "recorded any more. dspy_otel.uninstrument() and dspy_otel.instrument() bring them back",
+            )
+
+    def _look_at_modules(self) -> None:
+        """Warn once about each one that is active.
 
         Nothing can be switched on that is not imported, and a program soon stops importing: only when the number of
         modules has changed since the last look is there anything to do.
@@ -49,6 +84,14 @@ class Neighbours:
                 name,
                 doubles,
             )
+
+
+def _stood_for(function: Any) -> list[Any]:
+    """The functions that a wrapper stands for, outermost first."""
+    found: list[Any] = []
+    while len(found) < _MOST_WRAPPERS and (function := getattr(function, "__wrapped__", None)) is not None:
+        found.append(function)
+    return found
 
 
 def active_neighbours() -> dict[str, str]:

@@ -109,10 +109,24 @@ def test_switching_ours_off_leaves_the_program_and_the_other_alone(tmp_path: Pat
     assert done.output == f"{_TWO_ANSWERS}{_SPANS}\n"
 
 
+_TAKEN = "another instrumentation has taken ours off dspy.Module"
+
+
 @pytest.mark.parametrize(("other", "said"), NEIGHBOURS[:2])
-def test_the_other_is_switched_off_again(tmp_path: Path, other: str, said: str):
-    done = run(switch_on=f"{_OURS}\n{other}", between="Other().uninstrument()", cwd=tmp_path)
-    assert done.output.startswith(_TWO_ANSWERS)
+@pytest.mark.parametrize("order", ["before", "after"])
+def test_the_other_is_switched_off_again(tmp_path: Path, other: str, said: str, order: str):
+    """OpenInference's ``uninstrument()`` takes ours along: that is said, and ours comes back when it is asked to."""
+    done = run(
+        switch_on=f"{other}\n{_OURS}" if order == "before" else f"{_OURS}\n{other}",
+        between="Other().uninstrument()",
+        after=f"telemetry.clear(); dspy_otel.uninstrument(); {_OURS}; app(question='?')\n"
+        "print([span.name for span in telemetry.spans])",
+        cwd=tmp_path,
+    )
+    taken = other is OPENINFERENCE
+    second = ["chat echo"] if taken else _SPANS
+    assert done.output == f"{_TWO_ANSWERS}{_SPANS + second}\n{_SPANS}\n"
+    assert [_TAKEN in warning for warning in done.warnings] == [False, True][: 1 + taken]
 
 
 @pytest.mark.parametrize(("other", "said"), NEIGHBOURS)
