@@ -44,8 +44,9 @@ class Finished:
 def environment(**settings: str) -> dict[str, str]:
     """This process's environment without telemetry settings, but with ``settings``."""
     inherited = {key: value for key, value in os.environ.items() if not _FOREIGN.search(key)}
-    # Other instrumentations of DSPy may be installed beside ours; both are called `dspy`.
-    return {**inherited, "OTEL_PYTHON_DISABLED_INSTRUMENTATIONS": "dspy", **settings}
+    # Others may be installed beside ours: two of DSPy are called `dspy`, and some import all that they watch.
+    others = "celery,dspy,fastapi,httpx,httpx2,litellm,openai,threading"
+    return {**inherited, "OTEL_PYTHON_DISABLED_INSTRUMENTATIONS": others, **settings}
 
 
 def instrumented(*arguments: str, program: Path = APP, cwd: Path | None = None, **settings: str) -> Finished:
