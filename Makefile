@@ -17,6 +17,9 @@ export UV_SYSTEM_CERTS = true
 export LITELLM_LOCAL_MODEL_COST_MAP = True
 export DSPY_CACHEDIR = $(CURDIR)/$(VENV)/dspy-cache
 
+# Tests and benchmarks start processes, many of them: none compiles every package again.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: help demo test test-slow test-integration test-rest test-all lint format matrix lowest nightly dist bench imports backends collector jaeger phoenix rotel kafka clean
 help: ## show this
 	@sed -n 's/^\([a-z -]*\):.*## /\1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 18
