@@ -36,10 +36,11 @@ test-slow: $(VENV)/.test ## the slow tests
 test-integration: $(VENV)/.neighbours ## the tests against real servers and in fresh processes
 	$(BIN)/python -m pytest -n auto --dist loadfile -m integration $(ARGS)
 
-# Many of them wait for a server or a process: one more at a time than there are cores.
+# Many of them wait for a server or a process: one more at a time than there are cores; and in order of files, for those with
+# few tests are long.
 test-rest: $(VENV)/.neighbours ## the slow tests and the integration tests, together
 	$(BIN)/python -m pytest -n $(shell $(PYTHON) -c 'import os; print((os.cpu_count() or 1) + 1)') --dist loadfile \
-	  -m "slow or integration" $(ARGS)
+	  --no-loadscope-reorder -m "slow or integration" $(ARGS)
 
 test-all: test test-rest ## all tests
 
@@ -52,7 +53,7 @@ format: $(VENV)/.lint ## let ruff mend style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-matrix: ## the fast tests on oldest and newest DSPy and Python
+matrix: ## the fast tests on an old DSPy and Python, and on the newest
 	@.ci/matrix
 
 lowest: ## the fast tests with every package as old as pyproject.toml allows
@@ -67,7 +68,7 @@ dist: ## the wheel and the sdist: same bytes each time, install alone, licences 
 bench: $(VENV)/.bench ## what instrumentation costs
 	$(BIN)/python benchmarks/overhead.py $(ARGS)
 
-imports: $(VENV)/.demo ## what importing and switching on cost
+imports: $(VENV)/.bench ## what importing and switching on cost
 	$(BIN)/python benchmarks/imports.py $(ARGS)
 
 backends: ## the Collector and every backend that is on this machine, until Ctrl-C

@@ -1,4 +1,4 @@
-"""What only older DSPy versions need, in one room: to be emptied when they are no longer supported."""
+"""Threads of DSPy before 3.3 that do not carry the context themselves."""
 
 from __future__ import annotations
 

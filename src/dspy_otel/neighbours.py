@@ -61,8 +61,8 @@ class Neighbours:
         elif any(entry is each for each in _stood_for(self._ours)):  # a proxy is equal to what it stands for
             warn_once(
                 ("neighbour", "removed"),
-                "another instrumentation has taken ours off dspy.Module when it was switched off: modules are not "
-                "recorded any more. dspy_otel.uninstrument() and dspy_otel.instrument() bring them back",
+                "dspy.Module.__call__ is no longer ours, as after another instrumentation's uninstrument(): modules "
+                "are not recorded. dspy_otel.uninstrument() and dspy_otel.instrument() bring them back",
             )
 
     def _look_at_modules(self) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 from dspy_otel.cli.demo.brain import complete
 from dspy_otel.cli.demo.prompt import Message
 from tests.support.openai_server import Reply, openai_server
+from tests.switching.process import OTHERS
 
 _TROUBLE = re.compile(r"(?P<what>unreadable|fails) (?P<when>once|always)(?: \d+)?")
 WORKLOAD = Path(__file__).with_name("workload.py")
@@ -49,8 +50,7 @@ def start_workload(openai: str, endpoint: str, *parts: str, environment: Mapping
         "OTEL_SERVICE_NAME": "colours",
         "OTEL_EXPORTER_OTLP_ENDPOINT": endpoint,
         "OTEL_EXPORTER_OTLP_PROTOCOL": "grpc",
-        # Those that may be installed beside ours, for other tests.
-        "OTEL_PYTHON_DISABLED_INSTRUMENTATIONS": "dspy,openai,httpx,requests,urllib,urllib3",
+        "OTEL_PYTHON_DISABLED_INSTRUMENTATIONS": OTHERS,
         "OTEL_BSP_SCHEDULE_DELAY": "500",
         "OTEL_METRIC_EXPORT_INTERVAL": "1000",
         "OTEL_INSTRUMENTATION_GENAI_CAPTURE_MESSAGE_CONTENT": "span_and_event",

@@ -74,6 +74,7 @@ def test_jaeger_shows_lm_calls_and_the_optimization_that_made_a_program(jaeger: 
         winner = next(t for t in trials if t["dspy.trial.number"] == about["dspy.optimizer.winner.trial"])
         assert winner["dspy.candidate.id"] == about["dspy.program.id"]
     failed = [span for span in spans if tags(span).get("error") is True]
+    assert [(span["operationName"], tags(span)) for span in failed if "error.type" not in tags(span)] == []
     assert {tags(span)["error.type"] for span in failed} >= {"LookupError", "dspy.utils.exceptions.AdapterParseError"}
 
 

@@ -423,7 +423,9 @@ MACHINERY = {
     ),
     "optimizers.gepa.Observer.__getattr__",
 }
-AT_TIMES = re.compile(r"\.secrets\.\w*environment\w*$|is_secret_name$|OwnJitter|given_ids|__missing__$")
+AT_TIMES = re.compile(
+    r"\.secrets\.(\w*environment\w*|_Pattern\.__getattr__)$|is_secret_name$|OwnJitter|given_ids|__missing__$"
+)
 """Called when something has changed since the last time, which may not be so at the next."""
 
 AT_INSTRUMENT = ("wrap", "around", "watch", "patch", "guarded", "__init_subclass__", "with_system_ids", "as_evaluation")
@@ -665,12 +667,13 @@ def resumed() -> Any:
 
 
 NEVER_CALLED = re.compile(
-    r"optimizers\.(finetune|reanchor|progress|memory)\.|interpreter|typed|_CountedStream|_note_(chunk|retry|litellm)"
-    r"|_keys_of_suppression|simba\._in_compile|outcome_of_response|on_merge_rejected|formatting_without|\.remote\._typed|\.HeldSpan\.|Asking\.of"
-    r"|\.__init__$|\.Telemetry\.(_make|__)|parent_of_process|\.(Operation|Plan|Blob)\.\w+$|_Pending|_moment|moment$"
+    r"optimizers\.(finetune|reanchor|progress|memory)\.|interpreter|typed|_CountedStream|_counted_stream"
+    r"|_note_(chunk|retry|litellm)|_keys_of_suppression|simba\._in_compile|outcome_of_response|on_merge_rejected"
+    r"|formatting_without|\.remote\._typed|\.HeldSpan\.|Asking\.of|\.__init__$|\.Telemetry\.(_make|_after_fork|__)"
+    r"|parent_of_process|gepa\.(Silent|Old)GEPAPlan|gepa\._takes|\.(Operation|Plan|Blob)\.\w+$|_Pending|_moment|moment$"
 )
-"""Not in a scenario here: other DSPy versions, a terminal, a stream, fine-tuning, what runs at instrument() or is
-overridden everywhere. They have tests of their own."""
+"""Not in a scenario here: other versions of DSPy or GEPA, a terminal, a stream, fine-tuning, what runs at
+instrument() or is overridden everywhere. They have tests of their own."""
 
 
 @functools.cache

@@ -11,7 +11,7 @@ from tests.support.older import DSPY as VERSION
 NATIVE = VERSION >= (3, 4)
 """DSPy 3.4 and later: its own engine, explicit requests, retries of its own."""
 
-only_native = pytest.mark.skipif(not NATIVE, reason="DSPy 3.3 has no engine of its own: LiteLLM serves every dspy.LM")
+only_native = pytest.mark.skipif(not NATIVE, reason="before 3.4, LiteLLM serves every dspy.LM")
 
 
 class Hop(dspy.Module):

@@ -40,9 +40,10 @@ def limited() -> Iterator[Limited]:
     found.exporter.shutdown()
 
 
+@pytest.mark.parametrize("traces", ["all", "failed_and_best"])
 @pytest.mark.parametrize("content", ["no_content", "span_only"])
-def test_few_attributes_are_allowed_and_every_trial_is_still_known(limited: Limited, content: str) -> None:
-    limited.instrument(SpanLimits(max_span_attributes=16), capture_content=content)
+def test_few_attributes_are_allowed_and_every_trial_is_still_known(limited: Limited, content: str, traces: str) -> None:
+    limited.instrument(SpanLimits(max_span_attributes=10), capture_content=content, optimization_traces=traces)
     quietly(run_random_search, scripted_lm())
 
     runs = [span.attributes[sc.OPTIMIZER_RUN_ID] for span in limited.named("compile")]

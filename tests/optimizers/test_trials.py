@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import types
 from collections import defaultdict
 from typing import Any
 
@@ -259,15 +261,34 @@ def test_gepa_whose_reflection_fails_says_that_there_was_no_proposal(telemetry: 
     assert {trial["trial.kind"] for trial in trials(telemetry, "GEPA")} == {"baseline", "sample"}
 
 
-@pytest.mark.parametrize("seed", [0, 3])
-def test_a_gepa_without_callbacks_runs_and_tells_its_candidates(
-    telemetry: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, seed: int
-) -> None:
+def without_callbacks(monkeypatch: pytest.MonkeyPatch) -> str:
     """As before GEPA 0.0.27: an argument that it does not take would end the compile."""
     monkeypatch.setattr("dspy_otel.optimizers.gepa._takes", lambda function, name: False)
+    return "this GEPA knows no callbacks"
+
+
+def not_to_be_replaced(monkeypatch: pytest.MonkeyPatch) -> str:
+    class Gepa(types.ModuleType):
+        def __setattr__(self, name: str, value: Any) -> None:
+            if name == "optimize":
+                raise AttributeError(name)
+            super().__setattr__(name, value)
+
+    monkeypatch.setattr(sys.modules["gepa"], "__class__", Gepa)
+    return "cannot replace gepa.optimize"
+
+
+@pytest.mark.parametrize("seed", [0, 3])
+@pytest.mark.parametrize("silence", [without_callbacks, not_to_be_replaced])
+def test_a_gepa_that_tells_nothing_runs_and_its_candidates_are_told(
+    telemetry: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, silence: Any, seed: int
+) -> None:
+    import gepa  # noqa: F401
+
+    said = silence(monkeypatch)
     program, _, found = run(telemetry, "GEPA", seed=seed)
     assert [record.getMessage() for record in caplog.records if record.name == "dspy_otel"] == [
-        "dspy-otel: this GEPA knows no callbacks; telemetry lacks GEPA's verdicts, parents and reflections"
+        f"dspy-otel: {said}; telemetry lacks GEPA's verdicts, parents and reflections"
     ]
     results = program.detailed_results
     whole = [trial for trial in found if trial["trial.kind"] in ("baseline", "full")]

@@ -41,12 +41,14 @@ class Finished:
         return [line for line in self.errors.splitlines() if "dspy-otel: " in line]
 
 
+OTHERS = "celery,dspy,fastapi,httpx,httpx2,litellm,openai,requests,threading,urllib,urllib3"
+"""Instrumentations that may be installed beside ours; two of DSPy are called `dspy`, and some import all they watch."""
+
+
 def environment(**settings: str) -> dict[str, str]:
     """This process's environment without telemetry settings, but with ``settings``."""
     inherited = {key: value for key, value in os.environ.items() if not _FOREIGN.search(key)}
-    # Others may be installed beside ours: two of DSPy are called `dspy`, and some import all that they watch.
-    others = "celery,dspy,fastapi,httpx,httpx2,litellm,openai,threading"
-    return {**inherited, "OTEL_PYTHON_DISABLED_INSTRUMENTATIONS": others, **settings}
+    return {**inherited, "OTEL_PYTHON_DISABLED_INSTRUMENTATIONS": OTHERS, **settings}
 
 
 def instrumented(*arguments: str, program: Path = APP, cwd: Path | None = None, **settings: str) -> Finished:

@@ -110,7 +110,7 @@ def test_one_clear_warning_and_the_same_results_also_without_us(tmp_path: Path, 
     assert done.output == f"{_TWO_ANSWERS}{_SPANS * 2}\nblue\n[]\n"
 
 
-_TAKEN = "another instrumentation has taken ours off dspy.Module"
+_TAKEN = "dspy.Module.__call__ is no longer ours"
 
 
 @pytest.mark.parametrize(("other", "said"), NEIGHBOURS[:2])

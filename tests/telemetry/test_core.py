@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import threading
 import time
 from typing import Any
 
+import pytest
 from opentelemetry.sdk.trace import TracerProvider
 
 from dspy_otel.config import Config
@@ -39,3 +42,26 @@ def test_no_thread_makes_a_span_before_the_provider_is_known() -> None:
     assert which is provider
     assert len(made) == 4
     assert min(made) > when
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+def test_a_process_forked_meanwhile_waits_for_nobody() -> None:
+    begun, go_on = threading.Event(), threading.Event()
+
+    def slowly(provider: Any) -> None:
+        begun.set()
+        go_on.wait(30)
+
+    telemetry = Telemetry(Config(), TracerProvider(shutdown_on_exit=False), on_provider=slowly)
+    first = threading.Thread(target=lambda: telemetry.tracer)
+    first.start()
+    begun.wait(30)
+    child = os.fork()
+    if child == 0:
+        go_on.set()
+        signal.alarm(10)  # ends a child that waits
+        assert telemetry.tracer is not None
+        os._exit(0)
+    go_on.set()
+    first.join()
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0

@@ -269,7 +269,7 @@ class LMOperation(Operation):
         return finalize
 
     def wrap_process_response(self, original: Any) -> Any:
-        """``BaseLM._process_lm_response`` (3.3): likewise."""
+        """``BaseLM._process_lm_response`` (before 3.4): likewise."""
 
         def _process_lm_response(lm: Any, response: Any, *args: Any, **kwargs: Any) -> Any:
             outputs = original(lm, response, *args, **kwargs)
@@ -315,7 +315,7 @@ class LMOperation(Operation):
             scope.notes["provider"] = PROVIDERS.get(provider, provider)
 
     def _note_litellm(self, lm: Any) -> None:
-        """DSPy 3.3 has one engine for its own LM; the class of any other LM says enough."""
+        """DSPy before 3.4 has one engine for its own LM; the class of any other LM says enough."""
         scope = current_scope()
         if (
             scope is not None
@@ -359,18 +359,24 @@ class LMOperation(Operation):
         return stream_emitted
 
     def wrap_stream_completion(self, original: Any) -> Any:
-        """``dspy.clients.lm._get_stream_completion_fn`` (3.3): it takes the stream of chunks from DSPy's settings."""
+        """``dspy.clients.lm._get_stream_completion_fn`` (before 3.4): the stream of chunks is in DSPy's settings."""
 
         def _get_stream_completion_fn(*args: Any, **kwargs: Any) -> Any:
-            settings = sys.modules["dspy"].settings
-            stream, scope = settings.send_stream, current_scope()
-            if stream is None or scope is None or scope.kind != self.kind:
+            counted = self.telemetry.safely("LM stream", None, self._counted_stream)
+            if counted is None:
                 return original(*args, **kwargs)
-            note = functools.partial(self.telemetry.safely, "LM stream", None, self._note_chunk, scope)
-            with settings.context(send_stream=_CountedStream(stream, note)):
+            with sys.modules["dspy"].settings.context(send_stream=counted):
                 return original(*args, **kwargs)
 
         return _get_stream_completion_fn
+
+    def _counted_stream(self) -> _CountedStream | None:
+        """In place of the stream of the LM call that is going on, if there is one."""
+        stream, scope = sys.modules["dspy"].settings.send_stream, current_scope()
+        if stream is None or scope is None or scope.kind != self.kind:
+            return None
+        note = functools.partial(self.telemetry.safely, "LM stream", None, self._note_chunk, scope)
+        return _CountedStream(stream, note)
 
     def _note_chunk(self, scope: Scope | None) -> None:
         if scope is not None and scope.kind == self.kind:
@@ -518,7 +524,7 @@ def outcome_of_call_result(result: Any) -> Outcome:
 
 
 def outcome_of_response(response: Any, outputs: Any) -> Outcome:
-    """From the OpenAI-shaped response that DSPy 3.3's LMs return."""
+    """From the OpenAI-shaped response that LMs return before DSPy 3.4."""
     return Outcome(
         outputs=list(peek.items(outputs)),
         usage=_counters(field(response, "usage")),

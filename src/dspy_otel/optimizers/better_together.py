@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Final
 
 from ..patching import Patches
+from ..telemetry import peek
 from ..telemetry.attributes import Attributes
 from .plan import Evaluation, Plan
 from .run import Run
@@ -27,6 +28,8 @@ class BetterTogetherPlan(Plan):
         self.last: str | None = None
 
     def told(self) -> None:
+        if "optimizers" not in peek.instance_dict(self.instance):
+            return  # Before DSPy 3.2 it evaluates nothing between its steps.
         strategy = self.arguments.get("strategy")
         self.steps = strategy.split(_SEPARATOR) if isinstance(strategy, str) else []
         ratio = self.arguments.get("valset_ratio")

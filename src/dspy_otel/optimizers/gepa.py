@@ -263,26 +263,30 @@ class GEPAPlan(Plan):
 
 
 class SilentGEPAPlan(Plan):
-    """GEPA without callbacks: its evaluations are trials, as those of any other optimizer.
+    """GEPA that tells us nothing: its evaluations are trials, as those of any other optimizer.
 
     Which rows they are on tells those that decide from those on minibatches.
     """
 
     scale = MEAN
     deciding = GEPAPlan.deciding
-
-    def begin(self) -> None:
-        warn_once(("patch", "callbacks"), "this GEPA knows no callbacks; telemetry lacks %s", _LOSES)
+    role = None  # Nothing tells reflection from the metric's own calls.
 
     def kind_of(self, about: Evaluation) -> str:
-        rows = self.arguments.get("valset") or self.arguments.get("trainset")
-        whole = {id(row) for row in peek.items(rows)}
-        return (
-            super().kind_of(about) if {id(row) for row in peek.items(about.devset)} == whole else names.TRIAL_MINIBATCH
-        )
+        whole = self.arguments.get("valset") or self.arguments.get("trainset")
+        if {id(row) for row in peek.items(about.devset)} == {id(row) for row in peek.items(whole)}:
+            return super().kind_of(about)
+        return names.TRIAL_MINIBATCH
 
     def score(self, result: Any, error: BaseException | None) -> float | None:
         return mean_of(result)
+
+
+class OldGEPAPlan(SilentGEPAPlan):
+    """GEPA before 0.0.27, which knows no callbacks. Said when it is used, not to everybody who has it installed."""
+
+    def begin(self) -> None:
+        warn_once(("patch", "callbacks"), "this GEPA knows no callbacks; telemetry lacks %s", _LOSES)
 
 
 PLANS: Final[dict[str, type[Plan]]] = {"GEPA": GEPAPlan}
@@ -331,10 +335,10 @@ def patch(optimizers: Optimizers, patches: Patches) -> None:
     if resolve("dspy.teleprompt.gepa.gepa", "GEPA") is None:
         return
     optimize = resolve("gepa", "optimize")
-    if optimize is not None and not _takes(optimize, "callbacks"):  # before GEPA 0.0.27
+    if optimize is not None and not _takes(optimize, "callbacks"):
+        optimizers.plans["GEPA"] = OldGEPAPlan
+    elif not patches.wrap(resolve("gepa"), "optimize", observed, loses=_LOSES):
         optimizers.plans["GEPA"] = SilentGEPAPlan
-        return
-    patches.wrap(resolve("gepa"), "optimize", observed, loses=_LOSES)
 
 
 def _takes(function: Any, name: str) -> bool:

@@ -247,6 +247,8 @@ def patch(optimizers: Optimizers, patches: Patches) -> None:
         return __call__
 
     loses = "SIMBA's trials"
+    if module is None:
+        return
     patches.wrap(module, "prepare_models_for_resampling", note_step, loses=loses)
     patches.wrap(module, "wrap_program", note_program, loses=loses)
     patches.wrap(resolve("dspy.predict.parallel", "Parallel"), "__call__", note_evaluation, loses=loses)

@@ -29,6 +29,7 @@ class PhaseOperation(Operation):
     """One phase. Called with a :class:`Phase` in place of an instance."""
 
     kind = "phase"
+    must_stay = (names.OPTIMIZER_NAME, names.OPTIMIZER_RUN_ID, names.OPTIMIZER_ROOT_RUN_ID, names.OPTIMIZER_PHASE)
 
     def start(self, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any], parent: Scope | None) -> Start | None:
         phase: Phase = instance

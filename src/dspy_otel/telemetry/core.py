@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -28,8 +29,6 @@ from .scope import current_scope
 
 _Result = TypeVar("_Result")
 _CARRIER = ("traceparent", "tracestate", "baggage")
-_PATIENCE = 10.0
-"""Seconds to wait for the thread that makes the first span. After a fork in the middle of that, there is none."""
 
 
 class Telemetry:
@@ -60,6 +59,9 @@ class Telemetry:
         self._provider = tracer_provider
         self._tracer: Tracer | None = None
         self._settling = threading.RLock()
+        if hasattr(os, "register_at_fork"):
+            after_fork = weakref.WeakMethod(self._after_fork)
+            os.register_at_fork(after_in_child=lambda: (method := after_fork()) and method())
         meters = meter_provider if config.metrics else NoOpMeterProvider()
         self.measuring = not isinstance(meters, NoOpMeterProvider)
         self.metrics = self.safely("meter provider", None, self._make_metrics, meters) or Metrics(NoOpMeter("none"))
@@ -74,6 +76,9 @@ class Telemetry:
     def _make_logger(self, provider: _logs.LoggerProvider | None) -> _logs.Logger:
         return _logs.get_logger(names.SCOPE_NAME, __version__, logger_provider=provider, schema_url=names.SCHEMA_URL)
 
+    def _after_fork(self) -> None:
+        self._settling = threading.RLock()  # The thread that may have held it is not here.
+
     @property
     def tracer(self) -> Tracer:
         """Our tracer; of the global provider as soon as there is one."""
@@ -86,17 +91,13 @@ class Telemetry:
 
     def _settle(self, tracer: Tracer) -> Tracer:
         """Keep ``tracer``, and tell which provider it is of. Other threads wait, or their span would be missed."""
-        held = self._settling.acquire(timeout=_PATIENCE)
-        try:
+        with self._settling:
             if self._tracer is None:
                 if self._on_provider is not None:
                     provider = self._provider or trace.get_tracer_provider()
                     self.safely("tracer provider", None, self._on_provider, provider)
                 self._tracer = with_system_ids(tracer)
             return self._tracer
-        finally:
-            if held:
-                self._settling.release()
 
     @property
     def span_content(self) -> Content | None:

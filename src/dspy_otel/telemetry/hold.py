@@ -169,7 +169,14 @@ class HeldSpan(Span):
         if self.real is not None:
             self.real.set_attributes(attributes)
         else:
-            self._attributes.update(attributes)
+            for key, value in attributes.items():  # What is set again is the newest, as in the SDK.
+                self._attributes.pop(key, None)
+                self._attributes[key] = value
+
+    @property
+    def dropped_attributes(self) -> int:
+        """How many the SDK had no room for. Before there is a real span, nobody knows: one, to be sure."""
+        return 1 if self.real is None else getattr(self.real, "dropped_attributes", 0)
 
     def add_event(self, name: str, attributes: Any = None, timestamp: int | None = None) -> None:
         """Add an event."""
