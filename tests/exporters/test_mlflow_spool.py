@@ -323,7 +323,7 @@ def test_a_full_disk_does_no_harm(tmp_path: Path, kind: str) -> None:
     try:
         result = subprocess.run(
             [sys.executable, "-c", textwrap.dedent(FULL).format(limit=kind == "limit")],
-            env={**os.environ, "OTEL_DSPY_SPOOL": str(mounted / "spool"), "OTEL_DSPY_EXIT_SECONDS": "2"},
+            env={**os.environ, "OTEL_DSPY_SPOOL": str(mounted / "spool"), "OTEL_DSPY_EXIT_SECONDS": "5"},
             capture_output=True,
             text=True,
             timeout=120,
