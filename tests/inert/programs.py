@@ -10,6 +10,7 @@ import enum
 import inspect
 import json
 import pickle
+import pickletools
 import random
 import re
 import signal
@@ -31,6 +32,8 @@ from opentelemetry import context as otel_context
 from tests.support.older import DSPY
 
 # --- what a program is made of -----------------------------------------------------------------------------------
+
+_ADDRESS = re.compile(r":\d{10,20}")
 
 
 class OracleError(RuntimeError):
@@ -587,23 +590,36 @@ class Counted:
 def pickles(program: Any) -> Any:
     """What copying, pickling and saving give."""
     made: dict[str, Any] = {}
+    dumped: dict[str, bytes] = {}
     inside = cloudpickle.cloudpickle
     inside._DYNAMIC_CLASS_TRACKER_BY_CLASS.clear()
     uuid, inside.uuid = inside.uuid, Counted()
     try:
         for name, dump in (("pickle", pickle.dumps), ("cloudpickle", cloudpickle.dumps)):
             try:
-                # Pydantic names schemas by the address of the class.
-                made[name] = re.sub(rb":\d{10,20}", b":0", dump(program))
+                dumped[name] = dump(program)
+                made[name] = instructions(dumped[name])
             except Exception as error:
                 made[name] = type(error).__name__
     finally:
         inside.uuid = uuid
     made["deepcopy"] = freeze(copy.deepcopy(program).dump_state())
     made["reset"] = freeze(program.reset_copy().dump_state())
-    if isinstance(made["pickle"], bytes):
-        made["again"] = json.dumps(pickle.loads(made["pickle"]).dump_state(), default=repr)
+    if "pickle" in dumped:
+        made["again"] = json.dumps(pickle.loads(dumped["pickle"]).dump_state(), default=repr)
     return made
+
+
+def instructions(dumped: bytes) -> list[tuple[str, Any]]:
+    """A pickle as what it says, one after the other.
+
+    Pydantic names schemas by the address of the class, which has 14 or 15 digits: the sizes of frames tell that, too.
+    """
+    return [
+        (code.name, _ADDRESS.sub(":0", argument) if isinstance(argument, str) else argument)
+        for code, argument, _ in pickletools.genops(dumped)
+        if code.name != "FRAME"
+    ]
 
 
 def signatures(program: Any, oracle: Any) -> Any:
