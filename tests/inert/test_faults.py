@@ -670,9 +670,9 @@ NEVER_CALLED = re.compile(
     r"optimizers\.(finetune|reanchor|progress|memory)\.|interpreter|typed|_CountedStream|_counted_stream"
     r"|_note_(chunk|retry|litellm)|_keys_of_suppression|simba\._in_compile|outcome_of_response|on_merge_rejected"
     r"|formatting_without|\.remote\._typed|\.HeldSpan\.|Asking\.of|\.__init__$|\.Telemetry\.(_make|_after_fork|__)"
-    r"|parent_of_process|gepa\.(Silent|Old)GEPAPlan|gepa\._takes|\.(Operation|Plan|Blob)\.\w+$|_Pending|_moment|moment$"
+    r"|is_trace_id_random|parent_of_process|gepa\.(Silent|Old)GEPAPlan|gepa\._takes|\.(Operation|Plan|Blob)\.\w+$|_Pending|_moment|moment$"
 )
-"""Not in a scenario here: other versions of DSPy or GEPA, a terminal, a stream, fine-tuning, what runs at
+"""Not in a scenario here: other versions of DSPy, GEPA or the SDK, a terminal, a stream, fine-tuning, what runs at
 instrument() or is overridden everywhere. They have tests of their own."""
 
 
