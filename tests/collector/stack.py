@@ -115,6 +115,7 @@ class Collector(Process):
 
     Attributes:
         grpc, http: endpoints for `OTEL_EXPORTER_OTLP_ENDPOINT`.
+        prometheus: where the `metrics` pipeline is scraped.
         directory: where its queues, files and log are.
     """
 
@@ -126,6 +127,7 @@ class Collector(Process):
         self.directory = directory
         self.grpc = f"http://127.0.0.1:{ports['COLLECTOR_GRPC_PORT']}"
         self.http = f"http://127.0.0.1:{ports['COLLECTOR_HTTP_PORT']}"
+        self.prometheus = f"http://127.0.0.1:{ports['COLLECTOR_PROMETHEUS_PORT']}/metrics"
         self.telemetry = f"http://127.0.0.1:{ports['COLLECTOR_TELEMETRY_PORT']}/metrics"
         health = f"http://127.0.0.1:{ports['COLLECTOR_HEALTH_PORT']}"
         super().__init__(

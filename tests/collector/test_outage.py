@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import secrets
 import threading
 import time
@@ -13,10 +14,10 @@ import pytest
 from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
 from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import TracerProvider
-from opentelemetry.sdk.trace.export import BatchSpanProcessor
+from opentelemetry.sdk.trace.export import BatchSpanProcessor, SimpleSpanProcessor
 from opentelemetry.trace import Status, StatusCode
 
-from tests.collector.stack import Collector, Jaeger, running, wait_for
+from tests.collector.stack import Collector, Jaeger, own_metric, running, wait_for
 from tests.support.otlp_receiver import OtlpReceiver
 
 pytestmark = pytest.mark.integration
@@ -152,3 +153,26 @@ def test_what_a_killed_collector_loses_while_tail_sampling_decides(tmp_path: Pat
             assert {span.id for span in receiver.spans()} == early.sent
         finally:
             collector.stop()
+
+
+def test_spans_that_arrive_at_once_are_all_counted(tmp_path: Path) -> None:
+    """Sums are made of each batch's own count, and one that is older than the last would be dropped."""
+    programs, each = 16, 250
+    with running(Collector(tmp_path, ("base", "metrics"))) as collector:
+        assert isinstance(collector, Collector)
+
+        def program(number: int) -> None:
+            provider = TracerProvider(shutdown_on_exit=False)
+            provider.add_span_processor(SimpleSpanProcessor(OTLPSpanExporter(collector.grpc, insecure=True)))
+            tracer = provider.get_tracer("counting")
+            for _ in range(each):  # a request for each
+                tracer.start_span("chat m").end()
+            provider.shutdown()
+
+        threads = [threading.Thread(target=program, args=(number,)) for number in range(programs)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        counted = functools.partial(own_metric, collector.prometheus, "dspy_collector_spans_total")
+        wait_for(lambda: counted() == programs * each, 15, "the count of all spans")

@@ -170,7 +170,7 @@ def test_a_full_spool_drops_traces_of_examples_and_keeps_trials(
 
 
 def test_without_a_spool_what_is_above_the_limit_is_counted(
-    store: Memory, monkeypatch: pytest.MonkeyPatch, lost: Any
+    store: Memory, monkeypatch: pytest.MonkeyPatch, lost: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("OTEL_DSPY_SPOOL", "off")
     monkeypatch.setattr(delivery, "MAX_BYTES", 50 * delivery._SPAN_BYTES)
@@ -185,6 +185,7 @@ def test_without_a_spool_what_is_above_the_limit_is_counted(
     found = lost()
     assert found["queue_full"] + found[None] == 201
     assert found["queue_full"] >= 50
+    assert sum("Too many spans wait for MLflow" in record.message for record in caplog.records) == 1
     compile_.end()
     program.provider.shutdown()
     assert {run["status"] for run in store.runs.values()} == {"FINISHED"}
@@ -317,13 +318,13 @@ def test_a_full_disk_does_no_harm(tmp_path: Path, kind: str) -> None:
     mounted = tmp_path / "disk"
     mounted.mkdir()
     if kind == "tmpfs":
-        command = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(mounted)]
+        command = ["mount", "-t", "tmpfs", "-o", "size=16k", "tmpfs", str(mounted)]
         if os.geteuid() != 0 or subprocess.run(command, capture_output=True).returncode:
             pytest.skip("cannot mount")
     try:
         result = subprocess.run(
             [sys.executable, "-c", textwrap.dedent(FULL).format(limit=kind == "limit")],
-            env={**os.environ, "OTEL_DSPY_SPOOL": str(mounted / "spool"), "OTEL_DSPY_EXIT_SECONDS": "5"},
+            env={**os.environ, "OTEL_DSPY_SPOOL": str(mounted / "spool"), "OTEL_DSPY_EXIT_SECONDS": "2"},
             capture_output=True,
             text=True,
             timeout=120,

@@ -128,7 +128,7 @@ class Delivery:
         self._until_weighed -= 1
         bytes_waiting = self._bytes
         if self._stop.is_set() or (bytes_waiting > 2 * MAX_BYTES and not self._precious(span)):
-            self._lose(1, "already_shutdown" if self._stop.is_set() else "queue_full")
+            self._drop("already_shutdown" if self._stop.is_set() else "queue_full")
             return
         self._queue.append(span)
         if self._idle.is_set():
@@ -141,6 +141,15 @@ class Delivery:
             self._start_to_spill()
         if not self._wake.is_set():
             self._wake.set()
+
+    def _drop(self, why: str) -> None:
+        if why == "queue_full":
+            self._report(
+                why,
+                "Too many spans wait for MLflow: traces of examples and calls are dropped, those of optimizations, "
+                "trials and evaluations are kept.",
+            )
+        self._lose(1, why)
 
     @property
     def _bytes(self) -> float:

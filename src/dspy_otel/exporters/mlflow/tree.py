@@ -1,6 +1,6 @@
 """Compile, trial and evaluation spans as a tree of MLflow runs. No input or output here, and one thread at a time.
 
-A run is a wish: what should be in MLflow. :mod:`.runs` brings MLflow up to it, and tries again when that fails.
+A run is a wish: what should be in MLflow. :mod:`.writer` brings MLflow up to it, and tries again when that fails.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Runs as they should stand in MLflow: wishes, and the names, forms and limits that MLflow has for them.
 
-No input or output here. :mod:`.tree` makes the wishes from spans, :mod:`.runs` brings MLflow up to them.
+No input or output here. :mod:`.tree` makes the wishes from spans, :mod:`.writer` brings MLflow up to them.
 """
 
 from __future__ import annotations
