@@ -75,7 +75,7 @@ def set_up(way: str, folder: Path) -> tuple[Callable[[], int], Callable[[], Any]
     dspy_otel.configure(mlflow=f"sqlite:///{folder / 'mlflow.db'}", capture_content="span_only")
     from opentelemetry import trace
 
-    from dspy_otel.exporters.mlflow.delivery import Delivery
+    from dspy_otel.mlflow.delivery import Delivery
 
     def waiting() -> int:
         return sum(each.waiting for each in gc.get_objects() if type(each) is Delivery)
@@ -91,15 +91,18 @@ def look(done: int, waiting: Callable[[], int]) -> dict[str, Any]:
     moment: dict[str, Any] = {"done": done, "MB": resident(), "open": 0, "kept": 0, "waiting": waiting()}
     if "dspy_otel" not in sys.modules:
         return moment
+    from dspy_otel.content import redaction
+    from dspy_otel.core import internal_errors
+    from dspy_otel.core.call_context import Scope
+    from dspy_otel.core.operation import Call
     from dspy_otel.operations.program import ByObject
-    from dspy_otel.telemetry import guard, secrets
-    from dspy_otel.telemetry.scope import Scope
-    from dspy_otel.telemetry.spans import Call
 
     alive = Counter(map(type, gc.get_objects()))
     moment["open"] = alive[Call] + alive[Scope]
     kept = sum(len(each._kept) for each in gc.get_objects() if type(each) is ByObject)
-    moment["kept"] = kept + len(secrets._known) + len(guard._seen) + secrets._name_kind.cache_info().currsize
+    moment["kept"] = (
+        kept + len(redaction._known) + len(internal_errors._seen) + redaction._name_kind.cache_info().currsize
+    )
     return moment
 
 

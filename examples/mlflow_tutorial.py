@@ -25,7 +25,7 @@ import dspy
 import dspy_otel
 from dspy_otel.cli.demo.lm import embedded_lm
 from dspy_otel.cli.demo.task import ColourFamily, load_examples, same_family, same_family_with_feedback
-from dspy_otel.exporters.mlflow import load_best
+from dspy_otel.mlflow import load_best
 
 EXPERIMENT = "DSPy-Optimization"
 TRAIN, VAL = load_examples("train", 20), load_examples("val", 10)

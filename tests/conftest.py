@@ -19,7 +19,8 @@ os.environ.setdefault("DSPY_CACHEDIR", tempfile.mkdtemp(prefix="dspy-otel-tests-
 os.environ["XDG_STATE_HOME"] = tempfile.mkdtemp(prefix="dspy-otel-tests-state-")
 
 from dspy_otel import DSPyInstrumentor
-from dspy_otel.telemetry import guard, secrets
+from dspy_otel.content import redaction
+from dspy_otel.core import internal_errors
 from tests.support.older import skip_what_is_newer
 from tests.support.openai_server import OpenAIServer, openai_server
 from tests.support.spans import Recorder
@@ -49,8 +50,8 @@ def isolated(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for name in list(os.environ):
         if _FOREIGN_SETTINGS.search(name):
             monkeypatch.delenv(name)
-    guard.reset_warnings()
-    secrets._known.clear()
+    internal_errors.reset_warnings()
+    redaction._known.clear()
     _reset_dspy()
     yield
     instrumentor = DSPyInstrumentor()

@@ -12,15 +12,15 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any, Final
 
-from .version import __version__
+from dspy_otel.version import __version__
 
 if TYPE_CHECKING:
-    from .config import Config
-    from .instrumentor import DSPyInstrumentor
-    from .operations.program import program_digest as program_id
-    from .optimizers import Optimization, optimization
-    from .propagation import attach, bind, inject
-    from .providers import configure
+    from dspy_otel.config import Config
+    from dspy_otel.instrumentor import DSPyInstrumentor
+    from dspy_otel.operations.program import program_digest as program_id
+    from dspy_otel.optimizers import Optimization, optimization
+    from dspy_otel.propagation import attach, bind, inject
+    from dspy_otel.setup import configure
 
 # Loaded when first asked for: a program that leaves instrumentation off pays for none of it.
 _PLACES: Final = {
@@ -29,7 +29,7 @@ _PLACES: Final = {
     "Optimization": ("optimizers", "Optimization"),
     "attach": ("propagation", "attach"),
     "bind": ("propagation", "bind"),
-    "configure": ("providers", "configure"),
+    "configure": ("setup", "configure"),
     "inject": ("propagation", "inject"),
     "optimization": ("optimizers", "optimization"),
     "program_id": ("operations.program", "program_digest"),
@@ -59,7 +59,7 @@ def instrument(**options: Any) -> DSPyInstrumentor:
     Returns:
         The instrumentor, for ``uninstrument()``.
     """
-    from .instrumentor import DSPyInstrumentor
+    from dspy_otel.instrumentor import DSPyInstrumentor
 
     instrumentor = DSPyInstrumentor()
     instrumentor.instrument(**options)
@@ -68,7 +68,7 @@ def instrument(**options: Any) -> DSPyInstrumentor:
 
 def uninstrument() -> None:
     """Switch instrumentation off and put every attribute of DSPy back."""
-    from .instrumentor import DSPyInstrumentor
+    from dspy_otel.instrumentor import DSPyInstrumentor
 
     DSPyInstrumentor().uninstrument()
 

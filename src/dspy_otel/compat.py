@@ -6,8 +6,8 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
-from .operations.parallel import bind
-from .patching import Patches, resolve
+from dspy_otel.operations.parallel import bind
+from dspy_otel.patching import Patches, resolve
 
 
 class BoundPool(ThreadPoolExecutor):

@@ -12,25 +12,25 @@ from typing import Any, Final
 from opentelemetry.instrumentation.instrumentor import BaseInstrumentor  # type: ignore[attr-defined]
 from wrapt import register_post_import_hook
 
-from . import compat
-from .config import Config
-from .neighbours import Neighbours
-from .operations.adapter import AdapterOperation, AdapterSpanOperation
-from .operations.embedding import EmbeddingOperation
-from .operations.interpreter import InterpreterOperation
-from .operations.lm import LMOperation
-from .operations.parallel import ParallelOperation
-from .operations.program import Programs
-from .operations.retrieval import RetrievalOperation
-from .operations.tool import ToolOperation
-from .optimizers import Optimizers
-from .patching import Patches, resolve
-from .telemetry import secrets
-from .telemetry.core import Telemetry
-from .telemetry.errors import formatting_without_our_frames
-from .telemetry.guard import failed, guarded, reset_warnings, warn_once
-from .telemetry.ids import OwnJitter
-from .telemetry.spans import Operation
+from dspy_otel import compat
+from dspy_otel.coexistence import Neighbours
+from dspy_otel.config import Config
+from dspy_otel.content import redaction
+from dspy_otel.core.errors import formatting_without_our_frames
+from dspy_otel.core.id_generator import OwnJitter
+from dspy_otel.core.internal_errors import failed, guarded, reset_warnings, warn_once
+from dspy_otel.core.operation import Operation
+from dspy_otel.core.telemetry import Telemetry
+from dspy_otel.operations.adapter import AdapterOperation, AdapterSpanOperation
+from dspy_otel.operations.embedding import EmbeddingOperation
+from dspy_otel.operations.interpreter import InterpreterOperation
+from dspy_otel.operations.lm import LMOperation
+from dspy_otel.operations.parallel import ParallelOperation
+from dspy_otel.operations.program import Programs
+from dspy_otel.operations.retrieval import RetrievalOperation
+from dspy_otel.operations.tool import ToolOperation
+from dspy_otel.optimizers import Optimizers
+from dspy_otel.patching import Patches, resolve
 
 _LOG: Final = logging.getLogger(__name__)
 _instruments: Final = ("dspy >= 3.0.4, < 4",)
@@ -67,7 +67,7 @@ class DSPyInstrumentor(BaseInstrumentor):  # type: ignore[misc]
     def _instrument(self, **kwargs: Any) -> None:
         kwargs = {name: value for name, value in kwargs.items() if name not in ("skip_dep_check", "configuration")}
         providers = {name: kwargs.pop(name, None) for name in _PROVIDERS}
-        guarded("secrets of the environment")(secrets.remember_environment)()
+        guarded("secrets of the environment")(redaction.remember_environment)()
         config = Config.load(**kwargs)
         self._generation += 1
         try:
@@ -109,7 +109,7 @@ def before_each_program(content: bool) -> Callable[[], None]:
     """What is looked at before each outermost call: it may have changed since the last one."""
     neighbours = guarded("other instrumentations")(Neighbours().look)
     exporters = guarded("exporters")(OwnJitter().look)
-    refresh = guarded("secrets of the environment")(secrets.remember_environment_again)
+    refresh = guarded("secrets of the environment")(redaction.remember_environment_again)
 
     def look_around() -> None:
         neighbours()
@@ -122,8 +122,8 @@ def before_each_program(content: bool) -> Callable[[], None]:
 
 def track_runs(provider: Any) -> None:
     """Let our exporter to MLflow, if this tracer provider has one, record runs too: they need the starts of spans."""
-    if "dspy_otel.exporters.mlflow" in sys.modules:
-        from .exporters.mlflow.runs import track_runs
+    if "dspy_otel.mlflow" in sys.modules:
+        from dspy_otel.mlflow.runs import track_runs
 
         track_runs(provider)
 

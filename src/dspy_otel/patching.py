@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Final, cast
 
-from .telemetry.guard import warn_once
+from dspy_otel.core.internal_errors import warn_once
 
 _ABSENT: Final = object()
 _MARK: Final = "__dspy_otel__"

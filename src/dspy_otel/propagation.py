@@ -9,11 +9,11 @@ from opentelemetry import context as otel_context
 from opentelemetry import propagate
 from opentelemetry.context import Context
 
-from .operations.parallel import bind
-from .telemetry.guard import failed
-from .telemetry.remote import read_context, write_scope
-from .telemetry.scope import current_scope
-from .telemetry.spans import detach
+from dspy_otel.core.call_context import current_scope
+from dspy_otel.core.internal_errors import failed
+from dspy_otel.core.operation import detach
+from dspy_otel.core.remote import read_context, write_scope
+from dspy_otel.operations.parallel import bind
 
 
 def inject(carrier: MutableMapping[str, str] | None = None) -> dict[str, str]:

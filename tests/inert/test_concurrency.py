@@ -24,17 +24,17 @@ from opentelemetry import trace
 from opentelemetry.sdk.trace import Span, TracerProvider
 
 import dspy_otel
+from dspy_otel.content import redaction
+from dspy_otel.core import internal_errors, operation
+from dspy_otel.core.call_context import Program, Scope
+from dspy_otel.core.deferred_spans import Held, HeldSpan
+from dspy_otel.core.operation import Call
+from dspy_otel.core.usage import Totals
 from dspy_otel.operations.embedding import ASKING
 from dspy_otel.operations.evaluation import ExampleRun
-from dspy_otel.telemetry import guard, secrets, spans
-from dspy_otel.telemetry.hold import Held, HeldSpan
-from dspy_otel.telemetry.scope import Program, Scope
-from dspy_otel.telemetry.spans import Call
-from dspy_otel.telemetry.totals import Totals
+from tests.inert.programs import Oracle, until
 from tests.support.otlp_receiver import OtlpReceiver
 from tests.switching.process import ROOT, environment
-
-from .programs import Oracle, until
 
 
 class Chain(dspy.Module):
@@ -253,7 +253,7 @@ def test_abandoned_generators(telemetry: Any) -> None:
 
 # --- nothing is left ----------------------------------------------------------------------------------------------
 
-OURS = (Call, Scope, Totals, Program, Held, HeldSpan, spans._Pending, ExampleRun)
+OURS = (Call, Scope, Totals, Program, Held, HeldSpan, operation._Pending, ExampleRun)
 
 
 def left_over() -> Counter[str]:
@@ -326,8 +326,8 @@ async def test_nothing_is_left_after_a_storm() -> None:
     finally:
         logging.getLogger("dspy").setLevel(logging.NOTSET)
     assert ASKING._waiting == {}
-    assert len(secrets._known) <= 256
-    assert len(guard._seen) <= 256
+    assert len(redaction._known) <= 256
+    assert len(internal_errors._seen) <= 256
 
 
 # --- processes ----------------------------------------------------------------------------------------------------

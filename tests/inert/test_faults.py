@@ -39,12 +39,11 @@ from opentelemetry.sdk.trace.id_generator import IdGenerator
 from opentelemetry.sdk.trace.sampling import Sampler
 
 import dspy_otel
-from dspy_otel.telemetry import guard, spans
+from dspy_otel.core import internal_errors, operation
 from tests.inert import hostile
+from tests.inert.programs import Oracle, build, exception, freeze, metric
 from tests.optimizers import common, test_inert
 from tests.support.spans import Recorder
-
-from .programs import Oracle, build, exception, freeze, metric
 
 
 class Boom(Exception):
@@ -249,7 +248,7 @@ def otlp_by_grpc(endpoint: str) -> TracerProvider:
 
 
 def mlflow_away() -> TracerProvider:
-    from dspy_otel.exporters.mlflow import MLflowSpanExporter
+    from dspy_otel.mlflow import MLflowSpanExporter
 
     return provider(batch(MLflowSpanExporter("http://127.0.0.1:1")))
 
@@ -406,25 +405,25 @@ def test_a_faulty_logging_handler_of_the_user(telemetry: Any) -> None:
 
 MACHINERY = {
     # What makes everything else safe; a fault in them is tested by what they make safe.
-    *("operations.parallel.bind", "optimizers.spans.current_run"),
-    *("telemetry.errors.hide_frames", "telemetry.errors.without_our_frames"),
-    *("telemetry.guard.failed", "telemetry.guard.warn_once", "telemetry.guard.reset_warnings"),
-    *("telemetry.core.Telemetry.safely", "telemetry.spans.detach", "telemetry.spans._return_to"),
-    *("telemetry.spans.Operation.open", "telemetry.spans.Operation.close", "telemetry.spans.Operation.fail"),
-    *("telemetry.spans.safe_open", "telemetry.spans.safe_close", "telemetry.spans._continue"),
-    *("telemetry.spans.Operation.__reduce__", "telemetry.spans._NothingToRecord.__reduce__"),
+    *("operations.parallel.bind", "optimizers.trials.current_run"),
+    *("core.errors.hide_frames", "core.errors.without_our_frames"),
+    *("core.internal_errors.failed", "core.internal_errors.warn_once", "core.internal_errors.reset_warnings"),
+    *("core.telemetry.Telemetry.safely", "core.operation.detach", "core.operation._return_to"),
+    *("core.operation.Operation.open", "core.operation.Operation.close", "core.operation.Operation.fail"),
+    *("core.operation.safe_open", "core.operation.safe_close", "core.operation._continue"),
+    *("core.operation.Operation.__reduce__", "core.operation._NothingToRecord.__reduce__"),
     # Python reports what these raise itself, and nothing more happens.
-    *("telemetry.spans._Pending.__del__", "telemetry.spans._Pending.__init__"),
+    *("core.operation._Pending.__del__", "core.operation._Pending.__init__"),
     # What stands in for a function of DSPy's, and what gives it back.
     *(
-        "optimizers.simba._Observed.__call__",
-        "optimizers.simba._Strategies.give_back",
-        "optimizers.simba.SIMBAPlan.end",
+        "optimizers.trackers.simba._Observed.__call__",
+        "optimizers.trackers.simba._Strategies.give_back",
+        "optimizers.trackers.simba.SIMBAPlan.end",
     ),
-    "optimizers.gepa.Observer.__getattr__",
+    "optimizers.trackers.gepa.Observer.__getattr__",
 }
 AT_TIMES = re.compile(
-    r"\.secrets\.(\w*environment\w*|_Pattern\.__getattr__)$|is_secret_name$|OwnJitter|given_ids|__missing__$"
+    r"\.redaction\.(\w*environment\w*|_Pattern\.__getattr__)$|is_secret_name$|OwnJitter|given_ids|__missing__$"
 )
 """Called when something has changed since the last time, which may not be so at the next."""
 
@@ -435,9 +434,9 @@ AT_INSTRUMENT = ("wrap", "around", "watch", "patch", "guarded", "__init_subclass
 def functions() -> dict[str, tuple[Any, str]]:
     """Every function, method and property of ours between DSPy and the SDK, with where it lives."""
     places: dict[str, tuple[Any, str]] = {}
-    for package in ("telemetry", "operations", "optimizers"):
+    for package in ("core", "content", "operations", "optimizers"):
         root = importlib.import_module(f"dspy_otel.{package}")
-        names = [found.name for found in pkgutil.iter_modules(root.__path__, f"{root.__name__}.")]
+        names = [found.name for found in pkgutil.walk_packages(root.__path__, f"{root.__name__}.")]
         for module in (root, *map(importlib.import_module, names)):
             short = module.__name__.removeprefix("dspy_otel.")
             for name, value in vars(module).items():
@@ -449,7 +448,7 @@ def functions() -> dict[str, tuple[Any, str]]:
                     for method, function in vars(value).items():
                         if isinstance(function, (types.FunctionType, property, classmethod, staticmethod)):
                             places[f"{short}.{name}.{method}"] = (value, method)
-    places.pop("telemetry.metrics.WithoutExemplars.set")  # another name of `add`
+    places.pop("core.metrics.WithoutExemplars.set")  # another name of `add`
     return {
         place: where
         for place, where in places.items()
@@ -468,7 +467,7 @@ def is_written(function: Any) -> bool:
 
 
 PLACES = functions()
-GUARDED = guard.guarded("")(functions).__code__
+GUARDED = internal_errors.guarded("")(functions).__code__
 """The code of whatever a guard is around."""
 
 
@@ -495,10 +494,10 @@ class Fault:
             self.raise_it()
 
         replacement: Any = broken
-        if in_class and issubclass(self.owner, spans.Operation) and self.name in ("open", "close"):
-            replacement = {"open": spans.safe_open, "close": spans.safe_close}[self.name](broken)
+        if in_class and issubclass(self.owner, operation.Operation) and self.name in ("open", "close"):
+            replacement = {"open": operation.safe_open, "close": operation.safe_close}[self.name](broken)
         elif getattr(original, "__code__", None) is GUARDED:
-            replacement = guard.guarded("a part")(broken)  # broken inside its guard
+            replacement = internal_errors.guarded("a part")(broken)  # broken inside its guard
         elif isinstance(original, property):
             replacement = property(broken)
         elif isinstance(original, (staticmethod, classmethod)):
@@ -703,7 +702,7 @@ def some(places: set[str]) -> list[Any]:
     def is_fast(index: int, place: str) -> bool:
         return (
             index % 12 == 0
-            and not place.startswith(("optimizers.", "telemetry.hold."))
+            and not place.startswith(("optimizers.", "core.deferred_spans."))
             and not NEVER_CALLED.search(place)
         )
 

@@ -22,8 +22,7 @@ from opentelemetry.sdk.metrics.export import InMemoryMetricReader
 from opentelemetry.sdk.trace import TracerProvider
 
 import dspy_otel
-
-from .programs import Failing, LoudTree, Oracle, Shape, build, metric, until
+from tests.inert.programs import Failing, LoudTree, Oracle, Shape, build, metric, until
 
 
 class Box:

@@ -11,8 +11,7 @@ from hypothesis import HealthCheck, assume, given, settings
 from opentelemetry import trace
 
 import dspy_otel
-
-from .programs import SHAPES, Shape, observe
+from tests.inert.programs import SHAPES, Shape, observe
 
 QUIET = settings(
     deadline=None,

@@ -18,8 +18,8 @@ from opentelemetry.sdk.trace import SpanProcessor, TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor, SimpleSpanProcessor
 from opentelemetry.trace import SpanKind, Status, StatusCode
 
-from dspy_otel import semconv as sc
-from dspy_otel.exporters.mlflow import MLflowSpanExporter
+from dspy_otel import semconv
+from dspy_otel.mlflow import MLflowSpanExporter
 from tests.support.mlflow_server import mlflow_server
 
 pytest.importorskip("mlflow")
@@ -36,86 +36,93 @@ def record(processor: SpanProcessor) -> None:
     """A program run, one failing evaluated example and one evaluation, as the instrumentation emits them."""
     provider = TracerProvider(resource=Resource({"service.name": "shop"}))
     provider.add_span_processor(processor)
-    tracer = provider.get_tracer(sc.SCOPE_NAME)
+    tracer = provider.get_tracer(semconv.SCOPE_NAME)
     other = provider.get_tracer("opentelemetry.instrumentation.httpx")
     question = json.dumps({"question": "Wie heißt die Hauptstadt?"}, ensure_ascii=False)
     chat = {
-        sc.GEN_AI_OPERATION_NAME: sc.OPERATION_CHAT,
-        sc.GEN_AI_PROVIDER_NAME: "openai",
-        sc.GEN_AI_REQUEST_MODEL: "gpt-4o-mini",
-        sc.GEN_AI_SYSTEM_INSTRUCTIONS: json.dumps(parts("Be brief.")),
-        sc.GEN_AI_INPUT_MESSAGES: json.dumps([{"role": "user", "parts": parts("Hauptstadt?")}]),
-        sc.GEN_AI_OUTPUT_MESSAGES: json.dumps(
+        semconv.GEN_AI_OPERATION_NAME: semconv.OPERATION_CHAT,
+        semconv.GEN_AI_PROVIDER_NAME: "openai",
+        semconv.GEN_AI_REQUEST_MODEL: "gpt-4o-mini",
+        semconv.GEN_AI_SYSTEM_INSTRUCTIONS: json.dumps(parts("Be brief.")),
+        semconv.GEN_AI_INPUT_MESSAGES: json.dumps([{"role": "user", "parts": parts("Hauptstadt?")}]),
+        semconv.GEN_AI_OUTPUT_MESSAGES: json.dumps(
             [{"role": "assistant", "parts": parts("Paris"), "finish_reason": "stop"}]
         ),
     }
     root_attributes = {
-        sc.GEN_AI_OPERATION_NAME: sc.OPERATION_INVOKE_WORKFLOW,
-        sc.OPENINFERENCE_SPAN_KIND: sc.KIND_CHAIN,
-        sc.PROGRAM_NAME: "RAG",
-        sc.PROGRAM_ID: "0badcafe",
-        sc.SESSION_ID: "session-1",
-        sc.USER_ID: "user-1",
-        sc.MODULE_INPUTS: question,
-        sc.INPUT_VALUE: question,
-        sc.USAGE_COST: 0.00042,
+        semconv.GEN_AI_OPERATION_NAME: semconv.OPERATION_INVOKE_WORKFLOW,
+        semconv.OPENINFERENCE_SPAN_KIND: semconv.KIND_CHAIN,
+        semconv.PROGRAM_NAME: "RAG",
+        semconv.PROGRAM_ID: "0badcafe",
+        semconv.SESSION_ID: "session-1",
+        semconv.USER_ID: "user-1",
+        semconv.MODULE_INPUTS: question,
+        semconv.INPUT_VALUE: question,
+        semconv.USAGE_COST: 0.00042,
     }
     with tracer.start_as_current_span("invoke_workflow RAG", attributes=root_attributes) as root:
         retrieval = {
-            sc.GEN_AI_OPERATION_NAME: sc.OPERATION_RETRIEVAL,
-            sc.GEN_AI_RETRIEVAL_QUERY_TEXT: "Hauptstadt",
-            sc.GEN_AI_RETRIEVAL_DOCUMENTS: json.dumps([{"id": "d1", "score": 0.9, "content": "Paris ist ..."}]),
+            semconv.GEN_AI_OPERATION_NAME: semconv.OPERATION_RETRIEVAL,
+            semconv.GEN_AI_RETRIEVAL_QUERY_TEXT: "Hauptstadt",
+            semconv.GEN_AI_RETRIEVAL_DOCUMENTS: json.dumps([{"id": "d1", "score": 0.9, "content": "Paris ist ..."}]),
         }
         with tracer.start_as_current_span("retrieval wiki", attributes=retrieval):
             pass
         priced = {
             **chat,
-            sc.GEN_AI_RESPONSE_MODEL: "gpt-4o-mini-2024-07-18",
-            sc.GEN_AI_USAGE_INPUT_TOKENS: 120,
-            sc.GEN_AI_USAGE_OUTPUT_TOKENS: 30,
-            sc.GEN_AI_USAGE_CACHE_READ_INPUT_TOKENS: 100,
-            sc.GEN_AI_USAGE_CACHE_WRITE_INPUT_TOKENS: 20,
-            sc.LM_COST: 0.00042,
+            semconv.GEN_AI_RESPONSE_MODEL: "gpt-4o-mini-2024-07-18",
+            semconv.GEN_AI_USAGE_INPUT_TOKENS: 120,
+            semconv.GEN_AI_USAGE_OUTPUT_TOKENS: 30,
+            semconv.GEN_AI_USAGE_CACHE_READ_INPUT_TOKENS: 100,
+            semconv.GEN_AI_USAGE_CACHE_WRITE_INPUT_TOKENS: 20,
+            semconv.LM_COST: 0.00042,
         }
         with (
-            tracer.start_as_current_span("ChainOfThought generate", attributes={sc.MODULE_CLASS: "ChainOfThought"}),
+            tracer.start_as_current_span(
+                "ChainOfThought generate", attributes={semconv.MODULE_CLASS: "ChainOfThought"}
+            ),
             tracer.start_as_current_span("chat gpt-4o-mini", kind=SpanKind.CLIENT, attributes=priced),
             other.start_as_current_span("POST", kind=SpanKind.CLIENT, attributes={"http.request.method": "POST"}),
         ):
             pass
-        hit = {**chat, sc.LM_CACHE_HIT: True, sc.LM_COST_SAVED: 0.00042}
+        hit = {**chat, semconv.LM_CACHE_HIT: True, semconv.LM_COST_SAVED: 0.00042}
         with tracer.start_as_current_span("chat gpt-4o-mini", attributes=hit):
             pass
         tool = {
-            sc.GEN_AI_OPERATION_NAME: sc.OPERATION_EXECUTE_TOOL,
-            sc.GEN_AI_TOOL_CALL_ARGUMENTS: '{"q": 1}',
-            sc.GEN_AI_TOOL_CALL_RESULT: "found",
+            semconv.GEN_AI_OPERATION_NAME: semconv.OPERATION_EXECUTE_TOOL,
+            semconv.GEN_AI_TOOL_CALL_ARGUMENTS: '{"q": 1}',
+            semconv.GEN_AI_TOOL_CALL_RESULT: "found",
         }
         with tracer.start_as_current_span("execute_tool search", attributes=tool):
             pass
-        root.set_attribute(sc.MODULE_OUTPUTS, '{"answer": "Paris"}')
+        root.set_attribute(semconv.MODULE_OUTPUTS, '{"answer": "Paris"}')
 
     example = {
-        sc.PROGRAM_NAME: "RAG",
-        sc.EVALUATION_ID: "e1",
-        sc.OPTIMIZER_RUN_ID: "r1",
+        semconv.PROGRAM_NAME: "RAG",
+        semconv.EVALUATION_ID: "e1",
+        semconv.OPTIMIZER_RUN_ID: "r1",
         "dspy.trial.number": 4,
         "dspy.candidate.id": "c3",
-        sc.EXAMPLE_INDEX: 2,
-        sc.EXAMPLE_SCORE: 0.5,
+        semconv.EXAMPLE_INDEX: 2,
+        semconv.EXAMPLE_SCORE: 0.5,
     }
     with tracer.start_as_current_span("example RAG", attributes=example) as span:
         span.record_exception(ValueError("no answer"))
         span.set_status(Status(StatusCode.ERROR, "ValueError"))
         unpriced = {
-            sc.GEN_AI_OPERATION_NAME: sc.OPERATION_CHAT,
-            sc.GEN_AI_REQUEST_MODEL: "a-model-nobody-prices",
-            sc.GEN_AI_USAGE_INPUT_TOKENS: 7,
-            sc.GEN_AI_USAGE_OUTPUT_TOKENS: 1,
+            semconv.GEN_AI_OPERATION_NAME: semconv.OPERATION_CHAT,
+            semconv.GEN_AI_REQUEST_MODEL: "a-model-nobody-prices",
+            semconv.GEN_AI_USAGE_INPUT_TOKENS: 7,
+            semconv.GEN_AI_USAGE_OUTPUT_TOKENS: 1,
         }
         with tracer.start_as_current_span("chat a-model-nobody-prices", attributes=unpriced):
             pass
-    evaluation = {sc.PROGRAM_NAME: "RAG", sc.EVALUATION_ID: "e1", sc.EVALUATION_SIZE: 3, sc.EVALUATION_SCORE: 50.0}
+    evaluation = {
+        semconv.PROGRAM_NAME: "RAG",
+        semconv.EVALUATION_ID: "e1",
+        semconv.EVALUATION_SIZE: 3,
+        semconv.EVALUATION_SCORE: 50.0,
+    }
     with tracer.start_as_current_span("evaluate RAG", attributes=evaluation):
         pass
     provider.shutdown()
@@ -267,16 +274,16 @@ def test_a_short_script_writes_to_an_embedded_store_at_exit_and_loads_no_pricing
         import atexit, sys
         from opentelemetry.sdk.trace import TracerProvider
         from opentelemetry.sdk.trace.export import BatchSpanProcessor
-        from dspy_otel.exporters.mlflow import MLflowSpanExporter
+        from dspy_otel.mlflow import MLflowSpanExporter
         atexit.register(lambda: print("litellm" in sys.modules))  # runs after the provider's own
         provider = TracerProvider()
         provider.add_span_processor(BatchSpanProcessor(MLflowSpanExporter()))
         attributes = {{
-            "{sc.GEN_AI_OPERATION_NAME}": "chat",
-            "{sc.GEN_AI_REQUEST_MODEL}": "m",
-            "{sc.GEN_AI_USAGE_INPUT_TOKENS}": 3,
+            "{semconv.GEN_AI_OPERATION_NAME}": "chat",
+            "{semconv.GEN_AI_REQUEST_MODEL}": "m",
+            "{semconv.GEN_AI_USAGE_INPUT_TOKENS}": 3,
         }}
-        provider.get_tracer("{sc.SCOPE_NAME}").start_span("chat m", attributes=attributes).end()
+        provider.get_tracer("{semconv.SCOPE_NAME}").start_span("chat m", attributes=attributes).end()
     """
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("MLFLOW_", "OTEL_"))}
     result = subprocess.run(

@@ -19,12 +19,11 @@ import pytest
 from google.protobuf import json_format
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
-from dspy_otel import DSPyInstrumentor
-from dspy_otel import semconv as sc
+from dspy_otel import DSPyInstrumentor, semconv
 from dspy_otel.cli import main
-from dspy_otel.exporters.mlflow import delivery, writer
-from dspy_otel.exporters.mlflow.otlp import encode
-from dspy_otel.exporters.mlflow.replay import replay
+from dspy_otel.mlflow import delivery, writer
+from dspy_otel.mlflow.otlp import encode
+from dspy_otel.mlflow.replay import replay
 from tests.integration.test_mlflow_runs import CONFIGURE, start
 from tests.optimizers.common import RUNS, quietly, scripted_lm
 from tests.support.fault_proxy import FaultProxy, fault_proxy
@@ -319,13 +318,13 @@ def test_mlflow_and_otlp_at_once_and_neither_starves_the_other(server_uri: str, 
 def test_an_old_server_is_told_from_a_new_one_in_plain_words(
     server_uri: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from dspy_otel.exporters.mlflow import server
+    from dspy_otel.mlflow import server
 
     monkeypatch.setattr(server, "OLDEST_MLFLOW", "99.0")
     store = Store(server_uri, "an old server")
     store.instrument()
     with caplog.at_level(logging.WARNING):
-        store.provider.get_tracer(sc.SCOPE_NAME).start_span("chat m").end()
+        store.provider.get_tracer(semconv.SCOPE_NAME).start_span("chat m").end()
         store.provider.force_flush()
     assert any("older than 99.0" in record.message for record in caplog.records)
     DSPyInstrumentor().uninstrument()

@@ -18,12 +18,11 @@ from typing import Any
 import dspy
 import pytest
 
-from dspy_otel import DSPyInstrumentor, program_id
-from dspy_otel import semconv as sc
+from dspy_otel import DSPyInstrumentor, program_id, semconv
 from dspy_otel.cli.demo.task import ColourFamily, load_examples, same_family, same_family_with_feedback
-from dspy_otel.exporters.mlflow import load_best
-from dspy_otel.exporters.mlflow.base import ExportError
-from dspy_otel.exporters.mlflow.read import read_report
+from dspy_otel.mlflow import load_best
+from dspy_otel.mlflow.base import ExportError
+from dspy_otel.mlflow.read import read_report
 from dspy_otel.report import reports
 from tests.optimizers.common import RUNS, quietly, scripted_lm
 from tests.support.mlflow_server import mlflow_server
@@ -67,30 +66,33 @@ def test_runs_are_what_the_spans_say(store: Store, optimizer: str, tmp_path: Pat
     program, _ = quietly(RUNS[optimizer], lm)
     store.flush()
     runs = store.runs()
-    compiles = {span.attributes[sc.OPTIMIZER_RUN_ID]: span for span in store.named("compile")}
-    trials = {f"{s.attributes[sc.OPTIMIZER_RUN_ID]}/{s.attributes[sc.TRIAL_NUMBER]}": s for s in store.named("trial")}
+    compiles = {span.attributes[semconv.OPTIMIZER_RUN_ID]: span for span in store.named("compile")}
+    trials = {
+        f"{s.attributes[semconv.OPTIMIZER_RUN_ID]}/{s.attributes[semconv.TRIAL_NUMBER]}": s
+        for s in store.named("trial")
+    }
 
     # The tree: one run for each compile and trial, each under its own parent, none at the top but the outermost.
     assert set(runs) == set(compiles) | set(trials)
     assert {run.info.status for run in runs.values()} == {"FINISHED"}
     ids = {key: run.info.run_id for key, run in runs.items()}
     for key, run in runs.items():
-        above = key.split("/")[0] if key in trials else compiles[key].attributes.get(sc.OPTIMIZER_PARENT_RUN_ID)
+        above = key.split("/")[0] if key in trials else compiles[key].attributes.get(semconv.OPTIMIZER_PARENT_RUN_ID)
         assert run.data.tags.get("mlflow.parentRunId") == (None if above is None else ids[above]), key
-    (top,) = [key for key, span in compiles.items() if sc.OPTIMIZER_PARENT_RUN_ID not in span.attributes]
+    (top,) = [key for key, span in compiles.items() if semconv.OPTIMIZER_PARENT_RUN_ID not in span.attributes]
     assert runs[top].info.run_name == f"{optimizer} ColourFamily"
 
     # Scores: each trial's own, and as one curve for each kind on the parent.
     for key, span in trials.items():
-        kind, score = span.attributes[sc.TRIAL_KIND], span.attributes.get(sc.TRIAL_SCORE)
+        kind, score = span.attributes[semconv.TRIAL_KIND], span.attributes.get(semconv.TRIAL_SCORE)
         metrics = runs[key].data.metrics
         assert (metrics.get("score"), metrics.get(f"score.{kind}")) == (score, score), key
-        assert runs[key].info.run_name.startswith(f"trial {span.attributes[sc.TRIAL_NUMBER]} {kind}")
-    for kind in {span.attributes[sc.TRIAL_KIND] for span in trials.values()}:
+        assert runs[key].info.run_name.startswith(f"trial {span.attributes[semconv.TRIAL_NUMBER]} {kind}")
+    for kind in {span.attributes[semconv.TRIAL_KIND] for span in trials.values()}:
         expected = {
-            (span.attributes[sc.TRIAL_NUMBER], span.attributes[sc.TRIAL_SCORE])
+            (span.attributes[semconv.TRIAL_NUMBER], span.attributes[semconv.TRIAL_SCORE])
             for key, span in trials.items()
-            if key.startswith(top) and span.attributes[sc.TRIAL_KIND] == kind
+            if key.startswith(top) and span.attributes[semconv.TRIAL_KIND] == kind
         }
         curve = store.client.get_metric_history(ids[top], f"score.{kind}")
         assert {(point.step, point.value) for point in curve} == expected, kind
@@ -98,11 +100,11 @@ def test_runs_are_what_the_spans_say(store: Store, optimizer: str, tmp_path: Pat
     # Parameters and totals of the parent.
     parent, said = runs[top], compiles[top].attributes
     for key, value in said.items():
-        if key.startswith(sc.OPTIMIZER_PARAMS_PREFIX) and not isinstance(value, (str, tuple, bool)):
-            assert float(parent.data.params[key.removeprefix(sc.OPTIMIZER_PARAMS_PREFIX)]) == float(value)
-    assert parent.data.metrics["best_score"] == said[sc.OPTIMIZER_BEST_SCORE]
-    assert parent.data.metrics["lm_calls"] == said[sc.USAGE_LM_CALLS]
-    assert parent.data.metrics["cost"] == pytest.approx(said[sc.USAGE_COST])
+        if key.startswith(semconv.OPTIMIZER_PARAMS_PREFIX) and not isinstance(value, (str, tuple, bool)):
+            assert float(parent.data.params[key.removeprefix(semconv.OPTIMIZER_PARAMS_PREFIX)]) == float(value)
+    assert parent.data.metrics["best_score"] == said[semconv.OPTIMIZER_BEST_SCORE]
+    assert parent.data.metrics["lm_calls"] == said[semconv.USAGE_LM_CALLS]
+    assert parent.data.metrics["cost"] == pytest.approx(said[semconv.USAGE_COST])
     assert parent.data.metrics["task.input_tokens"] == said["dspy.usage.task.input_tokens"]
     assert parent.data.tags["dspy.program.id"] == program_id(program)
     assert parent.data.params["task.model"] == "scripted"
@@ -112,20 +114,20 @@ def test_runs_are_what_the_spans_say(store: Store, optimizer: str, tmp_path: Pat
     # Datasets: real inputs, once each.
     inputs = {item.tags[0].value: item.dataset for item in parent.inputs.dataset_inputs}
     assert len(inputs) == len(parent.inputs.dataset_inputs)
-    assert inputs["train"].digest == said[sc.DATASET_TRAIN_DIGEST]
-    assert json.loads(inputs["train"].profile) == {"num_rows": said[sc.DATASET_TRAIN_SIZE]}
+    assert inputs["train"].digest == said[semconv.DATASET_TRAIN_DIGEST]
+    assert json.loads(inputs["train"].profile) == {"num_rows": said[semconv.DATASET_TRAIN_SIZE]}
     rows = store.artifact(parent, "trainset.json", tmp_path)
     assert rows["columns"] == ["colour_name", "family"]
-    assert len(rows["data"]) == said[sc.DATASET_TRAIN_SIZE]
+    assert len(rows["data"]) == said[semconv.DATASET_TRAIN_SIZE]
 
     # Traces: every example on the run of its trial, with its score.
     for key in trials:
         mine = [
             s
             for s in store.named("example")
-            if f"{s.attributes[sc.OPTIMIZER_RUN_ID]}/{s.attributes[sc.TRIAL_NUMBER]}" == key
+            if f"{s.attributes[semconv.OPTIMIZER_RUN_ID]}/{s.attributes[semconv.TRIAL_NUMBER]}" == key
         ]
-        expected = {f"tr-{span.context.trace_id:032x}": span.attributes[sc.EXAMPLE_SCORE] for span in mine}
+        expected = {f"tr-{span.context.trace_id:032x}": span.attributes[semconv.EXAMPLE_SCORE] for span in mine}
         got = {trace.info.trace_id: [a.value for a in trace.info.assessments] for trace in store.traces(runs[key])}
         assert got == {trace_id: [score] for trace_id, score in expected.items()}, key
         table = store.artifact(runs[key], "evaluation_table.json", tmp_path)
@@ -136,14 +138,14 @@ def test_runs_are_what_the_spans_say(store: Store, optimizer: str, tmp_path: Pat
 
     # Programs: every trial's and the best one load, and are the program they are said to be.
     for key, span in trials.items():
-        if sc.CANDIDATE_ID in span.attributes:
+        if semconv.CANDIDATE_ID in span.attributes:
             path = store.client.download_artifacts(ids[key], "model.json", str(tmp_path))
-            assert loaded(path) == span.attributes[sc.CANDIDATE_ID]
+            assert loaded(path) == span.attributes[semconv.CANDIDATE_ID]
     assert loaded(store.client.download_artifacts(ids[top], "best_model.json", str(tmp_path))) == program_id(program)
     best = load_best(ColourFamily(), experiment=store.experiment, tracking_uri=store.uri, allow_unsafe_lm_state=True)
     assert program_id(best) == program_id(program)
     quietly(best, colour_name="teal")
-    assert store.named("invoke_workflow")[-1].attributes[sc.PROGRAM_ID] == parent.data.tags["dspy.program.id"]
+    assert store.named("invoke_workflow")[-1].attributes[semconv.PROGRAM_ID] == parent.data.tags["dspy.program.id"]
 
     # The report: an artifact, and made anew from what MLflow has it tells the same.
     expected = next(one for one in reports(store.spans.get_finished_spans()) if one.run_id == top)
@@ -278,13 +280,13 @@ def test_parallel_compiles_do_not_mix(store: Store) -> None:
     runs = store.runs()
     for span in store.named("example"):
         at = span.attributes
-        run = runs[f"{at[sc.OPTIMIZER_RUN_ID]}/{at[sc.TRIAL_NUMBER]}"]
-        assert run.data.tags[sc.OPTIMIZER_RUN_ID] == at[sc.OPTIMIZER_RUN_ID]
+        run = runs[f"{at[semconv.OPTIMIZER_RUN_ID]}/{at[semconv.TRIAL_NUMBER]}"]
+        assert run.data.tags[semconv.OPTIMIZER_RUN_ID] == at[semconv.OPTIMIZER_RUN_ID]
     for key, run in runs.items():
         mine = [
             s
             for s in store.named("example")
-            if f"{s.attributes[sc.OPTIMIZER_RUN_ID]}/{s.attributes[sc.TRIAL_NUMBER]}" == key
+            if f"{s.attributes[semconv.OPTIMIZER_RUN_ID]}/{s.attributes[semconv.TRIAL_NUMBER]}" == key
         ]
         if "/" in key:
             assert {t.info.trace_id for t in store.traces(run)} == {f"tr-{s.context.trace_id:032x}" for s in mine}
@@ -462,7 +464,7 @@ def test_a_tracker_never_gets_in_the_way(
     uri: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whatever fails inside: the program's result is the same."""
-    from dspy_otel.exporters.mlflow import tree
+    from dspy_otel.mlflow import tree
 
     def broken(*_: Any) -> Any:
         raise RuntimeError("broken")

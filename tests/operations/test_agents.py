@@ -8,9 +8,8 @@ import shutil
 import dspy
 import pytest
 
+from tests.operations.common import NATIVE, dummy
 from tests.support.openai_server import Reply
-
-from .common import NATIVE, dummy
 
 only_local_interpreter = pytest.mark.skipif(not NATIVE, reason="DSPy 3.3 has no LocalInterpreter")
 only_react_v2 = pytest.mark.skipif(not hasattr(dspy, "ReActV2"), reason="DSPy 3.2 has no ReActV2")

@@ -8,10 +8,9 @@ import json
 import dspy
 import pytest
 
+from tests.operations.common import NATIVE, VERSION
+from tests.operations.test_retrieval import embed
 from tests.support.openai_server import Reply
-
-from .common import NATIVE, VERSION
-from .test_retrieval import embed
 
 CANARY = "kanarienvogel"
 KEY = "sk-proj-abcdefghijklmnopqrstuvwxyz012345"

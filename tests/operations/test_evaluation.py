@@ -9,7 +9,7 @@ import dspy
 import numpy as np
 import pytest
 
-from .common import dummy
+from tests.operations.common import dummy
 
 ROWS = [
     dspy.Example(question=f"question {n}", answer="right" if n else "wrong").with_inputs("question") for n in range(3)

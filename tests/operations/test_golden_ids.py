@@ -14,8 +14,7 @@ import pydantic
 from dspy.teleprompt.teleprompt import Teleprompter
 
 from dspy_otel import program_id
-
-from .common import Research, dummy
+from tests.operations.common import Research, dummy
 
 
 class Size(enum.Enum):

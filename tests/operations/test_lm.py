@@ -10,9 +10,8 @@ import dspy
 import pytest
 
 import dspy_otel
+from tests.operations.common import NATIVE, VERSION, dummy, only_native
 from tests.support.openai_server import Reply
-
-from .common import NATIVE, VERSION, dummy, only_native
 
 ENGINES = ["lm15", "litellm"] if NATIVE else ["litellm"]
 

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from dspy.utils import DummyLM
 
-from dspy_otel.exporters.mlflow.translate import translate
+from dspy_otel.content.encoder import Content, base64_size
+from dspy_otel.mlflow.translate import translate
 from dspy_otel.operations.messages import described, input_messages
-from dspy_otel.telemetry.content import Content, base64_size
 from tests.support.spans import Recorder
 
 DATA = bytes(range(256)) * 2

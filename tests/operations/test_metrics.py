@@ -11,10 +11,9 @@ from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.id_generator import IdGenerator
 from opentelemetry.sdk.trace.sampling import ALWAYS_OFF
 
+from tests.operations.test_evaluation import ROWS, Program, evaluate
 from tests.support.openai_server import Reply
 from tests.support.spans import Recorder
-
-from .test_evaluation import ROWS, Program, evaluate
 
 FORBIDDEN = ("id", "index", "trial.number", "candidate")
 

@@ -8,7 +8,7 @@ import cloudpickle
 import dspy
 import pytest
 
-from .common import RESEARCH_ANSWERS, Research, dummy
+from tests.operations.common import RESEARCH_ANSWERS, Research, dummy
 
 
 def test_predict(telemetry, snapshot):

@@ -12,10 +12,9 @@ import pydantic
 import pytest
 
 from dspy_otel import program_id
+from dspy_otel.content import redaction
 from dspy_otel.operations.program import Programs
-from dspy_otel.telemetry import secrets
-
-from .common import Research, dummy
+from tests.operations.common import Research, dummy
 
 
 class City(pydantic.BaseModel):
@@ -254,7 +253,7 @@ def test_identity_depends_on_the_state_alone() -> None:
         return program
 
     plain = program_id(with_demos("the word is mellifluous-123"))
-    secrets.remember("mellifluous-123")
+    redaction.remember("mellifluous-123")
     assert program_id(with_demos("the word is mellifluous-123")) == plain
     assert program_id(with_demos("sk-" + "a" * 30)) != program_id(with_demos("sk-" + "b" * 30))
     long = ["row"] * 1500

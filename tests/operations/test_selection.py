@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dspy
 
-from .common import dummy
+from tests.operations.common import dummy
 
 
 class Asker(dspy.Module):

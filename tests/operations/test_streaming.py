@@ -9,8 +9,8 @@ import re
 import dspy
 import pytest
 
-from .common import NATIVE, only_native
-from .test_lm import ENGINES, on
+from tests.operations.common import NATIVE, only_native
+from tests.operations.test_lm import ENGINES, on
 
 USAGE = re.compile(r"gen_ai\.usage\.|dspy\.lm\.cost|dspy\.usage\.(cost|input_tokens|output_tokens|unpriced_calls)")
 

@@ -8,7 +8,7 @@ import dspy
 from opentelemetry import context
 from opentelemetry.instrumentation.utils import suppress_http_instrumentation, suppress_instrumentation
 
-from .common import dummy
+from tests.operations.common import dummy
 
 
 class App(dspy.Module):

@@ -10,8 +10,7 @@ import dspy
 import pytest
 
 import dspy_otel
-
-from .common import dummy
+from tests.operations.common import dummy
 
 
 class Fan(dspy.Module):

@@ -8,8 +8,8 @@ from typing import Any
 import dspy
 import pytest
 
+from dspy_otel.core.usage import LMUsage
 from dspy_otel.operations.lm import Outcome, lm_usage
-from dspy_otel.telemetry.totals import LMUsage
 from tests.support.spans import Recorder
 
 

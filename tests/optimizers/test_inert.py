@@ -131,9 +131,9 @@ def test_a_missing_hook_costs_its_detail_and_one_warning(
 def test_a_hook_that_raises_costs_its_detail_and_one_warning(
     telemetry: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from dspy_otel.optimizers.gepa import GEPAPlan
-    from dspy_otel.optimizers.mipro import MIPROv2Plan
-    from dspy_otel.optimizers.simba import SIMBAPlan
+    from dspy_otel.optimizers.trackers.gepa import GEPAPlan
+    from dspy_otel.optimizers.trackers.mipro import MIPROv2Plan
+    from dspy_otel.optimizers.trackers.simba import SIMBAPlan
 
     def broken(*_: Any, **__: Any) -> Any:
         raise RuntimeError("a new release")

@@ -13,7 +13,7 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 import dspy_otel
-from dspy_otel import semconv as sc
+from dspy_otel import semconv
 from dspy_otel.operations.evaluation import MAX_LINKS
 from tests.optimizers.common import quietly, run_random_search, scripted_lm
 
@@ -46,15 +46,15 @@ def test_few_attributes_are_allowed_and_every_trial_is_still_known(limited: Limi
     limited.instrument(SpanLimits(max_span_attributes=10), capture_content=content, optimization_traces=traces)
     quietly(run_random_search, scripted_lm())
 
-    runs = [span.attributes[sc.OPTIMIZER_RUN_ID] for span in limited.named("compile")]
+    runs = [span.attributes[semconv.OPTIMIZER_RUN_ID] for span in limited.named("compile")]
     assert any(span.dropped_attributes for span in limited.exporter.get_finished_spans())
     trials = limited.named("trial")
-    outer = [trial for trial in trials if trial.attributes[sc.OPTIMIZER_RUN_ID] == runs[-1]]
-    assert [trial.attributes[sc.TRIAL_NUMBER] for trial in outer] == list(range(1, len(outer) + 1))
+    outer = [trial for trial in trials if trial.attributes[semconv.OPTIMIZER_RUN_ID] == runs[-1]]
+    assert [trial.attributes[semconv.TRIAL_NUMBER] for trial in outer] == list(range(1, len(outer) + 1))
     for span in (*limited.named("evaluate"), *limited.named("example")):
-        assert span.attributes[sc.OPTIMIZER_RUN_ID] in runs
-        assert span.attributes[sc.EVALUATION_ID]
-        assert span.attributes[sc.TRIAL_NUMBER] in {trial.attributes[sc.TRIAL_NUMBER] for trial in trials}
+        assert span.attributes[semconv.OPTIMIZER_RUN_ID] in runs
+        assert span.attributes[semconv.EVALUATION_ID]
+        assert span.attributes[semconv.TRIAL_NUMBER] in {trial.attributes[semconv.TRIAL_NUMBER] for trial in trials}
 
 
 class Crowded(Teleprompter):
@@ -72,10 +72,10 @@ def test_more_parameters_than_attributes(limited: Limited) -> None:
 
     (span,) = limited.named("compile")
     assert span.dropped_attributes
-    assert span.attributes[sc.OPTIMIZER_NAME] == "Crowded"
-    assert span.attributes[sc.OPTIMIZER_OUTCOME] == "finished"
-    assert len(span.attributes[sc.OPTIMIZER_RUN_ID]) == 16
-    assert span.attributes[sc.DATASET_TRAIN_SIZE] == 1
+    assert span.attributes[semconv.OPTIMIZER_NAME] == "Crowded"
+    assert span.attributes[semconv.OPTIMIZER_OUTCOME] == "finished"
+    assert len(span.attributes[semconv.OPTIMIZER_RUN_ID]) == 16
+    assert span.attributes[semconv.DATASET_TRAIN_SIZE] == 1
 
 
 def test_an_evaluation_links_as_many_examples_as_a_span_can_and_each_example_links_back(limited: Limited) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from dspy_otel.optimizers.attempts import FILE
+from dspy_otel.optimizers.resume import FILE
 from tests.optimizers.common import compile_span, quietly, run_gepa_digits, trials
 
 ROOT = Path(__file__).parent.parent.parent

@@ -12,7 +12,7 @@ import pytest
 
 from dspy_otel import program_id
 from dspy_otel.optimizers.compile import CompileOperation
-from dspy_otel.optimizers.plan import Trial
+from dspy_otel.optimizers.tracker import Trial
 from tests.optimizers import common
 from tests.optimizers.common import compile_span, quietly, scripted_lm, trials
 
@@ -263,7 +263,7 @@ def test_gepa_whose_reflection_fails_says_that_there_was_no_proposal(telemetry: 
 
 def without_callbacks(monkeypatch: pytest.MonkeyPatch) -> str:
     """As before GEPA 0.0.27: an argument that it does not take would end the compile."""
-    monkeypatch.setattr("dspy_otel.optimizers.gepa._takes", lambda function, name: False)
+    monkeypatch.setattr("dspy_otel.optimizers.trackers.gepa._takes", lambda function, name: False)
     return "this GEPA knows no callbacks"
 
 
@@ -308,7 +308,7 @@ def test_two_trials_of_the_same_fields_are_two() -> None:
 
 
 def test_whether_gepa_takes_callbacks_is_read_from_its_signature() -> None:
-    from dspy_otel.optimizers.gepa import _takes
+    from dspy_otel.optimizers.trackers.gepa import _takes
 
     assert _takes(lambda callbacks=None: None, "callbacks")
     assert _takes(lambda **anything: None, "callbacks")

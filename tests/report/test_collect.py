@@ -10,8 +10,7 @@ from typing import Any
 
 import pytest
 
-from dspy_otel import cli, program_id
-from dspy_otel import semconv as sc
+from dspy_otel import cli, program_id, semconv
 from dspy_otel.report import Report, render, reports
 from dspy_otel.report.otlp import read_spans
 from tests.optimizers.common import RUNS, compile_span, quietly, scripted_lm, trials
@@ -33,7 +32,10 @@ def test_it_tells_what_the_spans_say(telemetry: Any, optimizer: str) -> None:
     said, scored = compile_span(telemetry, optimizer).attributes, trials(telemetry, optimizer)
     assert [trial.score for trial in report.trials] == [trial.get("trial.score") for trial in scored]
     assert [trial.candidate for trial in report.trials] == [trial.get("candidate.id") for trial in scored]
-    assert (report.baseline, report.best) == (said[sc.OPTIMIZER_BASELINE_SCORE], said[sc.OPTIMIZER_BEST_SCORE])
+    assert (report.baseline, report.best) == (
+        said[semconv.OPTIMIZER_BASELINE_SCORE],
+        said[semconv.OPTIMIZER_BEST_SCORE],
+    )
     assert report.best_id == program_id(program)
     assert report.winning is not None
     assert report.winning.candidate == report.best_id

@@ -12,9 +12,8 @@ from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor, SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
-from dspy_otel import DSPyInstrumentor
-from dspy_otel import semconv as sc
-from dspy_otel.exporters.mlflow import MLflowSpanExporter
+from dspy_otel import DSPyInstrumentor, semconv
+from dspy_otel.mlflow import MLflowSpanExporter
 
 
 @dataclass
@@ -83,32 +82,34 @@ class Store:
         found = self.client.search_runs([self.experiment_id], max_results=1000)
         runs = self.runs()
         assert len(found) == len(runs), "a run is there twice"
-        compiles = {span.attributes[sc.OPTIMIZER_RUN_ID]: span for span in self.named("compile")}
+        compiles = {span.attributes[semconv.OPTIMIZER_RUN_ID]: span for span in self.named("compile")}
         trials = {
-            f"{span.attributes[sc.OPTIMIZER_RUN_ID]}/{span.attributes[sc.TRIAL_NUMBER]}": span
+            f"{span.attributes[semconv.OPTIMIZER_RUN_ID]}/{span.attributes[semconv.TRIAL_NUMBER]}": span
             for span in self.named("trial")
         }
         assert set(runs) == set(compiles) | set(trials)
         assert {run.info.status for run in found} == {"FINISHED"}
         ids = {key: run.info.run_id for key, run in runs.items()}
         for key, run in runs.items():
-            above = key.split("/")[0] if key in trials else compiles[key].attributes.get(sc.OPTIMIZER_PARENT_RUN_ID)
+            above = (
+                key.split("/")[0] if key in trials else compiles[key].attributes.get(semconv.OPTIMIZER_PARENT_RUN_ID)
+            )
             assert run.data.tags.get("mlflow.parentRunId") == (None if above is None else ids[above]), key
 
         # Curves: each point once, and the totals of the end.
         for key, span in compiles.items():
             mine = [trial for name, trial in trials.items() if name.startswith(f"{key}/")]
-            for kind in {trial.attributes[sc.TRIAL_KIND] for trial in mine}:
+            for kind in {trial.attributes[semconv.TRIAL_KIND] for trial in mine}:
                 curve = self.client.get_metric_history(ids[key], f"score.{kind}")
                 assert sorted((point.step, point.value) for point in curve) == sorted(
-                    (trial.attributes[sc.TRIAL_NUMBER], trial.attributes[sc.TRIAL_SCORE])
+                    (trial.attributes[semconv.TRIAL_NUMBER], trial.attributes[semconv.TRIAL_SCORE])
                     for trial in mine
-                    if trial.attributes[sc.TRIAL_KIND] == kind
+                    if trial.attributes[semconv.TRIAL_KIND] == kind
                 ), (key, kind)
-            assert runs[key].data.metrics.get("lm_calls") == span.attributes.get(sc.USAGE_LM_CALLS), key
+            assert runs[key].data.metrics.get("lm_calls") == span.attributes.get(semconv.USAGE_LM_CALLS), key
             names = [item.dataset.name for item in runs[key].inputs.dataset_inputs]
             assert len(names) == len(set(names))
-            if sc.OPTIMIZER_PARENT_RUN_ID not in span.attributes:
+            if semconv.OPTIMIZER_PARENT_RUN_ID not in span.attributes:
                 assert {"best_model.json", "candidates.json", "trainset.json"} <= self.artifacts(runs[key])
 
         # Traces: each with all of its spans, on its run, with one score.
@@ -122,9 +123,9 @@ class Store:
         assert Counter({trace.info.trace_id: len(trace.data.spans) for trace in stored}) == spans_of
         for key in trials:
             expected = {
-                trace_id(span): [span.attributes[sc.EXAMPLE_SCORE]]
+                trace_id(span): [span.attributes[semconv.EXAMPLE_SCORE]]
                 for span in self.named("example")
-                if f"{span.attributes[sc.OPTIMIZER_RUN_ID]}/{span.attributes[sc.TRIAL_NUMBER]}" == key
+                if f"{span.attributes[semconv.OPTIMIZER_RUN_ID]}/{span.attributes[semconv.TRIAL_NUMBER]}" == key
             }
             got = {trace.info.trace_id: [a.value for a in trace.info.assessments] for trace in self.traces(runs[key])}
             assert got == expected, key

@@ -309,7 +309,7 @@ FEATURES: tuple[Feature, ...] = (
     Feature(
         "dspy.primitives.example:Example",
         "fields live in the dictionary `_store`",
-        "telemetry/peek.py",
+        "content/introspection.py",
         "the contents and ids of examples and demos",
         lambda kind: kind(a=1).__dict__.get("_store") == {"a": 1},
         replaces=False,
@@ -325,7 +325,7 @@ FEATURES: tuple[Feature, ...] = (
     Feature(
         "dspy.predict.predict:Predict",
         "decision settings are the attribute `fields`",
-        "operations/program.py, optimizers/reanchor.py",
+        "operations/program.py, optimizers/trackers/reanchor.py",
         "decision settings in dspy.program.id and in ReAnchor's trials",
         lambda _: "fields" in _predictor().__dict__,
         since=(3, 4),
@@ -334,7 +334,7 @@ FEATURES: tuple[Feature, ...] = (
     Feature(
         "dspy.signatures.signature:SignatureMeta",
         "a signature's text is its instructions, its prefixes are in json_schema_extra",
-        "optimizers/state.py",
+        "optimizers/program_state.py",
         "the state of candidates",
         lambda _: "prefix" in _predictor().signature.fields["answer"].json_schema_extra,
         replaces=False,
@@ -342,7 +342,7 @@ FEATURES: tuple[Feature, ...] = (
     Feature(
         "dspy.primitives.module:Module.dump_state",
         "with get_dependency_versions(), what `save` writes",
-        "optimizers/state.py",
+        "optimizers/program_state.py",
         "states of programs that can be loaded",
         lambda _: callable(importlib.import_module("dspy.utils.saving").get_dependency_versions),
         replaces=False,
@@ -351,27 +351,27 @@ FEATURES: tuple[Feature, ...] = (
     Feature(
         "dspy.teleprompt.bootstrap:BootstrapFewShot._bootstrap",
         "the whole of bootstrapping",
-        "optimizers/bootstrap.py",
+        "optimizers/trackers/bootstrap.py",
         "BootstrapFewShot's bootstrap phase",
     ),
     Feature(
         "dspy.teleprompt.bootstrap:BootstrapFewShot._bootstrap_one_example",
         "(self, example, round_idx) -> success",
-        "optimizers/bootstrap.py",
+        "optimizers/trackers/bootstrap.py",
         "BootstrapFewShot's attempts",
         takes("self", "example", "round_idx"),
     ),
     Feature(
         "dspy.teleprompt.copro_optimizer:COPRO._set_signature",
         "(self, predictor, ...) puts a candidate's text into a predictor",
-        "optimizers/copro.py",
+        "optimizers/trackers/copro.py",
         "which predictor a trial of COPRO changes",
         takes("self", "predictor"),
     ),
     Feature(
         "dspy.teleprompt.copro_optimizer:COPRO",
         "instances have breadth and depth",
-        "optimizers/copro.py",
+        "optimizers/trackers/copro.py",
         "how many trials COPRO plans",
         built("breadth", "depth", metric=_metric),
         replaces=False,
@@ -379,21 +379,21 @@ FEATURES: tuple[Feature, ...] = (
     Feature(
         "dspy.teleprompt.bootstrap_finetune:BootstrapFinetune.finetune_lms",
         "(finetune_dict): all training jobs",
-        "optimizers/finetune.py",
+        "optimizers/trackers/finetune.py",
         "BootstrapFinetune's finetune phase",
         takes("finetune_dict"),
     ),
     Feature(
         "dspy.teleprompt.grpo:GRPO.report_validation_metrics",
         "(self, student, trainset, valset, logger, step_idx)",
-        "optimizers/finetune.py",
+        "optimizers/trackers/finetune.py",
         "GRPO's trials",
         takes("self", "student", "trainset", "valset", "logger", "step_idx"),
     ),
     Feature(
         "gepa:optimize",
         "takes `callbacks`",
-        "optimizers/gepa.py",
+        "optimizers/trackers/gepa.py",
         GEPA,
         has("callbacks"),
         since=(3, 2),
@@ -401,7 +401,7 @@ FEATURES: tuple[Feature, ...] = (
     Feature(
         "gepa.core.callbacks:GEPACallback",
         "the events and keys that we read",
-        "optimizers/gepa.py",
+        "optimizers/trackers/gepa.py",
         GEPA,
         _events,
         since=(3, 2),
@@ -410,13 +410,13 @@ FEATURES: tuple[Feature, ...] = (
     Feature(
         "dspy.teleprompt.infer_rules:InferRules.induce_natural_language_rules",
         "finds the rules of one candidate",
-        "optimizers/infer_rules.py",
+        "optimizers/trackers/infer_rules.py",
         "InferRules' propose phases",
     ),
     Feature(
         "dspy.teleprompt.infer_rules:InferRules",
         "instances have num_candidates",
-        "optimizers/infer_rules.py",
+        "optimizers/trackers/infer_rules.py",
         "how many trials InferRules plans",
         built("num_candidates", metric=_metric),
         replaces=False,
@@ -425,7 +425,7 @@ FEATURES: tuple[Feature, ...] = (
         Feature(
             f"dspy.teleprompt.mipro_optimizer_v2:MIPROv2.{method}",
             "the whole of this phase",
-            "optimizers/mipro.py",
+            "optimizers/trackers/mipro.py",
             f"MIPROv2's {phase} phase",
         )
         for method, phase in (("_bootstrap_fewshot_examples", "bootstrap"), ("_propose_instructions", "propose"))
@@ -433,7 +433,7 @@ FEATURES: tuple[Feature, ...] = (
     Feature(
         "dspy.teleprompt.mipro_optimizer_v2:MIPROv2._optimize_prompt_parameters",
         "the search; num_trials, minibatch and minibatch_full_eval_steps are its arguments 6, 7 and 9",
-        "optimizers/mipro.py",
+        "optimizers/trackers/mipro.py",
         "MIPROv2's search phase",
         lambda function: (
             [list(inspect.signature(function).parameters)[place] for place in (6, 7, 9)]
@@ -443,14 +443,14 @@ FEATURES: tuple[Feature, ...] = (
     Feature(
         "dspy.teleprompt.mipro_optimizer_v2:MIPROv2._select_and_insert_instructions_and_demos",
         "Optuna's trial is its argument 3",
-        "optimizers/mipro.py",
+        "optimizers/trackers/mipro.py",
         "the parameters of MIPROv2's trials",
         lambda function: list(inspect.signature(function).parameters)[4] == "trial",
     ),
     Feature(
         "dspy.teleprompt.random_search:BootstrapFewShotWithRandomSearch",
         "instances have num_candidate_sets; seeds go from -3 up",
-        "optimizers/random_search.py",
+        "optimizers/trackers/random_search.py",
         "seeds and strategies of BootstrapFewShotWithRandomSearch's trials",
         lambda kind: built("num_candidate_sets", metric=_metric)(kind) and -3 in _constants(kind.compile),
         replaces=False,
@@ -458,7 +458,7 @@ FEATURES: tuple[Feature, ...] = (
     Feature(
         "dspy.teleprompt.bettertogether:BetterTogether",
         "instances have optimizers by name; `strategy` names them",
-        "optimizers/better_together.py",
+        "optimizers/trackers/better_together.py",
         "the steps of BetterTogether's trials",
         lambda kind: built("optimizers", metric=_metric)(kind) and has("strategy")(kind.compile),
         since=(3, 2),
@@ -467,14 +467,14 @@ FEATURES: tuple[Feature, ...] = (
     Feature(
         "dspy.teleprompt.teleprompt_optuna:BootstrapFewShotWithOptuna.objective",
         "(self, trial)",
-        "optimizers/optuna.py",
+        "optimizers/trackers/optuna.py",
         "the parameters of BootstrapFewShotWithOptuna's trials",
         takes("self", "trial"),
     ),
     Feature(
         "dspy.teleprompt.reanchor.calibrate:scores",
         "(program, examples, metric, num_threads, ...) -> one score for each example",
-        "optimizers/reanchor.py",
+        "optimizers/trackers/reanchor.py",
         "ReAnchor's trials",
         takes("program", "examples", "metric", "num_threads"),
         since=(3, 4),
@@ -482,26 +482,26 @@ FEATURES: tuple[Feature, ...] = (
     Feature(
         "dspy.teleprompt.simba:prepare_models_for_resampling",
         "called once in each step",
-        "optimizers/simba.py",
+        "optimizers/trackers/simba.py",
         SIMBA,
     ),
     Feature(
         "dspy.teleprompt.simba:wrap_program",
         "(program, metric) -> what a pair runs",
-        "optimizers/simba.py",
+        "optimizers/trackers/simba.py",
         SIMBA,
         takes("program", "metric"),
     ),
     Feature(
         "dspy.predict.parallel:Parallel.__call__",
         "SIMBA evaluates by it, with a list of pairs",
-        "optimizers/simba.py",
+        "optimizers/trackers/simba.py",
         SIMBA,
     ),
     Feature(
         "dspy.teleprompt.simba:SIMBA.compile",
         "looks the three above up when it runs, and numbers programs as simba_idx",
-        "optimizers/simba.py",
+        "optimizers/trackers/simba.py",
         SIMBA,
         calls("prepare_models_for_resampling", "wrap_program", "simba_idx"),
         replaces=False,
@@ -509,7 +509,7 @@ FEATURES: tuple[Feature, ...] = (
     Feature(
         "dspy.teleprompt.simba:SIMBA",
         "instances have strategies, bsize, num_candidates and max_steps",
-        "optimizers/simba.py",
+        "optimizers/trackers/simba.py",
         "which strategy made a candidate of SIMBA",
         built("strategies", "bsize", "num_candidates", "max_steps", metric=_metric),
         replaces=False,
@@ -537,7 +537,7 @@ FEATURES: tuple[Feature, ...] = (
         Feature(
             f"dspy.predict.{place}",
             "what an agent's LM is told of a tool's error, looked up when it runs",
-            "telemetry/errors.py",
+            "core/errors.py",
             "nothing; on Python 3.10 our frames would show in it",
             takes(first),
             since=since,

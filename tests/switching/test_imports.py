@@ -67,7 +67,7 @@ os._exit(0)  # what is not exported yet is nobody's business here
         "dspy_otel.instrument(); from tests.switching.app import main; sys.argv = ['app', 'evaluate']; main()",
         "dspy_otel.configure(console=True)",
         "dspy_otel.configure(otlp='http://collector.example:4318')",
-        "import dspy_otel.exporters.mlflow as ours; ours.MLflowSpanExporter(tracking_uri='http://mlflow.example')",
+        "import dspy_otel.mlflow as ours; ours.MLflowSpanExporter(tracking_uri='http://mlflow.example')",
     ],
 )
 @pytest.mark.integration

@@ -21,9 +21,9 @@ from hypothesis import strategies as st
 from opentelemetry import baggage, context, trace
 
 import dspy_otel
-from dspy_otel.telemetry.context import SCOPE_KEY
-from dspy_otel.telemetry.remote import MAX_STAMPS, MAX_VALUE
-from dspy_otel.telemetry.scope import Scope, current_scope
+from dspy_otel.core.call_context import Scope, current_scope
+from dspy_otel.core.context import SCOPE_KEY
+from dspy_otel.core.remote import MAX_STAMPS, MAX_VALUE
 from tests.support.otlp_receiver import OtlpReceiver
 from tests.support.spans import Recorder
 from tests.switching.process import script

@@ -17,7 +17,6 @@ import dspy
 import httpx
 import litellm
 import logfire
-import mlflow
 import openai
 from dspy.utils.callback import BaseCallback
 from openinference.instrumentation.dspy import DSPyInstrumentor as OpenInference
@@ -32,6 +31,7 @@ from opentelemetry.sdk.metrics.export import InMemoryMetricReader
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 
 import dspy_otel
+import mlflow
 from tests.support.spans import Recorder
 
 SERVER = sys.argv[1]

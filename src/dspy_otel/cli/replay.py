@@ -25,8 +25,8 @@ def add_parser(commands: Any) -> None:
 def run(options: argparse.Namespace) -> int:
     """Run it; the exit status is 0 when nothing is left, 1 when something is, 2 when nothing could be tried."""
     try:
-        from dspy_otel.exporters.mlflow.replay import replay
-        from dspy_otel.exporters.mlflow.spool import spool_directory
+        from dspy_otel.mlflow.replay import replay
+        from dspy_otel.mlflow.spool import spool_directory
     except ImportError as error:
         print(f"dspy-otel: replay needs {error.name}: pip install 'dspy-otel[mlflow]'", file=sys.stderr)
         return 2
@@ -55,7 +55,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _list(sources: list[Path]) -> int:
-    from dspy_otel.exporters.mlflow.spool import count_of, places
+    from dspy_otel.mlflow.spool import count_of, places
 
     for place in (place for source in sources for place in places(source)):
         files = place.files()

@@ -54,8 +54,8 @@ def run_report(options: argparse.Namespace) -> int:
 
 
 def _of_mlflow(options: argparse.Namespace) -> tuple[str, Report]:
-    from dspy_otel.exporters.mlflow.base import ExportError
-    from dspy_otel.exporters.mlflow.read import read_report
+    from dspy_otel.mlflow.base import ExportError
+    from dspy_otel.mlflow.read import read_report
 
     try:
         found = read_report(options.run, experiment=options.experiment, tracking_uri=options.tracking_uri)

@@ -6,14 +6,14 @@ import functools
 import inspect
 from typing import Any
 
-from .. import semconv as names
-from ..telemetry import peek
-from ..telemetry.attributes import Attributes
-from ..telemetry.errors import error_type, hide_frames
-from ..telemetry.guard import guarded
-from ..telemetry.scope import Scope, current_scope
-from ..telemetry.spans import Call, Operation, Start, openinference
-from .module import put_inputs, put_outputs
+from dspy_otel import semconv
+from dspy_otel.content import introspection
+from dspy_otel.core.attributes import Attributes
+from dspy_otel.core.call_context import Scope, current_scope
+from dspy_otel.core.errors import error_type, hide_frames
+from dspy_otel.core.internal_errors import guarded
+from dspy_otel.core.operation import Call, Operation, Start, openinference
+from dspy_otel.operations.module import put_inputs, put_outputs
 
 
 class AdapterOperation(Operation):
@@ -59,8 +59,8 @@ class AdapterOperation(Operation):
         notes.setdefault("adapter", name)
         failed = notes.pop("failed_adapter", None)
         if failed is not None and failed != name:
-            attributes: Attributes = {names.ADAPTER_FALLBACK_FROM: failed, names.ADAPTER_NAME: name}
-            self.telemetry.add_event(scope.span, names.EVENT_ADAPTER_FALLBACK, attributes)
+            attributes: Attributes = {semconv.ADAPTER_FALLBACK_FROM: failed, semconv.ADAPTER_NAME: name}
+            self.telemetry.add_event(scope.span, semconv.EVENT_ADAPTER_FALLBACK, attributes)
 
     def watch(self, original: Any) -> Any:
         """In place of ``Adapter._call_postprocess``, the one place in which every adapter's parsing fails."""
@@ -80,12 +80,12 @@ class AdapterOperation(Operation):
             return
         name = type(adapter).__name__
         scope.notes["failed_adapter"] = name
-        attributes: Attributes = {names.ADAPTER_NAME: name, names.ERROR_TYPE: error_type(error)}
-        completion = peek.field(error, "lm_response")
+        attributes: Attributes = {semconv.ADAPTER_NAME: name, semconv.ERROR_TYPE: error_type(error)}
+        completion = introspection.field(error, "lm_response")
         if completion is not None:
-            put = self.telemetry.put_text if peek.is_a(completion, str) else self.telemetry.put_content
-            put(attributes, names.ADAPTER_COMPLETION, completion)
-        self.telemetry.add_event(scope.span, names.EVENT_ADAPTER_PARSE_ERROR, attributes)
+            put = self.telemetry.put_text if introspection.is_a(completion, str) else self.telemetry.put_content
+            put(attributes, semconv.ADAPTER_COMPLETION, completion)
+        self.telemetry.add_event(scope.span, semconv.EVENT_ADAPTER_PARSE_ERROR, attributes)
 
 
 class AdapterSpanOperation(Operation):
@@ -103,8 +103,8 @@ class AdapterSpanOperation(Operation):
 
     def start(self, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any], parent: Scope | None) -> Start | None:
         name = type(instance).__name__
-        attributes: Attributes = {names.ADAPTER_NAME: name}
-        openinference(attributes, self.telemetry, names.KIND_CHAIN)
+        attributes: Attributes = {semconv.ADAPTER_NAME: name}
+        openinference(attributes, self.telemetry, semconv.KIND_CHAIN)
         scope = Scope(self.kind, instance, parent)
         # LM calls that an adapter makes itself (TwoStepAdapter) belong to its span, its notes to the predictor's.
         return Start(f"{name}.{self.method}", scope, attributes)

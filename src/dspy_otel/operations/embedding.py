@@ -9,13 +9,13 @@ from opentelemetry import context as otel_context
 from opentelemetry.context import Context
 from opentelemetry.trace import SpanKind, get_current_span
 
-from .. import semconv as names
-from ..telemetry import peek, secrets
-from ..telemetry.attributes import Attributes
-from ..telemetry.errors import error_type
-from ..telemetry.scope import Scope
-from ..telemetry.spans import Call, Operation, Start, detach, openinference
-from .lm import server_attributes, split_model
+from dspy_otel import semconv
+from dspy_otel.content import introspection, redaction
+from dspy_otel.core.attributes import Attributes
+from dspy_otel.core.call_context import Scope
+from dspy_otel.core.errors import error_type
+from dspy_otel.core.operation import Call, Operation, Start, detach, openinference
+from dspy_otel.operations.lm import server_attributes, split_model
 
 
 class Asking:
@@ -79,40 +79,40 @@ class EmbeddingOperation(Operation):
     def start(self, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any], parent: Scope | None) -> Start | None:
         hosted = isinstance(instance.model, str)
         settings = {**(getattr(instance, "default_kwargs", None) or {}), **kwargs}
-        self.telemetry.safely("embedder's settings", None, secrets.remember_settings, settings)
+        self.telemetry.safely("embedder's settings", None, redaction.remember_settings, settings)
         model = instance.model if hosted else getattr(instance.model, "__qualname__", type(instance.model).__name__)
         provider, name = split_model(model) if hosted else (None, model)
         attributes: Attributes = {
-            names.GEN_AI_OPERATION_NAME: names.OPERATION_EMBEDDINGS,
-            names.GEN_AI_REQUEST_MODEL: name,
+            semconv.GEN_AI_OPERATION_NAME: semconv.OPERATION_EMBEDDINGS,
+            semconv.GEN_AI_REQUEST_MODEL: name,
         }
         if provider is not None:
-            attributes[names.GEN_AI_PROVIDER_NAME] = provider
+            attributes[semconv.GEN_AI_PROVIDER_NAME] = provider
         attributes.update(server_attributes(settings.get("api_base") or settings.get("base_url")))
-        openinference(attributes, self.telemetry, names.KIND_EMBEDDING)
+        openinference(attributes, self.telemetry, semconv.KIND_EMBEDDING)
         scope = Scope(self.kind, instance, parent)
         scope.notes["request"] = dict(attributes)
         kind = SpanKind.CLIENT if hosted else SpanKind.INTERNAL
-        return Start(f"{names.OPERATION_EMBEDDINGS} {name}", scope, attributes, kind)
+        return Start(f"{semconv.OPERATION_EMBEDDINGS} {name}", scope, attributes, kind)
 
     def detail(self, call: Call) -> Attributes:
         attributes: Attributes = {}
         if self.telemetry.config.openinference:
             texts = call.args[0] if call.args else call.kwargs.get("inputs")
-            self.telemetry.put_content(attributes, names.INPUT_VALUE, texts)
+            self.telemetry.put_content(attributes, semconv.INPUT_VALUE, texts)
             if attributes:
-                attributes[names.INPUT_MIME_TYPE] = names.MIME_JSON
+                attributes[semconv.INPUT_MIME_TYPE] = semconv.MIME_JSON
         return attributes
 
     def result(self, call: Call, result: Any, error: BaseException | None) -> Attributes:
         # An array of NumPy's, as DSPy makes it of the answer.
-        shape = result.shape if peek.library(type(result)) == "numpy" else ()
-        return {names.GEN_AI_EMBEDDINGS_DIMENSION_COUNT: int(shape[-1])} if shape else {}
+        shape = result.shape if introspection.library(type(result)) == "numpy" else ()
+        return {semconv.GEN_AI_EMBEDDINGS_DIMENSION_COUNT: int(shape[-1])} if shape else {}
 
     def measure(self, call: Call, result: Any, error: BaseException | None, seconds: float) -> None:
         labels: Attributes = {
-            key: value for key, value in call.scope.notes["request"].items() if key != names.OPENINFERENCE_SPAN_KIND
+            key: value for key, value in call.scope.notes["request"].items() if key != semconv.OPENINFERENCE_SPAN_KIND
         }
         if error is not None:
-            labels[names.ERROR_TYPE] = error_type(error)
+            labels[semconv.ERROR_TYPE] = error_type(error)
         self.telemetry.metrics.operation_duration.record(seconds, labels, call.context)

@@ -10,15 +10,15 @@ from typing import Any
 
 from opentelemetry.trace import Link
 
-from .. import semconv as names
-from ..telemetry import peek
-from ..telemetry.attributes import Attributes
-from ..telemetry.errors import error_type
-from ..telemetry.scope import Scope
-from ..telemetry.spans import Call, Operation, Start, openinference
-from ..telemetry.totals import Totals
-from .module import put_inputs, put_outputs
-from .program import Programs
+from dspy_otel import semconv
+from dspy_otel.content import introspection
+from dspy_otel.core.attributes import Attributes
+from dspy_otel.core.call_context import Scope
+from dspy_otel.core.errors import error_type
+from dspy_otel.core.operation import Call, Operation, Start, openinference
+from dspy_otel.core.usage import Totals
+from dspy_otel.operations.module import put_inputs, put_outputs
+from dspy_otel.operations.program import Programs
 
 _FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType, types.MethodType)
 MAX_LINKS = 128
@@ -30,12 +30,12 @@ class EvaluateOperation(Operation):
 
     kind = "evaluate"
     must_stay = (
-        names.EVALUATION_ID,
-        names.PROGRAM_NAME,
-        names.PROGRAM_ID,
-        names.OPTIMIZER_RUN_ID,
-        names.OPTIMIZER_ROOT_RUN_ID,
-        names.TRIAL_NUMBER,
+        semconv.EVALUATION_ID,
+        semconv.PROGRAM_NAME,
+        semconv.PROGRAM_ID,
+        semconv.OPTIMIZER_RUN_ID,
+        semconv.OPTIMIZER_ROOT_RUN_ID,
+        semconv.TRIAL_NUMBER,
     )
 
     def __init__(self, telemetry: Any, programs: Programs) -> None:
@@ -49,9 +49,9 @@ class EvaluateOperation(Operation):
         program = self.programs.find(given["program"]) if hasattr(given["program"], "named_predictors") else None
         scope.program = None
         # Of a program that is no module, nobody can tell where it ends and the metric begins.
-        scope.role = None if program is None else names.ROLE_TASK
+        scope.role = None if program is None else semconv.ROLE_TASK
         scope.totals = (*scope.totals, totals)
-        scope.stamps = {**scope.stamps, names.EVALUATION_ID: random_source.token_hex(8)}
+        scope.stamps = {**scope.stamps, semconv.EVALUATION_ID: random_source.token_hex(8)}
         metric = metric_name(given["metric"])
         scope.notes.update(
             totals=totals,
@@ -63,23 +63,23 @@ class EvaluateOperation(Operation):
             scored=set(),
             failed=set(),
         )
-        attributes: Attributes = {names.PROGRAM_NAME: scope.notes["program_name"]}
+        attributes: Attributes = {semconv.PROGRAM_NAME: scope.notes["program_name"]}
         if program is not None and program.id is not None:
-            attributes[names.PROGRAM_ID] = program.id
+            attributes[semconv.PROGRAM_ID] = program.id
         if metric is not None:
-            attributes[names.EVALUATION_METRIC_NAME] = metric
+            attributes[semconv.EVALUATION_METRIC_NAME] = metric
         attributes.update(size_attributes(given))
-        openinference(attributes, self.telemetry, names.KIND_EVALUATOR)
-        return Start(f"{names.SPAN_EVALUATE} {scope.notes['program_name']}", scope, attributes)
+        openinference(attributes, self.telemetry, semconv.KIND_EVALUATOR)
+        return Start(f"{semconv.SPAN_EVALUATE} {scope.notes['program_name']}", scope, attributes)
 
     def result(self, call: Call, result: Any, error: BaseException | None) -> Attributes:
         notes = call.scope.notes
         # A straggler may fail at one attempt and be scored at the other: then it was scored.
         failures = len(notes["failed"] - notes["scored"])
-        attributes: Attributes = {names.EVALUATION_FAILURES: failures, **notes["totals"].attributes()}
+        attributes: Attributes = {semconv.EVALUATION_FAILURES: failures, **notes["totals"].attributes()}
         score = score_of(getattr(result, "score", None))
         if score is not None:
-            attributes[names.EVALUATION_SCORE] = score
+            attributes[semconv.EVALUATION_SCORE] = score
         return attributes
 
     def measure(self, call: Call, result: Any, error: BaseException | None, seconds: float) -> None:
@@ -111,7 +111,7 @@ class ExampleOperation(Operation):
     """One example of an evaluation: the program's answer and the metric's verdict on it."""
 
     kind = "example"
-    must_stay = (*EvaluateOperation.must_stay, names.EXAMPLE_INDEX, names.CANDIDATE_ID)
+    must_stay = (*EvaluateOperation.must_stay, semconv.EXAMPLE_INDEX, semconv.CANDIDATE_ID)
 
     def __init__(self, telemetry: Any, programs: Programs) -> None:
         super().__init__(telemetry)
@@ -123,20 +123,20 @@ class ExampleOperation(Operation):
         # The scope's owner is the evaluated program, so that its answer can be told from what the metric calls.
         scope = Scope(self.kind, evaluate.notes["program"], evaluate)
         if run.program is not None:
-            scope.owner, scope.role = run.program, names.ROLE_TASK
-        attributes: Attributes = {names.PROGRAM_NAME: evaluate.notes["program_name"]}
+            scope.owner, scope.role = run.program, semconv.ROLE_TASK
+        attributes: Attributes = {semconv.PROGRAM_NAME: evaluate.notes["program_name"]}
         if evaluate.notes["program_id"] is not None:
-            attributes[names.PROGRAM_ID] = evaluate.notes["program_id"]
+            attributes[semconv.PROGRAM_ID] = evaluate.notes["program_id"]
         if run.index >= 0:
-            attributes[names.EXAMPLE_INDEX] = run.index
+            attributes[semconv.EXAMPLE_INDEX] = run.index
         if run.again:
-            attributes[names.EXAMPLE_RESUBMITTED] = True
+            attributes[semconv.EXAMPLE_RESUBMITTED] = True
         if evaluate.notes["metric"] is not None:
-            attributes[names.EVALUATION_METRIC_NAME] = evaluate.notes["metric"]
-        openinference(attributes, self.telemetry, names.KIND_CHAIN)
+            attributes[semconv.EVALUATION_METRIC_NAME] = evaluate.notes["metric"]
+        openinference(attributes, self.telemetry, semconv.KIND_CHAIN)
         linked = self.telemetry.config.evaluation_traces == "linked"
         links = [Link(evaluate.span.get_span_context())] if linked and evaluate.span is not None else []
-        name = f"{names.SPAN_EXAMPLE} {evaluate.notes['program_name']}"
+        name = f"{semconv.SPAN_EXAMPLE} {evaluate.notes['program_name']}"
         return Start(name, scope, attributes, root=linked, links=links)
 
     def detail(self, call: Call) -> Attributes:
@@ -144,17 +144,17 @@ class ExampleOperation(Operation):
         attributes: Attributes = {}
         example_id = self.programs.example_id(run.example)
         if example_id is not None:
-            attributes[names.EXAMPLE_ID] = example_id
+            attributes[semconv.EXAMPLE_ID] = example_id
         if self.telemetry.config.content_on_spans:
             inputs, expected = split_example(run.example)
             put_inputs(self.telemetry, attributes, inputs)
-            self.telemetry.put_content(attributes, names.EXAMPLE_EXPECTED, expected)
+            self.telemetry.put_content(attributes, semconv.EXAMPLE_EXPECTED, expected)
         span, notes = run.evaluate.span, run.evaluate.notes
         linked = self.telemetry.config.evaluation_traces == "linked" and call.scope.hold is None
         if linked and span is not None and notes["links"] < MAX_LINKS:
             notes["links"] += 1
             if span.is_recording():
-                span.add_link(call.span.get_span_context(), {names.EXAMPLE_INDEX: run.index})
+                span.add_link(call.span.get_span_context(), {semconv.EXAMPLE_INDEX: run.index})
         return attributes
 
     def result(self, call: Call, result: Any, error: BaseException | None) -> Attributes:
@@ -166,10 +166,10 @@ class ExampleOperation(Operation):
         put_outputs(self.telemetry, attributes, shown)
         score = score_of(verdict)
         if score is not None and "late" not in call.scope.notes:
-            attributes[names.EXAMPLE_SCORE] = score
+            attributes[semconv.EXAMPLE_SCORE] = score
         feedback = feedback_of(verdict)
         if feedback is not None:
-            self.telemetry.put_text(attributes, names.EXAMPLE_FEEDBACK, feedback)
+            self.telemetry.put_text(attributes, semconv.EXAMPLE_FEEDBACK, feedback)
         return attributes
 
     def measure(self, call: Call, result: Any, error: BaseException | None, seconds: float) -> None:
@@ -184,9 +184,9 @@ class ExampleOperation(Operation):
             return
         (evaluate.notes["failed"] if error is not None else scored).add(key)
         if error is not None:
-            labels[names.EXAMPLE_OUTCOME] = names.OUTCOME_FAILED
+            labels[semconv.EXAMPLE_OUTCOME] = semconv.OUTCOME_FAILED
         else:
-            labels[names.EXAMPLE_OUTCOME] = names.OUTCOME_SCORED
+            labels[semconv.EXAMPLE_OUTCOME] = semconv.OUTCOME_SCORED
         self.telemetry.metrics.evaluation_examples.add(1, labels, call.context)
         verdict = result[1] if type(result) is tuple and len(result) == 2 else None
         self._emit_result(call, verdict, error)
@@ -197,21 +197,21 @@ class ExampleOperation(Operation):
         if span.is_valid and not span.trace_flags.sampled:
             return
         run: ExampleRun = call.instance
-        attributes: Attributes = {names.GEN_AI_EVALUATION_NAME: run.evaluate.notes["metric"] or "metric"}
+        attributes: Attributes = {semconv.GEN_AI_EVALUATION_NAME: run.evaluate.notes["metric"] or "metric"}
         attributes.update(call.scope.stamps)
         if run.index >= 0:
-            attributes[names.EXAMPLE_INDEX] = run.index
+            attributes[semconv.EXAMPLE_INDEX] = run.index
         score = score_of(verdict)
         if score is not None:
-            attributes[names.GEN_AI_EVALUATION_SCORE_VALUE] = score
+            attributes[semconv.GEN_AI_EVALUATION_SCORE_VALUE] = score
         if error is not None:
-            attributes[names.ERROR_TYPE] = error_type(error)
+            attributes[semconv.ERROR_TYPE] = error_type(error)
         feedback = feedback_of(verdict)
         if feedback is not None and self.telemetry.config.content_on_events:
             text = self.telemetry.safely("content", None, self.telemetry.content.text, feedback)
             if text is not None:
-                attributes[names.GEN_AI_EVALUATION_EXPLANATION] = text
-        self.telemetry.emit_event(names.LOG_EVALUATION_RESULT, attributes, call.context)
+                attributes[semconv.GEN_AI_EVALUATION_EXPLANATION] = text
+        self.telemetry.emit_event(semconv.LOG_EVALUATION_RESULT, attributes, call.context)
 
 
 # --- pure mapping ------------------------------------------------------------------------------------------------
@@ -228,19 +228,19 @@ def arguments(evaluate: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> d
 def size_attributes(given: dict[str, Any]) -> Attributes:
     """Number of examples and of threads."""
     attributes: Attributes = {}
-    size, threads = peek.length(given["devset"]), peek.whole(given["num_threads"])
+    size, threads = introspection.length(given["devset"]), introspection.whole(given["num_threads"])
     if size is not None:
-        attributes[names.EVALUATION_SIZE] = size
+        attributes[semconv.EVALUATION_SIZE] = size
     if threads is not None:
-        attributes[names.EVALUATION_NUM_THREADS] = threads
+        attributes[semconv.EVALUATION_NUM_THREADS] = threads
     return attributes
 
 
 def callable_name(function: Any) -> str:
     """The name of a function, or the class of any other callable."""
-    plain = type(function) in _FUNCTIONS or peek.is_a(function, type)
-    name = peek.text(function.__name__ if plain else peek.field(function, "__name__"), 256)
-    return name or peek.name_of(type(function)).rpartition(".")[2]
+    plain = type(function) in _FUNCTIONS or introspection.is_a(function, type)
+    name = introspection.text(function.__name__ if plain else introspection.field(function, "__name__"), 256)
+    return name or introspection.name_of(type(function)).rpartition(".")[2]
 
 
 def metric_name(metric: Any) -> str | None:
@@ -250,24 +250,24 @@ def metric_name(metric: Any) -> str | None:
 
 def score_of(verdict: Any) -> float | None:
     """The score in what a metric returned: a number, a boolean, or something with a ``score``. Not finite: ``None``."""
-    number = peek.real(verdict)
+    number = introspection.real(verdict)
     if number is None:
-        number = peek.real(peek.field(verdict, "score"))
+        number = introspection.real(introspection.field(verdict, "score"))
     return number if number is not None and math.isfinite(number) else None
 
 
 def feedback_of(verdict: Any) -> str | None:
     """The feedback text of a metric that returned ``Prediction(score, feedback)``."""
-    if verdict is None or peek.real(verdict) is not None:
+    if verdict is None or introspection.real(verdict) is not None:
         return None
-    feedback = peek.field(verdict, "feedback")
-    return feedback if peek.is_a(feedback, str) else None
+    feedback = introspection.field(verdict, "feedback")
+    return feedback if introspection.is_a(feedback, str) else None
 
 
 def split_example(example: Any) -> tuple[Any, Any]:
     """Inputs and expected fields of a dataset row. A row that does not say which is which is all input."""
-    values = peek.store_of(example)
-    keys = peek.instance_dict(example).get("_input_keys")
+    values = introspection.store_of(example)
+    keys = introspection.instance_dict(example).get("_input_keys")
     if values is None:
         return example, {}
     if keys is None:
@@ -279,7 +279,7 @@ def split_example(example: Any) -> tuple[Any, Any]:
 
 def evaluation_labels(evaluate: Scope) -> Attributes:
     """Low-cardinality attributes of an evaluation's metrics."""
-    labels: Attributes = {names.PROGRAM_NAME: evaluate.notes["program_name"]}
+    labels: Attributes = {semconv.PROGRAM_NAME: evaluate.notes["program_name"]}
     if evaluate.notes["metric"] is not None:
-        labels[names.EVALUATION_METRIC_NAME] = evaluate.notes["metric"]
+        labels[semconv.EVALUATION_METRIC_NAME] = evaluate.notes["metric"]
     return labels

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from .. import semconv as names
-from ..telemetry.attributes import Attributes
-from ..telemetry.scope import Scope
-from ..telemetry.spans import Call, Operation, Start, openinference
+from dspy_otel import semconv
+from dspy_otel.core.attributes import Attributes
+from dspy_otel.core.call_context import Scope
+from dspy_otel.core.operation import Call, Operation, Start, openinference
 
 
 class InterpreterOperation(Operation):
@@ -16,14 +16,14 @@ class InterpreterOperation(Operation):
     kind = "interpreter"
 
     def start(self, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any], parent: Scope | None) -> Start | None:
-        attributes: Attributes = {names.INTERPRETER_NAME: type(instance).__name__}
-        openinference(attributes, self.telemetry, names.KIND_TOOL)
-        return Start(names.SPAN_EXECUTE_CODE, Scope(self.kind, instance, parent), attributes)
+        attributes: Attributes = {semconv.INTERPRETER_NAME: type(instance).__name__}
+        openinference(attributes, self.telemetry, semconv.KIND_TOOL)
+        return Start(semconv.SPAN_EXECUTE_CODE, Scope(self.kind, instance, parent), attributes)
 
     def detail(self, call: Call) -> Attributes:
         attributes: Attributes = {}
         self.telemetry.put_text(
-            attributes, names.INTERPRETER_CODE, call.args[0] if call.args else call.kwargs.get("code", "")
+            attributes, semconv.INTERPRETER_CODE, call.args[0] if call.args else call.kwargs.get("code", "")
         )
         return attributes
 
@@ -31,5 +31,5 @@ class InterpreterOperation(Operation):
         attributes: Attributes = {}
         if error is None and result is not None:
             put = self.telemetry.put_text if isinstance(result, str) else self.telemetry.put_content
-            put(attributes, names.INTERPRETER_OUTPUT, result)
+            put(attributes, semconv.INTERPRETER_OUTPUT, result)
         return attributes

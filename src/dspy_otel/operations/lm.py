@@ -12,15 +12,15 @@ from urllib.parse import urlsplit
 
 from opentelemetry.trace import SpanKind
 
-from .. import semconv as names
-from ..telemetry import peek, secrets
-from ..telemetry.attributes import Attributes
-from ..telemetry.errors import error_type, hide_frames
-from ..telemetry.peek import field, is_a
-from ..telemetry.scope import Scope, current_scope
-from ..telemetry.spans import Call, Operation, Start, openinference
-from ..telemetry.totals import LMUsage, together
-from .messages import described, input_messages, output_messages, tool_definitions
+from dspy_otel import semconv
+from dspy_otel.content import introspection, redaction
+from dspy_otel.content.introspection import field, is_a
+from dspy_otel.core.attributes import Attributes
+from dspy_otel.core.call_context import Scope, current_scope
+from dspy_otel.core.errors import error_type, hide_frames
+from dspy_otel.core.operation import Call, Operation, Start, openinference
+from dspy_otel.core.usage import LMUsage, together
+from dspy_otel.operations.messages import described, input_messages, output_messages, tool_definitions
 
 # DSPy's model prefixes (LiteLLM's and lm15's provider ids) as the GenAI conventions name those providers.
 PROVIDERS: Final[Mapping[str, str]] = {
@@ -40,15 +40,15 @@ PROVIDERS: Final[Mapping[str, str]] = {
 
 # Request parameters by name: their attribute, and whether it is a whole number.
 _REQUEST_NUMBERS: Final = {
-    "temperature": (names.GEN_AI_REQUEST_TEMPERATURE, False),
-    "top_p": (names.GEN_AI_REQUEST_TOP_P, False),
-    "frequency_penalty": (names.GEN_AI_REQUEST_FREQUENCY_PENALTY, False),
-    "presence_penalty": (names.GEN_AI_REQUEST_PRESENCE_PENALTY, False),
-    "max_tokens": (names.GEN_AI_REQUEST_MAX_TOKENS, True),
-    "max_completion_tokens": (names.GEN_AI_REQUEST_MAX_TOKENS, True),
-    "max_output_tokens": (names.GEN_AI_REQUEST_MAX_TOKENS, True),
-    "seed": (names.GEN_AI_REQUEST_SEED, True),
-    "top_k": (names.GEN_AI_REQUEST_TOP_K, True),
+    "temperature": (semconv.GEN_AI_REQUEST_TEMPERATURE, False),
+    "top_p": (semconv.GEN_AI_REQUEST_TOP_P, False),
+    "frequency_penalty": (semconv.GEN_AI_REQUEST_FREQUENCY_PENALTY, False),
+    "presence_penalty": (semconv.GEN_AI_REQUEST_PRESENCE_PENALTY, False),
+    "max_tokens": (semconv.GEN_AI_REQUEST_MAX_TOKENS, True),
+    "max_completion_tokens": (semconv.GEN_AI_REQUEST_MAX_TOKENS, True),
+    "max_output_tokens": (semconv.GEN_AI_REQUEST_MAX_TOKENS, True),
+    "seed": (semconv.GEN_AI_REQUEST_SEED, True),
+    "top_k": (semconv.GEN_AI_REQUEST_TOP_K, True),
 }
 _MOST_STOPS: Final = 16
 _MOST_CHOICES: Final = 1000
@@ -96,21 +96,21 @@ class LMOperation(Operation):
         settings = request_settings(instance, args, kwargs)
         own = getattr(instance, "kwargs", None)
         if own:
-            self.telemetry.safely("LM settings", None, secrets.remember_settings, own)
+            self.telemetry.safely("LM settings", None, redaction.remember_settings, own)
         if kwargs:
-            self.telemetry.safely("LM settings", None, secrets.remember_settings, kwargs)
+            self.telemetry.safely("LM settings", None, redaction.remember_settings, kwargs)
         attributes = request_attributes(instance, settings)
         # Text that a user wrote: content, like the prompt.
-        scope.notes["stop"] = attributes.pop(names.GEN_AI_REQUEST_STOP_SEQUENCES, None)
+        scope.notes["stop"] = attributes.pop(semconv.GEN_AI_REQUEST_STOP_SEQUENCES, None)
         scope.notes["request"] = attributes.copy()
         if scope.role is not None:
-            attributes[names.LM_ROLE] = scope.role
+            attributes[semconv.LM_ROLE] = scope.role
         if scope.program is not None:
-            attributes[names.PROGRAM_NAME] = scope.program.name
+            attributes[semconv.PROGRAM_NAME] = scope.program.name
             if scope.program.id is not None:
-                attributes[names.PROGRAM_ID] = scope.program.id
-        openinference(attributes, self.telemetry, names.KIND_LLM)
-        name = f"{attributes[names.GEN_AI_OPERATION_NAME]} {attributes[names.GEN_AI_REQUEST_MODEL]}"
+                attributes[semconv.PROGRAM_ID] = scope.program.id
+        openinference(attributes, self.telemetry, semconv.KIND_LLM)
+        name = f"{attributes[semconv.GEN_AI_OPERATION_NAME]} {attributes[semconv.GEN_AI_REQUEST_MODEL]}"
         return Start(name, scope, attributes, SpanKind.CLIENT)
 
     def again(self, scope: Scope) -> None:
@@ -134,7 +134,7 @@ class LMOperation(Operation):
         if stop:
             shown = self.telemetry.safely("content", None, self._texts, stop)
             if shown is not None:
-                attributes = {**attributes, names.GEN_AI_REQUEST_STOP_SEQUENCES: shown}
+                attributes = {**attributes, semconv.GEN_AI_REQUEST_STOP_SEQUENCES: shown}
         return attributes
 
     def _texts(self, texts: list[str]) -> list[str]:
@@ -145,9 +145,9 @@ class LMOperation(Operation):
         system, messages = input_messages(call.args, call.kwargs)
         described(messages, content.limit if content.media else 0)
         parts = (
-            (names.GEN_AI_SYSTEM_INSTRUCTIONS, system),
-            (names.GEN_AI_INPUT_MESSAGES, messages),
-            (names.GEN_AI_TOOL_DEFINITIONS, tool_definitions(call.args, call.kwargs)),
+            (semconv.GEN_AI_SYSTEM_INSTRUCTIONS, system),
+            (semconv.GEN_AI_INPUT_MESSAGES, messages),
+            (semconv.GEN_AI_TOOL_DEFINITIONS, tool_definitions(call.args, call.kwargs)),
         )
         return self._rendered((key, value) for key, value in parts if value)
 
@@ -162,15 +162,15 @@ class LMOperation(Operation):
         notes = call.scope.notes
         attributes: Attributes = {}
         if "engine" in notes:
-            attributes[names.LM_ENGINE] = notes["engine"]
+            attributes[semconv.LM_ENGINE] = notes["engine"]
         if "provider" in notes:
-            attributes[names.GEN_AI_PROVIDER_NAME] = notes["provider"]
+            attributes[semconv.GEN_AI_PROVIDER_NAME] = notes["provider"]
         if "retries" in notes:
-            attributes[names.LM_RETRIES] = notes["retries"]
+            attributes[semconv.LM_RETRIES] = notes["retries"]
         if "chunks" in notes:
-            attributes[names.GEN_AI_REQUEST_STREAM] = True
-            attributes[names.LM_CHUNKS] = notes["chunks"]
-            attributes[names.GEN_AI_RESPONSE_TIME_TO_FIRST_CHUNK] = notes["first_chunk"] - call.started
+            attributes[semconv.GEN_AI_REQUEST_STREAM] = True
+            attributes[semconv.LM_CHUNKS] = notes["chunks"]
+            attributes[semconv.GEN_AI_RESPONSE_TIME_TO_FIRST_CHUNK] = notes["first_chunk"] - call.started
         if error is not None:
             attributes.update(error_attributes(error))
         outcome = notes.get("outcome")
@@ -178,7 +178,7 @@ class LMOperation(Operation):
             attributes.update(response_attributes(outcome, notes.get("usage") or lm_usage(outcome)))
             if self.telemetry.config.content_on_spans:
                 messages = output_messages(outcome.outputs, outcome.finish_reasons)
-                self.telemetry.put_content(attributes, names.GEN_AI_OUTPUT_MESSAGES, messages)
+                self.telemetry.put_content(attributes, semconv.GEN_AI_OUTPUT_MESSAGES, messages)
         return attributes
 
     def measure(self, call: Call, result: Any, error: BaseException | None, seconds: float) -> None:
@@ -211,19 +211,19 @@ class LMOperation(Operation):
         metrics, notes = self.telemetry.metrics, call.scope.notes
         labels = metric_attributes(call.scope, notes)
         if outcome is not None and outcome.model is not None:
-            labels[names.GEN_AI_RESPONSE_MODEL] = outcome.model
+            labels[semconv.GEN_AI_RESPONSE_MODEL] = outcome.model
         if usage.cache_hit:
             metrics.cache_hits.add(1, labels, call.context)
         else:
             # An answer from the cache is no operation of the provider: it would hide how slow that is.
-            timed = {**labels, names.ERROR_TYPE: error_type(error)} if error is not None else labels
+            timed = {**labels, semconv.ERROR_TYPE: error_type(error)} if error is not None else labels
             metrics.operation_duration.record(seconds, timed, call.context)
             for kind, tokens in (
-                (names.TOKEN_TYPE_INPUT, usage.input_tokens),
-                (names.TOKEN_TYPE_OUTPUT, usage.output_tokens),
+                (semconv.TOKEN_TYPE_INPUT, usage.input_tokens),
+                (semconv.TOKEN_TYPE_OUTPUT, usage.output_tokens),
             ):
                 if tokens is not None:
-                    metrics.token_usage.record(tokens, {**labels, names.GEN_AI_TOKEN_TYPE: kind}, call.context)
+                    metrics.token_usage.record(tokens, {**labels, semconv.GEN_AI_TOKEN_TYPE: kind}, call.context)
             if usage.cost:
                 metrics.lm_cost.add(usage.cost, labels, call.context)
         if "first_chunk" in notes:
@@ -237,8 +237,8 @@ class LMOperation(Operation):
         if outcome is not None:
             attributes.update(response_attributes(outcome, lm_usage(outcome)))
             messages = output_messages(outcome.outputs, outcome.finish_reasons)
-            attributes.update(self._rendered([(names.GEN_AI_OUTPUT_MESSAGES, messages)]))
-        self.telemetry.emit_event(names.LOG_INFERENCE_DETAILS, attributes, call.context)
+            attributes.update(self._rendered([(semconv.GEN_AI_OUTPUT_MESSAGES, messages)]))
+        self.telemetry.emit_event(semconv.LOG_INFERENCE_DETAILS, attributes, call.context)
 
     # --- hooks below the entry point; each finds its call through the scope ------------------------------------------
     def wrap_init(self, original: Any) -> Any:
@@ -257,7 +257,7 @@ class LMOperation(Operation):
 
     def _remember_keys(self, lm: Any) -> None:
         if self.telemetry.active and self.telemetry.config.content:
-            secrets.remember_settings(lm.kwargs)
+            redaction.remember_settings(lm.kwargs)
 
     def wrap_finalize(self, original: Any) -> Any:
         """``dspy.clients.execution.finalize`` (3.4): the call's own result, before DSPy shares it with histories."""
@@ -311,7 +311,7 @@ class LMOperation(Operation):
         backend, _, provider = chosen
         name = type(backend).__name__
         scope.notes["engine"] = _ENGINES.get(name, name)
-        if isinstance(provider, str) and names.GEN_AI_PROVIDER_NAME not in scope.notes["request"]:
+        if isinstance(provider, str) and semconv.GEN_AI_PROVIDER_NAME not in scope.notes["request"]:
             scope.notes["provider"] = PROVIDERS.get(provider, provider)
 
     def _note_litellm(self, lm: Any) -> None:
@@ -340,14 +340,14 @@ class LMOperation(Operation):
             return
         scope.notes["retries"] = scope.notes.get("retries", 0) + 1
         attributes: Attributes = {
-            names.LM_RETRY_ATTEMPT: attempt + 1,
-            names.LM_RETRY_DELAY: float(seconds),
-            names.ERROR_TYPE: error_type(error),
+            semconv.LM_RETRY_ATTEMPT: attempt + 1,
+            semconv.LM_RETRY_DELAY: float(seconds),
+            semconv.ERROR_TYPE: error_type(error),
             **error_attributes(error),
         }
-        self.telemetry.add_event(scope.span, names.EVENT_LM_RETRY, attributes)
+        self.telemetry.add_event(scope.span, semconv.EVENT_LM_RETRY, attributes)
         labels = metric_attributes(scope, scope.notes)
-        self.telemetry.metrics.retries.add(1, {**labels, names.ERROR_TYPE: error_type(error)})
+        self.telemetry.metrics.retries.add(1, {**labels, semconv.ERROR_TYPE: error_type(error)})
 
     def wrap_stream_emitted(self, original: Any) -> Any:
         """``stream_emitted``: called for each chunk that a streamed answer hands on."""
@@ -439,36 +439,36 @@ def request_attributes(lm: Any, settings: Mapping[str, Any]) -> Attributes:
     provider, model = split_model(str(lm.model))
     kind = getattr(lm, "model_type", "chat")
     attributes: Attributes = {
-        names.GEN_AI_OPERATION_NAME: names.OPERATION_TEXT_COMPLETION if kind == "text" else names.OPERATION_CHAT,
-        names.GEN_AI_REQUEST_MODEL: model,
+        semconv.GEN_AI_OPERATION_NAME: semconv.OPERATION_TEXT_COMPLETION if kind == "text" else semconv.OPERATION_CHAT,
+        semconv.GEN_AI_REQUEST_MODEL: model,
     }
     if provider is not None:
-        attributes[names.GEN_AI_PROVIDER_NAME] = provider
+        attributes[semconv.GEN_AI_PROVIDER_NAME] = provider
     for name, value in settings.items():
         known = _REQUEST_NUMBERS.get(name)
         if known is None or value is None or value is True or value is False:
             continue
-        number = peek.whole(value) if known[1] else peek.real(value)
+        number = introspection.whole(value) if known[1] else introspection.real(value)
         if number is not None:
             attributes[known[0]] = number
     stop = settings.get("stop")
     if stop is not None:
-        texts = [stop] if is_a(stop, str) else peek.bounded(stop, _MOST_STOPS)[0]
+        texts = [stop] if is_a(stop, str) else introspection.bounded(stop, _MOST_STOPS)[0]
         if texts and all(is_a(text, str) for text in texts):
-            attributes[names.GEN_AI_REQUEST_STOP_SEQUENCES] = texts
-    count = peek.whole(settings.get("n"))
+            attributes[semconv.GEN_AI_REQUEST_STOP_SEQUENCES] = texts
+    count = introspection.whole(settings.get("n"))
     if count is not None and count > 1:
-        attributes[names.GEN_AI_REQUEST_CHOICE_COUNT] = count
-    effort = peek.text(settings.get("reasoning_effort"), 64)
+        attributes[semconv.GEN_AI_REQUEST_CHOICE_COUNT] = count
+    effort = introspection.text(settings.get("reasoning_effort"), 64)
     if effort is not None:
-        attributes[names.GEN_AI_REQUEST_REASONING_LEVEL] = effort
+        attributes[semconv.GEN_AI_REQUEST_REASONING_LEVEL] = effort
     if settings.get("response_format") is not None:
-        attributes[names.GEN_AI_OUTPUT_TYPE] = "json"
+        attributes[semconv.GEN_AI_OUTPUT_TYPE] = "json"
     rollout = settings.get("rollout_id")
     if rollout is not None:
-        shown = peek.text(rollout, 256) or peek.whole(rollout)
+        shown = introspection.text(rollout, 256) or introspection.whole(rollout)
         if shown is not None:
-            attributes[names.LM_ROLLOUT_ID] = str(shown)
+            attributes[semconv.LM_ROLLOUT_ID] = str(shown)
     address = settings.get("api_base")
     address = settings.get("base_url") if address is None else address
     if address is not None:
@@ -478,7 +478,7 @@ def request_attributes(lm: Any, settings: Mapping[str, Any]) -> Attributes:
 
 def server_attributes(url: Any) -> Attributes:
     """Host and port of an endpoint; nothing else of its address, which may hold credentials."""
-    address = peek.text(url, _LONGEST_ADDRESS)
+    address = introspection.text(url, _LONGEST_ADDRESS)
     if not address:
         return {}
     try:
@@ -488,20 +488,20 @@ def server_attributes(url: Any) -> Attributes:
         return {}
     if not host:
         return {}
-    attributes: Attributes = {names.SERVER_ADDRESS: host}
+    attributes: Attributes = {semconv.SERVER_ADDRESS: host}
     port = port or {"http": 80, "https": 443}.get(parts.scheme)
     if port:
-        attributes[names.SERVER_PORT] = port
+        attributes[semconv.SERVER_PORT] = port
     return attributes
 
 
 def _string(value: Any) -> str | None:
-    return peek.text(value, 256) or None
+    return introspection.text(value, 256) or None
 
 
 def _counters(usage: Any) -> dict[str, Any]:
     """Usage counters as they were reported: a dictionary, or the fields of a response's usage."""
-    return dict(dict.items(usage)) if is_a(usage, dict) else dict(peek.instance_dict(usage))
+    return dict(dict.items(usage)) if is_a(usage, dict) else dict(introspection.instance_dict(usage))
 
 
 def outcome_of_call_result(result: Any) -> Outcome:
@@ -515,7 +515,7 @@ def outcome_of_call_result(result: Any) -> Outcome:
     return Outcome(
         outputs=list(result.outputs),
         usage=_counters(result.usage),
-        cost=peek.real(result.cost),
+        cost=introspection.real(result.cost),
         cache_hit=bool(result.cache_hit),
         model=_string(result.response_model),
         response_id=response_id,
@@ -526,9 +526,9 @@ def outcome_of_call_result(result: Any) -> Outcome:
 def outcome_of_response(response: Any, outputs: Any) -> Outcome:
     """From the OpenAI-shaped response that LMs return before DSPy 3.4."""
     return Outcome(
-        outputs=list(peek.items(outputs)),
+        outputs=list(introspection.items(outputs)),
         usage=_counters(field(response, "usage")),
-        cost=peek.real(field(field(response, "_hidden_params"), "response_cost")),
+        cost=introspection.real(field(field(response, "_hidden_params"), "response_cost")),
         cache_hit=field(response, "cache_hit") is True,
         model=_string(field(response, "model")),
         response_id=_string(field(response, "id")),
@@ -600,19 +600,19 @@ def _tell_outer(scope: Scope, usage: LMUsage) -> None:
 def choice_reasons(response: Any) -> list[str]:
     """Finish reasons of an OpenAI-shaped response, one for each choice (the Responses API gives one status)."""
     choices = field(response, "choices")
-    if peek.length(choices) is None:
-        if peek.text(field(response, "status")) == "completed":
+    if introspection.length(choices) is None:
+        if introspection.text(field(response, "status")) == "completed":
             return ["stop"]
         reason = _string(field(field(response, "incomplete_details"), "reason"))
         return [reason] if reason else []
-    first, _ = peek.bounded(choices, _MOST_CHOICES)
+    first, _ = introspection.bounded(choices, _MOST_CHOICES)
     return [reason for choice in first if (reason := _string(field(choice, "finish_reason")))]
 
 
 def _count(holder: Any, key: str, counters: Mapping[str, Any], other: str) -> int | None:
     """The counter ``key`` of ``holder``, else ``other`` of ``counters``; ``None`` when neither has one."""
-    number = None if holder is None else peek.whole(field(holder, key))
-    return peek.whole(counters.get(other)) if number is None else number
+    number = None if holder is None else introspection.whole(field(holder, key))
+    return introspection.whole(counters.get(other)) if number is None else number
 
 
 def lm_usage(outcome: Outcome | None) -> LMUsage:
@@ -634,18 +634,18 @@ def lm_usage(outcome: Outcome | None) -> LMUsage:
 
 def response_attributes(outcome: Outcome, usage: LMUsage) -> Attributes:
     """What came back, with usage and cost of this very call."""
-    attributes: Attributes = {names.LM_CACHE_HIT: outcome.cache_hit}
+    attributes: Attributes = {semconv.LM_CACHE_HIT: outcome.cache_hit}
     if outcome.model is not None:
-        attributes[names.GEN_AI_RESPONSE_MODEL] = outcome.model
+        attributes[semconv.GEN_AI_RESPONSE_MODEL] = outcome.model
     if outcome.response_id is not None:
-        attributes[names.GEN_AI_RESPONSE_ID] = outcome.response_id
+        attributes[semconv.GEN_AI_RESPONSE_ID] = outcome.response_id
     if outcome.finish_reasons:
-        attributes[names.GEN_AI_RESPONSE_FINISH_REASONS] = outcome.finish_reasons
+        attributes[semconv.GEN_AI_RESPONSE_FINISH_REASONS] = outcome.finish_reasons
     if usage.cost is not None:
-        attributes[names.LM_COST] = usage.cost
+        attributes[semconv.LM_COST] = usage.cost
     if outcome.cache_hit:
         if outcome.cost is not None:
-            attributes[names.LM_COST_SAVED] = outcome.cost
+            attributes[semconv.LM_COST_SAVED] = outcome.cost
         return attributes
     if usage.input_tokens is None and usage.output_tokens is None:
         return attributes
@@ -654,16 +654,16 @@ def response_attributes(outcome: Outcome, usage: LMUsage) -> Attributes:
     prompt = counters.get("input_tokens_details") if prompt is None else prompt
     completion = counters.get("output_tokens_details") if completion is None else completion
     for key, tokens in (
-        (names.GEN_AI_USAGE_INPUT_TOKENS, usage.input_tokens),
-        (names.GEN_AI_USAGE_OUTPUT_TOKENS, usage.output_tokens),
+        (semconv.GEN_AI_USAGE_INPUT_TOKENS, usage.input_tokens),
+        (semconv.GEN_AI_USAGE_OUTPUT_TOKENS, usage.output_tokens),
         # Nested as OpenAI does it, else flat as DSPy 3.3's typed responses have it.
-        (names.GEN_AI_USAGE_CACHE_READ_INPUT_TOKENS, _count(prompt, "cached_tokens", counters, "cache_read_tokens")),
+        (semconv.GEN_AI_USAGE_CACHE_READ_INPUT_TOKENS, _count(prompt, "cached_tokens", counters, "cache_read_tokens")),
         (
-            names.GEN_AI_USAGE_CACHE_WRITE_INPUT_TOKENS,
+            semconv.GEN_AI_USAGE_CACHE_WRITE_INPUT_TOKENS,
             _count(prompt, "cache_creation_tokens", counters, "cache_write_tokens"),
         ),
         (
-            names.GEN_AI_USAGE_REASONING_OUTPUT_TOKENS,
+            semconv.GEN_AI_USAGE_REASONING_OUTPUT_TOKENS,
             _count(completion, "reasoning_tokens", counters, "reasoning_tokens"),
         ),
     ):
@@ -675,21 +675,21 @@ def response_attributes(outcome: Outcome, usage: LMUsage) -> Attributes:
 def error_attributes(error: BaseException) -> Attributes:
     """HTTP status and request id of a failed request, where DSPy's ``LMError`` knows them."""
     attributes: Attributes = {}
-    status = peek.whole(field(error, "status"))
+    status = introspection.whole(field(error, "status"))
     if status is not None:
-        attributes[names.HTTP_STATUS_CODE] = status
+        attributes[semconv.HTTP_STATUS_CODE] = status
     request_id = _string(field(error, "request_id"))
     if request_id is not None:
-        attributes[names.LM_REQUEST_ID] = request_id
+        attributes[semconv.LM_REQUEST_ID] = request_id
     return attributes
 
 
 _METRIC_KEYS: Final = (
-    names.GEN_AI_OPERATION_NAME,
-    names.GEN_AI_PROVIDER_NAME,
-    names.GEN_AI_REQUEST_MODEL,
-    names.SERVER_ADDRESS,
-    names.SERVER_PORT,
+    semconv.GEN_AI_OPERATION_NAME,
+    semconv.GEN_AI_PROVIDER_NAME,
+    semconv.GEN_AI_REQUEST_MODEL,
+    semconv.SERVER_ADDRESS,
+    semconv.SERVER_PORT,
 )
 
 
@@ -698,9 +698,9 @@ def metric_attributes(scope: Scope, notes: Mapping[str, Any]) -> Attributes:
     request = notes["request"]
     labels: Attributes = {key: request[key] for key in _METRIC_KEYS if key in request}
     if "provider" in notes:
-        labels[names.GEN_AI_PROVIDER_NAME] = notes["provider"]
+        labels[semconv.GEN_AI_PROVIDER_NAME] = notes["provider"]
     if scope.program is not None:
-        labels[names.PROGRAM_NAME] = scope.program.name
+        labels[semconv.PROGRAM_NAME] = scope.program.name
     if scope.role is not None:
-        labels[names.LM_ROLE] = scope.role
+        labels[semconv.LM_ROLE] = scope.role
     return labels

@@ -16,9 +16,9 @@ import urllib.parse
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from ..telemetry import peek
-from ..telemetry.content import MAX_ITEMS, base64_size
-from ..telemetry.peek import field, is_a
+from dspy_otel.content import introspection
+from dspy_otel.content.encoder import MAX_ITEMS, base64_size
+from dspy_otel.content.introspection import field, is_a
 
 Part = dict[str, Any]
 Message = dict[str, Any]
@@ -50,7 +50,7 @@ def input_messages(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[list
         system = field(request, "system")
         if system is not None:
             instructions = _parts(system)
-    elif peek.length(kwargs.get("messages")):
+    elif introspection.length(kwargs.get("messages")):
         messages = _each(_message, kwargs["messages"])
     elif first is not None:
         messages = _item_messages(args or (first,))
@@ -61,7 +61,7 @@ def input_messages(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[list
 
 def _each(function: Callable[[Any], Any], items: Any) -> list[Any]:
     """``function`` of each of the first items; the others as they are, to be counted."""
-    first, rest = peek.bounded(items, MAX_ITEMS)
+    first, rest = introspection.bounded(items, MAX_ITEMS)
     return [*map(function, first), *rest]
 
 
@@ -69,7 +69,7 @@ def _item_messages(items: Sequence[Any]) -> list[Message]:
     """Messages from positional arguments: message objects as they are (DSPy 3.3), anything else is said by the user."""
     messages: list[Message] = []
     for item in items:
-        first, _ = peek.bounded(item, MAX_ITEMS)
+        first, _ = introspection.bounded(item, MAX_ITEMS)
         if first and all(map(_is_message, first)):
             messages.extend(_each(_message, item))
         elif _is_message(item):
@@ -114,7 +114,7 @@ def tool_definitions(args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[dic
 
 def _definition(tool: Any) -> dict[str, Any]:
     function = field(tool, "function") or tool
-    definition = {"type": peek.text(field(tool, "type")) or "function", "name": field(function, "name")}
+    definition = {"type": introspection.text(field(tool, "type")) or "function", "name": field(function, "name")}
     for key in ("description", "parameters"):
         if field(function, key) is not None:
             definition[key] = field(function, key)
@@ -122,7 +122,7 @@ def _definition(tool: Any) -> dict[str, Any]:
 
 
 def _message(message: Any) -> Message:
-    role = peek.text(field(message, "role"), 64) or "user"
+    role = introspection.text(field(message, "role"), 64) or "user"
     content = field(message, "parts") if not is_a(message, dict) else None
     parts = _parts(content if content is not None else field(message, "content"))
     if role == "tool":
@@ -136,7 +136,7 @@ def _message(message: Any) -> Message:
 def _parts(content: Any) -> list[Part]:
     if content is None:
         return []
-    if peek.length(content) is not None:
+    if introspection.length(content) is not None:
         return _each(_part, content)
     return [{"type": "text", "content": content}]
 
@@ -144,7 +144,7 @@ def _parts(content: Any) -> list[Part]:
 def _part(part: Any) -> Part:
     if is_a(part, str):
         return {"type": "text", "content": part}
-    kind = peek.text(field(part, "type"), 64) or ""
+    kind = introspection.text(field(part, "type"), 64) or ""
     if kind in ("text", "input_text", "output_text"):
         return {"type": "text", "content": field(part, "text")}
     if kind in ("thinking", "reasoning"):
@@ -171,7 +171,7 @@ def _part(part: Any) -> Part:
 
 
 def _texts(content: Any) -> Any:
-    return content if peek.length(content) is None else _each(_text_of, content)
+    return content if introspection.length(content) is None else _each(_text_of, content)
 
 
 def _text_of(part: Any) -> Any:
@@ -210,7 +210,7 @@ def _media(modality: str, url: Any, data: Any, media_type: Any) -> Part:
         if not is_a(url, str) or not str.startswith(url, "data:"):
             return {"type": "uri", "modality": modality, "uri": url}
         blob = Blob(url)
-    named = peek.text(media_type, 128)
+    named = introspection.text(media_type, 128)
     if is_a(blob.data, str) and str.startswith(blob.data, "data:"):
         # data:[<type>][;<parameter>]*[;base64],<data> (RFC 2397)
         comma = str.find(blob.data, ",", 0, 1024) + 1

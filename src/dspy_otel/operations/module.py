@@ -8,16 +8,16 @@ from weakref import WeakKeyDictionary
 
 from opentelemetry import baggage
 
-from .. import semconv as names
-from ..telemetry import peek
-from ..telemetry.attributes import Attributes
-from ..telemetry.core import Telemetry
-from ..telemetry.errors import error_type
-from ..telemetry.peek import is_a
-from ..telemetry.scope import Program, Scope
-from ..telemetry.spans import Call, Operation, Start, openinference
-from ..telemetry.totals import Totals
-from .program import Programs
+from dspy_otel import semconv
+from dspy_otel.content import introspection
+from dspy_otel.content.introspection import is_a
+from dspy_otel.core.attributes import Attributes
+from dspy_otel.core.call_context import Program, Scope
+from dspy_otel.core.errors import error_type
+from dspy_otel.core.operation import Call, Operation, Start, openinference
+from dspy_otel.core.telemetry import Telemetry
+from dspy_otel.core.usage import Totals
+from dspy_otel.operations.program import Programs
 
 _SUBSCRIPT: Final = re.compile(r"\[[^\]]*\]")
 AGENT_CLASSES: Final = frozenset({"ReAct", "ReActV2", "CodeAct", "RLM"})
@@ -65,7 +65,7 @@ class ModuleOperation(Operation):
         if about is None or about.outermost is not outermost:
             about = describe(instance, program, path, outermost)
             openinference(
-                about.attributes, self.telemetry, names.KIND_AGENT if is_agent(instance) else names.KIND_CHAIN
+                about.attributes, self.telemetry, semconv.KIND_AGENT if is_agent(instance) else semconv.KIND_CHAIN
             )
             if placed:
                 program.about[id(instance)] = about
@@ -77,7 +77,7 @@ class ModuleOperation(Operation):
         if telemetry.config.content_on_spans:
             signature = attributes_signature(call.instance, call.kwargs)
             if signature is not None:
-                telemetry.put_text(attributes, names.SIGNATURE_INSTRUCTIONS, signature.instructions)
+                telemetry.put_text(attributes, semconv.SIGNATURE_INSTRUCTIONS, signature.instructions)
             inputs: Any = call.kwargs if not call.args else {"args": call.args, **call.kwargs}
             put_inputs(telemetry, attributes, inputs)
         return attributes
@@ -86,7 +86,7 @@ class ModuleOperation(Operation):
         attributes: Attributes = {}
         notes = call.scope.notes
         if "adapter" in notes:
-            attributes[names.ADAPTER_NAME] = notes["adapter"]
+            attributes[semconv.ADAPTER_NAME] = notes["adapter"]
         if "totals" in notes:
             attributes.update(notes["totals"].attributes())
         if error is None:
@@ -102,19 +102,19 @@ class ModuleOperation(Operation):
         parent = scope.parent
         if parent is not None and parent.kind == "example" and parent.owner is call.instance:
             # The evaluated program has answered. What the metric calls from here on is judging it.
-            parent.role = names.ROLE_JUDGE
+            parent.role = semconv.ROLE_JUDGE
 
     def _record(self, call: Call, error: BaseException | None, seconds: float) -> None:
         labels: Attributes = call.scope.notes["about"].labels
         if error is not None:
-            labels = {**labels, names.ERROR_TYPE: error_type(error)}
+            labels = {**labels, semconv.ERROR_TYPE: error_type(error)}
         self.telemetry.metrics.module_duration.record(seconds, labels, call.context)
 
 
 def caller_attributes() -> Attributes:
     """Session and user that the application has put into OpenTelemetry's baggage, for all spans of a program call."""
     found = baggage.get_all()
-    return {key: str(found[key]) for key in (names.SESSION_ID, names.USER_ID) if key in found} if found else {}
+    return {key: str(found[key]) for key in (semconv.SESSION_ID, semconv.USER_ID) if key in found} if found else {}
 
 
 def is_agent(instance: Any) -> bool:
@@ -157,22 +157,22 @@ def describe(instance: Any, program: Program, path: str | None, outermost: bool)
         outermost: whether the module is the program itself.
     """
     class_name = type(instance).__name__
-    labels: Attributes = {names.MODULE_CLASS: class_name, names.PROGRAM_NAME: program.name}
+    labels: Attributes = {semconv.MODULE_CLASS: class_name, semconv.PROGRAM_NAME: program.name}
     attributes = labels.copy()
     if program.id is not None:
-        attributes[names.PROGRAM_ID] = program.id
+        attributes[semconv.PROGRAM_ID] = program.id
     if path:
-        attributes[names.MODULE_PATH] = path
-        labels[names.MODULE_PATH] = _SUBSCRIPT.sub("[*]", path)  # steps[0] and steps[1] are one series
+        attributes[semconv.MODULE_PATH] = path
+        labels[semconv.MODULE_PATH] = _SUBSCRIPT.sub("[*]", path)  # steps[0] and steps[1] are one series
     if is_agent(instance):
         agent = path or class_name
-        attributes[names.GEN_AI_OPERATION_NAME] = names.OPERATION_INVOKE_AGENT
-        attributes[names.GEN_AI_AGENT_NAME] = agent
-        span = f"{names.OPERATION_INVOKE_AGENT} {agent}"
+        attributes[semconv.GEN_AI_OPERATION_NAME] = semconv.OPERATION_INVOKE_AGENT
+        attributes[semconv.GEN_AI_AGENT_NAME] = agent
+        span = f"{semconv.OPERATION_INVOKE_AGENT} {agent}"
     elif outermost:
-        attributes[names.GEN_AI_OPERATION_NAME] = names.OPERATION_INVOKE_WORKFLOW
-        attributes[names.GEN_AI_WORKFLOW_NAME] = class_name
-        span = f"{names.OPERATION_INVOKE_WORKFLOW} {class_name}"
+        attributes[semconv.GEN_AI_OPERATION_NAME] = semconv.OPERATION_INVOKE_WORKFLOW
+        attributes[semconv.GEN_AI_WORKFLOW_NAME] = class_name
+        span = f"{semconv.OPERATION_INVOKE_WORKFLOW} {class_name}"
     else:
         span = f"{class_name} {path}" if path else class_name
     return About(span, attributes, labels, outermost)
@@ -191,24 +191,24 @@ def signature_attributes(instance: Any, kwargs: dict[str, Any], programs: Progra
     attributes: Attributes = {}
     signature = attributes_signature(instance, kwargs)
     if signature is not None:
-        attributes[names.SIGNATURE_NAME] = signature.__name__
+        attributes[semconv.SIGNATURE_NAME] = signature.__name__
         fields = programs.signature_fields(signature)
         if fields is not None:
-            attributes[names.SIGNATURE_FIELDS] = fields
-    demos = peek.length(kwargs.get("demos", instance.__dict__.get("demos")))
+            attributes[semconv.SIGNATURE_FIELDS] = fields
+    demos = introspection.length(kwargs.get("demos", instance.__dict__.get("demos")))
     if demos is not None:
-        attributes[names.DEMOS_COUNT] = demos
+        attributes[semconv.DEMOS_COUNT] = demos
     return attributes
 
 
 def put_inputs(telemetry: Telemetry, attributes: Attributes, value: Any) -> None:
     """Add an operation's inputs, under OpenInference's key or, with that switched off, under DSPy's."""
-    _put(telemetry, attributes, value, names.MODULE_INPUTS, names.INPUT_VALUE, names.INPUT_MIME_TYPE)
+    _put(telemetry, attributes, value, semconv.MODULE_INPUTS, semconv.INPUT_VALUE, semconv.INPUT_MIME_TYPE)
 
 
 def put_outputs(telemetry: Telemetry, attributes: Attributes, value: Any) -> None:
     """Add an operation's outputs, like :func:`put_inputs`."""
-    _put(telemetry, attributes, value, names.MODULE_OUTPUTS, names.OUTPUT_VALUE, names.OUTPUT_MIME_TYPE)
+    _put(telemetry, attributes, value, semconv.MODULE_OUTPUTS, semconv.OUTPUT_VALUE, semconv.OUTPUT_MIME_TYPE)
 
 
 def _put(telemetry: Telemetry, attributes: Attributes, value: Any, own: str, shared: str, mime: str) -> None:
@@ -217,4 +217,4 @@ def _put(telemetry: Telemetry, attributes: Attributes, value: Any, own: str, sha
         return
     telemetry.put_content(attributes, shared, value)
     if shared in attributes:
-        attributes[mime] = names.MIME_JSON
+        attributes[mime] = semconv.MIME_JSON

@@ -12,13 +12,13 @@ from typing import Any
 from opentelemetry import context as otel_context
 from opentelemetry.context import Context
 
-from .. import semconv as names
-from ..telemetry import peek
-from ..telemetry.attributes import Attributes
-from ..telemetry.errors import hide_frames
-from ..telemetry.scope import Scope, current_scope
-from ..telemetry.spans import Call, Operation, Start, detach, openinference
-from .evaluation import ExampleOperation, ExampleRun
+from dspy_otel import semconv
+from dspy_otel.content import introspection
+from dspy_otel.core.attributes import Attributes
+from dspy_otel.core.call_context import Scope, current_scope
+from dspy_otel.core.errors import hide_frames
+from dspy_otel.core.operation import Call, Operation, Start, detach, openinference
+from dspy_otel.operations.evaluation import ExampleOperation, ExampleRun
 
 
 class ParallelOperation(Operation):
@@ -35,16 +35,16 @@ class ParallelOperation(Operation):
 
     def start(self, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any], parent: Scope | None) -> Start | None:
         attributes: Attributes = {}
-        size = peek.length(args[1])
+        size = introspection.length(args[1])
         if size is not None:
-            attributes[names.PARALLEL_SIZE] = size
+            attributes[semconv.PARALLEL_SIZE] = size
         if isinstance(instance.num_threads, int):
-            attributes[names.PARALLEL_NUM_THREADS] = instance.num_threads
-        openinference(attributes, self.telemetry, names.KIND_CHAIN)
-        return Start(names.SPAN_PARALLEL, Scope(self.kind, instance, parent), attributes)
+            attributes[semconv.PARALLEL_NUM_THREADS] = instance.num_threads
+        openinference(attributes, self.telemetry, semconv.KIND_CHAIN)
+        return Start(semconv.SPAN_PARALLEL, Scope(self.kind, instance, parent), attributes)
 
     def result(self, call: Call, result: Any, error: BaseException | None) -> Attributes:
-        return {names.PARALLEL_FAILURES: len(call.instance.failed_indices)}
+        return {semconv.PARALLEL_FAILURES: len(call.instance.failed_indices)}
 
     def wrap_execute(self, original: Callable[..., Any]) -> Callable[..., Any]:
         """In place of ``ParallelExecutor.execute(function, data)``."""
@@ -82,8 +82,8 @@ class ParallelOperation(Operation):
         """``function`` with one example span around each call."""
         waiting: defaultdict[int, deque[int]] = defaultdict(deque)
         # Rows that are made when somebody asks for them are not asked for: their places stay unknown.
-        listed = peek.length(data) is not None
-        for index, example in enumerate(peek.items(data)):
+        listed = introspection.length(data) is not None
+        for index, example in enumerate(introspection.items(data)):
             waiting[id(example)].append(index)
         last: dict[int, int] = {}
         lock = threading.Lock()

@@ -16,10 +16,10 @@ from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import Any, Final
 
-from ..telemetry import peek
-from ..telemetry.guard import guarded
-from ..telemetry.peek import is_a
-from ..telemetry.scope import Program
+from dspy_otel.content import introspection
+from dspy_otel.content.introspection import is_a
+from dspy_otel.core.call_context import Program
+from dspy_otel.core.internal_errors import guarded
 
 ID_LENGTH: Final = 16
 """Hex digits of ``dspy.program.id`` and of an example's id: 64 bits."""
@@ -135,11 +135,11 @@ def _add_state(module: Any, shape: list[Any], objects: list[Any]) -> None:
                 objects.append(extra.get("desc"))
                 objects.append(extra.get("prefix"))
     demos = stored.get("demos")
-    count = peek.length(demos)
+    count = introspection.length(demos)
     if count is not None:
         shape.append(count)
-        for demo in peek.items(demos):
-            values = demo if is_a(demo, dict) else peek.store_of(demo)
+        for demo in introspection.items(demos):
+            values = demo if is_a(demo, dict) else introspection.store_of(demo)
             if values is None:
                 objects.append(demo)
                 continue
@@ -157,9 +157,9 @@ def _add_state(module: Any, shape: list[Any], objects: list[Any]) -> None:
 
 def _add_parts(value: Any, objects: list[Any], depth: int) -> None:
     """Add what a list, dictionary or model holds: it may be changed in place."""
-    parts: Any = peek.items(value)
-    if peek.length(value) is None:
-        parts = dict.values(value if is_a(value, dict) else peek.instance_dict(value))
+    parts: Any = introspection.items(value)
+    if introspection.length(value) is None:
+        parts = dict.values(value if is_a(value, dict) else introspection.instance_dict(value))
     for part in islice(parts, _MAX_ITEMS):
         if len(objects) >= _MAX_OBJECTS:  # Looked at on each call.
             return
@@ -196,7 +196,7 @@ def _predictor_state(predictor: Any) -> dict[str, Any]:
             [name, (field.json_schema_extra or {}).get("prefix"), (field.json_schema_extra or {}).get("desc")]
             for name, field in signature.fields.items()
         ],
-        "demos": [_demo_state(demo) for demo in peek.items(predictor.demos)],
+        "demos": [_demo_state(demo) for demo in introspection.items(predictor.demos)],
     }
     decisions = predictor.__dict__.get("fields")
     if decisions:  # DSPy 3.4: thresholds, cuts and weights of decision outputs, which ReAnchor fits
@@ -205,11 +205,15 @@ def _predictor_state(predictor: Any) -> dict[str, Any]:
 
 
 def _demo_state(demo: Any) -> Any:
-    values = demo if is_a(demo, dict) else peek.store_of(demo)
+    values = demo if is_a(demo, dict) else introspection.store_of(demo)
     if values is None:
         return demo
     # What DSPy itself saves of a value is its JSON form, so that is what must be compared.
-    return {key: _saved(value) for key, value in dict.items(values) if not (peek.text(key) or "").startswith("dspy_")}
+    return {
+        key: _saved(value)
+        for key, value in dict.items(values)
+        if not (introspection.text(key) or "").startswith("dspy_")
+    }
 
 
 def _saved(value: Any) -> Any:
@@ -218,7 +222,7 @@ def _saved(value: Any) -> Any:
     Not where that would run code of a user's class (serializers, computed fields): such a model is known by its fields.
     """
     kind = type(value)
-    if "__pydantic_fields__" not in peek.members_of(kind) or _runs_code(value):
+    if "__pydantic_fields__" not in introspection.members_of(kind) or _runs_code(value):
         return value
     return kind.model_dump(value, mode="json")
 
@@ -241,26 +245,28 @@ def _inside(value: Any) -> list[Any] | None:
     kind = type(value)
     if kind in _LEAVES:
         return []
-    members = peek.members_of(kind)
+    members = introspection.members_of(kind)
     if "__pydantic_fields__" in members:
         decorators: Any = members.get("__pydantic_decorators__")
         own = (decorators.field_serializers, decorators.model_serializers, decorators.computed_fields)
-        if peek.library(kind) != "dspy" and (any(own) or any(map(_overrides_dump, peek.bases_of(kind)))):
+        if introspection.library(kind) != "dspy" and (
+            any(own) or any(map(_overrides_dump, introspection.bases_of(kind)))
+        ):
             return None
-        return list(peek.instance_dict(value).values())
+        return list(introspection.instance_dict(value).values())
     if is_a(value, dict):
         return list(dict.values(value))
-    if peek.length(value) is not None:
-        return list(islice(peek.items(value), _MAX_OBJECTS))
+    if introspection.length(value) is not None:
+        return list(islice(introspection.items(value), _MAX_OBJECTS))
     # Anything else that pydantic does not know would be asked by it for what it is.
-    return [] if peek.library(kind) in _STANDARD else None
+    return [] if introspection.library(kind) in _STANDARD else None
 
 
 _STANDARD: Final = frozenset({"builtins", "datetime", "decimal", "uuid", "enum", "pathlib", "fractions", "collections"})
 
 
 def _overrides_dump(base: type) -> bool:
-    return "model_dump" in peek.members_of(base) and peek.library(base) not in ("pydantic", "dspy")
+    return "model_dump" in introspection.members_of(base) and introspection.library(base) not in ("pydantic", "dspy")
 
 
 def digest(value: Any) -> str:
@@ -292,7 +298,7 @@ class _Canonical:
             number = float.__float__(value)
             return number if math.isfinite(number) else None  # as JSON files have it
         if issubclass(kind, enum.Enum):
-            return self.of(peek.instance_dict(value).get("_value_"), depth + 1)
+            return self.of(introspection.instance_dict(value).get("_value_"), depth + 1)
         if issubclass(kind, str):
             return self.text(value)
         if issubclass(kind, int):
@@ -300,7 +306,7 @@ class _Canonical:
             # Python refuses to print very long ones.
             return whole if whole.bit_length() <= _MAX_BITS else f"<{hash(whole)} of {whole.bit_length()} bits>"
         if issubclass(kind, (datetime.date, datetime.time)):  # a datetime is a date
-            return value.isoformat() if kind.__module__ == "datetime" else f"<{peek.module_of(kind)}>"
+            return value.isoformat() if kind.__module__ == "datetime" else f"<{introspection.module_of(kind)}>"
         if kind is uuid.UUID or kind is decimal.Decimal:
             return str(value)
         if issubclass(kind, (bytes, bytearray)):
@@ -335,10 +341,16 @@ class _Canonical:
             unordered = set if issubclass(kind, set) else frozenset
             made = self.each(unordered.__iter__(value), unordered.__len__(value), depth)
             return sorted(json.dumps(item, sort_keys=True) for item in made)
-        stored = peek.store_of(value)  # dspy.Example and what derives from it
-        if stored is None and any(_FIELDS & peek.members_of(base).keys() for base in peek.bases_of(kind)):
-            stored = peek.instance_dict(value)
-        return f"<{peek.module_of(kind)}.{peek.name_of(kind)}>" if stored is None else self.fields(stored, depth)
+        stored = introspection.store_of(value)  # dspy.Example and what derives from it
+        if stored is None and any(
+            _FIELDS & introspection.members_of(base).keys() for base in introspection.bases_of(kind)
+        ):
+            stored = introspection.instance_dict(value)
+        return (
+            f"<{introspection.module_of(kind)}.{introspection.name_of(kind)}>"
+            if stored is None
+            else self.fields(stored, depth)
+        )
 
     def each(self, items: Iterator[Any], length: int, depth: int) -> list[Any]:
         made: list[Any] = []
@@ -363,7 +375,7 @@ class _Canonical:
         if issubclass(kind, str):
             return self.text(key)
         plain = kind in _LEAVES or (kind is tuple and all(type(part) in _LEAVES for part in key))
-        return str(key) if plain else f"<{peek.module_of(kind)}.{peek.name_of(kind)}>"
+        return str(key) if plain else f"<{introspection.module_of(kind)}.{introspection.name_of(kind)}>"
 
 
 class ByObject:
@@ -459,7 +471,7 @@ class Programs:
     @guarded("example id")
     def example_id(self, example: Any) -> str | None:
         """A stable id of a dataset row: a digest of its fields, the same in every evaluation that uses the row."""
-        values = peek.store_of(example)
+        values = introspection.store_of(example)
         if values is None:
             return None
         found: str = self._examples.get(example, [], list(dict.values(values)), lambda: digest(values))

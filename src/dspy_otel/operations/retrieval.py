@@ -7,13 +7,13 @@ from typing import Any, Final
 
 from opentelemetry.trace import SpanKind
 
-from .. import semconv as names
-from ..telemetry import peek
-from ..telemetry.attributes import Attributes
-from ..telemetry.scope import Scope
-from ..telemetry.spans import Call, Operation, Start, openinference
-from .embedding import ASKING
-from .lm import server_attributes
+from dspy_otel import semconv
+from dspy_otel.content import introspection
+from dspy_otel.core.attributes import Attributes
+from dspy_otel.core.call_context import Scope
+from dspy_otel.core.operation import Call, Operation, Start, openinference
+from dspy_otel.operations.embedding import ASKING
+from dspy_otel.operations.lm import server_attributes
 
 _MOST: Final = 1000
 
@@ -50,46 +50,46 @@ class RetrievalOperation(Operation):
     def start(self, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any], parent: Scope | None) -> Start | None:
         name = type(instance).__name__
         attributes: Attributes = {
-            names.GEN_AI_OPERATION_NAME: names.OPERATION_RETRIEVAL,
-            names.GEN_AI_DATA_SOURCE_ID: name,
+            semconv.GEN_AI_OPERATION_NAME: semconv.OPERATION_RETRIEVAL,
+            semconv.GEN_AI_DATA_SOURCE_ID: name,
         }
         top_k = kwargs.get("k", args[1] if len(args) > 1 else getattr(instance, "k", None))
-        most = peek.whole(top_k)
+        most = introspection.whole(top_k)
         if most is not None:
-            attributes[names.GEN_AI_RETRIEVAL_TOP_K] = most
+            attributes[semconv.GEN_AI_RETRIEVAL_TOP_K] = most
         attributes.update(server_attributes(getattr(instance, "url", None)))
-        openinference(attributes, self.telemetry, names.KIND_RETRIEVER)
+        openinference(attributes, self.telemetry, semconv.KIND_RETRIEVER)
         scope = Scope(self.kind, instance, parent)
-        return Start(f"{names.OPERATION_RETRIEVAL} {name}", scope, attributes, self.span_kind)
+        return Start(f"{semconv.OPERATION_RETRIEVAL} {name}", scope, attributes, self.span_kind)
 
     def detail(self, call: Call) -> Attributes:
         attributes: Attributes = {}
         if self.telemetry.config.content_on_spans:
             query = call.args[0] if call.args else call.kwargs.get("query", call.kwargs)
-            if peek.is_a(query, str):
-                self.telemetry.put_text(attributes, names.GEN_AI_RETRIEVAL_QUERY_TEXT, query)
+            if introspection.is_a(query, str):
+                self.telemetry.put_text(attributes, semconv.GEN_AI_RETRIEVAL_QUERY_TEXT, query)
             else:
-                self.telemetry.put_content(attributes, names.GEN_AI_RETRIEVAL_QUERY_TEXT, query)
+                self.telemetry.put_content(attributes, semconv.GEN_AI_RETRIEVAL_QUERY_TEXT, query)
         return attributes
 
     def result(self, call: Call, result: Any, error: BaseException | None) -> Attributes:
         attributes: Attributes = {}
         if error is None and self.telemetry.config.content_on_spans:
-            self.telemetry.put_content(attributes, names.GEN_AI_RETRIEVAL_DOCUMENTS, documents(result))
+            self.telemetry.put_content(attributes, semconv.GEN_AI_RETRIEVAL_DOCUMENTS, documents(result))
         return attributes
 
 
 def documents(result: Any) -> list[dict[str, Any]]:
     """Retrieved passages as ``{id, content, score}``, as far as the retriever gives them (at most 1,000)."""
-    passages = result if peek.length(result) is not None else peek.field(result, "passages")
-    indices, _ = peek.bounded(peek.field(result, "indices"), _MOST)
+    passages = result if introspection.length(result) is not None else introspection.field(result, "passages")
+    indices, _ = introspection.bounded(introspection.field(result, "indices"), _MOST)
     found = []
-    for position, passage in enumerate(islice(peek.items(passages), _MOST)):
+    for position, passage in enumerate(islice(introspection.items(passages), _MOST)):
         document: dict[str, Any] = {"content": passage}
-        if peek.is_a(passage, dict):
-            document["content"] = peek.field(passage, "long_text", peek.field(passage, "text"))
+        if introspection.is_a(passage, dict):
+            document["content"] = introspection.field(passage, "long_text", introspection.field(passage, "text"))
             for source, key in (("pid", "id"), ("score", "score")):
-                value = peek.field(passage, source)
+                value = introspection.field(passage, source)
                 if value is not None:
                     document[key] = value
         if position < len(indices):

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any, Final
 
-from .. import semconv as names
-from ..telemetry.attributes import Attributes
-from ..telemetry.errors import error_type
-from ..telemetry.scope import Scope
-from ..telemetry.spans import Call, Operation, Start, openinference
+from dspy_otel import semconv
+from dspy_otel.core.attributes import Attributes
+from dspy_otel.core.call_context import Scope
+from dspy_otel.core.errors import error_type
+from dspy_otel.core.operation import Call, Operation, Start, openinference
 
 # How DSPy's agents say "I am done" in the form of a tool; nothing is executed.
 _END_MARKERS: Final = {"ReAct": "finish", "ReActV2": "submit"}
@@ -24,30 +24,30 @@ class ToolOperation(Operation):
         if parent is not None and _END_MARKERS.get(type(parent.owner).__name__) == name:
             return None
         attributes: Attributes = {
-            names.GEN_AI_OPERATION_NAME: names.OPERATION_EXECUTE_TOOL,
-            names.GEN_AI_TOOL_NAME: name,
-            names.GEN_AI_TOOL_TYPE: "function",
+            semconv.GEN_AI_OPERATION_NAME: semconv.OPERATION_EXECUTE_TOOL,
+            semconv.GEN_AI_TOOL_NAME: name,
+            semconv.GEN_AI_TOOL_TYPE: "function",
         }
-        openinference(attributes, self.telemetry, names.KIND_TOOL)
-        return Start(f"{names.OPERATION_EXECUTE_TOOL} {name}", Scope(self.kind, instance, parent), attributes)
+        openinference(attributes, self.telemetry, semconv.KIND_TOOL)
+        return Start(f"{semconv.OPERATION_EXECUTE_TOOL} {name}", Scope(self.kind, instance, parent), attributes)
 
     def detail(self, call: Call) -> Attributes:
         attributes: Attributes = {}
         if call.instance.desc:
-            self.telemetry.put_text(attributes, names.GEN_AI_TOOL_DESCRIPTION, str(call.instance.desc))
-        self.telemetry.put_content(attributes, names.GEN_AI_TOOL_CALL_ARGUMENTS, call.kwargs)
+            self.telemetry.put_text(attributes, semconv.GEN_AI_TOOL_DESCRIPTION, str(call.instance.desc))
+        self.telemetry.put_content(attributes, semconv.GEN_AI_TOOL_CALL_ARGUMENTS, call.kwargs)
         return attributes
 
     def result(self, call: Call, result: Any, error: BaseException | None) -> Attributes:
         attributes: Attributes = {}
         if error is None:
-            self.telemetry.put_content(attributes, names.GEN_AI_TOOL_CALL_RESULT, result)
+            self.telemetry.put_content(attributes, semconv.GEN_AI_TOOL_CALL_RESULT, result)
         return attributes
 
     def measure(self, call: Call, result: Any, error: BaseException | None, seconds: float) -> None:
-        labels: Attributes = {names.GEN_AI_TOOL_NAME: str(call.instance.name)}
+        labels: Attributes = {semconv.GEN_AI_TOOL_NAME: str(call.instance.name)}
         if call.scope.program is not None:
-            labels[names.PROGRAM_NAME] = call.scope.program.name
+            labels[semconv.PROGRAM_NAME] = call.scope.program.name
         if error is not None:
-            labels[names.ERROR_TYPE] = error_type(error)
+            labels[semconv.ERROR_TYPE] = error_type(error)
         self.telemetry.metrics.tool_duration.record(seconds, labels, call.context)

@@ -1,6 +1,6 @@
 """Optimizers: every ``compile`` becomes a run with phases, trials and candidates.
 
-One small file for each optimizer that needs hooks of its own; :class:`~dspy_otel.optimizers.plan.Plan` reads all
+One small file for each optimizer that needs hooks of its own; :class:`~dspy_otel.optimizers.tracker.Plan` reads all
 others.
 """
 
@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from typing import Any, Final, TypeVar
 
-from ..operations.program import Programs
-from ..patching import Patches
-from ..telemetry.core import Telemetry
-from ..telemetry.guard import guarded
-from . import (
+from dspy_otel.core.internal_errors import guarded
+from dspy_otel.core.telemetry import Telemetry
+from dspy_otel.operations.program import Programs
+from dspy_otel.optimizers.compile import CompileOperation
+from dspy_otel.optimizers.lineage import Optimization, optimization
+from dspy_otel.optimizers.tracker import Plan
+from dspy_otel.optimizers.trackers import (
     better_together,
     bootstrap,
     copro,
@@ -25,10 +27,15 @@ from . import (
     reanchor,
     simba,
 )
-from .compile import CompileOperation
-from .memory import Optimization, optimization
-from .plan import Plan
-from .spans import CandidateEvaluation, CandidateExample, DirectModule, PhaseOperation, TrialOperation, current_run
+from dspy_otel.optimizers.trials import (
+    CandidateEvaluation,
+    CandidateExample,
+    DirectModule,
+    PhaseOperation,
+    TrialOperation,
+    current_run,
+)
+from dspy_otel.patching import Patches
 
 _Plan = TypeVar("_Plan", bound=Plan)
 

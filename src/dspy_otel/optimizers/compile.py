@@ -7,29 +7,29 @@ import secrets as random_source
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Final
 
-from .. import semconv as names
-from ..operations.program import Programs
-from ..telemetry.attributes import Attributes
-from ..telemetry.scope import Scope, current_scope
-from ..telemetry.spans import Call, Operation, Start, openinference
-from ..telemetry.totals import Totals
-from .memory import remember_winner
-from .parameters import bound_arguments, constructor_arguments, is_dataset, parameter_attributes
-from .plan import Plan
-from .run import Run, run_of
-from .spans import dataset_attributes
-from .state import put_state, state_of
+from dspy_otel import semconv
+from dspy_otel.core.attributes import Attributes
+from dspy_otel.core.call_context import Scope, current_scope
+from dspy_otel.core.operation import Call, Operation, Start, openinference
+from dspy_otel.core.usage import Totals
+from dspy_otel.operations.program import Programs
+from dspy_otel.optimizers.lineage import remember_winner
+from dspy_otel.optimizers.parameters import bound_arguments, constructor_arguments, is_dataset, parameter_attributes
+from dspy_otel.optimizers.program_state import put_state, state_of
+from dspy_otel.optimizers.run import Run, run_of
+from dspy_otel.optimizers.tracker import Plan
+from dspy_otel.optimizers.trials import dataset_attributes
 
 if TYPE_CHECKING:
-    from .attempts import Attempt
-    from .progress import ProgressDisplay
+    from dspy_otel.optimizers.progress import ProgressDisplay
+    from dspy_otel.optimizers.resume import Attempt
 
 # Stamps that are told by run, and so hold for one run only.
-_OF_ONE_RUN: Final = (names.OPTIMIZER_PHASE, names.TRIAL_NUMBER, names.CANDIDATE_ID)
+_OF_ONE_RUN: Final = (semconv.OPTIMIZER_PHASE, semconv.TRIAL_NUMBER, semconv.CANDIDATE_ID)
 # How a compile inside another one tells where in that it is.
 _OF_PARENT: Final = (
-    (names.OPTIMIZER_PHASE, names.OPTIMIZER_PARENT_PHASE),
-    (names.TRIAL_NUMBER, names.OPTIMIZER_PARENT_TRIAL),
+    (semconv.OPTIMIZER_PHASE, semconv.OPTIMIZER_PARENT_PHASE),
+    (semconv.TRIAL_NUMBER, semconv.OPTIMIZER_PARENT_TRIAL),
 )
 
 
@@ -44,12 +44,12 @@ class CompileOperation(Operation):
 
     kind = "compile"
     must_stay = (
-        names.OPTIMIZER_NAME,
-        names.OPTIMIZER_RUN_ID,
-        names.OPTIMIZER_PARENT_RUN_ID,
-        names.OPTIMIZER_ROOT_RUN_ID,
-        names.PROGRAM_NAME,
-        names.INITIAL_PROGRAM_ID,
+        semconv.OPTIMIZER_NAME,
+        semconv.OPTIMIZER_RUN_ID,
+        semconv.OPTIMIZER_PARENT_RUN_ID,
+        semconv.OPTIMIZER_ROOT_RUN_ID,
+        semconv.PROGRAM_NAME,
+        semconv.INITIAL_PROGRAM_ID,
     )
 
     def __init__(self, telemetry: Any, programs: Programs, plan_for: Callable[[Any], type[Plan]]) -> None:
@@ -58,7 +58,7 @@ class CompileOperation(Operation):
         self.plan_for = plan_for
         self.display: ProgressDisplay | None = None
         if telemetry.config.progress:
-            from .progress import ProgressDisplay
+            from dspy_otel.optimizers.progress import ProgressDisplay
 
             self.display = ProgressDisplay()
 
@@ -77,26 +77,26 @@ class CompileOperation(Operation):
         around = run.parent is not None and run.parent.inference_time
         run.inference_time = around or (parent is not None and parent.program is not None)
         given = self._given(instance, bound_arguments(instance, args, kwargs))
-        attributes: Attributes = {names.OPTIMIZER_NAME: name, **self._initial(run, given)}
+        attributes: Attributes = {semconv.OPTIMIZER_NAME: name, **self._initial(run, given)}
         run.plan = self.plan_for(instance)(run, instance, given)
         if self.telemetry.safely("optimizer's run file", None, self._resume, run) is not None:
             attributes.update(run.attempt.start_attributes())  # type: ignore[union-attr]
         scope.role = run.plan.role
         stamps = {key: value for key, value in scope.stamps.items() if key not in _OF_ONE_RUN}
-        stamps[names.OPTIMIZER_RUN_ID] = run.id
+        stamps[semconv.OPTIMIZER_RUN_ID] = run.id
         if run.parent is not None:
-            stamps[names.OPTIMIZER_ROOT_RUN_ID] = run.root.id
-            attributes[names.OPTIMIZER_PARENT_RUN_ID] = run.parent.id
+            stamps[semconv.OPTIMIZER_ROOT_RUN_ID] = run.root.id
+            attributes[semconv.OPTIMIZER_PARENT_RUN_ID] = run.parent.id
             for stamp, key in _OF_PARENT:
                 if stamp in scope.stamps:
                     attributes[key] = scope.stamps[stamp]
         if run.inference_time:
-            attributes[names.OPTIMIZER_INFERENCE_TIME] = True
+            attributes[semconv.OPTIMIZER_INFERENCE_TIME] = True
         scope.stamps = stamps
         scope.notes.update(run=run, given=given)
-        openinference(attributes, self.telemetry, names.KIND_CHAIN)
+        openinference(attributes, self.telemetry, semconv.KIND_CHAIN)
         links = [] if run.attempt is None else run.attempt.links()
-        return Start(f"{names.SPAN_COMPILE} {name}", scope, attributes, links=links)
+        return Start(f"{semconv.SPAN_COMPILE} {name}", scope, attributes, links=links)
 
     def _given(self, instance: Any, arguments: dict[str, Any]) -> dict[str, Any]:
         """The arguments of ``compile()``, and datasets that the constructor was given instead (KNNFewShot)."""
@@ -114,9 +114,9 @@ class CompileOperation(Operation):
         if program is None:
             return {}
         run.student, run.program_name, run.initial_id = student, program.name, program.id
-        attributes: Attributes = {names.PROGRAM_NAME: program.name}
+        attributes: Attributes = {semconv.PROGRAM_NAME: program.name}
         if program.id is not None:
-            attributes[names.INITIAL_PROGRAM_ID] = program.id
+            attributes[semconv.INITIAL_PROGRAM_ID] = program.id
         return attributes
 
     def _told_more(
@@ -135,7 +135,7 @@ class CompileOperation(Operation):
             scope.span.set_attributes(attributes)
 
     def _resume(self, run: Run) -> Attempt | None:
-        from .attempts import Attempt
+        from dspy_otel.optimizers.resume import Attempt
 
         attempt = Attempt.of(run)
         if attempt is not None:
@@ -183,9 +183,9 @@ class CompileOperation(Operation):
             attributes.update(dataset_attributes(self.programs, given.get(name), role))
         if not described and run.initial_id is not None and self.telemetry.config.content_on_spans:
             run.remember_state(run.initial_id, state_of(run.student))
-            put_state(self.telemetry, attributes, run.student, names.INITIAL_PROGRAM_STATE)
+            put_state(self.telemetry, attributes, run.student, semconv.INITIAL_PROGRAM_STATE)
         if run.parent is None:  # the optimizations inside work on the same rows
-            for name, key in (("trainset", names.DATASET_TRAIN_ROWS), ("valset", names.DATASET_VAL_ROWS)):
+            for name, key in (("trainset", semconv.DATASET_TRAIN_ROWS), ("valset", semconv.DATASET_VAL_ROWS)):
                 if is_dataset(given.get(name)):
                     self.telemetry.put_content(attributes, key, given[name])
         return attributes
@@ -200,14 +200,14 @@ class CompileOperation(Operation):
             if program is not None and program.id is not None:
                 call.scope.notes["made"] = program.id
                 call.scope.notes["winner"] = remember_winner(run, program.id)
-        labels = {**run.labels(), names.OPTIMIZER_OUTCOME: outcome_of(error)}
+        labels = {**run.labels(), semconv.OPTIMIZER_OUTCOME: outcome_of(error)}
         self.telemetry.metrics.optimizer_duration.record(seconds, labels, call.context)
 
     def result(self, call: Call, result: Any, error: BaseException | None) -> Attributes:
         notes = call.scope.notes
         run: Run = notes["run"]
         attributes: Attributes = dict(run.totals.attributes())
-        attributes[names.OPTIMIZER_OUTCOME] = outcome_of(error)
+        attributes[semconv.OPTIMIZER_OUTCOME] = outcome_of(error)
         given_validation = notes["given"].get("valset") is not None
         attributes.update(
             (key, value) for key, value in run.attributes().items() if not (given_validation and key in run.validation)
@@ -215,9 +215,9 @@ class CompileOperation(Operation):
         if run.attempt is not None:
             attributes.update(run.attempt.end_attributes(run))
         if "made" in notes:
-            attributes[names.PROGRAM_ID] = notes["made"]
+            attributes[semconv.PROGRAM_ID] = notes["made"]
             if notes["winner"] is not None:
-                attributes[names.OPTIMIZER_WINNER_TRIAL] = notes["winner"].number
+                attributes[semconv.OPTIMIZER_WINNER_TRIAL] = notes["winner"].number
             if self.telemetry.config.content_on_spans:
                 put_state(self.telemetry, attributes, result)
         return attributes

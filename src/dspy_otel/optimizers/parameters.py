@@ -12,11 +12,11 @@ from itertools import islice
 from types import FunctionType
 from typing import Any, Final
 
-from .. import semconv as names
-from ..operations.evaluation import callable_name
-from ..telemetry import peek, secrets
-from ..telemetry.attributes import Attributes, AttributeValue
-from ..telemetry.content import Content
+from dspy_otel import semconv
+from dspy_otel.content import introspection, redaction
+from dspy_otel.content.encoder import Content
+from dspy_otel.core.attributes import Attributes, AttributeValue
+from dspy_otel.operations.evaluation import callable_name
 
 # Text that names a choice, and not what a user wrote: one short lower-case name, or such names joined by arrows. Its
 # parts are words, numbers or short mixtures (`4o`): long mixtures of letters and digits are keys.
@@ -77,7 +77,7 @@ def constructor_arguments(instance: Any) -> dict[str, Any]:
 
     Parameters of every ``__init__`` of its class count: ``**kwargs`` usually go to the one of a base class.
     """
-    stored = peek.instance_dict(instance)
+    stored = introspection.instance_dict(instance)
     found: dict[str, Any] = {}
     for kind in type(instance).__mro__:
         init = vars(kind).get("__init__")
@@ -103,7 +103,7 @@ def _stored(stored: Mapping[str, Any], place: str) -> tuple[Any, ...]:
     name, _, inner = place.partition(".")
     if name not in stored:
         return ()
-    return (stored[name],) if not inner else _stored(peek.instance_dict(stored[name]), inner)
+    return (stored[name],) if not inner else _stored(introspection.instance_dict(stored[name]), inner)
 
 
 def parameter_attributes(
@@ -120,9 +120,9 @@ def parameter_attributes(
     for name, value in {**constructor_arguments(instance), **given}.items():
         if name.startswith("_") or name in _NOT_PARAMETERS or value is student:
             continue
-        shown = secrets.MASK if secrets.hides(name, value) else parameter(value, content)
+        shown = redaction.MASK if redaction.hides(name, value) else parameter(value, content)
         if shown is not None:
-            attributes[f"{names.OPTIMIZER_PARAMS_PREFIX}{name}"] = shown
+            attributes[f"{semconv.OPTIMIZER_PARAMS_PREFIX}{name}"] = shown
     return attributes
 
 
@@ -148,15 +148,15 @@ def _scalar(value: Any, content: bool) -> bool | int | float | str | None:
     kind = type(value)
     if value is None or value is True or value is False:
         return value
-    whole = peek.whole(value)
-    number = whole if whole is not None else peek.real(value)
+    whole = introspection.whole(value)
+    number = whole if whole is not None else introspection.real(value)
     if number is not None:
         return number
     if issubclass(kind, str):
         return _choice(value, content)
     if issubclass(kind, Enum):
-        return f"{peek.name_of(kind)}.{peek.field(value, '_name_')}"
-    return _choice(str(value), content) if peek.library(kind) == "pathlib" else named(value)
+        return f"{introspection.name_of(kind)}.{introspection.field(value, '_name_')}"
+    return _choice(str(value), content) if introspection.library(kind) == "pathlib" else named(value)
 
 
 def _choice(value: str, content: bool) -> str:
@@ -181,11 +181,11 @@ def _plain(value: Any, content: bool, depth: int = 0) -> Any:
 
 def named(value: Any) -> str:
     """An object by name: a model's, a function's or class's, else that of its class. Never its contents."""
-    model = peek.text(peek.field(value, "model"), 256)
+    model = introspection.text(introspection.field(value, "model"), 256)
     return model or callable_name(value)  # the former of an LM
 
 
 def is_dataset(value: Any) -> bool:
     """Whether ``value`` is a list of examples."""
-    first, _ = peek.bounded(value, 1)
-    return bool(first) and peek.store_of(first[0]) is not None
+    first, _ = introspection.bounded(value, 1)
+    return bool(first) and introspection.store_of(first[0]) is not None

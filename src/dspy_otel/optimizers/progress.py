@@ -8,10 +8,10 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final
 
-from ..telemetry.guard import failed, warn_once
+from dspy_otel.core.internal_errors import failed, warn_once
 
 if TYPE_CHECKING:
-    from .run import Run
+    from dspy_otel.optimizers.run import Run
 
 _PER_SECOND: Final = 4
 

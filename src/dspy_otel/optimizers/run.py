@@ -6,15 +6,15 @@ import threading
 from dataclasses import astuple, dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
-from .. import semconv as names
-from ..telemetry.attributes import Attributes
-from ..telemetry.core import Telemetry
-from ..telemetry.scope import Scope
-from ..telemetry.totals import Totals
+from dspy_otel import semconv
+from dspy_otel.core.attributes import Attributes
+from dspy_otel.core.call_context import Scope
+from dspy_otel.core.telemetry import Telemetry
+from dspy_otel.core.usage import Totals
 
 if TYPE_CHECKING:
-    from .attempts import Attempt
-    from .plan import Plan
+    from dspy_otel.optimizers.resume import Attempt
+    from dspy_otel.optimizers.tracker import Plan
 
 PERCENT: Final = "percent"
 MEAN: Final = "mean"
@@ -150,11 +150,11 @@ class Run:
             is_best = self._note(trial)
             best = None if self.best is None else self.best.score
         metrics, labels = self.telemetry.metrics, self.labels()
-        outcome = names.OUTCOME_FAILED if failed else names.OUTCOME_SCORED
-        counted = {**labels, names.TRIAL_KIND: trial.kind, names.TRIAL_OUTCOME: outcome}
+        outcome = semconv.OUTCOME_FAILED if failed else semconv.OUTCOME_SCORED
+        counted = {**labels, semconv.TRIAL_KIND: trial.kind, semconv.TRIAL_OUTCOME: outcome}
         metrics.optimizer_trials.add(1, counted)
         if trial.score is not None:
-            metrics.optimizer_trial_score.record(trial.score, {**labels, names.TRIAL_KIND: trial.kind})
+            metrics.optimizer_trial_score.record(trial.score, {**labels, semconv.TRIAL_KIND: trial.kind})
         if is_best and best is not None:
             metrics.optimizer_best_score.set(best, labels)
         self.report_spending()
@@ -164,7 +164,7 @@ class Run:
         self.finished.append(trial)
         if trial.candidate is not None:
             self._of_candidate.setdefault(trial.candidate, []).append(trial)
-        if trial.kind == names.TRIAL_BASELINE and self.baseline is None:
+        if trial.kind == semconv.TRIAL_BASELINE and self.baseline is None:
             self.baseline = trial.score
         is_best = trial.decides and (self.best is None or (trial.score or 0.0) > (self.best.score or 0.0))
         if is_best:
@@ -208,7 +208,7 @@ class Run:
                 calls, cost = run._spent.get(role, (0, 0.0))
                 new_calls, new_cost = totals.calls - calls, totals.cost - cost
                 run._spent[role] = (calls + new_calls, cost + new_cost)
-            labels = {**run.labels(), names.LM_ROLE: role}
+            labels = {**run.labels(), semconv.LM_ROLE: role}
             if new_calls:
                 run.telemetry.metrics.optimizer_lm_calls.add(new_calls, labels)
             if new_cost > 0:
@@ -217,9 +217,9 @@ class Run:
     # --- what is known ----------------------------------------------------------------------------------------------
     def labels(self) -> Attributes:
         """Low-cardinality attributes of the run's metrics."""
-        labels: Attributes = {names.OPTIMIZER_NAME: self.name}
+        labels: Attributes = {semconv.OPTIMIZER_NAME: self.name}
         if self.program_name is not None:
-            labels[names.PROGRAM_NAME] = self.program_name
+            labels[semconv.PROGRAM_NAME] = self.program_name
         return labels
 
     def trial_of(self, candidate: str | None) -> Scored | None:
@@ -243,17 +243,17 @@ class Run:
     def attributes(self) -> Attributes:
         """What a compile span says at its end."""
         known: dict[str, Any] = {
-            names.OPTIMIZER_TRIALS_DONE: len(self.finished) or None,
-            names.OPTIMIZER_TRIALS_PLANNED: self.planned,
-            names.OPTIMIZER_TRIALS_ACCEPTED: self.accepted,
-            names.OPTIMIZER_TRIALS_REJECTED: self.rejected,
-            names.OPTIMIZER_EXAMPLES_EVALUATED: self.examples or None,
-            names.OPTIMIZER_BASELINE_SCORE: self.baseline,
-            names.OPTIMIZER_BEST_SCORE: None if self.best is None else self.best.score,
-            names.OPTIMIZER_SCORE_SCALE: self.plan.scale if self.finished else None,
+            semconv.OPTIMIZER_TRIALS_DONE: len(self.finished) or None,
+            semconv.OPTIMIZER_TRIALS_PLANNED: self.planned,
+            semconv.OPTIMIZER_TRIALS_ACCEPTED: self.accepted,
+            semconv.OPTIMIZER_TRIALS_REJECTED: self.rejected,
+            semconv.OPTIMIZER_EXAMPLES_EVALUATED: self.examples or None,
+            semconv.OPTIMIZER_BASELINE_SCORE: self.baseline,
+            semconv.OPTIMIZER_BEST_SCORE: None if self.best is None else self.best.score,
+            semconv.OPTIMIZER_SCORE_SCALE: self.plan.scale if self.finished else None,
         }
         if self.baseline is not None and self.best is not None and self.best.score is not None:
-            known[names.OPTIMIZER_GAIN] = round(self.best.score - self.baseline, 9)
+            known[semconv.OPTIMIZER_GAIN] = round(self.best.score - self.baseline, 9)
         return {**self.validation, **{key: value for key, value in known.items() if value is not None}}
 
 

@@ -10,8 +10,8 @@ Nothing here reads or writes anything, and nothing imports DSPy or MLflow.
 
 from __future__ import annotations
 
-from .collect import Collector, reports
-from .model import Report
-from .page import render
+from dspy_otel.report.collect import Collector, reports
+from dspy_otel.report.model import Report
+from dspy_otel.report.page import render
 
 __all__ = ["Collector", "Report", "render", "reports"]

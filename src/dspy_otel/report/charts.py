@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from typing import Any, Final
 from xml.etree.ElementTree import Element
 
-from .markup import Child, tag
-from .model import Report, Trial, tokens
+from dspy_otel.report.markup import Child, tag
+from dspy_otel.report.model import Report, Trial, tokens
 
 WIDTH, HEIGHT = 560, 300
 _LEFT, _RIGHT, _TOP, _BOTTOM = 52, 26, 14, 40

@@ -9,11 +9,10 @@ from typing import Any, Final
 from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.trace import StatusCode
 
-from dspy_otel import semconv as sc
+from dspy_otel import semconv
+from dspy_otel.report.model import RUNNING, Compared, Phase, Predictor, Report, Trial, add, compare, number, predictors
 
-from .model import RUNNING, Compared, Phase, Predictor, Report, Trial, add, compare, number, predictors
-
-PHASES: Final = frozenset(value for name, value in vars(sc).items() if name.startswith("PHASE_"))
+PHASES: Final = frozenset(value for name, value in vars(semconv).items() if name.startswith("PHASE_"))
 """Names of the spans of phases."""
 
 MAX_PROGRAMS: Final = 4 * 1024 * 1024
@@ -28,7 +27,7 @@ Attributes = Mapping[str, Any]
 
 def is_phase(name: str, at: Attributes) -> bool:
     """Whether a span is a phase of an optimization."""
-    return name in PHASES and at.get(sc.OPTIMIZER_PHASE) == name and sc.OPTIMIZER_RUN_ID in at
+    return name in PHASES and at.get(semconv.OPTIMIZER_PHASE) == name and semconv.OPTIMIZER_RUN_ID in at
 
 
 def reports(spans: Iterable[ReadableSpan]) -> list[Report]:
@@ -41,25 +40,25 @@ def reports(spans: Iterable[ReadableSpan]) -> list[Report]:
     found: list[tuple[int, Report]] = []
     for span in sorted(spans, key=lambda span: span.end_time or 0):
         at = span.attributes or {}
-        run, word = str(at.get(sc.OPTIMIZER_RUN_ID)), span.name.split(" ", 1)[0]
-        if sc.OPTIMIZER_RUN_ID not in at:
+        run, word = str(at.get(semconv.OPTIMIZER_RUN_ID)), span.name.split(" ", 1)[0]
+        if semconv.OPTIMIZER_RUN_ID not in at:
             continue
         collector = collectors.setdefault(run, Collector())
-        if word == sc.SPAN_EXAMPLE and sc.EVALUATION_ID in at:
-            rows.setdefault(str(at[sc.EVALUATION_ID]), []).append(row_of(span))
-        elif word == sc.SPAN_EVALUATE and isinstance(trial := at.get(sc.TRIAL_NUMBER), int):
-            collector.rows(trial, rows.pop(str(at.get(sc.EVALUATION_ID)), []))
-        elif word == sc.SPAN_TRIAL and isinstance(at.get(sc.TRIAL_NUMBER), int):
+        if word == semconv.SPAN_EXAMPLE and semconv.EVALUATION_ID in at:
+            rows.setdefault(str(at[semconv.EVALUATION_ID]), []).append(row_of(span))
+        elif word == semconv.SPAN_EVALUATE and isinstance(trial := at.get(semconv.TRIAL_NUMBER), int):
+            collector.rows(trial, rows.pop(str(at.get(semconv.EVALUATION_ID)), []))
+        elif word == semconv.SPAN_TRIAL and isinstance(at.get(semconv.TRIAL_NUMBER), int):
             collector.trial(span)
         elif is_phase(span.name, at):
             collector.step(span)
-        elif word == sc.SPAN_COMPILE:
-            inside = sc.OPTIMIZER_PARENT_RUN_ID in at
+        elif word == semconv.SPAN_COMPILE:
+            inside = semconv.OPTIMIZER_PARENT_RUN_ID in at
             if inside:
-                collectors.setdefault(str(at[sc.OPTIMIZER_PARENT_RUN_ID]), Collector()).step(span)
+                collectors.setdefault(str(at[semconv.OPTIMIZER_PARENT_RUN_ID]), Collector()).step(span)
             if collector.trials or not inside:
                 failed = span.status.status_code is StatusCode.ERROR
-                reason = (span.status.description or str(at.get(sc.ERROR_TYPE) or "error")) if failed else None
+                reason = (span.status.description or str(at.get(semconv.ERROR_TYPE) or "error")) if failed else None
                 report = collector.report(at, span.start_time, span.end_time, reason)
                 found.append((span.start_time or 0, report))
     return [report for _, report in sorted(found, key=lambda one: one[0])]
@@ -106,9 +105,9 @@ class Collector:
     def step(self, span: ReadableSpan) -> None:
         """A phase, or an optimizer inside this one, has ended. The latter counts to the phase it is in, if any."""
         at = span.attributes or {}
-        phase = at.get(sc.OPTIMIZER_PARENT_PHASE, at.get(sc.OPTIMIZER_PHASE))
+        phase = at.get(semconv.OPTIMIZER_PARENT_PHASE, at.get(semconv.OPTIMIZER_PHASE))
         inside = phase is not None and span.name not in PHASES
-        found = self._phase(phase or at.get(sc.OPTIMIZER_NAME, span.name))
+        found = self._phase(phase or at.get(semconv.OPTIMIZER_NAME, span.name))
         add(found.usage, self._own(span))
         if not inside:
             found.times += 1
@@ -121,11 +120,11 @@ class Collector:
         add(self._phase(found.phase or "trials").usage, self._own(span))
         found.usage, found.spent = usage_of(at), dict(self._spent)
         if span.status.status_code is StatusCode.ERROR:
-            found.error = str(at.get(sc.ERROR_TYPE) or "error")
+            found.error = str(at.get(semconv.ERROR_TYPE) or "error")
         self._trials[found.number] = found
-        if found.candidate is not None and sc.PROGRAM_STATE in at:
-            self.program(found.candidate, str(at[sc.PROGRAM_STATE]))
-        self._keep(found, self._rows.pop(found.number, None), at.get(sc.TRIAL_IS_BEST) is True)
+        if found.candidate is not None and semconv.PROGRAM_STATE in at:
+            self.program(found.candidate, str(at[semconv.PROGRAM_STATE]))
+        self._keep(found, self._rows.pop(found.number, None), at.get(semconv.TRIAL_IS_BEST) is True)
         return found
 
     def report(self, at: Attributes, started: int | None, ended: int | None, failure: str | None = None) -> Report:
@@ -137,39 +136,39 @@ class Collector:
             ended: when it ended, likewise.
             failure: what ended it, when it did not finish.
         """
-        prefix = sc.OPTIMIZER_PARAMS_PREFIX
-        seed, best = at.get(sc.INITIAL_PROGRAM_ID), at.get(sc.PROGRAM_ID)
-        for candidate, state in ((seed, at.get(sc.INITIAL_PROGRAM_STATE)), (best, at.get(sc.PROGRAM_STATE))):
+        prefix = semconv.OPTIMIZER_PARAMS_PREFIX
+        seed, best = at.get(semconv.INITIAL_PROGRAM_ID), at.get(semconv.PROGRAM_ID)
+        for candidate, state in ((seed, at.get(semconv.INITIAL_PROGRAM_STATE)), (best, at.get(semconv.PROGRAM_STATE))):
             if candidate is not None and state is not None:
                 self.program(str(candidate), str(state))
         datasets = (
-            ("train", at.get(sc.DATASET_TRAIN_SIZE), at.get(sc.DATASET_TRAIN_DIGEST)),
-            ("validation", at.get(sc.DATASET_VAL_SIZE), at.get(sc.DATASET_VAL_DIGEST)),
+            ("train", at.get(semconv.DATASET_TRAIN_SIZE), at.get(semconv.DATASET_TRAIN_DIGEST)),
+            ("validation", at.get(semconv.DATASET_VAL_SIZE), at.get(semconv.DATASET_VAL_DIGEST)),
         )
         counts = {
             name: int(at[key])
             for name, key in (
-                ("accepted", sc.OPTIMIZER_TRIALS_ACCEPTED),
-                ("rejected", sc.OPTIMIZER_TRIALS_REJECTED),
-                ("planned", sc.OPTIMIZER_TRIALS_PLANNED),
-                ("examples", sc.OPTIMIZER_EXAMPLES_EVALUATED),
+                ("accepted", semconv.OPTIMIZER_TRIALS_ACCEPTED),
+                ("rejected", semconv.OPTIMIZER_TRIALS_REJECTED),
+                ("planned", semconv.OPTIMIZER_TRIALS_PLANNED),
+                ("examples", semconv.OPTIMIZER_EXAMPLES_EVALUATED),
             )
             if key in at
         }
-        winner = at.get(sc.OPTIMIZER_WINNER_TRIAL)
+        winner = at.get(semconv.OPTIMIZER_WINNER_TRIAL)
         trials = self.trials
         return Report(
-            optimizer=str(at.get(sc.OPTIMIZER_NAME, "optimizer")),
-            program=str(at.get(sc.PROGRAM_NAME, "program")),
-            run_id=_text(at.get(sc.OPTIMIZER_RUN_ID)),
-            outcome=str(at.get(sc.OPTIMIZER_OUTCOME, RUNNING)),
+            optimizer=str(at.get(semconv.OPTIMIZER_NAME, "optimizer")),
+            program=str(at.get(semconv.PROGRAM_NAME, "program")),
+            run_id=_text(at.get(semconv.OPTIMIZER_RUN_ID)),
+            outcome=str(at.get(semconv.OPTIMIZER_OUTCOME, RUNNING)),
             reason=failure,
             started=None if started is None else started / 1e9,
             ended=None if ended is None else ended / 1e9,
-            scale=_text(at.get(sc.OPTIMIZER_SCORE_SCALE)),
-            baseline=number(at.get(sc.OPTIMIZER_BASELINE_SCORE)),
-            best=number(at.get(sc.OPTIMIZER_BEST_SCORE)),
-            gain=number(at.get(sc.OPTIMIZER_GAIN)),
+            scale=_text(at.get(semconv.OPTIMIZER_SCORE_SCALE)),
+            baseline=number(at.get(semconv.OPTIMIZER_BASELINE_SCORE)),
+            best=number(at.get(semconv.OPTIMIZER_BEST_SCORE)),
+            gain=number(at.get(semconv.OPTIMIZER_GAIN)),
             winner=winner if isinstance(winner, int) else None,
             seed_id=_text(seed),
             best_id=_text(best),
@@ -191,7 +190,7 @@ class Collector:
         """Keep rows of the baseline, and of those trials that may be the winner: a new best one replaces the last."""
         if rows is None:
             return
-        if trial.kind == sc.TRIAL_BASELINE and self._baseline is None:
+        if trial.kind == semconv.TRIAL_BASELINE and self._baseline is None:
             self._baseline = (trial.number, rows)
         if is_best:
             self._bests = {trial.number: rows}
@@ -217,29 +216,33 @@ class Collector:
 
 def trial_of(at: Attributes) -> Trial:
     """What a trial's span says, without usage."""
-    prefix = sc.TRIAL_PARAMS_PREFIX
-    size, accepted, front = at.get(sc.TRIAL_SIZE), at.get(sc.TRIAL_ACCEPTED), at.get(sc.TRIAL_ON_PARETO_FRONT)
+    prefix = semconv.TRIAL_PARAMS_PREFIX
+    size, accepted, front = (
+        at.get(semconv.TRIAL_SIZE),
+        at.get(semconv.TRIAL_ACCEPTED),
+        at.get(semconv.TRIAL_ON_PARETO_FRONT),
+    )
     return Trial(
-        number=int(at[sc.TRIAL_NUMBER]),
-        kind=str(at.get(sc.TRIAL_KIND, "")),
-        candidate=_text(at.get(sc.CANDIDATE_ID)),
-        parents=tuple(map(str, at.get(sc.CANDIDATE_PARENT_IDS, ()))),
-        score=number(at.get(sc.TRIAL_SCORE)),
-        best=number(at.get(sc.TRIAL_BEST_SCORE)),
+        number=int(at[semconv.TRIAL_NUMBER]),
+        kind=str(at.get(semconv.TRIAL_KIND, "")),
+        candidate=_text(at.get(semconv.CANDIDATE_ID)),
+        parents=tuple(map(str, at.get(semconv.CANDIDATE_PARENT_IDS, ()))),
+        score=number(at.get(semconv.TRIAL_SCORE)),
+        best=number(at.get(semconv.TRIAL_BEST_SCORE)),
         size=size if isinstance(size, int) else None,
         accepted=accepted if isinstance(accepted, bool) else None,
-        reason=_text(at.get(sc.TRIAL_REASON)),
-        before=number(at.get(sc.TRIAL_SCORE_BEFORE)),
-        after=number(at.get(sc.TRIAL_SCORE_AFTER)),
+        reason=_text(at.get(semconv.TRIAL_REASON)),
+        before=number(at.get(semconv.TRIAL_SCORE_BEFORE)),
+        after=number(at.get(semconv.TRIAL_SCORE_AFTER)),
         on_front=front if isinstance(front, bool) else None,
-        phase=_text(at.get(sc.OPTIMIZER_PHASE)),
+        phase=_text(at.get(semconv.OPTIMIZER_PHASE)),
         params={key[len(prefix) :]: value for key, value in at.items() if key.startswith(prefix)},
     )
 
 
 def usage_of(at: Attributes) -> dict[str, float]:
     """A span's totals, overall and by role."""
-    prefix = sc.USAGE_PREFIX
+    prefix = semconv.USAGE_PREFIX
     found = {key[len(prefix) :]: number(value) for key, value in at.items() if key.startswith(prefix)}
     return {name: value for name, value in found.items() if value is not None}
 
@@ -248,14 +251,14 @@ def row_of(span: ReadableSpan) -> dict[str, Any]:
     """An evaluated example as a row of its evaluation's table."""
     at = span.attributes or {}
     return {
-        "index": at.get(sc.EXAMPLE_INDEX),
-        "id": at.get(sc.EXAMPLE_ID),
-        "inputs": load_json(at.get(sc.MODULE_INPUTS, at.get(sc.INPUT_VALUE))),
-        "expected": load_json(at.get(sc.EXAMPLE_EXPECTED)),
-        "prediction": load_json(at.get(sc.MODULE_OUTPUTS, at.get(sc.OUTPUT_VALUE))),
-        "score": at.get(sc.EXAMPLE_SCORE),
-        "feedback": at.get(sc.EXAMPLE_FEEDBACK),
-        "error": at.get(sc.ERROR_TYPE),
+        "index": at.get(semconv.EXAMPLE_INDEX),
+        "id": at.get(semconv.EXAMPLE_ID),
+        "inputs": load_json(at.get(semconv.MODULE_INPUTS, at.get(semconv.INPUT_VALUE))),
+        "expected": load_json(at.get(semconv.EXAMPLE_EXPECTED)),
+        "prediction": load_json(at.get(semconv.MODULE_OUTPUTS, at.get(semconv.OUTPUT_VALUE))),
+        "score": at.get(semconv.EXAMPLE_SCORE),
+        "feedback": at.get(semconv.EXAMPLE_FEEDBACK),
+        "error": at.get(semconv.ERROR_TYPE),
         "trace_id": trace_id_of(span),
     }
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Final
 from xml.etree.ElementTree import Element
 
-from .charts import score_text
-from .markup import tag
-from .model import Report
+from dspy_otel.report.charts import score_text
+from dspy_otel.report.markup import tag
+from dspy_otel.report.model import Report
 
 MAX_NODES: Final = 60
 _ACROSS, _DOWN, _MARGIN = 110, 34, 24

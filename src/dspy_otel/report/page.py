@@ -9,13 +9,12 @@ from importlib import resources
 from typing import Any, Final
 from xml.etree.ElementTree import Element
 
+from dspy_otel.report import charts, lineage
+from dspy_otel.report.charts import score_text
+from dspy_otel.report.markup import Child, cut, document, tag
+from dspy_otel.report.model import RUNNING, TOKENS, Compared, Predictor, Report, Trial, number, tokens
+from dspy_otel.report.words import ADDED, REMOVED, differences
 from dspy_otel.version import __version__
-
-from . import charts, lineage
-from .charts import score_text
-from .markup import Child, cut, document, tag
-from .model import RUNNING, TOKENS, Compared, Predictor, Report, Trial, number, tokens
-from .words import ADDED, REMOVED, differences
 
 MAX_TRIALS: Final = 500
 """Most rows of the table of trials."""

@@ -1,0 +1,120 @@
+"""Other instrumentations of DSPy in the same process: named, with what doubles, and with what they take away."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from typing import Any, Final
+
+from dspy_otel.core.internal_errors import warn_once
+
+# Instrumentors of others: module, class; the package's name, and what it records that we record too.
+_INSTRUMENTORS: Final = (
+    (
+        "openinference.instrumentation.dspy",
+        "DSPyInstrumentor",
+        "openinference-instrumentation-dspy",
+        "modules, LM calls, tools and retrieval",
+    ),
+    (
+        "opentelemetry.instrumentation.genai.dspy",
+        "DSPyInstrumentor",
+        "opentelemetry-instrumentation-genai-dspy",
+        "LM calls, tools, agents and retrieval, and their metrics,",
+    ),
+)
+
+_MOST_WRAPPERS: Final = 32
+
+
+class Neighbours:
+    """Watches for other instrumentations. They may be switched on before ours, or at any time after it."""
+
+    def __init__(self) -> None:
+        self._modules = 0
+        self._space: Mapping[str, Any] | None = None
+        self._entry: Any = None
+        self._ours: Any = None
+
+    def look(self) -> None:
+        """Warn once about each one that is active, and once if one has taken ours away.
+
+        Cheap enough for each outermost call.
+        """
+        self._look_at_modules()
+        self._look_at_entry()
+
+    def _look_at_entry(self) -> None:
+        """Warn once when the entry point of modules is one that ours stood for.
+
+        OpenInference's ``uninstrument()`` does that: it puts back what is below all wrappers, whoever made them.
+        """
+        if self._space is None:
+            owner = getattr(sys.modules.get("dspy.primitives.module"), "Module", None)
+            self._space = None if owner is None else vars(owner)
+        entry = None if self._space is None else self._space.get("__call__")
+        if entry is self._entry:
+            return
+        self._entry = entry
+        if self._ours is None:
+            self._ours = entry  # The first look comes right after our patches.
+        elif any(entry is each for each in _stood_for(self._ours)):  # a proxy is equal to what it stands for
+            warn_once(
+                ("neighbour", "removed"),
+                "dspy.Module.__call__ is no longer ours, as after another instrumentation's uninstrument(): modules "
+                "are not recorded. dspy_otel.uninstrument() and dspy_otel.instrument() bring them back",
+            )
+
+    def _look_at_modules(self) -> None:
+        """Warn once about each one that is active.
+
+        Nothing can be switched on that is not imported, and a program soon stops importing: only when the number of
+        modules has changed since the last look is there anything to do.
+        """
+        modules = len(sys.modules)
+        if modules == self._modules:
+            return
+        self._modules = modules
+        for name, doubles in active_neighbours().items():
+            warn_once(
+                ("neighbour", name),
+                "%s is active too: %s will show twice. Switch one of the two off (ours by "
+                "dspy_otel.uninstrument(), or OTEL_PYTHON_DISABLED_INSTRUMENTATIONS=dspy_otel with "
+                "opentelemetry-instrument)",
+                name,
+                doubles,
+            )
+
+
+def _stood_for(function: Any) -> list[Any]:
+    """The functions that a wrapper stands for, outermost first."""
+    found: list[Any] = []
+    while len(found) < _MOST_WRAPPERS and (function := getattr(function, "__wrapped__", None)) is not None:
+        found.append(function)
+    return found
+
+
+def active_neighbours() -> dict[str, str]:
+    """Each other DSPy instrumentation that is switched on, with what it doubles. Imports nothing."""
+    found = {
+        package: doubles
+        for module, name, package, doubles in _INSTRUMENTORS
+        if _instrumented(sys.modules.get(module), name)
+    }
+    if _mlflow_autolog():
+        found["mlflow.dspy.autolog"] = "programs, LM calls and evaluations in MLflow"
+    return found
+
+
+def _instrumented(module: Any, name: str) -> bool:
+    """Whether the one instance of an OpenTelemetry instrumentor is switched on."""
+    instance = getattr(getattr(module, name, None), "_instance", None)
+    return bool(getattr(instance, "is_instrumented_by_opentelemetry", False))
+
+
+def _mlflow_autolog() -> bool:
+    if "mlflow.dspy.callback" not in sys.modules:
+        return False
+    settings = getattr(sys.modules.get("dspy"), "settings", None)
+    callbacks = getattr(settings, "callbacks", None) or []
+    return any(type(callback).__module__.startswith("mlflow.") for callback in callbacks)

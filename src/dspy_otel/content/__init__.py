@@ -1,0 +1,1 @@
+"""Values of a user's program as bounded, private text."""

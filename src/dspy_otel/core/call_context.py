@@ -1,0 +1,108 @@
+"""What an operation passes on to everything it encloses.
+
+A scope travels inside the OpenTelemetry context, beside the current span: whatever carries the context (a thread
+bound by us, an asyncio task, the user's own propagation) carries both.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from opentelemetry.context import Context, get_current
+from opentelemetry.trace import Span
+
+from dspy_otel.core.attributes import EMPTY, ReadOnlyAttributes
+from dspy_otel.core.context import SCOPE_KEY
+from dspy_otel.core.usage import Totals
+
+if TYPE_CHECKING:
+    from dspy_otel.core.deferred_spans import Dropped, Held
+    from dspy_otel.core.errors import Recorded
+
+
+class Program:
+    """The outermost module of a call tree, as far as its inner operations need it.
+
+    Attributes:
+        name: its class name.
+        id: ``dspy.program.id``, when it has predictors.
+        paths: ``id(module)`` to the module's path from this program.
+        about: what is said of each of its modules on every call, by ``id(module)``; worked out once.
+    """
+
+    __slots__ = ("about", "id", "name", "paths")
+
+    def __init__(self, name: str, program_id: str | None, paths: dict[int, str]) -> None:
+        self.name = name
+        self.id = program_id
+        self.paths = paths
+        self.about: dict[int, Any] = {}
+
+
+class Scope:
+    """One enclosing operation.
+
+    Attributes:
+        kind: which operation this is (``module``, ``lm``, ``example``, ...).
+        owner: the DSPy object it belongs to.
+        parent: the scope around it.
+        span: its span.
+        program: the program it works in; ``None`` outside of one.
+        paths: module paths to look inner modules up in.
+        stamps: attributes that every span below carries (evaluation, run, trial, candidate ids).
+        role: what the LM calls below are for; ``None`` outside of evaluations and optimizations.
+        totals: all running totals an LM call below adds to.
+        notes: the operation's own scratch, written by hooks further down.
+        override_of: the subclass whose override of the entry point opened this; ``None`` if that was no override.
+        hold: takes the place of the tracer; ``None``: spans are made right away.
+        failed: an exception that an inner operation has already recorded; never the exception itself.
+    """
+
+    __slots__ = (
+        "failed",
+        "hold",
+        "kind",
+        "notes",
+        "override_of",
+        "owner",
+        "parent",
+        "paths",
+        "program",
+        "role",
+        "span",
+        "stamps",
+        "totals",
+    )
+
+    program: Program | None
+    paths: dict[int, str] | None
+    stamps: ReadOnlyAttributes
+    role: str | None
+    totals: tuple[Totals, ...]
+    hold: Dropped | Held | None
+
+    def __init__(self, kind: str, owner: Any, parent: Scope | None) -> None:
+        self.kind = kind
+        self.owner = owner
+        self.parent = parent
+        self.span: Span | None = None
+        self.notes: dict[str, Any] = {}
+        self.override_of: type | None = None
+        self.failed: Recorded | None = None
+        if parent is None:
+            self.program = self.paths = self.role = self.hold = None
+            self.stamps = EMPTY
+            self.totals = ()
+        else:  # Passed on unchanged.
+            self.program = parent.program
+            self.paths = parent.paths
+            self.stamps = parent.stamps
+            self.role = parent.role
+            self.totals = parent.totals
+            self.hold = parent.hold
+
+
+def current_scope(context: Context | None = None) -> Scope | None:
+    """The innermost scope of ``context`` (default: the current one)."""
+    found = (get_current() if context is None else context).get(SCOPE_KEY)
+    return found if found.__class__ is Scope else None

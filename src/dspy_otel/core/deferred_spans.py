@@ -1,0 +1,229 @@
+"""Traces that are not wanted, or perhaps not: their spans cost little, or wait until it is known what they are worth.
+
+Whoever works inside (another instrumentation, another process) sees the parent of a trace that is not sampled.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+from opentelemetry.context import Context
+from opentelemetry.trace import (
+    Link,
+    NonRecordingSpan,
+    Span,
+    SpanContext,
+    SpanKind,
+    Status,
+    StatusCode,
+    TraceFlags,
+    Tracer,
+    get_current_span,
+    set_span_in_context,
+)
+
+from dspy_otel.core.context import without_scope
+from dspy_otel.core.id_generator import SystemIds
+
+_IDS: Final = SystemIds()
+_NOT_SAMPLED: Final = TraceFlags(TraceFlags.DEFAULT)
+
+
+def _unsampled(trace_id: int | None = None) -> SpanContext:
+    return SpanContext(trace_id or _IDS.generate_trace_id(), _IDS.generate_span_id(), False, _NOT_SAMPLED)
+
+
+class Dropped:
+    """Takes the place of a tracer for a trace that nobody wants: one span that records nothing."""
+
+    def __init__(self) -> None:
+        self._span = NonRecordingSpan(_unsampled())
+
+    def start_span(self, *args: Any, **kwargs: Any) -> Span:
+        """The span."""
+        return self._span
+
+
+class Held:
+    """Takes the place of a tracer for a trace that may be wanted: spans are made when it is kept, with their own times.
+
+    Args:
+        tracer: makes them.
+    """
+
+    def __init__(self, tracer: Tracer) -> None:
+        self.tracer = tracer
+        self.trace_id = _IDS.generate_trace_id()
+        self.spans: list[HeldSpan] = []
+        self.decided = False
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return len(self.spans)
+
+    def start_span(
+        self,
+        name: str,
+        context: Context,
+        kind: SpanKind = SpanKind.INTERNAL,
+        attributes: Mapping[str, Any] | None = None,
+        links: Sequence[Link] | None = None,
+        **options: Any,
+    ) -> Span:
+        """A span that waits; once the trace is decided, a real one or one that records nothing."""
+        parent = get_current_span(context)
+        span = HeldSpan(self, name, without_scope(context), kind, dict(attributes or {}), list(links or ()), options)
+        with self._lock:
+            if not self.decided:
+                self.spans.append(span)
+                return span
+        if isinstance(parent, HeldSpan) and parent.real is None:
+            return NonRecordingSpan(_unsampled(self.trace_id))
+        span.release()
+        return span
+
+    def keep(self) -> SpanContext | None:
+        """Make the spans. Gives the first one's context, or ``None`` if it is decided already."""
+        spans = self._decide()
+        for span in spans:
+            span.release()
+        return spans[0].get_span_context() if spans else None
+
+    def drop(self) -> None:
+        """Forget the spans."""
+        self._decide()
+
+    def _decide(self) -> list[HeldSpan]:
+        with self._lock:
+            spans, self.spans, self.decided = self.spans, [], True
+        return spans
+
+
+class HeldSpan(Span):
+    """A span that becomes real later, if at all."""
+
+    def __init__(
+        self,
+        hold: Held,
+        name: str,
+        context: Context,
+        kind: SpanKind,
+        attributes: dict[str, Any],
+        links: list[Link],
+        options: dict[str, Any],
+    ) -> None:
+        self._hold = hold
+        self._name = name
+        self._around = context
+        self._kind = kind
+        self._attributes = attributes
+        self._links = links
+        self._options = options
+        self._context = _unsampled(hold.trace_id)
+        self._events: list[tuple[str, Any, int]] = []
+        self._status: Status | StatusCode | None = None
+        self._description: str | None = None
+        self._started = time.time_ns()
+        self._ended: int | None = None
+        self.real: Span | None = None
+
+    def release(self) -> None:
+        """Make the real span, as far as this one has come. Its parent has been made before."""
+        parent = get_current_span(self._around)
+        around = self._around
+        if isinstance(parent, HeldSpan):
+            if parent.real is None:
+                return
+            around = set_span_in_context(parent.real, around)
+        real = self._hold.tracer.start_span(
+            self._name, around, self._kind, self._attributes, self._links or None, self._started, **self._options
+        )
+        for name, attributes, when in self._events:
+            real.add_event(name, attributes, when)
+        if self._status is not None:
+            real.set_status(self._status, self._description)
+        self.real = real
+        if self._ended is not None:
+            real.end(self._ended)
+
+    # --- the interface of a span ------------------------------------------------------------------------------------
+    def get_span_context(self) -> SpanContext:
+        """Of the real span; before there is one, of a trace that is not sampled."""
+        return self._context if self.real is None else self.real.get_span_context()
+
+    def is_recording(self) -> bool:
+        """Whether it has not ended, and what is set on it may still be wanted."""
+        if self.real is not None:
+            return self.real.is_recording()
+        return self._ended is None and not self._hold.decided
+
+    def set_attribute(self, key: str, value: Any) -> None:
+        """Set one attribute."""
+        self.set_attributes({key: value})
+
+    def set_attributes(self, attributes: Mapping[str, Any]) -> None:
+        """Set attributes."""
+        if self.real is not None:
+            self.real.set_attributes(attributes)
+        else:
+            for key, value in attributes.items():  # What is set again is the newest, as in the SDK.
+                self._attributes.pop(key, None)
+                self._attributes[key] = value
+
+    @property
+    def dropped_attributes(self) -> int:
+        """How many the SDK had no room for. Before there is a real span, nobody knows: one, to be sure."""
+        return 1 if self.real is None else getattr(self.real, "dropped_attributes", 0)
+
+    def add_event(self, name: str, attributes: Any = None, timestamp: int | None = None) -> None:
+        """Add an event."""
+        if self.real is not None:
+            self.real.add_event(name, attributes, timestamp)
+        else:
+            self._events.append((name, attributes, timestamp or time.time_ns()))
+
+    def add_link(self, context: SpanContext, attributes: Any = None) -> None:
+        """Add a link."""
+        if self.real is not None:
+            self.real.add_link(context, attributes)
+        else:
+            self._links.append(Link(context, attributes))
+
+    def update_name(self, name: str) -> None:
+        """Change the name."""
+        if self.real is not None:
+            self.real.update_name(name)
+        else:
+            self._name = name
+
+    def set_status(self, status: Status | StatusCode, description: str | None = None) -> None:
+        """Set the status."""
+        if self.real is not None:
+            self.real.set_status(status, description)
+        else:
+            self._status, self._description = status, description
+
+    def record_exception(
+        self,
+        exception: BaseException,
+        attributes: Any = None,
+        timestamp: int | None = None,
+        escaped: bool = False,
+    ) -> None:
+        """Passed on to the real span. We record exceptions as events of our own; before there is one, so does this."""
+        if self.real is not None:
+            self.real.record_exception(exception, attributes, timestamp, escaped)
+        else:
+            self.add_event("exception", {"exception.type": type(exception).__name__, **(attributes or {})}, timestamp)
+
+    def end(self, end_time: int | None = None) -> None:
+        """End it."""
+        if self.real is not None:
+            self.real.end(end_time)
+        elif self._ended is None:
+            self._ended = end_time or time.time_ns()
+            if self.real is not None and self.real.is_recording():  # made meanwhile, by another thread
+                self.real.end(self._ended)

@@ -1,0 +1,496 @@
+"""The span runner: wraps one entry point of DSPy, opens and closes its span, and never gets in the way.
+
+An operation (a class in ``operations/`` or ``optimizers/``) says what a call is and what it tells; the runner does
+the rest: it skips suppressed calls, attaches the context, records errors, measures, and detaches in the same frame.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import time
+import types
+from collections.abc import Callable, Sequence
+from contextvars import Token
+from dataclasses import dataclass
+from typing import Any, ClassVar, Final
+
+from opentelemetry import context as otel_context
+from opentelemetry.context import Context
+from opentelemetry.trace import (
+    INVALID_SPAN,
+    Link,
+    Span,
+    SpanKind,
+    Status,
+    StatusCode,
+    get_current_span,
+    set_span_in_context,
+)
+
+from dspy_otel import semconv
+from dspy_otel.core.attributes import Attributes
+from dspy_otel.core.call_context import Scope, current_scope
+from dspy_otel.core.context import inside, suppressed
+from dspy_otel.core.errors import Recorded, error_type, exception_attributes, hide_frames
+from dspy_otel.core.internal_errors import failed
+from dspy_otel.core.telemetry import Telemetry
+
+_ERROR: Final = Status(StatusCode.ERROR)
+
+
+@dataclass
+class Start:
+    """How to open a span.
+
+    Attributes:
+        name: span name; low-cardinality.
+        scope: what this operation passes on to those inside it.
+        attributes: cheap attributes, known before the sampler decides.
+        kind: OpenTelemetry span kind.
+        root: begin a new trace.
+        links: spans this one is linked to.
+    """
+
+    name: str
+    scope: Scope
+    attributes: Attributes
+    kind: SpanKind = SpanKind.INTERNAL
+    root: bool = False
+    links: Sequence[Link] = ()
+
+
+class Call:
+    """One call in flight.
+
+    Attributes:
+        instance: the DSPy object that was called.
+        args: positional arguments, without the instance.
+        kwargs: keyword arguments. Never to be changed.
+        span: its span.
+        scope: its scope.
+        context: OpenTelemetry context with both; for metrics (exemplars) and events.
+        recording: whether anything set on the span is kept.
+        details: attributes collected since the start; set together at the end, which costs a span least.
+        outside: OpenTelemetry context around the call.
+        identity: attributes of its start that must be on the span at its end.
+        around: a call that was opened around this one, and is closed after it.
+        closed: whether the call has been closed.
+    """
+
+    __slots__ = (
+        "args",
+        "around",
+        "closed",
+        "context",
+        "details",
+        "identity",
+        "instance",
+        "kwargs",
+        "operation",
+        "outside",
+        "recording",
+        "scope",
+        "span",
+        "started",
+        "token",
+    )
+
+    operation: Operation
+    instance: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    span: Span
+    scope: Scope
+    context: Context
+    recording: bool
+    details: Attributes
+    identity: Attributes
+    started: float
+    token: Token[Context] | None
+    outside: Context
+    around: Call | None
+    closed: bool
+
+
+class Operation:
+    """One kind of thing that DSPy does. Subclasses map its objects to names and attributes.
+
+    Each method may fail: its part is then missing and nothing else happens.
+    """
+
+    kind: str = ""
+    must_stay: ClassVar[tuple[str, ...]] = ()
+    """Attributes without which the span is lost to whoever reads it. The SDK drops the oldest when there are too many
+    (128, unless ``OTEL_SPAN_ATTRIBUTE_COUNT_LIMIT`` says otherwise)."""
+
+    def __init__(self, telemetry: Telemetry) -> None:
+        self.telemetry = telemetry
+
+    def __init_subclass__(cls) -> None:
+        # What a subclass adds around opening and closing may fail like the rest of it.
+        if "open" in vars(cls):
+            cls.open = safe_open(cls.open)  # type: ignore[method-assign]
+        if "close" in vars(cls):
+            cls.close = safe_close(cls.close)  # type: ignore[method-assign]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A class that is pickled by value (by cloudpickle: DSPy's save_program, classes of `__main__`) takes our
+        # wrappers of its methods along. They arrive as wrappers that pass every call on, and need nothing of ours.
+        return types.SimpleNamespace, (), dict.fromkeys(("open", "fail", "note"), _NothingToRecord())
+
+    def start(self, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any], parent: Scope | None) -> Start | None:
+        """What span to open for this call, or ``None`` for none."""
+        raise NotImplementedError
+
+    def enclose(self, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
+        """Open another operation's call around this one, if there is to be one."""
+        return None
+
+    def close_around(self, around: Call, result: Any, error: BaseException | None) -> None:
+        """Close what :meth:`enclose` has opened."""
+        around.operation.close(around, result, error)
+
+    def again(self, scope: Scope) -> None:
+        """The override that opened ``scope`` calls the method it overrides."""
+
+    def detail(self, call: Call) -> Attributes:
+        """Attributes at the start that cost something; only asked for when the span is recorded."""
+        return {}
+
+    def result(self, call: Call, result: Any, error: BaseException | None) -> Attributes:
+        """Attributes at the end; only asked for when the span is recorded."""
+        return {}
+
+    def measure(self, call: Call, result: Any, error: BaseException | None, seconds: float) -> None:
+        """Metrics, totals and log events; asked for whether or not the span is recorded."""
+
+    # --- opening and closing -------------------------------------------------------------------------------------
+    def open(
+        self, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any], override_of: type | None = None
+    ) -> Call | None:
+        """Open the span of a call and make it current, or give ``None`` when there is nothing to record."""
+        telemetry = self.telemetry
+        around: Call | None = None
+        try:
+            surrounding = otel_context.get_current()
+            if not telemetry.active or suppressed(surrounding):
+                return None
+            parent = current_scope(surrounding)
+            if parent is None:
+                telemetry.on_outermost()
+                parent = telemetry.default_scope
+            elif (
+                parent.owner is instance and parent.kind == self.kind and parent.override_of not in (None, override_of)
+            ):
+                # A subclass's override has opened the span, and calls the method it overrides: once, or again and
+                # again. Coming back to that override itself is recursion, and another call.
+                self.again(parent)
+                return None
+            around = self.enclose(instance, args, kwargs)
+            if around is not None:
+                surrounding, parent = around.context, around.scope
+            start = self.start(instance, args, kwargs, parent)
+            if start is not None:
+                call = self._open(start, instance, args, kwargs, surrounding, override_of)
+                call.around = around
+                return call
+        except Exception as error:
+            failed(f"start of {self.kind}", error)
+        if around is not None:
+            around.operation.close(around, None, None)
+        return None
+
+    def _open(
+        self,
+        start: Start,
+        instance: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        surrounding: Context,
+        override_of: type | None = None,
+    ) -> Call:
+        telemetry = self.telemetry
+        scope = start.scope
+        scope.override_of = override_of
+        outside = surrounding
+        if start.root:
+            outside = set_span_in_context(INVALID_SPAN, surrounding)
+        elif telemetry.default_parent is not None and not get_current_span(surrounding).get_span_context().is_valid:
+            outside = set_span_in_context(get_current_span(telemetry.default_parent), surrounding)
+        if scope.stamps:
+            start.attributes.update(scope.stamps)
+        call = Call()
+        call.operation = self
+        call.instance = instance
+        call.args = args
+        call.kwargs = kwargs
+        call.scope = scope
+        call.outside = surrounding
+        call.around = None
+        call.closed = False
+        call.token = None
+        call.span = (telemetry.tracer if scope.hold is None else scope.hold).start_span(
+            start.name,
+            outside,
+            start.kind,
+            start.attributes,
+            start.links or None,
+            record_exception=False,
+            set_status_on_exception=False,
+        )
+        scope.span = call.span
+        call.recording = call.span.is_recording()
+        call.context = inside(outside, call.span, scope)
+        call.details = {}
+        call.identity = {}
+        if call.recording:
+            if self.must_stay:
+                call.identity = {key: start.attributes[key] for key in self.must_stay if key in start.attributes}
+            try:
+                call.details = self.detail(call)
+            except Exception as error:
+                failed(f"detail of {self.kind}", error)
+        call.token = otel_context.attach(call.context)
+        call.started = time.perf_counter()
+        return call
+
+    def close(self, call: Call, result: Any, error: BaseException | None) -> None:
+        """End the span of a call, and make current again what was current before."""
+        seconds = time.perf_counter() - call.started
+        call.closed = True
+        detach(call.token)
+        try:
+            self.measure(call, result, error, seconds)
+        except Exception as problem:
+            failed(f"metrics of {self.kind}", problem)
+        try:
+            if call.recording and error is not None:
+                self.record_error(call, error)
+        except Exception as problem:
+            failed(f"error of {self.kind}", problem)
+        try:
+            if call.recording:
+                call.details.update(self.result(call, result, error))
+        except Exception as problem:
+            failed(f"result of {self.kind}", problem)
+        try:
+            if call.details:
+                call.span.set_attributes(call.details)
+            if call.identity:
+                put_back(call.span, call.identity)
+        except Exception as problem:
+            failed("attributes of span", problem)
+        try:
+            call.span.end()
+        except Exception as problem:
+            failed("end of span", problem)
+        parent = call.scope.parent
+        if error is not None and parent is not None:
+            try:
+                parent.failed = Recorded.of(error, self.kind)
+            except Exception as problem:
+                failed(f"error of {self.kind}", problem)
+        if call.around is not None:
+            try:
+                self.close_around(call.around, result, error)
+            except Exception as problem:
+                failed(f"end of {self.kind}", problem)
+
+    def fail(self, call: Call | None, error: BaseException) -> None:
+        """Close a call that raised, if it is recorded, and take our frames out of the traceback."""
+        if call is not None:
+            self.close(call, None, error)
+        hide_frames(error)
+
+    def record_error(self, call: Call, error: BaseException) -> None:
+        """Mark the span as failed. The exception itself is an event on the innermost span only."""
+        span, content = call.span, self.telemetry.span_content
+        call.details[semconv.ERROR_TYPE] = error_type(error)
+        # First of all: it must not depend on what becomes of the content.
+        span.set_status(_ERROR)
+        recorded = call.scope.failed
+        if recorded is not None and recorded.is_(error, self.kind):
+            return
+        attributes = exception_attributes(error, content)
+        message = attributes.get(semconv.EXCEPTION_MESSAGE)
+        if isinstance(message, str):
+            span.set_status(Status(StatusCode.ERROR, message))
+        span.add_event(semconv.EVENT_EXCEPTION, attributes)
+
+    # --- wrapping ------------------------------------------------------------------------------------------------
+    def wrap(self, original: Callable[..., Any], override_of: type | None = None) -> Callable[..., Any]:
+        """A function in place of the method ``original``: a coroutine function if that is one, else a plain one.
+
+        A plain method may return a coroutine all the same (``async def forward``): the span ends when that does.
+
+        Args:
+            original: the unbound method.
+            override_of: the subclass whose override of an entry point this is; ``None`` for the entry point itself.
+        """
+        if inspect.iscoroutinefunction(original):
+            return self._wrap_coroutine_function(original, override_of)
+
+        @functools.wraps(original)
+        def wrapper(self_: Any, /, *args: Any, **kwargs: Any) -> Any:
+            call = self.open(self_, args, kwargs, override_of)
+            try:
+                result = original(self_, *args, **kwargs)
+            except BaseException as error:
+                self.fail(call, error)
+                raise
+            if call is None:
+                return result
+            if type(result) is types.CoroutineType and inspect.getcoroutinestate(result) == inspect.CORO_CREATED:
+                return self._finish_later(call, result)
+            self.close(call, result, None)
+            return result
+
+        return wrapper
+
+    def _finish_later(self, call: Call, coroutine: Any) -> Any:
+        """A coroutine in place of ``coroutine``, which does the same and closes ``call`` at its end."""
+        try:
+            # Nothing of this call is current until the coroutine runs, in whichever task.
+            detach(call.token)
+            call.token = None
+            _return_to(call.outside)
+            continued = _continue(_Pending(self, call, coroutine))
+            for name in ("__name__", "__qualname__"):
+                setattr(continued, name, getattr(coroutine, name))
+        except Exception as error:
+            failed(f"coroutine of {self.kind}", error)
+            return coroutine
+        return continued
+
+    def wrap_async(self, original: Callable[..., Any], override_of: type | None = None) -> Callable[..., Any]:
+        """Like :meth:`wrap`, for what DSPy declares as a coroutine function; an override may be a plain one."""
+        return Operation.wrap(self, original, override_of)
+
+    def _wrap_coroutine_function(self, original: Callable[..., Any], override_of: type | None) -> Callable[..., Any]:
+        @functools.wraps(original)
+        async def wrapper(self_: Any, /, *args: Any, **kwargs: Any) -> Any:
+            call = self.open(self_, args, kwargs, override_of)
+            try:
+                result = await original(self_, *args, **kwargs)
+            except BaseException as error:
+                self.fail(call, error)
+                raise
+            if call is not None:
+                self.close(call, result, None)
+            return result
+
+        return wrapper
+
+
+def safe_open(method: Callable[..., Call | None]) -> Callable[..., Call | None]:
+    """An override of :meth:`Operation.open` that cannot raise, nor leave a context behind when it fails."""
+
+    @functools.wraps(method)
+    def open(
+        self: Operation, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any], override_of: type | None = None
+    ) -> Call | None:
+        before = otel_context.get_current()
+        try:
+            call = method(self, instance, args, kwargs, override_of)
+        except Exception as error:
+            failed(f"start of {self.kind}", error)
+            _return_to(before)
+            return None
+        if call is not None:
+            call.outside = before
+        return call
+
+    return open
+
+
+def safe_close(method: Callable[..., None]) -> Callable[..., None]:
+    """An override of :meth:`Operation.close` that cannot raise: when it fails, the call is closed all the same."""
+
+    @functools.wraps(method)
+    def close(self: Operation, call: Call, result: Any, error: BaseException | None) -> None:
+        current = otel_context.get_current()
+        try:
+            method(self, call, result, error)
+        except Exception as problem:
+            failed(f"end of {self.kind}", problem)
+            if not call.closed:
+                Operation.close(self, call, result, error)
+            if current is call.context:
+                _return_to(call.outside)
+
+    return close
+
+
+def _return_to(context: Context) -> None:
+    if otel_context.get_current() is not context:
+        otel_context.attach(context)
+
+
+class _Pending:
+    """A call whose coroutine has yet to be awaited. If nobody ever does, both are closed."""
+
+    __slots__ = ("call", "coroutine", "operation", "started")
+
+    def __init__(self, operation: Operation, call: Call, coroutine: Any) -> None:
+        self.operation = operation
+        self.call = call
+        self.coroutine = coroutine
+        self.started = False
+
+    def __del__(self) -> None:
+        if not self.started:
+            # Python has warned of the coroutine that stands for it.
+            self.coroutine.close()
+            self.operation.close(self.call, None, None)
+
+
+async def _continue(pending: _Pending) -> Any:
+    pending.started = True
+    operation, call = pending.operation, pending.call
+    try:
+        call.token = otel_context.attach(inside(otel_context.get_current(), call.span, call.scope))
+    except Exception as error:
+        failed(f"coroutine of {operation.kind}", error)
+    try:
+        result = await pending.coroutine
+    except BaseException as error:
+        operation.fail(call, error)
+        raise
+    operation.close(call, result, None)
+    return result
+
+
+class _NothingToRecord:
+    """Pickled as a function, by its code: always ``None``."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return types.FunctionType, ((lambda *_: None).__code__, {})
+
+
+def put_back(span: Any, attributes: Attributes) -> None:
+    """Set attributes again, if the SDK had to drop some of ``span``: the oldest went first, these are the last now."""
+    if getattr(span, "dropped_attributes", 0):
+        span.set_attributes(attributes)
+
+
+def detach(token: Token[Context] | None) -> None:
+    """Undo an ``attach``. A coroutine that is closed from another context has nothing to undo there: that is quiet.
+
+    ``opentelemetry.context.detach`` logs an error in that case, for every abandoned stream.
+    """
+    if token is None:
+        return
+    try:
+        token.var.reset(token)
+    except ValueError:
+        pass
+    except AttributeError:  # A context runtime other than contextvars.
+        otel_context.detach(token)
+
+
+def openinference(attributes: Attributes, telemetry: Telemetry, kind: str) -> Attributes:
+    """Add OpenInference's span kind, unless that is switched off."""
+    if telemetry.config.openinference:
+        attributes[semconv.OPENINFERENCE_SPAN_KIND] = kind
+    return attributes

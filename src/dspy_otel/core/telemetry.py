@@ -1,0 +1,158 @@
+"""What every operation shares while instrumentation is on."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+import weakref
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from opentelemetry import _logs, metrics, trace
+from opentelemetry._logs import NoOpLogger
+from opentelemetry.context import Context, get_current
+from opentelemetry.metrics import MeterProvider, NoOpMeter, NoOpMeterProvider
+from opentelemetry.trace import ProxyTracer, Span, Tracer, TracerProvider
+
+from dspy_otel import semconv
+from dspy_otel.config import Config
+from dspy_otel.content.encoder import Content
+from dspy_otel.core.attributes import Attributes
+from dspy_otel.core.call_context import current_scope
+from dspy_otel.core.context import suppressed, without_scope
+from dspy_otel.core.id_generator import with_system_ids
+from dspy_otel.core.internal_errors import failed
+from dspy_otel.core.metrics import Metrics
+from dspy_otel.core.remote import read_context
+from dspy_otel.version import __version__
+
+_Result = TypeVar("_Result")
+_CARRIER = ("traceparent", "tracestate", "baggage")
+
+
+class Telemetry:
+    """Tracer, instruments, event logger and settings.
+
+    Args:
+        config: the settings in force.
+        tracer_provider: default, the global one (also one that is set later).
+        meter_provider: likewise.
+        logger_provider: likewise.
+        on_provider: told once which tracer provider it is, before the first span.
+        on_outermost: called before each outermost span; must be cheap, and not raise.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        tracer_provider: TracerProvider | None = None,
+        meter_provider: MeterProvider | None = None,
+        logger_provider: _logs.LoggerProvider | None = None,
+        on_provider: Callable[[TracerProvider], None] | None = None,
+        on_outermost: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.config = config
+        self._on_provider = on_provider
+        self.active = True
+        self.on_outermost = on_outermost
+        self._provider = tracer_provider
+        self._tracer: Tracer | None = None
+        self._settling = threading.RLock()
+        if hasattr(os, "register_at_fork"):
+            after_fork = weakref.WeakMethod(self._after_fork)
+            os.register_at_fork(after_in_child=lambda: (method := after_fork()) and method())
+        meters = meter_provider if config.metrics else NoOpMeterProvider()
+        self.measuring = not isinstance(meters, NoOpMeterProvider)
+        self.metrics = self.safely("meter provider", None, self._make_metrics, meters) or Metrics(NoOpMeter("none"))
+        self.logger = self.safely("logger provider", None, self._make_logger, logger_provider) or NoOpLogger("none")
+        self.content = Content(config.content_limit, config.capture_media, config.redact)
+        self.default_parent = self.safely("parent of this process", None, parent_of_process)
+        self.default_scope = None if self.default_parent is None else current_scope(self.default_parent)
+
+    def _make_metrics(self, provider: MeterProvider | None) -> Metrics:
+        return Metrics(metrics.get_meter(semconv.SCOPE_NAME, __version__, provider, schema_url=semconv.SCHEMA_URL))
+
+    def _make_logger(self, provider: _logs.LoggerProvider | None) -> _logs.Logger:
+        return _logs.get_logger(
+            semconv.SCOPE_NAME, __version__, logger_provider=provider, schema_url=semconv.SCHEMA_URL
+        )
+
+    def _after_fork(self) -> None:
+        self._settling = threading.RLock()  # The thread that may have held it is not here.
+
+    @property
+    def tracer(self) -> Tracer:
+        """Our tracer; of the global provider as soon as there is one."""
+        if self._tracer is not None:
+            return self._tracer
+        tracer = trace.get_tracer(semconv.SCOPE_NAME, __version__, self._provider, schema_url=semconv.SCHEMA_URL)
+        if isinstance(tracer, ProxyTracer):  # No provider has been set yet.
+            return tracer
+        return self._settle(tracer)
+
+    def _settle(self, tracer: Tracer) -> Tracer:
+        """Keep ``tracer``, and tell which provider it is of. Other threads wait, or their span would be missed."""
+        with self._settling:
+            if self._tracer is None:
+                if self._on_provider is not None:
+                    provider = self._provider or trace.get_tracer_provider()
+                    self.safely("tracer provider", None, self._on_provider, provider)
+                self._tracer = with_system_ids(tracer)
+            return self._tracer
+
+    @property
+    def span_content(self) -> Content | None:
+        """How to render content for spans; ``None`` when it must not get there."""
+        return self.content if self.config.content_on_spans else None
+
+    def enabled(self) -> bool:
+        """Whether to record right now: switched on, and not inside ``suppress_instrumentation()``."""
+        return self.active and not suppressed(get_current())
+
+    def safely(self, where: str, default: _Result, function: Callable[..., _Result], *arguments: Any) -> _Result:
+        """``function(*arguments)``; if that fails, ``default`` and one warning naming ``where``."""
+        try:
+            return function(*arguments)
+        except Exception as error:
+            failed(where, error)
+            return default
+
+    def put_content(self, attributes: Attributes, key: str, value: Any) -> None:
+        """Add ``value`` as JSON text under ``key``, if content may be on spans. Failing content is left out."""
+        if self.config.content_on_spans:
+            text = self.safely("content", None, self.content.json, value)
+            if text is not None:
+                attributes[key] = text
+
+    def put_text(self, attributes: Attributes, key: str, value: str) -> None:
+        """Add ``value`` as text under ``key``, if content may be on spans."""
+        if self.config.content_on_spans:
+            text = self.safely("content", None, self.content.text, value)
+            if text is not None:
+                attributes[key] = text
+
+    def emit_event(self, name: str, attributes: Attributes, context: Context) -> None:
+        """Emit a log event that belongs to the span in ``context``."""
+        # As a record: SDKs before 1.38 do not take its parts as arguments.
+        kept = without_scope(context)  # until the record is exported
+        self.logger.emit(
+            _logs.LogRecord(timestamp=time.time_ns(), event_name=name, attributes=attributes, context=kept)
+        )
+
+    def add_event(self, span: Span | None, name: str, attributes: Attributes) -> None:
+        """Add a span event, if the span is still open and recorded."""
+        if span is not None and span.is_recording():
+            span.add_event(name, attributes)
+
+
+def parent_of_process() -> Context | None:
+    """The parent that the environment names (``TRACEPARENT``, ``TRACESTATE``, ``BAGGAGE``), if it names one.
+
+    OpenTelemetry's "environment variables as context propagation carriers"; read once, when instrumentation starts.
+    """
+    carrier = {name: os.environ[name.upper()] for name in _CARRIER if os.environ.get(name.upper())}
+    if "traceparent" not in carrier:
+        return None
+    context = read_context(carrier, Context())
+    return context if trace.get_current_span(context).get_span_context().is_valid else None

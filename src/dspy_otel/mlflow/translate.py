@@ -1,0 +1,360 @@
+"""Finished OpenTelemetry spans to spans that MLflow shows well. Pure: no I/O, no MLflow, no DSPy.
+
+MLflow's store reads ``gen_ai.*`` and OpenInference attributes by itself. What it does not get from them, and what is
+therefore added here as ``mlflow.*`` attributes, on copies:
+
+* a trace name and trace tags: only from ``mlflow.traceTag.*`` on the span without a parent;
+* types of spans: it knows no ``retrieval`` and no ``invoke_workflow``;
+* the chat view: it renders OpenAI-shaped messages in full, messages in parts form only if every part is text or a
+  tool call, and it never shows ``gen_ai.system_instructions`` as a message;
+* cost: it prices each call anew by model name unless ``mlflow.llm.cost`` is there.
+
+Read in MLflow 3.17.2: ``mlflow/tracing/otel/translation``, ``mlflow/store/tracking/sqlalchemy_store.py`` and the
+message normalizers of its user interface.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+from opentelemetry.sdk.trace import ReadableSpan
+from opentelemetry.util.types import AttributeValue
+
+from dspy_otel import semconv
+
+_logger = logging.getLogger(__name__)
+
+SPAN_TYPE: Final = "mlflow.spanType"
+SPAN_INPUTS: Final = "mlflow.spanInputs"
+SPAN_OUTPUTS: Final = "mlflow.spanOutputs"
+CHAT_TOOLS: Final = "mlflow.chat.tools"
+CHAT_USAGE: Final = "mlflow.chat.tokenUsage"
+LLM_COST: Final = "mlflow.llm.cost"
+TAG_PREFIX: Final = "mlflow.traceTag."
+TRACE_NAME: Final = TAG_PREFIX + "mlflow.traceName"
+_BASE64: Final = re.compile(r"[A-Za-z0-9+/_-]+={0,2}")
+
+TYPE_OF_OPERATION: Final[Mapping[str, str]] = {
+    semconv.OPERATION_CHAT: "CHAT_MODEL",
+    semconv.OPERATION_TEXT_COMPLETION: "LLM",
+    semconv.OPERATION_EMBEDDINGS: "EMBEDDING",
+    semconv.OPERATION_EXECUTE_TOOL: "TOOL",
+    semconv.OPERATION_INVOKE_AGENT: "AGENT",
+    semconv.OPERATION_RETRIEVAL: "RETRIEVER",
+    semconv.OPERATION_INVOKE_WORKFLOW: "CHAIN",
+}
+TYPE_OF_KIND: Final = frozenset({"CHAIN", "LLM", "TOOL", "AGENT", "RETRIEVER", "EMBEDDING", "EVALUATOR"})
+"""OpenInference kinds; MLflow's types carry the same names."""
+
+TYPE_OF_NAME: Final[Mapping[str, str]] = {semconv.SPAN_EVALUATE: "EVALUATOR", semconv.SPAN_EXECUTE_CODE: "TOOL"}
+"""Types by the first word of a span's name, for our spans when OpenInference attributes are switched off."""
+
+ROOT_TAGS: Final = (
+    semconv.PROGRAM_NAME,
+    semconv.PROGRAM_ID,
+    semconv.OPTIMIZER_NAME,
+    semconv.OPTIMIZER_RUN_ID,
+    semconv.TRIAL_NUMBER,
+    semconv.CANDIDATE_ID,
+    semconv.EVALUATION_ID,
+    semconv.EVALUATION_SCORE,
+    semconv.EVALUATION_METRIC_NAME,
+    semconv.EXAMPLE_INDEX,
+    semconv.EXAMPLE_ID,
+    semconv.EXAMPLE_SCORE,
+)
+"""Root attributes that become tags of the trace under their own names, so that traces can be searched by them."""
+
+_LM_OPERATIONS: Final = frozenset(
+    {semconv.OPERATION_CHAT, semconv.OPERATION_TEXT_COMPLETION, semconv.OPERATION_EMBEDDINGS}
+)
+# First one present wins. The OpenInference key stands last: it repeats one of the others.
+_INPUT_KEYS: Final = (
+    semconv.GEN_AI_TOOL_CALL_ARGUMENTS,
+    semconv.GEN_AI_RETRIEVAL_QUERY_TEXT,
+    semconv.INTERPRETER_CODE,
+    semconv.MODULE_INPUTS,
+    semconv.INPUT_VALUE,
+)
+_OUTPUT_KEYS: Final = (
+    semconv.GEN_AI_TOOL_CALL_RESULT,
+    semconv.GEN_AI_RETRIEVAL_DOCUMENTS,
+    semconv.INTERPRETER_OUTPUT,
+    semconv.MODULE_OUTPUTS,
+    semconv.OUTPUT_VALUE,
+)
+_SCORE_KEYS: Final[Mapping[str, str]] = {
+    semconv.EVALUATION_SCORE: "score",
+    semconv.EXAMPLE_SCORE: "score",
+    semconv.EVALUATION_SIZE: "size",
+    semconv.EVALUATION_FAILURES: "failures",
+}
+
+
+def translate(spans: Sequence[ReadableSpan]) -> list[ReadableSpan]:
+    """Give each span of a batch what MLflow needs to show it; order and number are kept.
+
+    Args:
+        spans: finished spans, of one or many traces, children before or after their roots, of any instrumentation.
+
+    Returns:
+        The same spans. One that gains something is a copy: other exporters never see the additions. Content of our
+        own spans moves to MLflow's keys instead of being sent twice; spans of other instrumentations only ever gain
+        a type, and a trace name when they are a root.
+    """
+    return [_translate_or_keep(span) for span in spans]
+
+
+def _translate_or_keep(span: ReadableSpan) -> ReadableSpan:
+    try:
+        return translate_span(span)
+    except Exception:  # content nested deeper than json can follow, for one: a plain span is better than none
+        _logger.debug("span %r is sent as it is", span.name, exc_info=True)
+        return span
+
+
+def translate_span(span: ReadableSpan) -> ReadableSpan:
+    """Translate one span; see :func:`translate`."""
+    old: Mapping[str, AttributeValue] = span.attributes or {}
+    ours = span.instrumentation_scope is not None and span.instrumentation_scope.name == semconv.SCOPE_NAME
+    new = dict(old)
+    if SPAN_TYPE not in old and (span_type := _span_type(span.name, old, ours)):
+        new[SPAN_TYPE] = span_type
+    if span.parent is None:
+        _add_trace_tags(span.name, new)
+    if ours:
+        _move_content(new)
+        _add_usage_and_cost(new)
+    return span if len(new) == len(old) and new == old else _copy(span, new)
+
+
+def _span_type(name: str, attributes: Mapping[str, AttributeValue], ours: bool) -> str | None:
+    # The operation first: for a chat call it says more (CHAT_MODEL) than the kind (LLM).
+    if span_type := TYPE_OF_OPERATION.get(str(attributes.get(semconv.GEN_AI_OPERATION_NAME))):
+        return span_type
+    kind = str(attributes.get(semconv.OPENINFERENCE_SPAN_KIND))
+    if kind in TYPE_OF_KIND:
+        return kind
+    return TYPE_OF_NAME.get(name.split(" ", 1)[0], "CHAIN") if ours else None
+
+
+def _add_trace_tags(name: str, attributes: dict[str, AttributeValue]) -> None:
+    attributes.setdefault(TRACE_NAME, name)
+    for key in ROOT_TAGS:
+        if (value := attributes.get(key)) is not None:
+            attributes.setdefault(TAG_PREFIX + key, str(value))
+
+
+def _move_content(attributes: dict[str, AttributeValue]) -> None:
+    messages = _messages(attributes)
+    if messages is not None:
+        attributes[SPAN_INPUTS] = _dump({"messages": messages})
+        for key in (
+            semconv.GEN_AI_INPUT_MESSAGES,
+            semconv.GEN_AI_SYSTEM_INSTRUCTIONS,
+            semconv.INPUT_VALUE,
+            semconv.INPUT_MIME_TYPE,
+        ):
+            attributes.pop(key, None)
+    else:
+        _move_first(attributes, _INPUT_KEYS, SPAN_INPUTS, semconv.INPUT_VALUE, semconv.INPUT_MIME_TYPE)
+
+    outputs = _load_list(attributes.get(semconv.GEN_AI_OUTPUT_MESSAGES))
+    if outputs is not None:
+        attributes[SPAN_OUTPUTS] = _dump({"choices": [_choice(i, message) for i, message in enumerate(outputs)]})
+        for key in (semconv.GEN_AI_OUTPUT_MESSAGES, semconv.OUTPUT_VALUE, semconv.OUTPUT_MIME_TYPE):
+            attributes.pop(key, None)
+    else:
+        if (documents := _load_list(attributes.get(semconv.GEN_AI_RETRIEVAL_DOCUMENTS))) is not None:
+            attributes[semconv.GEN_AI_RETRIEVAL_DOCUMENTS] = _dump([_document(item) for item in documents])
+        _move_first(attributes, _OUTPUT_KEYS, SPAN_OUTPUTS, semconv.OUTPUT_VALUE, semconv.OUTPUT_MIME_TYPE)
+
+    if SPAN_OUTPUTS not in attributes:
+        # Without content an evaluation still has a result; a score is no content.
+        scores = {label: attributes[key] for key, label in _SCORE_KEYS.items() if key in attributes}
+        if "score" in scores:
+            attributes[SPAN_OUTPUTS] = _dump(scores)
+
+    tools = _load_list(attributes.get(semconv.GEN_AI_TOOL_DEFINITIONS))
+    if tools is not None:
+        attributes[CHAT_TOOLS] = _dump([_tool(item) for item in tools])
+        del attributes[semconv.GEN_AI_TOOL_DEFINITIONS]
+
+
+def _move_first(
+    attributes: dict[str, AttributeValue], keys: Sequence[str], target: str, duplicate: str, mime: str
+) -> None:
+    """Move the first present of ``keys`` to ``target`` and drop its OpenInference duplicate."""
+    if target in attributes:
+        return
+    for key in keys:
+        if key in attributes:
+            attributes[target] = attributes.pop(key)
+            attributes.pop(duplicate, None)
+            attributes.pop(mime, None)
+            return
+
+
+def _add_usage_and_cost(attributes: dict[str, AttributeValue]) -> None:
+    usage = {
+        label: value
+        for key, label in (
+            (semconv.GEN_AI_USAGE_INPUT_TOKENS, "input_tokens"),
+            (semconv.GEN_AI_USAGE_OUTPUT_TOKENS, "output_tokens"),
+            (semconv.GEN_AI_USAGE_CACHE_READ_INPUT_TOKENS, "cache_read_input_tokens"),
+            (semconv.GEN_AI_USAGE_CACHE_WRITE_INPUT_TOKENS, "cache_creation_input_tokens"),
+        )
+        if isinstance(value := attributes.get(key), int)
+    }
+    if "input_tokens" in usage or "output_tokens" in usage:
+        usage["total_tokens"] = usage.get("input_tokens", 0) + usage.get("output_tokens", 0)
+        attributes.setdefault(CHAT_USAGE, _dump(usage))
+
+    if attributes.get(semconv.GEN_AI_OPERATION_NAME) not in _LM_OPERATIONS:
+        return
+    cost = 0.0 if attributes.get(semconv.LM_CACHE_HIT) is True else attributes.get(semconv.LM_COST)
+    if isinstance(cost, (int, float)):
+        # All three keys, or MLflow's page shows no cost. DSPy prices a call as a whole, its halves are not known;
+        # a guessed split would look like a fact.
+        attributes.setdefault(LLM_COST, _dump({"input_cost": 0.0, "output_cost": 0.0, "total_cost": float(cost)}))
+
+
+def _messages(attributes: Mapping[str, AttributeValue]) -> list[dict[str, Any]] | None:
+    """Input messages of an LM call, system instructions first, in OpenAI's form; None when there are none."""
+    messages = _load_list(attributes.get(semconv.GEN_AI_INPUT_MESSAGES))
+    system = _load_list(attributes.get(semconv.GEN_AI_SYSTEM_INSTRUCTIONS))
+    if messages is None and system is None:
+        return None
+    first = [{"role": "system", "parts": system}] if system else []
+    return [openai for message in [*first, *(messages or [])] for openai in _openai_messages(message)]
+
+
+def _choice(index: int, message: Any) -> dict[str, Any]:
+    converted = _openai_messages(message)
+    choice: dict[str, Any] = {"index": index, "message": converted[0] if converted else {"role": "assistant"}}
+    if isinstance(message, dict) and message.get("finish_reason"):
+        choice["finish_reason"] = message["finish_reason"]
+    return choice
+
+
+def _openai_messages(message: Any) -> list[dict[str, Any]]:
+    """One GenAI message (role and parts) as OpenAI messages: each tool result becomes a message of its own."""
+    if not isinstance(message, dict) or not isinstance(message.get("parts"), list):
+        return [message] if isinstance(message, dict) else []
+    content: list[dict[str, Any]] = []
+    reasoning: list[str] = []
+    calls: list[dict[str, Any]] = []
+    results: list[dict[str, Any]] = []
+    for part in message["parts"]:
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind == "reasoning":
+            reasoning.append(_text(part.get("content")))
+        elif kind == "tool_call":
+            function = {"name": _text(part.get("name")), "arguments": _text(part.get("arguments"))}
+            calls.append({"id": _text(part.get("id") or ""), "type": "function", "function": function})
+        elif kind == "tool_call_response":
+            response = part.get("response", part.get("result"))
+            results.append({"role": "tool", "tool_call_id": _text(part.get("id") or ""), "content": _text(response)})
+        else:
+            content.append(_content(part))
+    if not (content or reasoning or calls):
+        return results
+    only_text = all(item["type"] == "text" for item in content)
+    converted: dict[str, Any] = {
+        "role": message.get("role") or "user",
+        "content": "\n".join(item["text"] for item in content) if only_text else content,
+    }
+    if reasoning:
+        converted["reasoning"] = "\n".join(reasoning)
+    if calls:
+        converted["tool_calls"] = calls
+    if name := message.get("name"):
+        converted["name"] = name
+    return [converted, *results]
+
+
+def _content(part: Any) -> dict[str, Any]:
+    """A text or media part as OpenAI content; media without data becomes its description."""
+    if not isinstance(part, dict):
+        return {"type": "text", "text": _text(part)}
+    kind = part.get("type")
+    if kind == "text":
+        return {"type": "text", "text": _text(part.get("content"))}
+    mime = part.get("mime_type") or "application/octet-stream"
+    if str(mime).startswith("image/") or part.get("modality") == "image":
+        if kind == "uri" and part.get("uri"):
+            return {"type": "image_url", "image_url": {"url": part["uri"]}}
+        data = part.get("content")
+        if kind == "blob" and isinstance(data, str) and data:
+            if data.startswith("data:"):  # Not ours: the conventions want bare base64.
+                return {"type": "image_url", "image_url": {"url": data}}
+            if _BASE64.fullmatch(data):
+                return {"type": "image_url", "image_url": {"url": f"data:{mime};base64,{data}"}}
+            # Too large to keep: only what is said of it.
+            return {"type": "text", "text": f"<{mime}> {data}"}
+    return {"type": "text", "text": _dump(part)}
+
+
+def _tool(definition: Any) -> Any:
+    """A flat GenAI tool definition as OpenAI's nested one; anything else as it is."""
+    if not isinstance(definition, dict) or "function" in definition or "name" not in definition:
+        return definition
+    fields = {key: definition[key] for key in ("name", "description", "parameters") if definition.get(key) is not None}
+    return {"type": "function", "function": fields}
+
+
+def _document(document: Any) -> Any:
+    """A retrieved document in the shape MLflow shows as a card (``page_content``); without text as it is."""
+    if not isinstance(document, dict) or "page_content" in document:
+        return document
+    text_key = next((key for key in ("content", "text", "long_text") if key in document), None)
+    if text_key is None:
+        return document
+    metadata = {key: value for key, value in document.items() if key not in (text_key, "id")}
+    card: dict[str, Any] = {"page_content": _text(document[text_key]), "metadata": metadata}
+    if "id" in document:
+        card["id"] = _text(document["id"])
+    return card
+
+
+def _load_list(value: AttributeValue | None) -> list[Any] | None:
+    if not isinstance(value, str):
+        return None
+    try:
+        loaded = json.loads(value)
+    except ValueError:  # cut by an attribute length limit: better shown as text than lost
+        return None
+    return loaded if isinstance(loaded, list) else None
+
+
+def _text(value: Any) -> str:
+    if value is None:
+        return ""
+    return value if isinstance(value, str) else _dump(value)
+
+
+def _dump(value: Any) -> str:
+    # Readable text, so that MLflow's search finds it; a lone surrogate would make OTLP drop the whole attribute.
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    return text.encode("utf-8", "replace").decode("utf-8")
+
+
+def _copy(span: ReadableSpan, attributes: Mapping[str, AttributeValue]) -> ReadableSpan:
+    return ReadableSpan(
+        name=span.name,
+        context=span.context,
+        parent=span.parent,
+        resource=span.resource,
+        attributes=attributes,
+        events=span.events,
+        links=span.links,
+        kind=span.kind,
+        instrumentation_scope=span.instrumentation_scope,
+        status=span.status,
+        start_time=span.start_time,
+        end_time=span.end_time,
+    )

@@ -1,0 +1,93 @@
+"""Which optimization a program came from, for as long as this process lives."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import Any, Final
+
+from dspy_otel.operations.program import program_digest
+from dspy_otel.optimizers.run import Run, Scored
+
+_MOST: Final = 4096
+_lock: Final = threading.Lock()
+_made: Final[OrderedDict[str, Optimization]] = OrderedDict()
+_given: Final[set[str]] = set()
+"""Those among them that no run has made: each run that knows them has started from them."""
+
+
+@dataclass(frozen=True)
+class Optimization:
+    """Where a program came from.
+
+    Attributes:
+        run_id: ``dspy.optimizer.run.id`` of the compile that made it.
+        optimizer: the optimizer's class name.
+        program_id: ``dspy.program.id`` of the program.
+        trial: number of the trial that scored it, or ``None`` if none did (an optimizer without trials).
+        score: of that trial, on the optimizer's own scale.
+        winner: the compile returned it. Otherwise it was a candidate.
+    """
+
+    run_id: str
+    optimizer: str
+    program_id: str
+    trial: int | None
+    score: float | None
+    winner: bool
+
+
+def remember(run: Run, trial: Scored) -> None:
+    """Note a scored candidate; a winner and a trial that decides are not replaced by one that does not."""
+    if trial.candidate is None:
+        return
+    with _lock:
+        known = _made.get(trial.candidate)
+    if known is not None and (known.winner or not trial.decides) and known.run_id == run.id:
+        return
+    best = run.trial_of(trial.candidate) or trial
+    _keep(run, Optimization(run.id, run.name, trial.candidate, best.number, best.score, False))
+
+
+def remember_winner(run: Run, program_id: str) -> Scored | None:
+    """Note what a compile returned, and give the trial that scored it."""
+    trial = run.trial_of(program_id)
+    number, score = (trial.number, trial.score) if trial is not None else (None, None)
+    _keep(run, Optimization(run.id, run.name, program_id, number, score, True))
+    return trial
+
+
+def _keep(run: Run, optimization: Optimization) -> None:
+    """Keep it, unless programs compile at each call, or the run only started from what another one has made."""
+    if run.inference_time:
+        return
+    program_id = optimization.program_id
+    given = program_id == run.initial_id
+    with _lock:
+        known = _made.get(program_id)
+        if given and known is not None and known.run_id != run.id and program_id not in _given:
+            return
+        (_given.add if given else _given.discard)(program_id)
+        _made[program_id] = optimization
+        _made.move_to_end(program_id)
+        while len(_made) > _MOST:
+            _given.discard(_made.popitem(last=False)[0])
+
+
+def optimization(program: Any) -> Optimization | None:
+    """The optimization that made ``program``, by the program's state: a copy, or one loaded from a file, counts too.
+
+    Args:
+        program: a ``dspy.Module``, or a ``dspy.program.id``.
+
+    Returns:
+        Run, trial and score, or ``None`` for a program that no watched optimization of this process has made (the
+        last 4,096 candidates are known).
+    """
+    try:
+        program_id = program if isinstance(program, str) else program_digest(program)
+    except Exception:
+        return None
+    with _lock:
+        return None if program_id is None else _made.get(program_id)

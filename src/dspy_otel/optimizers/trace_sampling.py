@@ -1,0 +1,89 @@
+"""How many traces of evaluated examples an optimization leaves behind (``optimization_traces``).
+
+Whatever is decided here, trials, evaluations, phases, totals and metrics are the same.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+from dspy_otel import semconv
+from dspy_otel.core.call_context import Scope
+from dspy_otel.core.deferred_spans import Dropped, Held
+from dspy_otel.core.operation import Call
+from dspy_otel.core.telemetry import Telemetry
+from dspy_otel.operations.evaluation import MAX_LINKS, score_of
+from dspy_otel.optimizers.run import Run, run_of
+
+MOST_HELD: Final = 5000
+"""Most spans of one trial that wait for its score. Examples beyond are kept if they fail, and else dropped."""
+
+
+def begin_example(telemetry: Telemetry, scope: Scope) -> None:
+    """An example or attempt begins, perhaps inside an optimization: hold or drop its trace, if the mode says so."""
+    mode = telemetry.config.optimization_traces
+    if mode == "all" or not Run.live or scope.hold is not None:
+        return
+    run = run_of(scope)
+    if run is None or run.inference_time:
+        return
+    scope.hold = Dropped() if mode == "none" else Held(telemetry.tracer)
+
+
+def end_example(call: Call, failed: bool) -> None:
+    """An example or attempt has ended: keep its trace if it failed; else its trial's score decides."""
+    scope, around = call.scope, call.scope.parent
+    hold = scope.hold
+    if not isinstance(hold, Held) or around is None or around.hold is hold:
+        return
+    if failed:
+        _keep(hold, around)
+        return
+    trial = _trial_around(around)
+    run = run_of(around)
+    if trial is None or run is None or trial.owner.kind not in run.plan.deciding:
+        hold.drop()
+        return
+    waiting: list[Held] = trial.notes.setdefault("held", [])
+    if trial.notes.get("is_best", True) is False or sum(map(len, waiting)) + len(hold) > MOST_HELD:
+        hold.drop()
+    elif "is_best" in trial.notes:  # a straggler
+        _keep(hold, trial)
+    else:
+        waiting.append(hold)
+
+
+def end_trial(trial: Scope, is_best: bool) -> None:
+    """A trial has its score: keep the traces of its examples if that is the best so far."""
+    for hold in trial.notes.pop("held", ()):
+        if is_best:
+            _keep(hold, trial)
+        else:
+            hold.drop()
+
+
+def has_failed(result: Any, error: BaseException | None) -> bool:
+    """Whether an example counts as failed: it raised, or its score is 0 or less (``False`` too)."""
+    if error is not None:
+        return True
+    verdict = result[1] if isinstance(result, tuple) and len(result) == 2 else result
+    score = score_of(verdict)
+    return score is not None and score <= 0
+
+
+def _keep(hold: Held, around: Scope) -> None:
+    kept = hold.keep()
+    if kept is None or around.span is None or not kept.trace_flags.sampled:
+        return
+    links = around.notes.get("links", 0)
+    if links < MAX_LINKS and around.span.is_recording() and kept.trace_id != around.span.get_span_context().trace_id:
+        around.notes["links"] = links + 1
+        around.span.add_link(kept)
+
+
+def _trial_around(scope: Scope | None) -> Scope | None:
+    while scope is not None and scope.kind not in ("compile", "example"):
+        if scope.kind == semconv.SPAN_TRIAL:
+            return scope
+        scope = scope.parent
+    return None

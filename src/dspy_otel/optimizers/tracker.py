@@ -1,0 +1,190 @@
+"""What is particular to an optimizer, and what holds for every other one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from dspy_otel import semconv
+from dspy_otel.core.attributes import Attributes
+from dspy_otel.core.operation import Call
+from dspy_otel.operations.evaluation import score_of
+from dspy_otel.optimizers.run import PERCENT, Run
+
+
+@dataclass(eq=False)
+class Evaluation:
+    """An ``Evaluate`` call that is about to begin directly inside a compile or one of its phases.
+
+    Attributes:
+        program: what is evaluated.
+        program_id: its ``dspy.program.id``.
+        devset: the examples.
+        metric: the metric.
+        metadata: DSPy's ``callback_metadata`` of the call.
+    """
+
+    program: Any
+    program_id: str | None
+    devset: Any
+    metric: Any
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def size(self) -> int | None:
+        """Number of examples."""
+        return len(self.devset) if isinstance(self.devset, (list, tuple)) else None
+
+
+@dataclass(eq=False)
+class Trial:
+    """How to record an evaluation as a trial.
+
+    Attributes:
+        kind: ``baseline``, ``minibatch``, ``full``, ``sample`` or ``validation``.
+        params: what the optimizer chose, as ``dspy.trial.params.*``.
+        parents: ids of the candidates this one was made from.
+        attributes: anything else that is known at the start.
+        phase: the phase it belongs to, unless an enclosing span says so.
+        mixed: several candidates at once; no single one is scored.
+        candidate: ``dspy.program.id`` of what is scored; ``None`` for a mixture.
+        program: it.
+        size: number of examples.
+        waits: the optimizer's verdict comes later: the plan ends the trial.
+        said: attributes to add at its end.
+        call: set while it is open.
+        score: set when its evaluation has ended.
+        about: the plan's own note.
+    """
+
+    kind: str
+    params: Attributes = field(default_factory=dict)
+    parents: list[str] = field(default_factory=list)
+    attributes: Attributes = field(default_factory=dict)
+    phase: str = semconv.PHASE_SEARCH
+    mixed: bool = False
+    candidate: str | None = None
+    program: Any = None
+    size: int | None = None
+    waits: bool = False
+    said: Attributes = field(default_factory=dict)
+    call: Call | None = None
+    score: float | None = None
+    about: Any = None
+
+
+@dataclass(eq=False)
+class Phase:
+    """A part of an optimization that scores no candidate.
+
+    Attributes:
+        name: ``bootstrap``, ``propose``, ``search``, ...
+        role: what LM calls inside are for, if that differs from what is around.
+        trials: evaluations directly inside are trials.
+        attributes: known at the start, or added before the end.
+        about: whatever it works on.
+    """
+
+    name: str
+    role: str | None = None
+    trials: bool = False
+    attributes: Attributes = field(default_factory=dict)
+    about: Any = None
+
+
+class Plan:
+    """How to read one optimizer. As it stands here: any optimizer that scores its candidates with ``Evaluate``.
+
+    One object for each run. Whatever a method raises costs its detail only.
+    """
+
+    role: str | None = semconv.ROLE_PROPOSER
+    """What LM calls directly inside the compile are for."""
+
+    scale = PERCENT
+    """Of the scores this optimizer reports."""
+
+    failed_score: float | None = None
+    """The score the optimizer gives a candidate whose evaluation raised."""
+
+    program_role: str | None = semconv.ROLE_TASK
+    """What the program being optimized is called for, directly inside the compile."""
+
+    state_file: str = ""
+    """Name of the file in :meth:`log_dir` from which the optimizer goes on."""
+
+    deciding: frozenset[str] = frozenset({semconv.TRIAL_BASELINE, semconv.TRIAL_FULL, semconv.TRIAL_VALIDATION})
+    """Kinds of trials whose scores can be compared with each other, and so make a best one."""
+
+    def __init__(self, run: Run, instance: Any, arguments: Mapping[str, Any]) -> None:
+        """Args:
+        run: the run.
+        instance: the optimizer.
+        arguments: of ``compile()``, defaults included. Never to be changed.
+        """
+        self.run = run
+        self.instance = instance
+        self.arguments = arguments
+        self._trials = 0
+        self._has_baseline = False
+
+    def begin(self) -> None:
+        """The compile begins; its span is open."""
+
+    def told(self) -> None:
+        """:attr:`arguments` are known; again when a subclass's ``compile()`` has told more to the one it overrides."""
+
+    def end(self) -> None:
+        """The compile ends; its span is still open."""
+
+    def log_dir(self) -> Any:
+        """The folder in which the optimizer keeps a state that it can go on from, or ``None``."""
+        return None
+
+    def evaluation(self, about: Evaluation) -> Trial | Phase | None:
+        """How to record an evaluation; ``None`` for an evaluation that is neither."""
+        self._trials += 1
+        return Trial(self.kind_of(about), self.params(about), self.parents(about))
+
+    def kind_of(self, about: Evaluation) -> str:
+        """The trial's kind: the initial program, when all examples first score it, is the baseline."""
+        if about.metadata.get("metric_key") == "eval_minibatch":
+            return semconv.TRIAL_MINIBATCH
+        initial = about.program_id is not None and about.program_id == self.run.initial_id
+        if initial and not self._has_baseline:
+            self._has_baseline = True
+            return semconv.TRIAL_BASELINE
+        return semconv.TRIAL_FULL
+
+    def params(self, about: Evaluation) -> Attributes:
+        """What the optimizer chose for this candidate, as ``dspy.trial.params.*`` without the prefix."""
+        return {}
+
+    def parents(self, about: Evaluation) -> list[str]:
+        """The candidates this one was made from: unless it is known better, the initial program."""
+        initial = self.run.initial_id
+        return [initial] if initial is not None and initial != about.program_id else []
+
+    def module_phase(self, module: Any) -> Phase | None:
+        """The phase that a module makes up which the optimizer calls itself; ``None`` for no phase."""
+        return None
+
+    def score(self, result: Any, error: BaseException | None) -> float | None:
+        """The score, as the optimizer counts it."""
+        if error is not None:
+            return self.failed_score if isinstance(error, Exception) else None  # interrupted: no optimizer goes on
+        return score_of(getattr(result, "score", None))
+
+    def scored(self, trial: Trial, result: Any) -> None:
+        """The evaluation of a trial has ended; its span has not."""
+
+
+def mean_of(result: Any) -> float | None:
+    """The mean of an evaluation's single scores, as optimizers work it out that do not use ``Evaluate``'s percent."""
+    rows = getattr(result, "results", None)
+    if not isinstance(rows, (list, tuple)) or not rows:
+        return None
+    scores = [score_of(row[2]) for row in rows]
+    known = [score for score in scores if score is not None]
+    return sum(known) / len(scores) if len(known) == len(scores) else None

@@ -1,0 +1,1 @@
+"""One small file for each optimizer that needs hooks of its own."""

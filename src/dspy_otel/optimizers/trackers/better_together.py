@@ -1,0 +1,55 @@
+"""BetterTogether: the program as it is, then one trial after each step of the strategy."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Final
+
+from dspy_otel.content import introspection
+from dspy_otel.core.attributes import Attributes
+from dspy_otel.optimizers.run import Run
+from dspy_otel.optimizers.tracker import Evaluation, Plan
+from dspy_otel.patching import Patches
+
+if TYPE_CHECKING:
+    from dspy_otel.optimizers import Optimizers
+
+_SEPARATOR: Final = " -> "
+
+
+class BetterTogetherPlan(Plan):
+    """The k-th evaluation follows the k-th step; number 0 is the original program. A failing step is the last."""
+
+    failed_score = 0.0  # eval_candidate_program() turns an exception into this
+
+    def __init__(self, run: Run, instance: Any, arguments: Mapping[str, Any]) -> None:
+        super().__init__(run, instance, arguments)
+        self.steps: list[str] = []
+        self.last: str | None = None
+
+    def told(self) -> None:
+        if "optimizers" not in introspection.instance_dict(self.instance):
+            return  # Before DSPy 3.2 it evaluates nothing between its steps.
+        strategy = self.arguments.get("strategy")
+        self.steps = strategy.split(_SEPARATOR) if isinstance(strategy, str) else []
+        ratio = self.arguments.get("valset_ratio")
+        if self.arguments.get("valset") or ratio is None or ratio > 0:
+            self.run.plan_trials(1 + len(self.steps))
+
+    def params(self, about: Evaluation) -> Attributes:
+        done = self.steps[: self._trials - 1]
+        params: Attributes = {"strategy": _SEPARATOR.join(done)}
+        if done:
+            params["optimizer"] = type(self.instance.optimizers[done[-1]]).__name__
+        return params
+
+    def parents(self, about: Evaluation) -> list[str]:
+        parent, self.last = self.last, about.program_id
+        return [parent] if parent is not None else []
+
+
+PLANS: Final[dict[str, type[Plan]]] = {"BetterTogether": BetterTogetherPlan}
+
+
+def patch(optimizers: Optimizers, patches: Patches) -> None:
+    """Nothing: public entry points tell all."""

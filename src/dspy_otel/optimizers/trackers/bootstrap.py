@@ -1,0 +1,113 @@
+"""BootstrapFewShot: a teacher answers training examples, until enough of its answers pass the metric."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Final
+
+from opentelemetry.trace import Link
+
+from dspy_otel import semconv
+from dspy_otel.core.attributes import Attributes
+from dspy_otel.core.call_context import Scope
+from dspy_otel.core.operation import Call, Operation, Start, openinference
+from dspy_otel.core.telemetry import Telemetry
+from dspy_otel.operations.evaluation import MAX_LINKS, callable_name, metric_name, split_example
+from dspy_otel.operations.module import put_inputs
+from dspy_otel.operations.program import Programs
+from dspy_otel.optimizers.run import run_of
+from dspy_otel.optimizers.trace_sampling import begin_example, end_example
+from dspy_otel.optimizers.tracker import Phase, Plan
+from dspy_otel.patching import Patches, resolve
+
+if TYPE_CHECKING:
+    from dspy_otel.optimizers import Optimizers
+
+
+class BootstrapPlan(Plan):
+    """No trials: one phase of attempts."""
+
+    role = semconv.ROLE_TEACHER
+    program_role = semconv.ROLE_TEACHER
+
+
+class AttemptOperation(Operation):
+    """``BootstrapFewShot._bootstrap_one_example``: the teacher's answer to one example, and the metric's verdict.
+
+    Like an evaluated example it is a trace of its own, linked both ways to its phase; but not when a program compiles
+    as part of its answer: one call is one trace.
+    """
+
+    kind = "example"
+
+    def __init__(self, telemetry: Telemetry, programs: Programs) -> None:
+        super().__init__(telemetry)
+        self.programs = programs
+
+    def start(self, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any], parent: Scope | None) -> Start | None:
+        run = run_of(parent)
+        if parent is None or parent.kind != "phase" or run is None:
+            return None
+        teacher = instance.teacher
+        # The scope's owner is the teacher, so that its answer can be told from what the metric calls.
+        scope = Scope(self.kind, teacher, parent)
+        scope.role = semconv.ROLE_TEACHER
+        name = callable_name(teacher)
+        attributes: Attributes = {semconv.PROGRAM_NAME: name}
+        metric = metric_name(instance.metric)
+        if metric is not None:
+            attributes[semconv.EVALUATION_METRIC_NAME] = metric
+        tried = args[1] if len(args) > 1 else kwargs.get("round_idx", 0)
+        if isinstance(tried, int):
+            attributes[semconv.BOOTSTRAP_ROUND] = tried
+        openinference(attributes, self.telemetry, semconv.KIND_CHAIN)
+        begin_example(self.telemetry, scope)
+        linked = self.telemetry.config.evaluation_traces == "linked" and not run.inference_time
+        scope.notes["linked"] = linked
+        links = [Link(parent.span.get_span_context())] if linked and parent.span is not None else []
+        return Start(f"{semconv.SPAN_BOOTSTRAP_ATTEMPT} {name}", scope, attributes, root=linked, links=links)
+
+    def detail(self, call: Call) -> Attributes:
+        example = call.args[0] if call.args else call.kwargs.get("example")
+        attributes: Attributes = {}
+        example_id = self.programs.example_id(example)
+        if example_id is not None:
+            attributes[semconv.EXAMPLE_ID] = example_id
+        if self.telemetry.config.content_on_spans:
+            inputs, expected = split_example(example)
+            put_inputs(self.telemetry, attributes, inputs)
+            self.telemetry.put_content(attributes, semconv.EXAMPLE_EXPECTED, expected)
+        phase = call.scope.parent
+        linked = call.scope.notes["linked"] and call.scope.hold is None
+        if linked and phase is not None and phase.span is not None:
+            links = phase.notes.get("links", 0)
+            if links < MAX_LINKS and phase.span.is_recording():
+                phase.notes["links"] = links + 1
+                phase.span.add_link(call.span.get_span_context())
+        return attributes
+
+    def measure(self, call: Call, result: Any, error: BaseException | None, seconds: float) -> None:
+        phase = call.scope.parent
+        if phase is not None and isinstance(phase.owner, Phase):
+            said = phase.owner.attributes
+            for name, one in ((semconv.BOOTSTRAP_ATTEMPTS, True), (semconv.BOOTSTRAP_ACCEPTED, bool(result))):
+                so_far = said.get(name, 0)
+                said[name] = (so_far if isinstance(so_far, int) else 0) + one
+
+    def close(self, call: Call, result: Any, error: BaseException | None) -> None:
+        super().close(call, result, error)
+        end_example(call, failed=error is not None or not result)
+
+    def result(self, call: Call, result: Any, error: BaseException | None) -> Attributes:
+        return {} if error is not None else {semconv.BOOTSTRAP_ACCEPTED: bool(result)}
+
+
+PLANS: Final[dict[str, type[Plan]]] = {"BootstrapFewShot": BootstrapPlan}
+
+
+def patch(optimizers: Optimizers, patches: Patches) -> None:
+    """The phase, and each attempt in it."""
+    owner = resolve("dspy.teleprompt.bootstrap", "BootstrapFewShot")
+    phase = optimizers.phases.around(lambda run, args, kwargs: Phase(semconv.PHASE_BOOTSTRAP, semconv.ROLE_TEACHER))
+    patches.wrap(owner, "_bootstrap", phase, loses="BootstrapFewShot's bootstrap phase")
+    attempts = AttemptOperation(optimizers.telemetry, optimizers.programs)
+    patches.wrap(owner, "_bootstrap_one_example", attempts.wrap, loses="BootstrapFewShot's attempts")

@@ -1,0 +1,77 @@
+"""COPRO: at each depth, new instructions are proposed for each predictor, and each of them is a trial."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, Final
+
+from dspy_otel import semconv
+from dspy_otel.core.attributes import Attributes
+from dspy_otel.optimizers.run import Run
+from dspy_otel.optimizers.tracker import Evaluation, Phase, Plan
+from dspy_otel.patching import Patches, resolve
+
+if TYPE_CHECKING:
+    from dspy_otel.optimizers import Optimizers
+
+
+class COPROPlan(Plan):
+    """Depth is told by the proposals so far: one for each predictor at each depth."""
+
+    def __init__(self, run: Run, instance: Any, arguments: Mapping[str, Any]) -> None:
+        super().__init__(run, instance, arguments)
+        self.proposals = 0
+        self.changed: Any = None
+        self.place: tuple[int, str | None] | None = None
+        self.index = 0
+
+    def told(self) -> None:
+        if self.run.student is None:
+            return
+        predictors, breadth, depth = len(self.run.student.predictors()), self.instance.breadth, self.instance.depth
+        # A single predictor's new proposals are scored; of several, all proposals again at each depth.
+        rounds = depth if predictors == 1 else depth * (depth + 1) // 2
+        self.run.plan_trials(predictors * breadth * rounds)
+
+    @property
+    def depth(self) -> int:
+        """The depth that is worked on, from 0 as in ``candidate_programs``."""
+        predictors = len(self.run.student.predictors()) if self.run.student is not None else 1
+        return max(self.proposals - 1, 0) // max(predictors, 1)
+
+    def module_phase(self, module: Any) -> Phase | None:
+        self.proposals += 1
+        return Phase(semconv.PHASE_PROPOSE, attributes={f"{semconv.TRIAL_PARAMS_PREFIX}depth": self.depth})
+
+    def params(self, about: Evaluation) -> Attributes:
+        found = (name for name, predictor in about.program.named_predictors() if predictor is self.changed)
+        predictor = next(found, None)
+        place = (self.depth, predictor)
+        self.index = self.index + 1 if place == self.place else 0
+        self.place = place
+        params: Attributes = {"depth": self.depth, "candidate": self.index}
+        if predictor is not None:
+            params["predictor"] = predictor
+        return params
+
+
+PLANS: Final[dict[str, type[Plan]]] = {"COPRO": COPROPlan}
+
+
+def patch(optimizers: Optimizers, patches: Patches) -> None:
+    """Which predictor a candidate changes."""
+
+    def note_change(original: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(original)
+        def wrapper(self_: Any, predictor: Any, *args: Any, **kwargs: Any) -> Any:
+            result = original(self_, predictor, *args, **kwargs)
+            plan = optimizers.running(COPROPlan)
+            if plan is not None:
+                plan.changed = predictor
+            return result
+
+        return wrapper
+
+    owner = resolve("dspy.teleprompt.copro_optimizer", "COPRO")
+    patches.wrap(owner, "_set_signature", note_change, loses="which predictor a trial of COPRO changes")

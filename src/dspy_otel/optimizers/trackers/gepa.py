@@ -1,0 +1,350 @@
+"""GEPA: the seed, then iterations that sample a parent, reflect on it, and score a child, or merge two candidates.
+
+GEPA's own callbacks tell what each evaluation is for, and the verdict on each child; they come after its evaluation,
+so the trial's span stays open until then.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import threading
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any, Final
+
+from dspy_otel import semconv
+from dspy_otel.content import introspection, redaction
+from dspy_otel.core.attributes import Attributes
+from dspy_otel.core.internal_errors import warn_once
+from dspy_otel.core.operation import Call
+from dspy_otel.optimizers.run import MEAN, Run
+from dspy_otel.optimizers.tracker import Evaluation, Phase, Plan, Trial, mean_of
+from dspy_otel.patching import Patches, resolve
+
+if TYPE_CHECKING:
+    from dspy_otel.optimizers import Optimizers
+
+
+class GEPAPlan(Plan):
+    """Follows GEPA's events.
+
+    Scores are means, as in ``detailed_results``; before and after are sums over the minibatch, as GEPA judges.
+    """
+
+    role = semconv.ROLE_JUDGE  # outside of proposals, GEPA asks the metric for feedback
+    scale = MEAN
+    state_file = "gepa_state.bin"
+    deciding = frozenset({semconv.TRIAL_BASELINE, semconv.TRIAL_FULL})
+
+    def __init__(self, run: Run, instance: Any, arguments: Mapping[str, Any]) -> None:
+        super().__init__(run, instance, arguments)
+        self.stage: str = semconv.TRIAL_BASELINE
+        self.iteration = 0
+        self.pool: dict[int, str] = {}
+        self.waiting: list[Trial] = []
+        self.reflect: Call | None = None
+        self.front: Mapping[str, Any] = {}
+        self.resumed = False
+        self._lock = threading.Lock()
+        self._new_iteration()
+
+    def log_dir(self) -> Any:
+        return getattr(self.instance, "log_dir", None)
+
+    def _new_iteration(self) -> None:
+        # One entry for each sampled task, in GEPA's order: (parent's index, minibatch ids), and the parent's sum.
+        self.merging = False
+        self.sampled: list[tuple[int, list[str]]] = []
+        self.before: list[float] = []
+        self.prepared: list[int] = []
+        self.proposed: list[dict[str, str]] = []
+        self.children: list[list[int]] = []
+        self.placed: set[int] = set()
+
+    # --- evaluations ------------------------------------------------------------------------------------------------
+    def evaluation(self, about: Evaluation) -> Trial | Phase | None:
+        texts = {name: predictor.signature.instructions for name, predictor in about.program.named_predictors()}
+        trial = Trial(self.stage, about=texts)
+        if self.stage == semconv.TRIAL_BASELINE:
+            trial.params["candidate_index"] = 0
+            self.waiting.append(trial)
+            return trial
+        trial.params["iteration"] = self.iteration
+        if self.merging:
+            trial.phase = semconv.PHASE_MERGE
+        if self.stage == semconv.TRIAL_SAMPLE:
+            trial.phase = semconv.PHASE_SAMPLE
+            # Of the tasks sampled in this iteration; two candidates of the pool may be the same program.
+            own = [(index, ids) for index, ids in self.sampled if self.pool.get(index) == about.program_id]
+            if own:
+                trial.params["candidate_index"] = own[0][0]
+            if len(own) == 1:  # with several samples of one program it is not known which
+                trial.params["minibatch_ids"] = own[0][1]
+            return trial
+        trial.waits = True
+        if self.stage == semconv.TRIAL_MINIBATCH:
+            place = self._place_of(texts)
+            if place is not None:
+                parents = self.children[place]
+                trial.parents = [self.pool[index] for index in parents if index in self.pool]
+                if place < len(self.proposed):
+                    trial.params["components"] = sorted(self.proposed[place])
+                    if len(self.prepared) == len(self.proposed):  # else it is not known which task came to nothing
+                        task = self.prepared[place]
+                        trial.params["minibatch_ids"] = self.sampled[task][1]
+                        trial.said[semconv.TRIAL_SCORE_BEFORE] = self.before[task]
+        else:
+            self._accepted(about.program_id, trial)
+        self.waiting.append(trial)
+        return trial
+
+    def _place_of(self, texts: Mapping[str, str]) -> int | None:
+        """Which of the children announced in this iteration has these texts."""
+        if len(self.children) == 1:
+            return 0
+        with self._lock:  # children are evaluated side by side
+            for place, proposed in enumerate(self.proposed[: len(self.children)]):
+                if place not in self.placed and all(texts.get(name) == text for name, text in proposed.items()):
+                    self.placed.add(place)
+                    return place
+        return None
+
+    def _accepted(self, candidate: str | None, full: Trial) -> None:
+        """A candidate goes on to the whole validation set: its minibatch was good enough."""
+        for trial in self.waiting:
+            if trial.kind == semconv.TRIAL_MINIBATCH and trial.candidate == candidate:
+                full.parents = list(trial.parents)
+                self._end(trial, {semconv.TRIAL_ACCEPTED: True})
+                return
+
+    def score(self, result: Any, error: BaseException | None) -> float | None:
+        return mean_of(result)
+
+    def scored(self, trial: Trial, result: Any) -> None:
+        if trial.kind == semconv.TRIAL_MINIBATCH and trial.score is not None:
+            trial.said[semconv.TRIAL_SCORE_AFTER] = float(sum(float(row_score(row)) for row in result.results))
+
+    def _end(self, trial: Trial, said: Attributes) -> None:
+        if trial in self.waiting:
+            self.waiting.remove(trial)
+        trial.said.update(said)
+        if trial.waits and trial.call is not None:
+            trial.call.operation.close(trial.call, None, None)
+
+    def _end_reflect(self) -> None:
+        reflect, self.reflect = self.reflect, None
+        if reflect is None:
+            return
+        if not self.proposed:
+            # The reflection failed, which GEPA only logs, or had nothing to say.
+            reflect.instance.attributes.setdefault(semconv.TRIAL_REASON, "no_proposal")
+        reflect.operation.close(reflect, None, None)
+
+    def end(self) -> None:
+        self._end_reflect()
+        for trial in list(self.waiting):
+            self._end(trial, {})
+
+    # --- GEPA's events ----------------------------------------------------------------------------------------------
+    def on_iteration_start(self, event: Mapping[str, Any]) -> None:
+        self.iteration = event["iteration"]
+        attempt = self.run.attempt
+        if attempt is not None and attempt.before is not None and not self.resumed:
+            # Of the attempt before, GEPA knows the candidates of its last saved state.
+            self.resumed = True
+            saved = range(1, len(event["state"].program_candidates))
+            self.pool.update({index: attempt.pool[index] for index in saved if index in attempt.pool})
+        self.stage = semconv.TRIAL_FULL
+        self._new_iteration()
+
+    def on_candidate_selected(self, event: Mapping[str, Any]) -> None:
+        self.sampled.append((event["candidate_idx"], []))
+
+    def on_minibatch_sampled(self, event: Mapping[str, Any]) -> None:
+        self.sampled[-1] = (self.sampled[-1][0], [str(one) for one in event["minibatch_ids"]])
+
+    def on_evaluation_start(self, event: Mapping[str, Any]) -> None:
+        if event["candidate_idx"] is not None:
+            self.stage = semconv.TRIAL_SAMPLE
+            return
+        self._end_reflect()
+        parents = list(event["parent_ids"])
+        self.children.append(parents)
+        self.merging = len(parents) > 1
+        self.stage = semconv.TRIAL_MINIBATCH
+
+    def on_evaluation_end(self, event: Mapping[str, Any]) -> None:
+        if event["candidate_idx"] is None:
+            self.stage = semconv.TRIAL_FULL
+            return
+        self.before.append(float(sum(event["scores"])))
+        if self.reflect is None and self.phases is not None:
+            phase = Phase(semconv.PHASE_REFLECT, self.role)
+            phase.attributes[f"{semconv.TRIAL_PARAMS_PREFIX}iteration"] = self.iteration
+            self.reflect = self.phases.open(phase, (), {})
+
+    def on_evaluation_skipped(self, event: Mapping[str, Any]) -> None:
+        if self.reflect is not None:
+            self.reflect.instance.attributes[semconv.TRIAL_REASON] = str(event["reason"])
+
+    def on_reflective_dataset_built(self, event: Mapping[str, Any]) -> None:
+        first = self.prepared[-1] + 1 if self.prepared else 0
+        tasks = range(first, len(self.sampled))
+        self.prepared.append(next(task for task in tasks if self.sampled[task][0] == event["candidate_idx"]))
+
+    def on_proposal_start(self, event: Mapping[str, Any]) -> None:
+        if self.reflect is not None:
+            self.reflect.scope.role = semconv.ROLE_REFLECTION
+
+    def on_proposal_end(self, event: Mapping[str, Any]) -> None:
+        self.proposed.append(dict(event["new_instructions"]))
+
+    def on_pareto_front_updated(self, event: Mapping[str, Any]) -> None:
+        self.front = event
+
+    def on_valset_evaluated(self, event: Mapping[str, Any]) -> None:
+        candidate, index = event["candidate"], event["candidate_idx"]
+        for trial in self.waiting:
+            if trial.kind != semconv.TRIAL_MINIBATCH and self._is(trial, candidate):
+                if trial.candidate is not None:
+                    self.pool[index] = trial.candidate
+                    if self.run.attempt is not None:
+                        self.run.attempt.pool[index] = trial.candidate
+                trial.said[f"{semconv.TRIAL_PARAMS_PREFIX}candidate_index"] = index
+                if trial.waits:
+                    trial.score = float(event["average_score"])
+                    self._put_front(trial, index)
+                self._end(trial, {})
+                return
+
+    def _is(self, trial: Trial, candidate: Mapping[str, str]) -> bool:
+        return all(trial.about.get(name, text) == text for name, text in candidate.items())
+
+    def _put_front(self, trial: Trial, index: int) -> None:
+        """Whether the candidate is on the Pareto front, and whom it displaced from there."""
+        front, self.front = self.front, {}
+        if not front:
+            return
+        trial.said[semconv.TRIAL_ON_PARETO_FRONT] = index in front["new_front"]
+        shown: Attributes = {
+            semconv.PARETO_FRONT: self._named(front["new_front"]),
+            semconv.PARETO_DISPLACED: self._named(front["displaced_candidates"]),
+            f"{semconv.TRIAL_PARAMS_PREFIX}iteration": self.iteration,
+        }
+        self.run.telemetry.add_event(self.run.scope.span, semconv.EVENT_PARETO_FRONT, shown)
+
+    def _named(self, indices: Iterable[int]) -> list[str]:
+        """Candidates by id, each once: two of the pool may be the same program."""
+        return list(dict.fromkeys(self.pool[index] for index in indices if index in self.pool))
+
+    def on_candidate_rejected(self, event: Mapping[str, Any]) -> None:
+        pending = [trial for trial in self.waiting if trial.kind == semconv.TRIAL_MINIBATCH]
+        after = [trial for trial in pending if trial.said.get(semconv.TRIAL_SCORE_AFTER) == event["new_score"]]
+        both = [trial for trial in after if trial.said.get(semconv.TRIAL_SCORE_BEFORE) == event["old_score"]]
+        for trial in (both or after or pending)[:1]:
+            said: Attributes = {
+                semconv.TRIAL_SCORE_BEFORE: float(event["old_score"]),
+                semconv.TRIAL_SCORE_AFTER: float(event["new_score"]),
+            }
+            self._reject(trial, event["reason"], said)
+
+    def on_merge_rejected(self, event: Mapping[str, Any]) -> None:
+        for trial in [trial for trial in self.waiting if trial.kind == semconv.TRIAL_MINIBATCH][:1]:
+            self._reject(trial, event["reason"], {})
+
+    def _reject(self, trial: Trial, reason: Any, said: Attributes) -> None:
+        text = redaction.mask(str(reason)[:1024])
+        self._end(trial, {**said, semconv.TRIAL_ACCEPTED: False, semconv.TRIAL_REASON: text})
+
+    def on_iteration_end(self, event: Mapping[str, Any]) -> None:
+        self.end()
+
+    phases: Any = None
+
+
+class SilentGEPAPlan(Plan):
+    """GEPA that tells us nothing: its evaluations are trials, as those of any other optimizer.
+
+    Which rows they are on tells those that decide from those on minibatches.
+    """
+
+    scale = MEAN
+    deciding = GEPAPlan.deciding
+    role = None  # Nothing tells reflection from the metric's own calls.
+
+    def kind_of(self, about: Evaluation) -> str:
+        whole = self.arguments.get("valset") or self.arguments.get("trainset")
+        if {id(row) for row in introspection.items(about.devset)} == {id(row) for row in introspection.items(whole)}:
+            return super().kind_of(about)
+        return semconv.TRIAL_MINIBATCH
+
+    def score(self, result: Any, error: BaseException | None) -> float | None:
+        return mean_of(result)
+
+
+class OldGEPAPlan(SilentGEPAPlan):
+    """GEPA before 0.0.27, which knows no callbacks. Said when it is used, not to everybody who has it installed."""
+
+    def begin(self) -> None:
+        warn_once(("patch", "callbacks"), "this GEPA knows no callbacks; telemetry lacks %s", _LOSES)
+
+
+PLANS: Final[dict[str, type[Plan]]] = {"GEPA": GEPAPlan}
+_LOSES: Final = "GEPA's verdicts, parents and reflections"
+
+
+def row_score(row: Any) -> float:
+    """The score in one row of an evaluation's results, which may be a number or have one."""
+    verdict = row[2]
+    return float(getattr(verdict, "score", verdict))
+
+
+class Observer:
+    """What GEPA is given as a callback: passes events on to the plan, and never raises."""
+
+    def __init__(self, plan: GEPAPlan) -> None:
+        self._plan = plan
+
+    def __getattr__(self, name: str) -> Any:
+        method = getattr(type(self._plan), name, None) if name.startswith("on_") else None
+        if method is None:
+            raise AttributeError(name)
+        plan = self._plan
+        return lambda event: plan.run.telemetry.safely(f"GEPA {name}", None, method, plan, event)
+
+
+def patch(optimizers: Optimizers, patches: Patches) -> None:
+    """``gepa.optimize`` gets one callback more, for the one call."""
+
+    def observed(original: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(original)
+        def optimize(*args: Any, **kwargs: Any) -> Any:
+            plan = optimizers.running(GEPAPlan)
+            if plan is not None:
+                kwargs = optimizers.telemetry.safely("GEPA", kwargs, observing, plan, kwargs)
+            return original(*args, **kwargs)
+
+        return optimize
+
+    def observing(plan: GEPAPlan, kwargs: dict[str, Any]) -> dict[str, Any]:
+        plan.phases = optimizers.phases
+        budget = kwargs.get("max_metric_calls")
+        plan.run.planned_examples = budget if isinstance(budget, int) else None
+        return {**kwargs, "callbacks": [*(kwargs.get("callbacks") or ()), Observer(plan)]}
+
+    if resolve("dspy.teleprompt.gepa.gepa", "GEPA") is None:
+        return
+    optimize = resolve("gepa", "optimize")
+    if optimize is not None and not _takes(optimize, "callbacks"):
+        optimizers.plans["GEPA"] = OldGEPAPlan
+    elif not patches.wrap(resolve("gepa"), "optimize", observed, loses=_LOSES):
+        optimizers.plans["GEPA"] = SilentGEPAPlan
+
+
+def _takes(function: Any, name: str) -> bool:
+    """Whether ``function`` has a parameter of this name, or takes any."""
+    try:
+        parameters = inspect.signature(function).parameters
+    except (TypeError, ValueError):
+        return True
+    return name in parameters or any(one.kind is one.VAR_KEYWORD for one in parameters.values())

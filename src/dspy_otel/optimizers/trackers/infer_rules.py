@@ -1,0 +1,34 @@
+"""InferRules: bootstrap, then for each candidate new rules and a trial."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+from dspy_otel import semconv
+from dspy_otel.core.attributes import Attributes
+from dspy_otel.optimizers.tracker import Evaluation, Phase, Plan
+from dspy_otel.patching import Patches, resolve
+
+if TYPE_CHECKING:
+    from dspy_otel.optimizers import Optimizers
+
+
+class InferRulesPlan(Plan):
+    """The rules are in the candidate's instructions: its state and its difference to the parent show them."""
+
+    def begin(self) -> None:
+        if isinstance(self.instance.num_candidates, int):
+            self.run.plan_trials(self.instance.num_candidates)
+
+    def params(self, about: Evaluation) -> Attributes:
+        return {"candidate": self._trials - 1}
+
+
+PLANS: Final[dict[str, type[Plan]]] = {"InferRules": InferRulesPlan}
+
+
+def patch(optimizers: Optimizers, patches: Patches) -> None:
+    """The phase in which rules are found."""
+    propose = optimizers.phases.around(lambda run, args, kwargs: Phase(semconv.PHASE_PROPOSE, semconv.ROLE_PROPOSER))
+    owner = resolve("dspy.teleprompt.infer_rules", "InferRules")
+    patches.wrap(owner, "induce_natural_language_rules", propose, loses="InferRules' propose phases")

@@ -1,0 +1,78 @@
+"""ReAnchor (DSPy 3.4, experimental): each setting of the program's decision parameters that is scored is a trial."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, Final
+
+from dspy_otel import semconv
+from dspy_otel.content.encoder import Content
+from dspy_otel.core.attributes import Attributes
+from dspy_otel.optimizers.run import MEAN
+from dspy_otel.optimizers.tracker import Evaluation, Plan, mean_of
+from dspy_otel.patching import Patches, resolve
+
+if TYPE_CHECKING:
+    from dspy_otel.optimizers import Optimizers
+
+_CONTENT: Final = Content(limit=4096)
+
+
+class ReAnchorPlan(Plan):
+    """Only the training set decides; the validation set is scored for the report."""
+
+    role = semconv.ROLE_TASK
+    scale = MEAN
+    deciding = frozenset({semconv.TRIAL_BASELINE, semconv.TRIAL_FULL})
+
+    def kind_of(self, about: Evaluation) -> str:
+        if about.devset is self.arguments.get("valset"):
+            return semconv.TRIAL_VALIDATION
+        return super().kind_of(about)
+
+    def params(self, about: Evaluation) -> Attributes:
+        # Thresholds, cuts and weights: numbers under names from the signature.
+        fields = {name: predictor.fields for name, predictor in about.program.named_predictors() if predictor.fields}
+        return {"fields": _CONTENT.json(fields)} if fields else {}
+
+    def score(self, result: Any, error: BaseException | None) -> float | None:
+        return mean_of(result)
+
+
+PLANS: Final[dict[str, type[Plan]]] = {"ReAnchor": ReAnchorPlan}
+
+
+def patch(optimizers: Optimizers, patches: Patches) -> None:
+    """``calibrate.scores``: one pass over the examples with one setting."""
+    module = resolve("dspy.teleprompt.reanchor.calibrate")
+    if module is None:
+        return  # DSPy 3.3
+
+    def as_evaluation(original: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(original)
+        def scores(program: Any, examples: Any, metric: Any, num_threads: Any = None, *args: Any, **kwargs: Any) -> Any:
+            call = None
+            if optimizers.running(Plan) is not None:
+                given = SimpleNamespace(program=program, metric=metric, devset=examples, num_threads=num_threads)
+                call = optimizers.evaluate.open(given, (), {})
+            if call is None:
+                return original(program, examples, metric, num_threads, *args, **kwargs)
+            try:
+                values = original(program, examples, metric, num_threads, *args, **kwargs)
+            except BaseException as error:
+                optimizers.evaluate.close(call, None, error)
+                raise
+            optimizers.evaluate.close(call, optimizers.telemetry.safely("ReAnchor", None, _result, values), None)
+            return values
+
+        return scores
+
+    patches.wrap(module, "scores", as_evaluation, loses="ReAnchor's trials")
+
+
+def _result(values: list[float]) -> SimpleNamespace:
+    """What ``Evaluate`` would have returned."""
+    percent = round(100 * sum(values) / len(values), 2) if values else None
+    return SimpleNamespace(score=percent, results=[(None, None, value) for value in values])

@@ -1,0 +1,319 @@
+"""SIMBA: each step samples trajectories, builds candidates with a strategy, and scores them on the same minibatch.
+
+It evaluates through ``dspy.Parallel``, so the trials are told from the pairs that it hands over.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, Final
+
+from opentelemetry import context as otel_context
+
+from dspy_otel import semconv
+from dspy_otel.core.attributes import Attributes
+from dspy_otel.core.call_context import current_scope
+from dspy_otel.core.errors import hide_frames
+from dspy_otel.core.operation import Call, detach
+from dspy_otel.optimizers.run import MEAN, Run
+from dspy_otel.optimizers.tracker import Evaluation, Phase, Plan, Trial, mean_of
+from dspy_otel.optimizers.trials import CandidateRun
+from dspy_otel.patching import Patches, resolve
+
+if TYPE_CHECKING:
+    from dspy_otel.optimizers import Optimizers
+
+
+class SIMBAPlan(Plan):
+    """Which of SIMBA's three kinds of evaluation comes next, and where each candidate came from."""
+
+    scale = MEAN
+    deciding = frozenset({semconv.TRIAL_BASELINE, semconv.TRIAL_VALIDATION})
+
+    def __init__(self, run: Run, instance: Any, arguments: Mapping[str, Any]) -> None:
+        super().__init__(run, instance, arguments)
+        self.step = -1
+        self.next = semconv.TRIAL_VALIDATION
+        self.made: dict[int, Attributes] = {}
+        self.pool: list[str | None] = [run.initial_id]
+
+    def begin(self) -> None:
+        _strategies.lend(self.instance)
+
+    def end(self) -> None:
+        _strategies.give_back(self.instance)
+
+    def told(self) -> None:
+        # At most: a strategy may fail, and the same program may be chosen twice for the end.
+        rows = self.arguments.get("trainset")
+        if isinstance(rows, (list, tuple)):
+            size, candidates, steps = self.instance.bsize, self.instance.num_candidates, self.instance.max_steps
+            step = size * (candidates + min(size, candidates + 1))
+            self.run.planned_examples = steps * step + min(steps, candidates) * len(rows) + len(rows)
+
+    def new_step(self) -> None:
+        """The next step begins: it samples first, then scores candidates."""
+        self.step += 1
+        self.next = semconv.TRIAL_SAMPLE
+        self.made.clear()
+
+    def evaluation(self, about: Evaluation) -> Trial | Phase | None:
+        step: Attributes = {} if self.next == semconv.TRIAL_VALIDATION else {"step": self.step}
+        if self.next == semconv.TRIAL_SAMPLE:
+            return Trial(self.next, step, mixed=True)
+        # Copies take the attribute `simba_idx` along, and a candidate gets its own only after it was scored.
+        source = getattr(about.program, "simba_idx", None)
+        if self.next == semconv.TRIAL_MINIBATCH:
+            params = {**step, **self.made.get(id(about.program), {})}
+            parents: list[str] = []
+            if isinstance(source, int):
+                params["source"] = source
+                if source < len(self.pool) and self.pool[source] is not None:
+                    parents = [str(self.pool[source])]
+            return Trial(self.next, params, parents)
+        # Several of the programs chosen for the end may be copies of the initial one.
+        kind = self.kind_of(about)
+        return Trial(kind if kind == semconv.TRIAL_BASELINE else semconv.TRIAL_VALIDATION)
+
+    def score(self, result: Any, error: BaseException | None) -> float | None:
+        return mean_of(result)
+
+    def phase(self) -> Phase:
+        """The phase of the evaluation that comes next."""
+        phases = {semconv.TRIAL_SAMPLE: semconv.PHASE_SAMPLE, semconv.TRIAL_MINIBATCH: semconv.PHASE_SEARCH}
+        role = semconv.ROLE_TASK
+        return Phase(phases.get(self.next, semconv.PHASE_FINAL_EVALUATION), role, trials=True)
+
+    def evaluated(self, programs: list[str | None]) -> None:
+        """One kind of evaluation is over, of these candidates."""
+        if self.next == semconv.TRIAL_MINIBATCH:
+            self.pool += programs
+            self.next = semconv.TRIAL_VALIDATION
+        elif self.next == semconv.TRIAL_SAMPLE:
+            self.next = semconv.TRIAL_MINIBATCH
+
+
+PLANS: Final[dict[str, type[Plan]]] = {"SIMBA": SIMBAPlan}
+
+
+class _Strategies:
+    """SIMBA's list of strategies, each under observation while a compile runs; ``rng.choice`` picks the same ones."""
+
+    def __init__(self) -> None:
+        self.optimizers: Optimizers | None = None
+        self._lock = threading.Lock()
+        self._lent: dict[int, tuple[int, Any, Any]] = {}
+
+    def lend(self, instance: Any) -> None:
+        """Put observed strategies in place, once for any number of compiles at the same time."""
+        with self._lock:
+            count, original, ours = self._lent.get(id(instance), (0, instance.strategies, None))
+            if ours is None:
+                ours = [self._observed(strategy) for strategy in original]
+                instance.strategies = ours
+            self._lent[id(instance)] = (count + 1, original, ours)
+
+    def give_back(self, instance: Any) -> None:
+        """Restore the list when the last compile of this optimizer ends, unless somebody has changed it since."""
+        with self._lock:
+            if id(instance) not in self._lent:
+                return
+            count, original, ours = self._lent.pop(id(instance))
+            if count > 1:
+                self._lent[id(instance)] = (count - 1, original, ours)
+            elif instance.strategies is ours:
+                instance.strategies = original
+
+    def _observed(self, strategy: Callable[..., Any]) -> Callable[..., Any]:
+        optimizers = self.optimizers
+        if optimizers is None:
+            return strategy
+        name = getattr(strategy, "__name__", type(strategy).__name__).rstrip("_")
+
+        def describe(run: Run, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Phase | None:
+            plan = run.plan
+            if not isinstance(plan, SIMBAPlan):
+                return None
+            plan.made[id(args[1])] = {"strategy": name}
+            key = semconv.TRIAL_PARAMS_PREFIX
+            attributes: Attributes = {f"{key}step": plan.step, f"{key}strategy": name}
+            phase = Phase(semconv.PHASE_PROPOSE, semconv.ROLE_PROPOSER, attributes=attributes)
+            phase.about = args[1]
+            return phase
+
+        def finish(run: Run, phase: Phase, result: Any) -> None:
+            if isinstance(run.plan, SIMBAPlan):
+                # False: the strategy had nothing to go by, and the candidate is a copy with some demos dropped.
+                run.plan.made[id(phase.about)]["applied"] = bool(result)
+                phase.attributes[f"{semconv.TRIAL_PARAMS_PREFIX}applied"] = bool(result)
+
+        return optimizers.phases.around(describe, finish)(strategy)
+
+
+_strategies: Final = _Strategies()
+
+
+class _Observed:
+    """One of SIMBA's wrapped programs, which runs one example."""
+
+    def __init__(self, function: Callable[[Any], Any], program: Any, metric: Any) -> None:
+        self.function = function
+        self.program = program
+        self.metric = metric
+        self.call: Call | None = None
+        self.examples: Any = None
+        self.candidate: str | None = None
+        self.index = -1
+        self.runs = 0
+
+    def __call__(self, example: Any) -> Any:
+        call = self.call
+        if call is None:
+            return self.function(example)
+        self.runs += 1
+        token = otel_context.attach(call.context)
+        try:
+            run = CandidateRun(example, self.index, self.runs > 1, call.scope, self.program, self.candidate)
+            return self.examples.wrap(lambda _run, given: self.function(given))(run, example)
+        finally:
+            detach(token)
+
+
+def patch(optimizers: Optimizers, patches: Patches) -> None:
+    """Steps, what each pair runs, and the evaluations as a whole."""
+    _strategies.optimizers = optimizers
+    telemetry = optimizers.telemetry
+    module = resolve("dspy.teleprompt.simba")
+
+    def plan() -> SIMBAPlan | None:
+        return optimizers.running(SIMBAPlan)
+
+    def note_step(original: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(original)
+        def prepare_models_for_resampling(*args: Any, **kwargs: Any) -> Any:
+            current = plan()
+            if current is not None:
+                telemetry.safely("SIMBA step", None, current.new_step)
+            return original(*args, **kwargs)
+
+        return prepare_models_for_resampling
+
+    def note_program(original: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(original)
+        def wrap_program(program: Any, metric: Any, *args: Any, **kwargs: Any) -> Any:
+            function = original(program, metric, *args, **kwargs)
+            if plan() is None:
+                return function
+            return telemetry.safely("SIMBA program", function, _Observed, function, program, metric)
+
+        return wrap_program
+
+    def note_evaluation(original: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(original)
+        def __call__(self_: Any, *args: Any, **kwargs: Any) -> Any:
+            try:
+                return evaluate_observed(self_, *args, **kwargs)
+            except BaseException as error:
+                hide_frames(error)
+                raise
+
+        def evaluate_observed(self_: Any, *args: Any, **kwargs: Any) -> Any:
+            current = plan()
+            pairs = args[0] if args and isinstance(args[0], list) else None
+            if current is not None and pairs == [] and telemetry.safely("SIMBA evaluation", None, _in_compile):
+                # Every strategy has failed: there is no candidate to score.
+                telemetry.safely("SIMBA evaluation", None, current.evaluated, [])
+            if current is None or not pairs or not isinstance(pairs[0][0], _Observed):
+                return original(self_, *args, **kwargs)
+            about = telemetry.safely("SIMBA evaluation", None, current.phase)
+            phase = None if about is None else optimizers.phases.open(about, (), {})
+            none: list[_Group] = []
+            groups = telemetry.safely("SIMBA evaluation", none, _open_groups, optimizers, current, pairs, self_)
+            try:
+                results = original(self_, *args, **kwargs)
+            except BaseException as error:
+                telemetry.safely("SIMBA evaluation", None, _close_groups, optimizers, groups, None, error)
+                if phase is not None:
+                    optimizers.phases.close(phase, None, error)
+                raise
+            telemetry.safely("SIMBA evaluation", None, _close_groups, optimizers, groups, results, None)
+            if phase is not None:
+                optimizers.phases.close(phase, results, None)
+            telemetry.safely("SIMBA evaluation", None, _evaluated, current, groups)
+            return results
+
+        return __call__
+
+    loses = "SIMBA's trials"
+    if module is None:
+        return
+    patches.wrap(module, "prepare_models_for_resampling", note_step, loses=loses)
+    patches.wrap(module, "wrap_program", note_program, loses=loses)
+    patches.wrap(resolve("dspy.predict.parallel", "Parallel"), "__call__", note_evaluation, loses=loses)
+
+
+_Group = tuple[Call, list[int]]
+
+
+def _evaluated(plan: SIMBAPlan, groups: list[_Group]) -> None:
+    plan.evaluated([_candidate(call) for call, _ in groups])
+
+
+def _in_compile() -> bool:
+    """Whether the optimizer itself is at work here, and not a program that it runs."""
+    scope = current_scope()
+    return scope is not None and scope.kind == "compile"
+
+
+def _candidate(call: Call) -> str | None:
+    found = call.scope.stamps.get(semconv.CANDIDATE_ID)
+    return found if isinstance(found, str) else None
+
+
+def _open_groups(optimizers: Optimizers, plan: SIMBAPlan, pairs: list[Any], parallel: Any) -> list[_Group]:
+    """Open a trial and its evaluation for each candidate among ``pairs``; with the places of its pairs."""
+    places: dict[int, list[int]] = {}
+    mixed = plan.next == semconv.TRIAL_SAMPLE
+    for place, (observed, _) in enumerate(pairs):
+        places.setdefault(0 if mixed else id(observed.program), []).append(place)
+    groups: list[_Group] = []
+    for own in places.values():
+        first: _Observed = pairs[own[0]][0]
+        program = _mixture(plan.run.program_name) if mixed else first.program
+        rows = [pairs[place][1] for place in own]
+        call = optimizers.evaluate.open_for(program, first.metric, rows, parallel.num_threads)
+        if call is None:
+            continue
+        groups.append((call, own))
+        for index, place in enumerate(own):
+            observed = pairs[place][0]
+            observed.call, observed.index, observed.examples = call, index, optimizers.example
+            source = getattr(observed.program, "simba_idx", None)
+            if mixed and isinstance(source, int) and source < len(plan.pool):
+                observed.candidate = plan.pool[source]
+    return groups
+
+
+def _close_groups(optimizers: Optimizers, groups: list[_Group], results: Any, error: BaseException | None) -> None:
+    for call, places in groups:
+        outcome = None
+        if error is None:
+            outcome = _Outcome([results[place] for place in places])
+        optimizers.evaluate.close(call, outcome, error)
+
+
+class _Outcome:
+    """What ``Evaluate`` would have returned for the results of one candidate."""
+
+    def __init__(self, rows: list[Any]) -> None:
+        known = [row if isinstance(row, dict) else {} for row in rows]
+        self.results = [(row.get("example"), row.get("prediction"), row.get("score")) for row in known]
+        mean = mean_of(self)
+        self.score = None if mean is None else round(100 * mean, 2)
+
+
+def _mixture(name: str | None) -> Any:
+    """Stands for several candidates of the program ``name``."""
+    return type(name or "Program", (), {})()

@@ -1,0 +1,218 @@
+"""``configure()``: providers and exporters for people who have none yet."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+from collections.abc import Callable
+from importlib.metadata import entry_points
+from typing import Any, Final
+
+from opentelemetry import _logs, metrics, trace
+
+from dspy_otel.config import Config
+from dspy_otel.instrumentor import DSPyInstrumentor
+
+_LOG: Final = logging.getLogger(__name__)
+
+_GROUPS: Final = {
+    "traces": "opentelemetry_traces_exporter",
+    "metrics": "opentelemetry_metrics_exporter",
+    "logs": "opentelemetry_logs_exporter",
+}
+_PROTOCOLS: Final = ("grpc", "http/protobuf")
+_SDK_MISSING: Final = "dspy_otel.configure() needs the OpenTelemetry SDK: pip install 'dspy-otel[otlp]'"
+
+_Make = Callable[[], Any]
+"""Makes an exporter. Made only for a signal that has no provider yet."""
+
+
+def configure(
+    *,
+    service_name: str | None = None,
+    otlp: str | bool | None = None,
+    mlflow: str | bool | None = None,
+    experiment: str | None = None,
+    console: bool = False,
+    **options: Any,
+) -> DSPyInstrumentor:
+    """Set up tracing, metrics and log events in one line, and switch instrumentation on.
+
+    Without any destination among the arguments, the environment decides: ``OTEL_TRACES_EXPORTER``,
+    ``OTEL_METRICS_EXPORTER`` and ``OTEL_LOGS_EXPORTER``, if any of them is set (a signal without its own is then off);
+    else ``MLFLOW_TRACKING_URI`` (traces) and ``OTEL_EXPORTER_OTLP_ENDPOINT`` (all three), if set; else OTLP to
+    ``localhost``. A provider that somebody has set already is never replaced: its signal is left alone, and a warning
+    says so.
+
+    Args:
+        service_name: ``service.name`` of what is recorded; default, from ``OTEL_SERVICE_NAME`` or
+            ``OTEL_RESOURCE_ATTRIBUTES``.
+        otlp: an OTLP endpoint (``http://localhost:4318`` or ``http://localhost:4317``), or ``True`` for the one in
+            the environment. Takes all three signals. Port 4317 means gRPC, unless ``OTEL_EXPORTER_OTLP_PROTOCOL``
+            says otherwise.
+        mlflow: an MLflow tracking URI (``http://...`` or ``sqlite:///...``), or ``True`` for the one in the
+            environment. Takes traces.
+        experiment: name of the MLflow experiment; made if it is missing.
+        console: print finished spans.
+        **options: settings of :class:`~dspy_otel.config.Config`, such as ``capture_content="span_only"``.
+
+    Returns:
+        The instrumentor, for ``uninstrument()``.
+
+    Raises:
+        RuntimeError: when the OpenTelemetry SDK, or the exporter that was asked for, is not installed; the message
+            says what to install.
+        TypeError: for an unknown option.
+    """
+    Config.check(options)
+    if not _installed("opentelemetry.sdk.trace"):
+        raise RuntimeError(_SDK_MISSING)
+    if os.environ.get("OTEL_SDK_DISABLED", "").strip().lower() == "true":
+        _LOG.warning("dspy-otel: OTEL_SDK_DISABLED is set; nothing will be recorded")
+    else:
+        _set_up(_destinations(otlp, mlflow, experiment, console), service_name)
+    instrumentor = DSPyInstrumentor()
+    if not instrumentor.is_instrumented_by_opentelemetry:
+        instrumentor.instrument(**options)
+    elif options:
+        _LOG.warning("dspy-otel: already instrumented; configure() leaves its settings as they are")
+    return instrumentor
+
+
+def _installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # a package above it
+        return False
+
+
+def _destinations(
+    otlp: str | bool | None, mlflow: str | bool | None, experiment: str | None, console: bool
+) -> dict[str, list[_Make]]:
+    """What makes the exporters of each signal. An exporter that is not installed is an error already here."""
+    found: dict[str, list[_Make]] = {signal: [] for signal in _GROUPS}
+    if not (otlp or mlflow or console):
+        named = {signal: _names(os.environ.get(f"OTEL_{signal.upper()}_EXPORTER", "")) for signal in _GROUPS}
+        if any(named.values()):
+            for signal, names in named.items():
+                found[signal] = [_by_name(signal, name, experiment) for name in names if name != "none"]
+            return found
+        mlflow = bool(os.environ.get("MLFLOW_TRACKING_URI"))
+        otlp = not mlflow or bool(os.environ.get("OTEL_EXPORTER_OTLP_ENDPOINT"))
+    if otlp:
+        for signal in _GROUPS:
+            found[signal].append(_otlp(signal, otlp if isinstance(otlp, str) else None))
+    if mlflow:
+        found["traces"].append(_mlflow(mlflow if isinstance(mlflow, str) else None, experiment))
+    if console:
+        found["traces"].append(_load("traces", "console"))
+    return found
+
+
+def _names(variable: str) -> list[str]:
+    return [part.strip() for part in variable.split(",") if part.strip()]
+
+
+def _by_name(signal: str, name: str, experiment: str | None) -> _Make:
+    if name == "otlp":
+        return _otlp(signal, None)
+    if signal == "traces" and name in ("mlflow", "dspy_mlflow"):
+        return _mlflow(None, experiment)
+    make: _Make = _load(signal, name)
+    return make
+
+
+def _mlflow(uri: str | None, experiment: str | None) -> _Make:
+    needed = ["requests", "opentelemetry.exporter.otlp.proto.common"]
+    if not (uri or os.environ.get("MLFLOW_TRACKING_URI", "")).startswith(("http:", "https:")):
+        needed += ["mlflow", "sqlalchemy"]  # a store of its own, without a server
+    missing = [name for name in needed if not _installed(name)]
+    if missing:
+        raise RuntimeError(f"traces to MLflow need {', '.join(missing)}: pip install 'dspy-otel[mlflow]'")
+    from dspy_otel.mlflow import MLflowSpanExporter
+
+    return lambda: MLflowSpanExporter(tracking_uri=uri, experiment=experiment)
+
+
+def _otlp(signal: str, endpoint: str | None) -> _Make:
+    """OTLP by gRPC or HTTP/protobuf, as the environment, else the port of the endpoint, says. Default: HTTP."""
+    if endpoint is not None and "://" not in endpoint:
+        endpoint = f"http://{endpoint}"
+    if _protocol(signal, endpoint) == "grpc":
+        exporter = _load(signal, "otlp_proto_grpc")
+        if endpoint is None:
+            return exporter  # type: ignore[no-any-return]
+        return lambda: exporter(endpoint=endpoint, insecure=not endpoint.startswith("https:"))
+    exporter = _load(signal, "otlp_proto_http")
+    if endpoint is None:
+        return exporter  # type: ignore[no-any-return]
+    return lambda: exporter(endpoint=f"{endpoint.rstrip('/')}/v1/{signal}")
+
+
+def _protocol(signal: str, endpoint: str | None) -> str:
+    for variable in (f"OTEL_EXPORTER_OTLP_{signal.upper()}_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL"):
+        protocol = os.environ.get(variable, "").strip().lower()
+        if protocol in _PROTOCOLS:
+            return protocol
+        if protocol:
+            _LOG.warning("dspy-otel: %s: use one of %s", variable, ", ".join(_PROTOCOLS))
+    target = (
+        endpoint
+        or os.environ.get(f"OTEL_EXPORTER_OTLP_{signal.upper()}_ENDPOINT")
+        or os.environ.get("OTEL_EXPORTER_OTLP_ENDPOINT")
+        or ""
+    )
+    return "grpc" if target.strip().rstrip("/").endswith(":4317") else "http/protobuf"
+
+
+def _load(signal: str, name: str) -> Any:
+    """The exporter class that an installed package registers under ``name``."""
+    for entry in entry_points(group=_GROUPS[signal], name=name):
+        try:
+            return entry.load()
+        except ImportError as error:
+            raise RuntimeError(f"the {signal} exporter {name!r} cannot be loaded: {error}") from error
+    hint = "pip install 'dspy-otel[otlp]'" if name.startswith(("otlp", "console")) else "install the package with it"
+    raise RuntimeError(f"no {signal} exporter named {name!r} is installed: {hint}")
+
+
+def _set_up(destinations: dict[str, list[_Make]], service_name: str | None) -> None:
+    from opentelemetry.sdk._logs import LoggerProvider
+    from opentelemetry.sdk._logs.export import BatchLogRecordProcessor
+    from opentelemetry.sdk.metrics import MeterProvider
+    from opentelemetry.sdk.metrics.export import MetricReader, PeriodicExportingMetricReader
+    from opentelemetry.sdk.resources import Resource
+    from opentelemetry.sdk.trace import TracerProvider
+    from opentelemetry.sdk.trace.export import BatchSpanProcessor
+
+    resource = Resource.create({"service.name": service_name} if service_name else None)
+    # Each of these providers flushes and shuts down when the program ends.
+    if destinations["traces"] and _free("tracer", trace.get_tracer_provider()):
+        tracers = TracerProvider(resource=resource)
+        for make in destinations["traces"]:
+            tracers.add_span_processor(BatchSpanProcessor(make()))
+        trace.set_tracer_provider(tracers)
+    if destinations["metrics"] and _free("meter", metrics.get_meter_provider()):
+        made = [make() for make in destinations["metrics"]]
+        readers = [item if isinstance(item, MetricReader) else PeriodicExportingMetricReader(item) for item in made]
+        metrics.set_meter_provider(MeterProvider(readers, resource=resource))
+    if destinations["logs"] and _free("logger", _logs.get_logger_provider()):
+        loggers = LoggerProvider(resource=resource)
+        for make in destinations["logs"]:
+            loggers.add_log_record_processor(BatchLogRecordProcessor(make()))
+        _logs.set_logger_provider(loggers)
+
+
+def _free(signal: str, current: Any) -> bool:
+    """Whether no provider is set for a signal yet. The API's own stand-in until then is a proxy."""
+    kind = type(current)
+    if kind.__module__.startswith("opentelemetry.") and kind.__name__.lstrip("_").startswith("Proxy"):
+        return True
+    _LOG.warning(
+        "dspy-otel: a %s provider (%s) is set already; configure() leaves it as it is and adds no exporter to it. "
+        "Use DSPyInstrumentor().instrument() and add exporters where that provider is made",
+        signal,
+        kind.__name__,
+    )
+    return False

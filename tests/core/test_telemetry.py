@@ -1,0 +1,67 @@
+"""What operations share: the first span of all."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from typing import Any
+
+import pytest
+from opentelemetry.sdk.trace import TracerProvider
+
+from dspy_otel.config import Config
+from dspy_otel.core.telemetry import Telemetry
+
+
+def test_no_thread_makes_a_span_before_the_provider_is_known() -> None:
+    """Whoever is told of the provider adds a span processor to it: it would miss the start of such a span."""
+    told: list[Any] = []
+    made: list[float] = []
+
+    def slowly(provider: Any) -> None:
+        time.sleep(0.2)
+        told.append((provider, time.perf_counter()))
+
+    provider = TracerProvider(shutdown_on_exit=False)
+    telemetry = Telemetry(Config(), provider, on_provider=slowly)
+    all_there = threading.Barrier(4)
+
+    def first() -> None:
+        all_there.wait()
+        telemetry.tracer.start_span("first").end()
+        made.append(time.perf_counter())
+
+    threads = [threading.Thread(target=first) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    ((which, when),) = told
+    assert which is provider
+    assert len(made) == 4
+    assert min(made) > when
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+def test_a_process_forked_meanwhile_waits_for_nobody() -> None:
+    begun, go_on = threading.Event(), threading.Event()
+
+    def slowly(provider: Any) -> None:
+        begun.set()
+        go_on.wait(30)
+
+    telemetry = Telemetry(Config(), TracerProvider(shutdown_on_exit=False), on_provider=slowly)
+    first = threading.Thread(target=lambda: telemetry.tracer)
+    first.start()
+    begun.wait(30)
+    child = os.fork()
+    if child == 0:
+        go_on.set()
+        signal.alarm(10)  # ends a child that waits
+        assert telemetry.tracer is not None
+        os._exit(0)
+    go_on.set()
+    first.join()
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0

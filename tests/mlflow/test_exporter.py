@@ -1,0 +1,477 @@
+"""The exporter against a small HTTP server of our own: what it sends, and how it fails."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor, SpanExportResult
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+
+from dspy_otel import semconv
+from dspy_otel.mlflow import MLflowSpanExporter, exporter, server
+from dspy_otel.mlflow.base import public_uri
+
+OK, FAILURE = SpanExportResult.SUCCESS, SpanExportResult.FAILURE
+
+
+class FakeMLflow(ThreadingHTTPServer):
+    """Answers as MLflow does; ``answers`` replaces (status, body) of a path, once or for good."""
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.url = f"http://127.0.0.1:{self.server_address[1]}"
+        self.seen: list[tuple[str, str, dict[str, str], bytes]] = []
+        self.version = "3.17.2"
+        self.experiments = {"Default": "0"}
+        self.answers: dict[str, list[tuple[int, Any]]] = {}
+
+    def paths(self) -> list[str]:
+        return [path.split("?")[0] for _, path, _, _ in self.seen]
+
+    def batches(self) -> list[list[str]]:
+        """Span names of each accepted or refused batch."""
+        names = []
+        for _, path, _, body in self.seen:
+            if path.endswith("/v1/traces"):
+                request = ExportTraceServiceRequest.FromString(body)
+                names.append([s.name for r in request.resource_spans for c in r.scope_spans for s in c.spans])
+        return names
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: FakeMLflow
+
+    def do_GET(self) -> None:
+        self.answer()
+
+    def do_POST(self) -> None:
+        self.answer()
+
+    def answer(self) -> None:
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        self.server.seen.append((self.command, self.path, dict(self.headers), body))
+        status, content = self.decide(self.path, body)
+        data = content.encode() if isinstance(content, str) else json.dumps(content).encode()
+        self.send_response(status)
+        if status == 302:
+            self.send_header("Location", "https://user:secret@elsewhere/v1/traces")
+        self.send_header("Content-Type", "text/plain" if isinstance(content, str) else "application/json")
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def decide(self, path: str, body: bytes) -> tuple[int, Any]:
+        path, _, query = path.partition("?")
+        planned = self.server.answers.get(path)
+        if planned:
+            return planned.pop(0) if len(planned) > 1 else planned[0]
+        known = self.server.experiments
+        missing = (404, {"error_code": "RESOURCE_DOES_NOT_EXIST", "message": "no"})
+        if path.endswith("/version"):
+            return 200, self.server.version
+        if path.endswith("experiments/create"):
+            name = json.loads(body)["name"]
+            known[name] = str(len(known))
+            return 200, {"experiment_id": known[name]}
+        if "/experiments/get" in path:
+            wanted = query.partition("=")[2].replace("+", " ")
+            found = known.get(wanted) if path.endswith("by-name") else (wanted if wanted in known.values() else None)
+            return (200, {"experiment": {"experiment_id": found, "lifecycle_stage": "active"}}) if found else missing
+        return (200, "") if path.endswith("/v1/traces") else (404, "what?")
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def fake() -> Iterator[FakeMLflow]:
+    with FakeMLflow() as fake_server:
+        thread = threading.Thread(target=fake_server.serve_forever, kwargs={"poll_interval": 0.02})
+        thread.start()
+        yield fake_server
+        fake_server.shutdown()
+        thread.join()
+
+
+@pytest.fixture(autouse=True)
+def own_world(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """No MLflow or OTLP settings of the machine, no waiting."""
+    for name in list(os.environ):
+        if name.startswith(("MLFLOW_", "OTEL_")):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(server, "_RETRY_DELAYS", (0.01, 0.01))
+    monkeypatch.setattr(exporter, "_PAUSE", 0.0)
+
+
+@pytest.fixture
+def spans() -> list[ReadableSpan]:
+    memory = InMemorySpanExporter()
+    provider = TracerProvider()
+    provider.add_span_processor(SimpleSpanProcessor(memory))
+    for name in "abcd":
+        with provider.get_tracer(semconv.SCOPE_NAME).start_as_current_span(name):
+            pass
+    return list(memory.get_finished_spans())
+
+
+Lines = Callable[[], list[str]]
+
+
+@pytest.fixture
+def lines(caplog: pytest.LogCaptureFixture) -> Lines:
+    caplog.set_level(logging.WARNING)
+    return lambda: [record.getMessage() for record in caplog.records]
+
+
+# --- what is sent -------------------------------------------------------------------------------------------------
+
+
+def test_a_batch_goes_to_the_experiment_named_in_the_environment(
+    fake: FakeMLflow, spans: list[ReadableSpan], monkeypatch: pytest.MonkeyPatch, lines: Lines
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", fake.url + "/")
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "my programs")
+    mlflow = MLflowSpanExporter()
+    assert fake.seen == []
+    assert [mlflow.export(spans), mlflow.export(spans[:1])] == [OK, OK]
+    assert fake.batches() == [["a", "b", "c", "d"], ["a"]]
+    headers = {key.lower(): value for key, value in fake.seen[-1][2].items()}
+    assert headers["x-mlflow-experiment-id"] == fake.experiments["my programs"] == "1"
+    assert headers["content-type"] == "application/x-protobuf"
+    assert "authorization" not in headers
+    assert fake.paths().count("/version") == 1
+    assert lines() == []
+
+
+@pytest.mark.parametrize(
+    ("argument", "environment", "expected"),
+    [
+        (None, {}, "0"),
+        (None, {"MLFLOW_EXPERIMENT_ID": "7", "MLFLOW_EXPERIMENT_NAME": "Default"}, "7"),
+        ("seven", {"MLFLOW_EXPERIMENT_ID": "0"}, "7"),
+        (7, {}, "7"),
+        ("2024", {}, "2"),  # looks like an id, is none, so it is a new name
+    ],
+)
+def test_which_experiment(
+    fake: FakeMLflow,
+    spans: list[ReadableSpan],
+    monkeypatch: pytest.MonkeyPatch,
+    argument: Any,
+    environment: dict[str, str],
+    expected: str,
+) -> None:
+    fake.experiments["seven"] = "7"
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert MLflowSpanExporter(fake.url, experiment=argument).export(spans) is OK
+    assert {k.lower(): v for k, v in fake.seen[-1][2].items()}["x-mlflow-experiment-id"] == expected
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({"MLFLOW_TRACKING_TOKEN": "t0k"}, "Bearer t0k"),
+        ({"MLFLOW_TRACKING_USERNAME": "u", "MLFLOW_TRACKING_PASSWORD": "pä"}, "Basic dTpww6Q="),
+        (
+            {"MLFLOW_TRACKING_USERNAME": "u", "MLFLOW_TRACKING_PASSWORD": "p", "MLFLOW_TRACKING_TOKEN": "t"},
+            "Basic dTpw",
+        ),
+        # Another backend's settings: neither followed nor handed over.
+        ({"OTEL_EXPORTER_OTLP_HEADERS": "authorization=Bearer other,api-key=1"}, None),
+        (
+            {"OTEL_EXPORTER_OTLP_TRACES_HEADERS": "authorization=x", "OTEL_EXPORTER_OTLP_ENDPOINT": "http://[::1]:1"},
+            None,
+        ),
+    ],
+)
+def test_credentials(
+    fake: FakeMLflow,
+    spans: list[ReadableSpan],
+    monkeypatch: pytest.MonkeyPatch,
+    environment: dict[str, str],
+    expected: str | None,
+) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert MLflowSpanExporter(fake.url).export(spans) is OK
+    for _, _, headers, _ in fake.seen:
+        assert headers.get("Authorization") == expected
+        assert "api-key" not in headers
+
+
+def test_credentials_from_mlflows_file(fake: FakeMLflow, spans: list[ReadableSpan], tmp_path: Path) -> None:
+    (tmp_path / ".mlflow").mkdir()
+    (tmp_path / ".mlflow" / "credentials").write_text(
+        "[mlflow]\nmlflow_tracking_username = u\nmlflow_tracking_password = 5%\n"
+    )
+    assert MLflowSpanExporter(fake.url).export(spans) is OK
+    assert fake.seen[-1][2]["Authorization"] == "Basic dTo1JQ=="
+
+
+def test_netrc_does_not_replace_the_token(
+    fake: FakeMLflow, spans: list[ReadableSpan], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / ".netrc").write_text("machine 127.0.0.1 login x password y\n")
+    (tmp_path / ".netrc").chmod(0o600)
+    monkeypatch.setenv("MLFLOW_TRACKING_TOKEN", "t0k")
+    assert MLflowSpanExporter(fake.url).export(spans) is OK
+    assert fake.seen[-1][2]["Authorization"] == "Bearer t0k"
+
+
+def test_too_large_a_batch_is_halved(fake: FakeMLflow, spans: list[ReadableSpan]) -> None:
+    fake.answers["/v1/traces"] = [(413, "too large"), (200, "")]
+    assert MLflowSpanExporter(fake.url).export(spans) is OK
+    assert fake.batches() == [["a", "b", "c", "d"], ["a", "b"], ["c", "d"]]
+
+
+def test_a_busy_server_is_asked_again(fake: FakeMLflow, spans: list[ReadableSpan], lines: Lines) -> None:
+    fake.answers["/v1/traces"] = [(503, "busy"), (429, "busy"), (200, "")]
+    assert MLflowSpanExporter(fake.url).export(spans) is OK
+    assert len(fake.batches()) == 3
+    assert lines() == []
+
+
+# --- how it fails -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("path", "answer", "said"),
+    [
+        ("/v1/traces", (401, "no"), "MLFLOW_TRACKING_USERNAME"),
+        ("/v1/traces", (403, "no"), "refused the credentials (403)"),
+        ("/v1/traces", (404, "Not Found"), "MLflow 3.14 or newer with a SQL store"),
+        ("/v1/traces", (501, {"detail": "not supported by FileStore"}), "not supported by FileStore"),
+        ("/v1/traces", (422, {"detail": "cannot convert"}), "422"),
+        ("/v1/traces", (503, "busy"), "cannot be reached (503 busy)"),
+        ("/v1/traces", (302, ""), "redirects to https://elsewhere/v1/traces"),
+        ("/api/2.0/mlflow/experiments/get", (200, "<html>"), "does not answer like an MLflow server"),
+        ("/api/2.0/mlflow/experiments/get", (404, {"error_code": "RESOURCE_DOES_NOT_EXIST"}), "no experiment with id"),
+        (
+            "/api/2.0/mlflow/experiments/get",
+            (200, {"experiment": {"experiment_id": "0", "lifecycle_stage": "deleted"}}),
+            "is deleted",
+        ),
+    ],
+)
+def test_each_cause_is_said_once(
+    fake: FakeMLflow, spans: list[ReadableSpan], lines: Lines, path: str, answer: tuple[int, Any], said: str
+) -> None:
+    fake.answers[path] = [answer]
+    mlflow = MLflowSpanExporter(fake.url)
+    assert [mlflow.export(spans) for _ in range(4)] == [FAILURE] * 4
+    assert len(lines()) == 1
+    assert said in lines()[0]
+    assert "secret" not in lines()[0]
+    mlflow.shutdown()
+    assert lines()[1:] == ["Spans not written to MLflow: 16."]
+
+
+def test_a_server_that_comes_back_is_noticed(fake: FakeMLflow, spans: list[ReadableSpan], lines: Lines) -> None:
+    fake.answers["/v1/traces"] = [(422, "x"), (200, ""), (422, "x")]
+    mlflow = MLflowSpanExporter(fake.url)
+    assert [mlflow.export(spans) for _ in range(3)] == [FAILURE, OK, FAILURE]
+    assert [line.split(":")[0] for line in lines()] == [
+        "MLflow at http",
+        "MLflow takes spans again; lost in between",
+        "MLflow at http",
+    ]
+
+
+def test_an_experiment_deleted_meanwhile_is_made_again(fake: FakeMLflow, spans: list[ReadableSpan]) -> None:
+    mlflow = MLflowSpanExporter(fake.url, experiment="x")
+    assert mlflow.export(spans) is OK
+    del fake.experiments["x"]
+    fake.answers["/v1/traces"] = [(404, {"error_code": "RESOURCE_DOES_NOT_EXIST"}), (200, "")]
+    assert [mlflow.export(spans), mlflow.export(spans)] == [FAILURE, OK]
+    assert "x" in fake.experiments
+
+
+def test_nobody_listens(spans: list[ReadableSpan], lines: Lines) -> None:
+    mlflow = MLflowSpanExporter("http://user:secret@127.0.0.1:9")
+    assert [mlflow.export(spans), mlflow.export(spans)] == [FAILURE, FAILURE]
+    assert len(lines()) == 1
+    assert "MLflow at http://127.0.0.1:9 cannot be reached" in lines()[0]
+
+
+def test_after_a_failure_it_pauses(
+    fake: FakeMLflow, spans: list[ReadableSpan], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(exporter, "_PAUSE", 60.0)
+    fake.answers["/v1/traces"] = [(422, "x")]
+    mlflow = MLflowSpanExporter(fake.url)
+    for _ in range(5):
+        mlflow.export(spans)
+    assert len(fake.batches()) == 1
+
+
+@pytest.mark.parametrize(
+    ("uri", "said"),
+    [
+        ("file:///tmp/x", "file store (file:///tmp/x) cannot take"),
+        ("mlruns", "file store (mlruns) cannot take"),
+        ("databricks", "databricks is not supported"),
+        ("ftp://user:secret@host/x", "ftp://host/x is not supported"),
+    ],
+)
+def test_unusable_uris(spans: list[ReadableSpan], lines: Lines, uri: str, said: str) -> None:
+    mlflow = MLflowSpanExporter(uri)
+    assert [mlflow.export(spans), mlflow.export(spans)] == [FAILURE, FAILURE]
+    assert len(lines()) == 1
+    assert said in lines()[0]
+    assert "secret" not in lines()[0]
+
+
+@pytest.mark.parametrize(("version", "warned"), [("3.13.0", 1), ("3.14.0", 0), ("4.0.0rc1", 0), ("<html>", 0)])
+def test_an_old_server_is_named(
+    fake: FakeMLflow, spans: list[ReadableSpan], lines: Lines, version: str, warned: int
+) -> None:
+    fake.version = version
+    mlflow = MLflowSpanExporter(fake.url)
+    assert [mlflow.export(spans), mlflow.export(spans)] == [OK, OK]
+    assert len(lines()) == warned
+    assert all("has version 3.13.0, which is older than 3.14" in line for line in lines())
+
+
+def test_shutdown_ends_waiting_and_refuses_later_spans(
+    fake: FakeMLflow, spans: list[ReadableSpan], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server, "_RETRY_DELAYS", (60.0,))
+    fake.answers["/v1/traces"] = [(503, "busy")]
+    mlflow = MLflowSpanExporter(fake.url)
+    results: list[SpanExportResult] = []
+    thread = threading.Thread(target=lambda: results.append(mlflow.export(spans)))
+    thread.start()
+    while not fake.batches():
+        time.sleep(0.01)
+    mlflow.shutdown()
+    mlflow.shutdown()
+    thread.join(timeout=10)
+    assert results == [FAILURE]
+    assert mlflow.export(spans) is FAILURE
+    assert mlflow.force_flush() is True
+
+
+def test_nothing_to_send(fake: FakeMLflow) -> None:
+    assert MLflowSpanExporter(fake.url).export([]) is OK
+    assert fake.seen == []
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+@pytest.mark.filterwarnings("ignore:.*fork")
+def test_a_forked_child_uses_connections_of_its_own(fake: FakeMLflow, spans: list[ReadableSpan]) -> None:
+    mlflow = MLflowSpanExporter(fake.url)
+    assert mlflow.export(spans[:1]) is OK
+    mlflow._lock.acquire()  # as if another thread were writing at the moment of the fork
+    child = os.fork()
+    if child == 0:
+        signal.alarm(20)  # a child that hangs fails
+        os._exit(0 if mlflow.export(spans[1:2]) is OK else 1)
+    mlflow._lock.release()
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert mlflow.export(spans[2:3]) is OK
+    assert sorted(name for batch in fake.batches() for name in batch) == ["a", "b", "c"]
+
+
+@pytest.mark.parametrize(
+    ("uri", "public"),
+    [
+        ("http://u:p@h:1/x", "http://h:1/x"),
+        ("postgresql+psycopg2://u:p%40@h/db", "postgresql+psycopg2://h/db"),
+        ("sqlite:///a@b.db", "sqlite:///a@b.db"),
+        ("sqlite:////a/b.db", "sqlite:////a/b.db"),
+    ],
+)
+def test_log_lines_carry_no_password(uri: str, public: str) -> None:
+    assert public_uri(uri) == public
+
+
+@pytest.mark.parametrize(
+    ("uri", "expected"),
+    [
+        ("sqlite:///m.db", "sqlite:////work/m.db"),
+        ("sqlite+pysqlite:///m.db", "sqlite+pysqlite:////work/m.db"),
+        ("sqlite:////other/m.db", "sqlite:////other/m.db"),
+        ("sqlite:///:memory:", "sqlite:///:memory:"),
+        ("postgresql://h/db", "postgresql://h/db"),
+    ],
+)
+def test_relative_stores(uri: str, expected: str) -> None:
+    assert exporter._absolute(uri, "/work") == expected
+
+
+def test_a_server_needs_no_mlflow_and_the_import_is_light(fake: FakeMLflow) -> None:
+    program = """
+        import sys
+        sys.modules["mlflow"] = None  # as if not installed
+        from dspy_otel.mlflow import MLflowSpanExporter
+        exporter = MLflowSpanExporter()
+        assert "requests" not in sys.modules and "dspy" not in sys.modules
+        from opentelemetry.sdk.trace import TracerProvider
+        from opentelemetry.sdk.trace.export import BatchSpanProcessor
+        provider = TracerProvider()
+        provider.add_span_processor(BatchSpanProcessor(exporter))
+        provider.get_tracer("x").start_span("at exit").end()
+    """
+    subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program)],
+        check=True,
+        env={**os.environ, "MLFLOW_TRACKING_URI": fake.url},
+        timeout=60,
+    )
+    assert fake.batches() == [["at exit"]]
+
+
+def test_a_dead_server_does_not_hold_up_the_exit() -> None:
+    program = """
+        from opentelemetry.sdk.trace import TracerProvider
+        from opentelemetry.sdk.trace.export import BatchSpanProcessor
+        from dspy_otel.mlflow import MLflowSpanExporter
+        import time, atexit
+        provider = TracerProvider(shutdown_on_exit=False)
+        provider.add_span_processor(BatchSpanProcessor(MLflowSpanExporter()))
+        for i in range(1200):
+            provider.get_tracer("x").start_span("s").end()
+            if i % 400 == 0:
+                time.sleep(0.05)
+        started = time.monotonic()
+        atexit.register(lambda: print(time.monotonic() - started))
+        atexit.register(provider.shutdown)
+    """
+    result = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program)],
+        check=True,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "MLFLOW_TRACKING_URI": "http://127.0.0.1:9"},
+        timeout=60,
+    )
+    assert float(result.stdout) < 5.0
+    assert result.stderr.count("cannot be reached") == 1
+
+
+def test_without_mlflow_a_store_is_refused_with_the_command_that_helps(
+    spans: list[ReadableSpan], lines: Lines, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "mlflow", None)
+    mlflow = MLflowSpanExporter("sqlite:///x.db")
+    assert [mlflow.export(spans), mlflow.export(spans)] == [FAILURE, FAILURE]
+    assert len(lines()) == 1
+    assert "pip install 'dspy-otel[mlflow]'" in lines()[0]

@@ -1,0 +1,582 @@
+"""Runs while they happen, against a store in memory: what is written, what waits, and what never gets in the way."""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from opentelemetry import trace
+from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
+from opentelemetry.sdk.trace.export import BatchSpanProcessor, SimpleSpanProcessor
+
+from dspy_otel import semconv
+from dspy_otel.mlflow import MLflowSpanExporter, delivery, runs, tree, writer
+from dspy_otel.mlflow.base import ExportError
+from dspy_otel.mlflow.mapping import program_of, program_params
+from dspy_otel.mlflow.otlp import decode
+from dspy_otel.mlflow.runs import RunTracker, exporters_of, track_runs
+from dspy_otel.mlflow.wanted import Run, Score, safe_key
+
+
+class Memory:
+    """A store in memory; while ``failure`` is set, every call raises it."""
+
+    parallel = True
+
+    def __init__(self) -> None:
+        self.failure: Exception | None = None
+        self.runs: dict[str, dict[str, Any]] = {}
+        self.links: dict[str, list[str]] = {}
+        self.scores: list[tuple[str, float | None, str | None]] = []
+        self.delivered: set[str] = set()
+        self.calls = 0
+        self.lose_answers = 0
+
+    def fail(self) -> None:
+        self.calls += 1
+        if self.failure is not None:
+            raise self.failure
+
+    def create(self, run: Run, tags: Mapping[str, str]) -> tuple[str, str]:
+        self.fail()
+        run_id = f"id of {run.key}"
+        if run_id in self.runs:
+            assert run.tried
+            return run_id, ""
+        run.tried = True
+        self.runs[run_id] = {"tags": dict(tags), "metrics": [], "params": {}, "datasets": [], "artifacts": {}}
+        if self.lose_answers:
+            self.lose_answers -= 1
+            raise ExportError("unreachable", "the answer got lost")
+        return run_id, ""
+
+    def log(self, run: Run, metrics: Sequence[Any], params: Mapping[str, str], tags: Mapping[str, str]) -> None:
+        self.fail()
+        assert len(metrics) + len(params) + len(tags) <= 1000
+        stored = self.runs[str(run.run_id)]
+        stored["metrics"] += metrics
+        assert not set(params) & set(stored["params"])
+        stored["params"].update(params)
+        stored["tags"].update(tags)
+
+    def datasets(self, run: Run, datasets: Sequence[Any]) -> None:
+        self.fail()
+        self.runs[str(run.run_id)]["datasets"] += datasets
+
+    def artifact(self, run: Run, path: str, text: str) -> None:
+        self.fail()
+        self.runs[str(run.run_id)]["artifacts"][path] = text
+
+    def end(self, run: Run, status: str, when: int) -> None:
+        self.fail()
+        self.runs[str(run.run_id)]["status"] = status
+
+    def link(self, run_id: str, trace_ids: Sequence[str]) -> None:
+        self.fail()
+        assert len(trace_ids) <= 100
+        self.links.setdefault(run_id, []).extend(trace_ids)
+
+    def assess(self, score: Score, run_id: str | None) -> bool:
+        self.fail()
+        assert score.trace_id in self.delivered
+        self.scores.append((score.trace_id, score.value, run_id))
+        return True
+
+    def find_runs(self, run_id: str | None, condition: str, experiment_id: str | None = None) -> list[Any]:
+        return []
+
+    def read_artifact(self, run_id: str, artifact_uri: str, path: str) -> str | None:
+        return None
+
+    def alive(self) -> bool:
+        return True
+
+    def explain(self, error: Exception) -> ExportError:
+        return error if isinstance(error, ExportError) else ExportError("other", repr(error), permanent=True)
+
+    def close(self) -> None:
+        pass
+
+    def after_fork(self) -> None:
+        pass
+
+
+class Exporter(MLflowSpanExporter):
+    """Ours, with a store in memory at the other end."""
+
+    def __init__(self, store: Memory, runs: bool = True) -> None:
+        super().__init__("sqlite:///never-opened.db", runs=runs)
+        self.store = store
+        self.down = False
+
+    def write(self, spans: Sequence[ReadableSpan]) -> None:
+        if self.down:
+            raise ExportError("unreachable", "down")
+        self.store.delivered |= {f"tr-{span.context.trace_id:032x}" for span in spans}
+
+    def alive(self) -> bool:
+        return not self.down
+
+    def open_runs(self, stopped: threading.Event) -> Any:
+        return self.store
+
+
+class Program:
+    """Emits what the instrumentation emits, span by span."""
+
+    def __init__(self, store: Memory) -> None:
+        self.exporter = Exporter(store)
+        self.provider = TracerProvider(shutdown_on_exit=False)
+        self.provider.add_span_processor(BatchSpanProcessor(self.exporter))
+        track_runs(self.provider)
+        self.tracer = self.provider.get_tracer(semconv.SCOPE_NAME)
+
+    def start(self, name: str, parent: Any = None, **attributes: Any) -> Any:
+        context = trace.set_span_in_context(parent) if parent is not None else None
+        at = {f"dspy.{key.replace('_', '.')}": value for key, value in attributes.items()}
+        return self.tracer.start_span(name, context=context, attributes=at)
+
+    def compile(self, run_id: str = "r1") -> Any:
+        return self.start("compile Best", optimizer_run_id=run_id, optimizer_name="Best", program_name="QA")
+
+    def trial(self, parent: Any, number: int, score: float, run_id: str = "r1", examples: int = 0) -> None:
+        stamps = {"optimizer_run_id": run_id, "trial_number": number}
+        span = self.start("trial", parent, trial_kind="full", **stamps)
+        if examples:
+            evaluation = self.start("evaluate QA", span, evaluation_id=f"{run_id}e{number}", **stamps)
+            for index in range(examples):
+                example = {"evaluation_id": f"{run_id}e{number}", "example_index": index, "example_score": 1.0}
+                self.start("example QA", None, **example, **stamps).end()
+            evaluation.end()
+        span.set_attribute(semconv.TRIAL_SCORE, score)
+        span.end()
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runs, "_LINGER", 0.01)
+    monkeypatch.setattr(writer, "_BACKOFF", (0.01, 0.02))
+    monkeypatch.setattr(delivery, "_LINGER", 0.01)
+    monkeypatch.setattr(delivery, "_PAUSES", (0.01,))
+
+
+@pytest.fixture
+def store() -> Memory:
+    return Memory()
+
+
+@pytest.fixture
+def program(store: Memory) -> Iterator[Program]:
+    program = Program(store)
+    yield program
+    store.failure, program.exporter.down = None, False
+    program.provider.shutdown()
+
+
+def test_a_run_is_there_before_its_span_ends(program: Program, store: Memory) -> None:
+    span = program.compile()
+    span.set_attribute("dspy.optimizer.params.num_trials", 7)  # comes after the start
+    assert program.provider.force_flush()
+    (run,) = store.runs.values()
+    assert run["tags"]["mlflow.runName"] == "Best QA"
+    assert "status" not in run
+    span.end()
+    assert program.provider.force_flush()
+    assert run["status"] == "FINISHED"
+    assert run["params"] == {"num_trials": "7"}
+
+
+def test_scores_are_curves_over_trials_and_examples_have_theirs(program: Program, store: Memory) -> None:
+    span = program.compile()
+    for number, score in ((1, 50.0), (2, 75.0)):
+        program.trial(span, number, score, examples=3)
+    span.end()
+    assert program.provider.force_flush()
+    points = {(m.key, m.step, m.value) for m in store.runs["id of r1"]["metrics"] if m.key == "score.full"}
+    assert points == {("score.full", 1, 50.0), ("score.full", 2, 75.0)}
+    assert {run_id for _, _, run_id in store.scores} == {"id of r1/1", "id of r1/2"}
+    assert len(store.scores) == 6
+    assert {run_id: len(ids) for run_id, ids in store.links.items()} == {
+        "id of r1": 1,
+        "id of r1/1": 3,
+        "id of r1/2": 3,
+    }
+    assert store.runs["id of r1/2"]["tags"]["mlflow.parentRunId"] == "id of r1"
+
+
+def test_what_fails_waits_and_nothing_is_written_twice(
+    program: Program, store: Memory, caplog: pytest.LogCaptureFixture
+) -> None:
+    store.failure = ExportError("unreachable", "MLflow is away.")
+    program.exporter.down = True
+    with caplog.at_level(logging.WARNING):
+        span = program.compile()
+        program.trial(span, 1, 50.0, examples=200)
+        span.end()
+        assert not program.provider.force_flush(300)
+        assert store.runs == {}
+        store.failure, program.exporter.down = None, False
+        assert program.provider.force_flush()
+    assert {key: run["status"] for key, run in store.runs.items()} == {"id of r1": "FINISHED", "id of r1/1": "FINISHED"}
+    assert len(store.scores) == len({trace_id for trace_id, _, _ in store.scores}) == 200
+    assert len(store.links["id of r1/1"]) == 200
+    assert [record.message for record in caplog.records].count(
+        "MLflow is away. Runs and scores wait until it works."
+    ) == 1
+
+
+def test_a_run_whose_creation_got_no_answer_is_not_made_twice(program: Program, store: Memory) -> None:
+    store.lose_answers = 1
+    program.compile().end()
+    assert program.provider.force_flush()
+    assert list(store.runs) == ["id of r1"]
+    assert store.runs["id of r1"]["status"] == "FINISHED"
+
+
+def test_what_mlflow_never_takes_does_not_hold_up_the_rest(
+    program: Program, store: Memory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(run: Run, path: str, text: str) -> None:
+        raise ValueError("no room for artifacts")
+
+    monkeypatch.setattr(store, "artifact", refuse)
+    span = program.compile()
+    program.trial(span, 1, 50.0, examples=2)
+    span.end()
+    assert program.provider.force_flush()
+    assert {run["status"] for run in store.runs.values()} == {"FINISHED"}
+    assert len(store.scores) == 2
+
+
+def test_compiles_in_two_threads_do_not_mix(program: Program, store: Memory) -> None:
+    def compile_(run_id: str) -> None:
+        span = program.compile(run_id)
+        for number in range(1, 6):
+            program.trial(span, number, float(number), run_id, examples=4)
+        span.end()
+
+    threads = [threading.Thread(target=compile_, args=(f"r{n}",)) for n in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert program.provider.force_flush()
+    assert len(store.runs) == 4 * 6
+    for key, run in store.runs.items():
+        if "/" in key:
+            assert run["tags"]["mlflow.parentRunId"] == key.split("/")[0]
+            assert len(store.links[key]) == 4
+    curve = [(m.step, m.value) for m in store.runs["id of r3"]["metrics"] if m.key == "score.full"]
+    assert curve == [(n, float(n)) for n in range(1, 6)]
+
+
+def test_the_end_of_the_program_kills_what_still_runs(store: Memory, caplog: pytest.LogCaptureFixture) -> None:
+    program = Program(store)
+    span = program.compile()
+    program.trial(span, 1, 50.0)
+    program.provider.shutdown()
+    assert store.runs["id of r1"]["status"] == "KILLED"
+    assert store.runs["id of r1/1"]["status"] == "FINISHED"
+    assert "The program ended before it did" in store.runs["id of r1"]["tags"]["mlflow.note.content"]
+
+
+def test_at_the_end_one_line_says_what_was_not_written(store: Memory, caplog: pytest.LogCaptureFixture) -> None:
+    program = Program(store)
+    store.failure = ExportError("unreachable", "away")
+    with caplog.at_level(logging.WARNING):
+        span = program.compile()
+        program.trial(span, 1, 50.0, examples=5)
+        span.end()
+        began = time.monotonic()
+        program.provider.shutdown()
+    assert time.monotonic() - began < 10
+    (line,) = [record.message for record in caplog.records if "not written" in record.message]
+    assert "2 runs" in line
+    assert "5 scores" in line
+
+
+@pytest.mark.parametrize(
+    ("error", "status"), [("builtins.ValueError", "FAILED"), ("KeyboardInterrupt", "KILLED"), (None, "FINISHED")]
+)
+def test_status_of_a_trial(program: Program, store: Memory, error: str | None, status: str) -> None:
+    span = program.compile()
+    trial = program.start("trial", span, optimizer_run_id="r1", trial_number=1)
+    if error is not None:
+        trial.set_attribute(semconv.ERROR_TYPE, error)
+        trial.set_status(trace.Status(trace.StatusCode.ERROR))
+    trial.end()
+    span.end()
+    assert program.provider.force_flush()
+    assert store.runs["id of r1/1"]["status"] == status
+
+
+def test_a_burst_is_not_dropped(program: Program, store: Memory) -> None:
+    """The SDK's batch processor holds 2,048 spans."""
+    span = program.start("evaluate QA", evaluation_id="e")
+    for index in range(5000):
+        program.start("example QA", evaluation_id="e", example_index=index, example_score=1.0).end()
+    span.end()
+    assert program.provider.force_flush(60_000)
+    assert len(store.scores) == 5000
+    assert len(store.links["id of evaluation/e"]) == 5001
+
+
+def test_spans_of_others_go_along_and_spans_from_before_too(store: Memory) -> None:
+    exporter = Exporter(store)
+    provider = TracerProvider(shutdown_on_exit=False)
+    provider.add_span_processor(SimpleSpanProcessor(exporter))
+    other = provider.get_tracer("somebody else")
+    before = other.start_span("before")
+    before.end()
+    track_runs(provider)
+    after = other.start_span("after")
+    after.end()
+    assert provider.force_flush()
+    assert store.delivered == {f"tr-{span.context.trace_id:032x}" for span in (before, after)}
+    assert store.runs == {}
+    provider.shutdown()
+
+
+def test_one_tracker_for_each_exporter_and_runs_for_those_that_want_them(store: Memory) -> None:
+    provider = TracerProvider(shutdown_on_exit=False)
+    exporter, without = Exporter(store), Exporter(Memory(), runs=False)
+    for one in (exporter, without):
+        provider.add_span_processor(BatchSpanProcessor(one))
+    track_runs(provider)
+    track_runs(provider)
+    assert set(exporters_of(provider)) == {exporter, without}
+    assert isinstance(exporter.tracker, RunTracker)
+    span = provider.get_tracer(semconv.SCOPE_NAME).start_span("evaluate QA", attributes={semconv.EVALUATION_ID: "e"})
+    span.end()
+    assert provider.force_flush()
+    assert [len(one.store.delivered) for one in (exporter, without)] == [1, 1]
+    assert [list(one.store.runs) for one in (exporter, without)] == [["id of evaluation/e"], []]
+    track_runs(trace.NoOpTracerProvider())
+    provider.shutdown()
+
+
+def test_params_of_a_program_are_instructions_and_demos() -> None:
+    state = """{"qa": {"signature": {"instructions": "Answer.", "fields": []}, "demos": [{"q": "1+1", "a": "2"}],
+               "traces": [], "train": [], "lm": null}, "metadata": {"dependency_versions": {}}}"""
+    assert program_params(state) == {
+        "qa.instructions": "Answer.",
+        "qa.demos": 1,
+        "qa.demos.0": {"q": "1+1", "a": "2"},
+    }
+
+
+@pytest.mark.parametrize(
+    ("state", "complete", "whole"),
+    [('{"qa": {}}', None, True), ('{"qa": {}}', False, False), ('{"qa": {"signature": {"instr', None, False)],
+    ids=["whole", "we cut it", "the SDK cut it"],
+)
+def test_only_a_whole_program_is_named_as_one(state: str, complete: bool | None, whole: bool) -> None:
+    at: dict[str, Any] = {semconv.PROGRAM_STATE: state}
+    if complete is not None:
+        at[f"{semconv.PROGRAM_STATE}.complete"] = complete
+    program = program_of(at, semconv.PROGRAM_STATE)
+    assert program == (state, whole)
+    run = Run("key", "trial", "trial 1", None, None, 0)
+    run.put_program("model.json", program)
+    assert list(run.artifacts) == ["model.json" if whole else "model.incomplete.json"]
+
+
+def test_keys_are_those_that_mlflow_takes() -> None:
+    assert safe_key("describe[0].instructions é") == "describe_0_.instructions _"
+
+
+@pytest.mark.parametrize("spool", ["on", "off"])
+def test_a_batch_that_breaks_mlflow_is_put_aside_and_the_rest_goes_on(
+    store: Memory, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path, spool: str
+) -> None:
+    monkeypatch.setenv("OTEL_DSPY_SPOOL", str(tmp_path) if spool == "on" else "off")
+    program = Program(store)
+    write = program.exporter.write
+    tries = 0
+
+    def break_on_poison(spans: Sequence[ReadableSpan]) -> None:
+        nonlocal tries
+        if any(span.name == "poison" for span in spans):
+            tries += 1
+            raise ExportError("status 500", "MLflow refused: 500.")
+        write(spans)
+
+    monkeypatch.setattr(program.exporter.tracker._delivery, "_send", break_on_poison)
+    program.start("poison").end()
+    assert program.provider.force_flush()
+    program.compile().end()
+    assert program.provider.force_flush()
+    assert tries == delivery._MOST_TRIES + 1
+    assert store.links == {"id of r1": [next(iter(store.delivered))]}
+    program.provider.shutdown()
+    line = next(record.message for record in caplog.records if "not written: 1 spans" in record.message)
+    if spool == "on":
+        assert "dspy-otel replay" in line
+        (file,) = tmp_path.glob("*/refused-*.pb")
+        assert [span.name for span in decode(file.read_bytes())] == ["poison"]
+    else:
+        assert line.endswith("not written: 1 spans, lost.")
+
+
+def test_in_a_nested_trace_the_score_is_on_the_span_of_the_example(program: Program, store: Memory) -> None:
+    span = program.start("evaluate QA", evaluation_id="e")
+    example = program.start("example QA", span, evaluation_id="e", example_index=0, example_score=0.5)
+    example.end()
+    span.end()
+    seen: list[Score] = []
+    assess = store.assess
+    store.assess = lambda score, run_id: seen.append(score) or assess(score, run_id)  # type: ignore[method-assign]
+    assert program.provider.force_flush()
+    assert [(score.span_id, score.value) for score in seen] == [(f"{example.get_span_context().span_id:016x}", 0.5)]
+
+
+def test_at_exit_no_thread_can_be_started_and_all_is_written(store: Memory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From Python 3.12 on, an interpreter that goes down starts no more threads."""
+
+    def refuse(_: threading.Thread) -> None:
+        raise RuntimeError("can't create new thread at interpreter shutdown")
+
+    program = Program(store)
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    span = program.compile()
+    program.trial(span, 1, 50.0, examples=3)
+    span.end()
+    program.provider.shutdown()
+    assert {run["status"] for run in store.runs.values()} == {"FINISHED"}
+    assert len(store.scores) == 3
+
+
+def test_two_calls_never_bring_the_same_dataset_at_once(
+    program: Program, store: Memory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """MLflow's own check and insert are apart: the second of two such calls fails."""
+    busy = threading.Lock()
+    datasets = store.datasets
+
+    def slow(run: Run, new: Sequence[Any]) -> None:
+        assert busy.acquire(blocking=False), "two at once"
+        time.sleep(0.02)
+        busy.release()
+        datasets(run, new)
+
+    monkeypatch.setattr(store, "datasets", slow)
+    for number in range(6):
+        span = program.start(f"evaluate QA{number}", evaluation_id=f"e{number}")
+        program.start(
+            "example QA", evaluation_id=f"e{number}", example_index=0, example_id="1", example_score=1.0
+        ).end()
+        span.end()
+    assert program.provider.force_flush()
+    assert [len(run["datasets"]) for run in store.runs.values()] == [1] * 6
+
+
+def test_a_dataset_that_another_program_brought_at_the_same_time_is_tried_again(
+    program: Program, store: Memory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    datasets = store.datasets
+    refusals = [ValueError("UNIQUE constraint failed")]
+
+    def refuse_once(run: Run, new: Sequence[Any]) -> None:
+        if refusals:
+            raise refusals.pop()
+        datasets(run, new)
+
+    monkeypatch.setattr(store, "datasets", refuse_once)
+    span = program.start("evaluate QA", evaluation_id="e")
+    program.start("example QA", evaluation_id="e", example_index=0, example_id="1", example_score=1.0).end()
+    span.end()
+    assert program.provider.force_flush()
+    (run,) = store.runs.values()
+    assert len(run["datasets"]) == 1
+
+
+def test_no_number_and_no_text_holds_anything_up(program: Program, store: Memory) -> None:
+    """A server refuses NaN and half a character, and with them all that is in the same call."""
+    span = program.compile()
+    span.set_attribute("dspy.optimizer.params.x", "half \ud800")
+    trial = program.start("trial", span, optimizer_run_id="r1", trial_number=1, trial_kind="full")
+    evaluation = {"optimizer_run_id": "r1", "trial_number": 1, "evaluation_id": "e"}
+    inner = program.start("evaluate QA", trial, **evaluation)
+    program.start("example QA", example_index=0, example_score=float("nan"), **evaluation).end()
+    inner.end()
+    trial.set_attribute(semconv.TRIAL_SCORE, float("nan"))
+    trial.end()
+    span.set_attribute(semconv.OPTIMIZER_BEST_SCORE, float("inf"))
+    span.end()
+    assert program.provider.force_flush()
+    run, child = store.runs["id of r1"], store.runs["id of r1/1"]
+    assert (run["status"], child["status"]) == ("FINISHED", "FINISHED")
+    for stored in (run, child):
+        assert "score" not in {metric.key for metric in stored["metrics"]}
+        json.dumps([stored["metrics"], stored["params"], stored["tags"]], allow_nan=False, ensure_ascii=False).encode()
+        for path, text in stored["artifacts"].items():
+            if path.endswith(".json"):
+                json.loads(text, parse_constant=pytest.fail)
+    assert [value for _, value, _ in store.scores] == [None]
+    assert "report.html" in run["artifacts"]
+
+
+class Raising(logging.Handler):
+    """A handler of the user's that cannot take anything."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        raise RuntimeError("no disk")
+
+
+def test_a_logging_handler_that_raises_stops_no_thread(program: Program, store: Memory) -> None:
+    handler = Raising()
+    logging.getLogger("dspy_otel").addHandler(handler)
+    try:
+        store.failure = ExportError("unreachable", "nobody there")
+        span = program.compile()
+        program.trial(span, 1, 50.0, examples=2)
+        span.end()
+        assert not program.provider.force_flush(300)
+        store.failure = None
+        assert program.provider.force_flush()
+    finally:
+        logging.getLogger("dspy_otel").removeHandler(handler)
+    assert store.runs["id of r1"]["status"] == "FINISHED"
+
+
+def test_a_report_that_fails_holds_nothing_up(
+    program: Program, store: Memory, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(report: Any) -> str:
+        raise RuntimeError("secret")
+
+    monkeypatch.setattr(tree, "render", broken)
+    span = program.compile()
+    program.trial(span, 1, 50.0, examples=2)
+    span.end()
+    assert program.provider.force_flush()
+    run = store.runs["id of r1"]
+    assert run["status"] == "FINISHED"
+    assert set(run["artifacts"]) == {"candidates.json", "phases.json"}
+    assert [record.message for record in caplog.records] == ["The report of Best QA could not be made (RuntimeError)."]
+
+
+def test_spending_on_a_run_needs_no_traces(program: Program, store: Memory) -> None:
+    """Totals are on the spans of trials, phases and steps: LM calls need not be recorded."""
+    span = program.compile()
+    for number in (1, 2):
+        trial = program.start("trial", span, optimizer_run_id="r1", trial_number=number, trial_kind="full")
+        trial.set_attributes({"dspy.usage.lm_calls": 3, "dspy.usage.task.lm_calls": 3})
+        trial.end()
+        phase = program.start("propose", span, optimizer_run_id="r1", optimizer_phase="propose")
+        phase.set_attributes({"dspy.usage.lm_calls": 2, "dspy.usage.proposer.lm_calls": 2})
+        phase.end()
+    span.set_attributes({"dspy.usage.lm_calls": 10})
+    span.end()
+    assert program.provider.force_flush()
+    curve = [(m.key, m.step, m.value) for m in store.runs["id of r1"]["metrics"] if m.key.endswith("lm_calls")]
+    assert [value for key, _, value in curve if key == "lm_calls"] == [3, 8, 10]
+    assert ("proposer.lm_calls", 2, 2.0) in curve
+    table = json.loads(store.runs["id of r1"]["artifacts"]["phases.json"])
+    assert [row[:2] + row[3:4] for row in table["data"]] == [["trials", 0, 6.0], ["propose", 2, 4.0]]
