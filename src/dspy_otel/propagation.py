@@ -9,10 +9,10 @@ from opentelemetry import context as otel_context
 from opentelemetry import propagate
 from opentelemetry.context import Context
 
-from dspy_otel.core.call_context import current_scope
+from dspy_otel.core.call_context import current_call_context
 from dspy_otel.core.internal_errors import failed
 from dspy_otel.core.operation import detach
-from dspy_otel.core.remote import read_context, write_scope
+from dspy_otel.core.remote import read_context, write_call_context
 from dspy_otel.operations.parallel import bind
 
 
@@ -31,7 +31,7 @@ def inject(carrier: MutableMapping[str, str] | None = None) -> dict[str, str]:
     """
     written: dict[str, str] = {}
     try:
-        propagate.inject(written, write_scope(current_scope(), otel_context.get_current()))
+        propagate.inject(written, write_call_context(current_call_context(), otel_context.get_current()))
         if carrier is not None:
             carrier.update(written)
     except Exception as error:

@@ -10,7 +10,7 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import Status, StatusCode, set_span_in_context
 
-from dspy_otel.core.deferred_spans import Dropped, Held
+from dspy_otel.core.deferred_spans import DeferredTrace, DroppedTrace
 
 
 def sdk() -> tuple[Any, InMemorySpanExporter]:
@@ -22,7 +22,7 @@ def sdk() -> tuple[Any, InMemorySpanExporter]:
 
 def test_what_is_kept_is_as_it_was() -> None:
     tracer, spans = sdk()
-    hold = Held(tracer)
+    hold = DeferredTrace(tracer)
     outer = hold.start_span("outer", Context(), attributes={"a": 1})
     inner = hold.start_span("inner", set_span_in_context(outer))
     inner.add_event("happened", {"b": 2})
@@ -50,7 +50,7 @@ def test_what_is_kept_is_as_it_was() -> None:
 
 def test_what_is_dropped_is_gone_and_so_is_what_comes_later() -> None:
     tracer, spans = sdk()
-    hold = Held(tracer)
+    hold = DeferredTrace(tracer)
     outer = hold.start_span("outer", Context())
     hold.drop()
     late = hold.start_span("late", set_span_in_context(outer))
@@ -65,7 +65,7 @@ def test_what_is_dropped_is_gone_and_so_is_what_comes_later() -> None:
 
 def test_what_is_still_open_when_it_is_kept_goes_on() -> None:
     tracer, spans = sdk()
-    hold = Held(tracer)
+    hold = DeferredTrace(tracer)
     outer = hold.start_span("outer", Context())
     open_ = hold.start_span("open", set_span_in_context(outer))
     outer.end()
@@ -86,7 +86,7 @@ def test_what_is_still_open_when_it_is_kept_goes_on() -> None:
 
 def test_others_inside_see_a_trace_that_is_not_sampled() -> None:
     tracer, spans = sdk()
-    for around in (Held(tracer), Dropped()):
+    for around in (DeferredTrace(tracer), DroppedTrace()):
         parent = around.start_span("ours", Context())
         assert parent.get_span_context().is_valid
         theirs = tracer.start_span("theirs", set_span_in_context(parent))
@@ -98,7 +98,7 @@ def test_others_inside_see_a_trace_that_is_not_sampled() -> None:
 
 def test_a_name_is_all_that_is_said_of_an_exception_before_it_is_kept() -> None:
     tracer, spans = sdk()
-    hold = Held(tracer)
+    hold = DeferredTrace(tracer)
     span = hold.start_span("one", Context())
     span.record_exception(ValueError("secret"))
     span.end()

@@ -26,8 +26,8 @@ from opentelemetry.sdk.trace import Span, TracerProvider
 import dspy_otel
 from dspy_otel.content import redaction
 from dspy_otel.core import internal_errors, operation
-from dspy_otel.core.call_context import Program, Scope
-from dspy_otel.core.deferred_spans import Held, HeldSpan
+from dspy_otel.core.call_context import CallContext, Program
+from dspy_otel.core.deferred_spans import DeferredSpan, DeferredTrace
 from dspy_otel.core.operation import Call
 from dspy_otel.core.usage import Totals
 from dspy_otel.operations.embedding import ASKING
@@ -253,7 +253,7 @@ def test_abandoned_generators(telemetry: Any) -> None:
 
 # --- nothing is left ----------------------------------------------------------------------------------------------
 
-OURS = (Call, Scope, Totals, Program, Held, HeldSpan, operation._Pending, ExampleRun)
+OURS = (Call, CallContext, Totals, Program, DeferredTrace, DeferredSpan, operation._Pending, ExampleRun)
 
 
 def left_over() -> Counter[str]:

@@ -408,6 +408,7 @@ MACHINERY = {
     *("operations.parallel.bind", "optimizers.trials.current_run"),
     *("core.errors.hide_frames", "core.errors.without_our_frames"),
     *("core.internal_errors.failed", "core.internal_errors.warn_once", "core.internal_errors.reset_warnings"),
+    *(f"core.internal_errors.guard.{method}" for method in ("__init__", "__enter__", "__exit__", "__call__")),
     *("core.telemetry.Telemetry.safely", "core.operation.detach", "core.operation._return_to"),
     *("core.operation.Operation.open", "core.operation.Operation.close", "core.operation.Operation.fail"),
     *("core.operation.safe_open", "core.operation.safe_close", "core.operation._continue"),
@@ -418,7 +419,7 @@ MACHINERY = {
     *(
         "optimizers.trackers.simba._Observed.__call__",
         "optimizers.trackers.simba._Strategies.give_back",
-        "optimizers.trackers.simba.SIMBAPlan.end",
+        "optimizers.trackers.simba.SIMBATracker.end",
     ),
     "optimizers.trackers.gepa.Observer.__getattr__",
 }
@@ -669,7 +670,7 @@ NEVER_CALLED = re.compile(
     r"optimizers\.(finetune|reanchor|progress|memory)\.|interpreter|typed|_CountedStream|_counted_stream"
     r"|_note_(chunk|retry|litellm)|_keys_of_suppression|simba\._in_compile|outcome_of_response|on_merge_rejected"
     r"|formatting_without|\.remote\._typed|\.HeldSpan\.|Asking\.of|\.__init__$|\.Telemetry\.(_make|_after_fork|__)"
-    r"|is_trace_id_random|parent_of_process|gepa\.(Silent|Old)GEPAPlan|gepa\._takes|\.(Operation|Plan|Blob)\.\w+$|_Pending|_moment|moment$"
+    r"|is_trace_id_random|parent_of_process|gepa\.(Silent|Old)GEPATracker|gepa\._takes|\.(Operation|Tracker|Blob)\.\w+$|_Pending|_moment|moment$"
 )
 """Not in a scenario here: other versions of DSPy, GEPA or the SDK, a terminal, a stream, fine-tuning, what runs at
 instrument() or is overridden everywhere. They have tests of their own."""

@@ -131,16 +131,16 @@ def test_a_missing_hook_costs_its_detail_and_one_warning(
 def test_a_hook_that_raises_costs_its_detail_and_one_warning(
     telemetry: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from dspy_otel.optimizers.trackers.gepa import GEPAPlan
-    from dspy_otel.optimizers.trackers.mipro import MIPROv2Plan
-    from dspy_otel.optimizers.trackers.simba import SIMBAPlan
+    from dspy_otel.optimizers.trackers.gepa import GEPATracker
+    from dspy_otel.optimizers.trackers.mipro import MIPROv2Tracker
+    from dspy_otel.optimizers.trackers.simba import SIMBATracker
 
     def broken(*_: Any, **__: Any) -> Any:
         raise RuntimeError("a new release")
 
     telemetry.instrument()
     bare = {name: outcome(name, 1) for name in ("MIPROv2", "GEPA", "SIMBA")}
-    for plan in (MIPROv2Plan, GEPAPlan, SIMBAPlan):
+    for plan in (MIPROv2Tracker, GEPATracker, SIMBATracker):
         for method in ("begin", "end", "evaluation", "params", "score", "scored"):
             monkeypatch.setattr(plan, method, broken)
         for method in [name for name in vars(plan) if name.startswith(("on_", "new_step", "evaluated", "phase"))]:

@@ -18,12 +18,13 @@ import pytest
 from dspy.utils import DummyLM
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from opentelemetry import baggage, context, trace
+from opentelemetry import baggage, trace
+from opentelemetry import context as otel_context
 
 import dspy_otel
-from dspy_otel.core.call_context import Scope, current_scope
-from dspy_otel.core.context import SCOPE_KEY
-from dspy_otel.core.remote import MAX_STAMPS, MAX_VALUE
+from dspy_otel.core.call_context import CallContext, current_call_context
+from dspy_otel.core.context import CALL_CONTEXT_KEY
+from dspy_otel.core.remote import MAX_INHERITED, MAX_VALUE
 from tests.support.otlp_receiver import OtlpReceiver
 from tests.support.spans import Recorder
 from tests.switching.process import script
@@ -34,11 +35,11 @@ class Inner(dspy.Module):
         return number + 1
 
 
-def in_scope(role: str | None = "judge", **stamps: Any) -> Any:
-    scope = Scope("evaluate", None, None)
-    scope.stamps = {f"dspy.{key.replace('_', '.')}": value for key, value in stamps.items()}
-    scope.role = role
-    return context.set_value(SCOPE_KEY, scope)
+def in_scope(role: str | None = "judge", **inherited: Any) -> Any:
+    context = CallContext("evaluate", None, None)
+    context.inherited = {f"dspy.{key.replace('_', '.')}": value for key, value in inherited.items()}
+    context.role = role
+    return otel_context.set_value(CALL_CONTEXT_KEY, context)
 
 
 # --- threads and tasks ----------------------------------------------------------------------------------------------
@@ -68,11 +69,11 @@ class OwnThreads(dspy.Module):
 @pytest.mark.parametrize("carried", ["bind", "inject"])
 def test_a_thread_pool_of_the_users_own(telemetry: Recorder, carried: str):
     telemetry.instrument()
-    token = context.attach(in_scope(evaluation_id="e1", trial_number=7))
+    token = otel_context.attach(in_scope(evaluation_id="e1", trial_number=7))
     try:
         assert OwnThreads(carried)() == [1, 2, 3, 4]
     finally:
-        context.detach(token)
+        otel_context.detach(token)
     program = telemetry.only("invoke_workflow OwnThreads")
     inner = [span for span in telemetry.spans if span is not program]
     assert len(inner) == 4
@@ -87,12 +88,12 @@ def test_nothing_stays_attached_in_the_workers(telemetry: Recorder):
     telemetry.instrument()
     with ThreadPoolExecutor(1) as pool:
         with telemetry.tracer.start_as_current_span("request"):
-            bound = dspy_otel.bind(lambda: current_scope())
+            bound = dspy_otel.bind(lambda: current_call_context())
         pool.submit(bound).result()
         assert pool.submit(trace.get_current_span).result() is trace.INVALID_SPAN
         with pytest.raises(ZeroDivisionError):
             pool.submit(dspy_otel.bind(lambda: 1 / 0)).result()
-        assert pool.submit(context.get_current).result() == {}
+        assert pool.submit(otel_context.get_current).result() == {}
 
 
 async def test_tasks_and_coroutines(telemetry: Recorder):
@@ -143,9 +144,9 @@ def test_bind_keeps_what_it_binds():
 
 def test_role_reaches_lm_calls(telemetry: Recorder):
     telemetry.instrument()
-    token = context.attach(in_scope(role="judge", evaluation_id="e1"))
+    token = otel_context.attach(in_scope(role="judge", evaluation_id="e1"))
     carrier = dspy_otel.inject()
-    context.detach(token)
+    otel_context.detach(token)
     with dspy.context(lm=DummyLM([{"answer": "blue"}])), dspy_otel.attach(carrier):
         dspy.Predict("question -> answer")(question="?")
     assert telemetry.only("chat ").attributes["dspy.lm.role"] == "judge"
@@ -157,9 +158,9 @@ def test_a_carrier_is_plain_strings(telemetry: Recorder):
     telemetry.instrument()
     headers = {"x": "1"}
     with telemetry.tracer.start_as_current_span("request") as span:
-        token = context.attach(in_scope(evaluation_id="e1"))
+        token = otel_context.attach(in_scope(evaluation_id="e1"))
         carrier = dspy_otel.inject(headers)
-        context.detach(token)
+        otel_context.detach(token)
     assert json.loads(json.dumps(carrier)) == pickle.loads(pickle.dumps(carrier)) == carrier
     assert headers == {"x": "1", **carrier}
     assert dspy_otel.inject() == {}
@@ -168,42 +169,42 @@ def test_a_carrier_is_plain_strings(telemetry: Recorder):
 
 def test_what_is_not_ours_stays_home(telemetry: Recorder):
     """Who the user is and in which session is not for everybody the carrier is sent to."""
-    scope = Scope("module", None, None)
-    scope.stamps = {"session.id": "s", "dspy.evaluation.id": "e"}
-    token = context.attach(context.set_value(SCOPE_KEY, scope))
+    context = CallContext("module", None, None)
+    context.inherited = {"session.id": "s", "dspy.evaluation.id": "e"}
+    token = otel_context.attach(otel_context.set_value(CALL_CONTEXT_KEY, context))
     carrier = dspy_otel.inject()
-    context.detach(token)
+    otel_context.detach(token)
     assert carrier == {"baggage": "dspy.evaluation.id=e"}
 
 
 def test_stamps_are_bounded_both_ways(telemetry: Recorder):
     telemetry.instrument()
-    token = context.attach(in_scope(**{f"s{index}": "x" * 10_000 for index in range(100)}))
+    token = otel_context.attach(in_scope(**{f"s{index}": "x" * 10_000 for index in range(100)}))
     carrier = dspy_otel.inject()
-    context.detach(token)
-    assert len(carrier["baggage"]) < MAX_STAMPS * (MAX_VALUE + 30)
+    otel_context.detach(token)
+    assert len(carrier["baggage"]) < MAX_INHERITED * (MAX_VALUE + 30)
     entries = {f"dspy.s{index}": "y" * 3000 for index in range(2)}
     many = {f"dspy.t{index}": "z" for index in range(100)}
     for sent in (entries, many):
         with dspy_otel.attach({"baggage": ",".join(f"{key}={value}" for key, value in sent.items())}):
-            scope = current_scope()
-            assert 0 < len(scope.stamps) <= MAX_STAMPS
-            assert all(len(value) <= MAX_VALUE for value in scope.stamps.values())
+            context = current_call_context()
+            assert 0 < len(context.inherited) <= MAX_INHERITED
+            assert all(len(value) <= MAX_VALUE for value in context.inherited.values())
 
 
 def test_an_unknown_role_is_no_role(telemetry: Recorder):
     with dspy_otel.attach({"baggage": "dspy.lm.role=admin,dspy.trial.number=x7"}):
-        assert current_scope().role is None
-        assert current_scope().stamps == {"dspy.trial.number": "x7"}
+        assert current_call_context().role is None
+        assert current_call_context().inherited == {"dspy.trial.number": "x7"}
 
 
 def test_the_users_baggage_is_carried_and_left_alone(telemetry: Recorder):
-    token = context.attach(baggage.set_baggage("tenant", "blue"))
+    token = otel_context.attach(baggage.set_baggage("tenant", "blue"))
     carrier = dspy_otel.inject()
-    context.detach(token)
+    otel_context.detach(token)
     with dspy_otel.attach(carrier):
         assert baggage.get_all() == {"tenant": "blue"}
-        assert current_scope().stamps == {}
+        assert current_call_context().inherited == {}
 
 
 anything = st.recursive(
@@ -222,10 +223,10 @@ carriers = anything | st.dictionaries(headers | st.text() | st.integers(), value
 @given(carrier=carriers)
 def test_any_carrier_is_harmless(caplog: pytest.LogCaptureFixture, carrier: Any):
     caplog.set_level(logging.CRITICAL)
-    before = context.get_current()
+    before = otel_context.get_current()
     with dspy_otel.attach(carrier):
         assert isinstance(dspy_otel.inject(), dict)
-    assert context.get_current() == before
+    assert otel_context.get_current() == before
 
 
 def test_an_error_inside_the_block_is_the_users(telemetry: Recorder):
@@ -239,9 +240,9 @@ def test_a_carrier_that_refuses_does_no_harm(caplog: pytest.LogCaptureFixture, t
         def update(self, *_: Any, **__: Any) -> None:
             raise RuntimeError("closed")
 
-    token = context.attach(baggage.set_baggage("tenant", "blue"))
+    token = otel_context.attach(baggage.set_baggage("tenant", "blue"))
     assert dspy_otel.inject(Closed()) == {"baggage": "tenant=blue"}
-    context.detach(token)
+    otel_context.detach(token)
     assert len(caplog.records) == 1
 
 
@@ -249,7 +250,7 @@ def test_a_carrier_that_refuses_does_no_harm(caplog: pytest.LogCaptureFixture, t
 _PROCESSES = """
 import multiprocessing, sys
 import dspy, dspy_otel
-from opentelemetry import context, trace
+from opentelemetry import context as otel_context, trace
 from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor
@@ -281,11 +282,11 @@ if __name__ == "__main__":
         App()(question="?")
     trace.get_tracer_provider().force_flush()
     with trace.get_tracer("mine").start_as_current_span("request"):
-        token = context.attach(in_scope(role="teacher", optimizer_run_id="run7", trial_number=3))
+        token = otel_context.attach(in_scope(role="teacher", optimizer_run_id="run7", trial_number=3))
         with multiprocessing.get_context(method).Pool(2) as pool:
             jobs = [pool.apply_async(work, (dspy_otel.inject(), own)) for _ in range(2)]
             print([job.get(60) for job in jobs])
-        context.detach(token)
+        otel_context.detach(token)
 """
 
 
@@ -316,7 +317,7 @@ def test_processes_of_the_users_own(tmp_path: Path, receiver: OtlpReceiver, meth
 _PARENT_AND_CHILD = """
 import os, subprocess, sys
 import dspy_otel
-from opentelemetry import context, trace
+from opentelemetry import context as otel_context, trace
 from tests.switching.app import main
 from tests.switching.test_propagation import in_scope
 
@@ -326,7 +327,7 @@ if sys.argv[1:] == ["child"]:
     main()
 else:
     with trace.get_tracer("mine").start_as_current_span("request"):
-        context.attach(in_scope(role="teacher", optimizer_run_id="run7"))
+        otel_context.attach(in_scope(role="teacher", optimizer_run_id="run7"))
         carrier = {key.upper(): value for key, value in dspy_otel.inject().items()}
         subprocess.run([sys.executable, __file__, "child"], env={**os.environ, **carrier}, check=True)
 """

@@ -12,11 +12,11 @@ from opentelemetry.context import Context, get_current
 from opentelemetry.trace import Span
 
 from dspy_otel.core.attributes import EMPTY, ReadOnlyAttributes
-from dspy_otel.core.context import SCOPE_KEY
+from dspy_otel.core.context import CALL_CONTEXT_KEY
 from dspy_otel.core.usage import Totals
 
 if TYPE_CHECKING:
-    from dspy_otel.core.deferred_spans import Dropped, Held
+    from dspy_otel.core.deferred_spans import DeferredTrace, DroppedTrace
     from dspy_otel.core.errors import Recorded
 
 
@@ -39,7 +39,7 @@ class Program:
         self.about: dict[int, Any] = {}
 
 
-class Scope:
+class CallContext:
     """One enclosing operation.
 
     Attributes:
@@ -59,8 +59,9 @@ class Scope:
     """
 
     __slots__ = (
+        "deferred",
         "failed",
-        "hold",
+        "inherited",
         "kind",
         "notes",
         "override_of",
@@ -70,18 +71,17 @@ class Scope:
         "program",
         "role",
         "span",
-        "stamps",
         "totals",
     )
 
     program: Program | None
     paths: dict[int, str] | None
-    stamps: ReadOnlyAttributes
+    inherited: ReadOnlyAttributes
     role: str | None
     totals: tuple[Totals, ...]
-    hold: Dropped | Held | None
+    deferred: DroppedTrace | DeferredTrace | None
 
-    def __init__(self, kind: str, owner: Any, parent: Scope | None) -> None:
+    def __init__(self, kind: str, owner: Any, parent: CallContext | None) -> None:
         self.kind = kind
         self.owner = owner
         self.parent = parent
@@ -90,19 +90,19 @@ class Scope:
         self.override_of: type | None = None
         self.failed: Recorded | None = None
         if parent is None:
-            self.program = self.paths = self.role = self.hold = None
-            self.stamps = EMPTY
+            self.program = self.paths = self.role = self.deferred = None
+            self.inherited = EMPTY
             self.totals = ()
         else:  # Passed on unchanged.
             self.program = parent.program
             self.paths = parent.paths
-            self.stamps = parent.stamps
+            self.inherited = parent.inherited
             self.role = parent.role
             self.totals = parent.totals
-            self.hold = parent.hold
+            self.deferred = parent.deferred
 
 
-def current_scope(context: Context | None = None) -> Scope | None:
+def current_call_context(context: Context | None = None) -> CallContext | None:
     """The innermost scope of ``context`` (default: the current one)."""
-    found = (get_current() if context is None else context).get(SCOPE_KEY)
-    return found if found.__class__ is Scope else None
+    found = (get_current() if context is None else context).get(CALL_CONTEXT_KEY)
+    return found if found.__class__ is CallContext else None

@@ -22,7 +22,7 @@ def _keys_of_suppression() -> tuple[str, ...]:
         otel_context.detach(token)
 
 
-SCOPE_KEY: Final = otel_context.create_key("dspy_otel.scope")
+CALL_CONTEXT_KEY: Final = otel_context.create_key("dspy_otel.scope")
 _SPAN_KEY: Final = next(iter(set_span_in_context(INVALID_SPAN, Context())))
 _SUPPRESSION_KEYS: Final = _keys_of_suppression()
 
@@ -32,11 +32,11 @@ def suppressed(context: Context) -> bool:
     return any(map(context.get, _SUPPRESSION_KEYS))
 
 
-def inside(context: Context, span: Span, scope: Any) -> Context:
+def inside(context: Context, span: Span, call_context: Any) -> Context:
     """``context`` with this span and this scope as the current ones."""
-    return Context({**context, _SPAN_KEY: span, SCOPE_KEY: scope})
+    return Context({**context, _SPAN_KEY: span, CALL_CONTEXT_KEY: call_context})
 
 
-def without_scope(context: Context) -> Context:
+def without_call_context(context: Context) -> Context:
     """``context`` without our scope, for whoever keeps it longer than the call: a scope keeps the program alive."""
-    return Context({key: value for key, value in context.items() if key != SCOPE_KEY})
+    return Context({key: value for key, value in context.items() if key != CALL_CONTEXT_KEY})

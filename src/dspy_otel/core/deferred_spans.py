@@ -25,7 +25,7 @@ from opentelemetry.trace import (
     set_span_in_context,
 )
 
-from dspy_otel.core.context import without_scope
+from dspy_otel.core.context import without_call_context
 from dspy_otel.core.id_generator import SystemIds
 
 _IDS: Final = SystemIds()
@@ -36,7 +36,7 @@ def _unsampled(trace_id: int | None = None) -> SpanContext:
     return SpanContext(trace_id or _IDS.generate_trace_id(), _IDS.generate_span_id(), False, _NOT_SAMPLED)
 
 
-class Dropped:
+class DroppedTrace:
     """Takes the place of a tracer for a trace that nobody wants: one span that records nothing."""
 
     def __init__(self) -> None:
@@ -47,7 +47,7 @@ class Dropped:
         return self._span
 
 
-class Held:
+class DeferredTrace:
     """Takes the place of a tracer for a trace that may be wanted: spans are made when it is kept, with their own times.
 
     Args:
@@ -57,7 +57,7 @@ class Held:
     def __init__(self, tracer: Tracer) -> None:
         self.tracer = tracer
         self.trace_id = _IDS.generate_trace_id()
-        self.spans: list[HeldSpan] = []
+        self.spans: list[DeferredSpan] = []
         self.decided = False
         self._lock = threading.Lock()
 
@@ -75,12 +75,14 @@ class Held:
     ) -> Span:
         """A span that waits; once the trace is decided, a real one or one that records nothing."""
         parent = get_current_span(context)
-        span = HeldSpan(self, name, without_scope(context), kind, dict(attributes or {}), list(links or ()), options)
+        span = DeferredSpan(
+            self, name, without_call_context(context), kind, dict(attributes or {}), list(links or ()), options
+        )
         with self._lock:
             if not self.decided:
                 self.spans.append(span)
                 return span
-        if isinstance(parent, HeldSpan) and parent.real is None:
+        if isinstance(parent, DeferredSpan) and parent.real is None:
             return NonRecordingSpan(_unsampled(self.trace_id))
         span.release()
         return span
@@ -96,18 +98,18 @@ class Held:
         """Forget the spans."""
         self._decide()
 
-    def _decide(self) -> list[HeldSpan]:
+    def _decide(self) -> list[DeferredSpan]:
         with self._lock:
             spans, self.spans, self.decided = self.spans, [], True
         return spans
 
 
-class HeldSpan(Span):
+class DeferredSpan(Span):
     """A span that becomes real later, if at all."""
 
     def __init__(
         self,
-        hold: Held,
+        deferred: DeferredTrace,
         name: str,
         context: Context,
         kind: SpanKind,
@@ -115,14 +117,14 @@ class HeldSpan(Span):
         links: list[Link],
         options: dict[str, Any],
     ) -> None:
-        self._hold = hold
+        self._hold = deferred
         self._name = name
         self._around = context
         self._kind = kind
         self._attributes = attributes
         self._links = links
         self._options = options
-        self._context = _unsampled(hold.trace_id)
+        self._context = _unsampled(deferred.trace_id)
         self._events: list[tuple[str, Any, int]] = []
         self._status: Status | StatusCode | None = None
         self._description: str | None = None
@@ -134,7 +136,7 @@ class HeldSpan(Span):
         """Make the real span, as far as this one has come. Its parent has been made before."""
         parent = get_current_span(self._around)
         around = self._around
-        if isinstance(parent, HeldSpan):
+        if isinstance(parent, DeferredSpan):
             if parent.real is None:
                 return
             around = set_span_in_context(parent.real, around)

@@ -43,6 +43,41 @@ def reset_warnings() -> None:
     _seen.clear()
 
 
+class guard:
+    """Keep an error of ours away from the user's program: it becomes one warning, and the block ends there.
+
+    ``with guard("LM result"):`` around a block, or ``@guard("LM result")`` on a function, which then gives ``None``.
+
+    Args:
+        where: the part that failed, for the warning.
+    """
+
+    __slots__ = ("where",)
+
+    def __init__(self, where: str) -> None:
+        self.where = where
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, frames: object) -> bool:
+        if not isinstance(error, Exception):
+            return False
+        failed(self.where, error)
+        return True
+
+    def __call__(self, function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result | None]:
+        """Guard the whole of ``function``."""
+
+        @functools.wraps(function)
+        def safe(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result | None:
+            with self:
+                return function(*args, **kwargs)
+            return None
+
+        return safe
+
+
 def guarded(where: str) -> Callable[[Callable[_Arguments, _Result]], Callable[_Arguments, _Result | None]]:
     """Make a function total: an error inside it becomes ``None`` and one warning.
 

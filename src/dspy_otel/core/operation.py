@@ -30,7 +30,7 @@ from opentelemetry.trace import (
 
 from dspy_otel import semconv
 from dspy_otel.core.attributes import Attributes
-from dspy_otel.core.call_context import Scope, current_scope
+from dspy_otel.core.call_context import CallContext, current_call_context
 from dspy_otel.core.context import inside, suppressed
 from dspy_otel.core.errors import Recorded, error_type, exception_attributes, hide_frames
 from dspy_otel.core.internal_errors import failed
@@ -45,7 +45,7 @@ class Start:
 
     Attributes:
         name: span name; low-cardinality.
-        scope: what this operation passes on to those inside it.
+        context: what this call hands on to those inside it.
         attributes: cheap attributes, known before the sampler decides.
         kind: OpenTelemetry span kind.
         root: begin a new trace.
@@ -53,7 +53,7 @@ class Start:
     """
 
     name: str
-    scope: Scope
+    context: CallContext
     attributes: Attributes
     kind: SpanKind = SpanKind.INTERNAL
     root: bool = False
@@ -68,8 +68,8 @@ class Call:
         args: positional arguments, without the instance.
         kwargs: keyword arguments. Never to be changed.
         span: its span.
-        scope: its scope.
-        context: OpenTelemetry context with both; for metrics (exemplars) and events.
+        context: what it hands on to the calls inside it.
+        otel_context: OpenTelemetry context with the span and that; for metrics (exemplars) and events.
         recording: whether anything set on the span is kept.
         details: attributes collected since the start; set together at the end, which costs a span least.
         outside: OpenTelemetry context around the call.
@@ -88,9 +88,9 @@ class Call:
         "instance",
         "kwargs",
         "operation",
+        "otel_context",
         "outside",
         "recording",
-        "scope",
         "span",
         "started",
         "token",
@@ -101,8 +101,8 @@ class Call:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     span: Span
-    scope: Scope
-    context: Context
+    context: CallContext
+    otel_context: Context
     recording: bool
     details: Attributes
     identity: Attributes
@@ -139,7 +139,9 @@ class Operation:
         # wrappers of its methods along. They arrive as wrappers that pass every call on, and need nothing of ours.
         return types.SimpleNamespace, (), dict.fromkeys(("open", "fail", "note"), _NothingToRecord())
 
-    def start(self, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any], parent: Scope | None) -> Start | None:
+    def start(
+        self, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any], parent: CallContext | None
+    ) -> Start | None:
         """What span to open for this call, or ``None`` for none."""
         raise NotImplementedError
 
@@ -151,7 +153,7 @@ class Operation:
         """Close what :meth:`enclose` has opened."""
         around.operation.close(around, result, error)
 
-    def again(self, scope: Scope) -> None:
+    def again(self, context: CallContext) -> None:
         """The override that opened ``scope`` calls the method it overrides."""
 
     def detail(self, call: Call) -> Attributes:
@@ -176,10 +178,10 @@ class Operation:
             surrounding = otel_context.get_current()
             if not telemetry.active or suppressed(surrounding):
                 return None
-            parent = current_scope(surrounding)
+            parent = current_call_context(surrounding)
             if parent is None:
                 telemetry.on_outermost()
-                parent = telemetry.default_scope
+                parent = telemetry.default_call_context
             elif (
                 parent.owner is instance and parent.kind == self.kind and parent.override_of not in (None, override_of)
             ):
@@ -189,7 +191,7 @@ class Operation:
                 return None
             around = self.enclose(instance, args, kwargs)
             if around is not None:
-                surrounding, parent = around.context, around.scope
+                surrounding, parent = around.otel_context, around.context
             start = self.start(instance, args, kwargs, parent)
             if start is not None:
                 call = self._open(start, instance, args, kwargs, surrounding, override_of)
@@ -211,26 +213,26 @@ class Operation:
         override_of: type | None = None,
     ) -> Call:
         telemetry = self.telemetry
-        scope = start.scope
-        scope.override_of = override_of
+        context = start.context
+        context.override_of = override_of
         outside = surrounding
         if start.root:
             outside = set_span_in_context(INVALID_SPAN, surrounding)
         elif telemetry.default_parent is not None and not get_current_span(surrounding).get_span_context().is_valid:
             outside = set_span_in_context(get_current_span(telemetry.default_parent), surrounding)
-        if scope.stamps:
-            start.attributes.update(scope.stamps)
+        if context.inherited:
+            start.attributes.update(context.inherited)
         call = Call()
         call.operation = self
         call.instance = instance
         call.args = args
         call.kwargs = kwargs
-        call.scope = scope
+        call.context = context
         call.outside = surrounding
         call.around = None
         call.closed = False
         call.token = None
-        call.span = (telemetry.tracer if scope.hold is None else scope.hold).start_span(
+        call.span = (telemetry.tracer if context.deferred is None else context.deferred).start_span(
             start.name,
             outside,
             start.kind,
@@ -239,9 +241,9 @@ class Operation:
             record_exception=False,
             set_status_on_exception=False,
         )
-        scope.span = call.span
+        context.span = call.span
         call.recording = call.span.is_recording()
-        call.context = inside(outside, call.span, scope)
+        call.otel_context = inside(outside, call.span, context)
         call.details = {}
         call.identity = {}
         if call.recording:
@@ -251,7 +253,7 @@ class Operation:
                 call.details = self.detail(call)
             except Exception as error:
                 failed(f"detail of {self.kind}", error)
-        call.token = otel_context.attach(call.context)
+        call.token = otel_context.attach(call.otel_context)
         call.started = time.perf_counter()
         return call
 
@@ -285,7 +287,7 @@ class Operation:
             call.span.end()
         except Exception as problem:
             failed("end of span", problem)
-        parent = call.scope.parent
+        parent = call.context.parent
         if error is not None and parent is not None:
             try:
                 parent.failed = Recorded.of(error, self.kind)
@@ -309,7 +311,7 @@ class Operation:
         call.details[semconv.ERROR_TYPE] = error_type(error)
         # First of all: it must not depend on what becomes of the content.
         span.set_status(_ERROR)
-        recorded = call.scope.failed
+        recorded = call.context.failed
         if recorded is not None and recorded.is_(error, self.kind):
             return
         attributes = exception_attributes(error, content)
@@ -416,7 +418,7 @@ def safe_close(method: Callable[..., None]) -> Callable[..., None]:
             failed(f"end of {self.kind}", problem)
             if not call.closed:
                 Operation.close(self, call, result, error)
-            if current is call.context:
+            if current is call.otel_context:
                 _return_to(call.outside)
 
     return close
@@ -449,7 +451,7 @@ async def _continue(pending: _Pending) -> Any:
     pending.started = True
     operation, call = pending.operation, pending.call
     try:
-        call.token = otel_context.attach(inside(otel_context.get_current(), call.span, call.scope))
+        call.token = otel_context.attach(inside(otel_context.get_current(), call.span, call.context))
     except Exception as error:
         failed(f"coroutine of {operation.kind}", error)
     try:

@@ -11,11 +11,11 @@ from opentelemetry.context import Context
 
 from dspy_otel import semconv
 from dspy_otel.core.attributes import Attributes, AttributeValue
-from dspy_otel.core.call_context import Scope
-from dspy_otel.core.context import SCOPE_KEY
+from dspy_otel.core.call_context import CallContext
+from dspy_otel.core.context import CALL_CONTEXT_KEY
 
-STAMP_PREFIX: Final = "dspy."
-MAX_STAMPS: Final = 16
+INHERITED_PREFIX: Final = "dspy."
+MAX_INHERITED: Final = 16
 MAX_VALUE: Final = 256
 """Characters. Stamps are ids and numbers; whatever else comes under their names is cut."""
 
@@ -24,15 +24,15 @@ _ROLES: Final = frozenset(
 )
 
 
-def write_scope(scope: Scope | None, context: Context) -> Context:
+def write_call_context(call_context: CallContext | None, context: Context) -> Context:
     """``context`` with what ``scope`` passes on as baggage: the stamps of DSPy operations, and the role."""
-    if scope is None:
+    if call_context is None:
         return context
-    entries = {key: value for key, value in scope.stamps.items() if key.startswith(STAMP_PREFIX)}
-    for key, value in list(entries.items())[:MAX_STAMPS]:
+    entries = {key: value for key, value in call_context.inherited.items() if key.startswith(INHERITED_PREFIX)}
+    for key, value in list(entries.items())[:MAX_INHERITED]:
         context = baggage.set_baggage(key, str(value)[:MAX_VALUE], context)
-    if scope.role is not None:
-        context = baggage.set_baggage(semconv.LM_ROLE, scope.role, context)
+    if call_context.role is not None:
+        context = baggage.set_baggage(semconv.LM_ROLE, call_context.role, context)
     return context
 
 
@@ -47,17 +47,17 @@ def read_context(carrier: Any, context: Context) -> Context:
         return context
     usable = {key: value for key, value in carrier.items() if isinstance(key, str) and isinstance(value, str)}
     found = propagate.extract(usable, context)
-    stamps: Attributes = {}
+    inherited: Attributes = {}
     role = None
     for key, value in baggage.get_all(found).items():
         text = str(value)[:MAX_VALUE]
         if key == semconv.LM_ROLE:
             role = text if text in _ROLES else None
-        elif key.startswith(STAMP_PREFIX) and len(stamps) < MAX_STAMPS:
-            stamps[key] = _typed(key, text)
-    scope = Scope("remote", None, None)
-    scope.stamps, scope.role = stamps, role
-    return otel_context.set_value(SCOPE_KEY, scope, found)
+        elif key.startswith(INHERITED_PREFIX) and len(inherited) < MAX_INHERITED:
+            inherited[key] = _typed(key, text)
+    call_context = CallContext("remote", None, None)
+    call_context.inherited, call_context.role = inherited, role
+    return otel_context.set_value(CALL_CONTEXT_KEY, call_context, found)
 
 
 def _typed(key: str, text: str) -> AttributeValue:

@@ -19,8 +19,8 @@ from dspy_otel import semconv
 from dspy_otel.config import Config
 from dspy_otel.content.encoder import Content
 from dspy_otel.core.attributes import Attributes
-from dspy_otel.core.call_context import current_scope
-from dspy_otel.core.context import suppressed, without_scope
+from dspy_otel.core.call_context import current_call_context
+from dspy_otel.core.context import suppressed, without_call_context
 from dspy_otel.core.id_generator import with_system_ids
 from dspy_otel.core.internal_errors import failed
 from dspy_otel.core.metrics import Metrics
@@ -68,7 +68,7 @@ class Telemetry:
         self.logger = self.safely("logger provider", None, self._make_logger, logger_provider) or NoOpLogger("none")
         self.content = Content(config.content_limit, config.capture_media, config.redact)
         self.default_parent = self.safely("parent of this process", None, parent_of_process)
-        self.default_scope = None if self.default_parent is None else current_scope(self.default_parent)
+        self.default_call_context = None if self.default_parent is None else current_call_context(self.default_parent)
 
     def _make_metrics(self, provider: MeterProvider | None) -> Metrics:
         return Metrics(metrics.get_meter(semconv.SCOPE_NAME, __version__, provider, schema_url=semconv.SCHEMA_URL))
@@ -135,7 +135,7 @@ class Telemetry:
     def emit_event(self, name: str, attributes: Attributes, context: Context) -> None:
         """Emit a log event that belongs to the span in ``context``."""
         # As a record: SDKs before 1.38 do not take its parts as arguments.
-        kept = without_scope(context)  # until the record is exported
+        kept = without_call_context(context)  # until the record is exported
         self.logger.emit(
             _logs.LogRecord(timestamp=time.time_ns(), event_name=name, attributes=attributes, context=kept)
         )

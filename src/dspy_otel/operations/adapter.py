@@ -9,7 +9,7 @@ from typing import Any
 from dspy_otel import semconv
 from dspy_otel.content import introspection
 from dspy_otel.core.attributes import Attributes
-from dspy_otel.core.call_context import Scope, current_scope
+from dspy_otel.core.call_context import CallContext, current_call_context
 from dspy_otel.core.errors import error_type, hide_frames
 from dspy_otel.core.internal_errors import guarded
 from dspy_otel.core.operation import Call, Operation, Start, openinference
@@ -52,15 +52,15 @@ class AdapterOperation(Operation):
     @guarded("adapter")
     def note(self, adapter: Any) -> None:
         """Note which adapter serves the predictor."""
-        scope = current_scope()
-        if scope is None or scope.kind != "module" or not self.telemetry.enabled():
+        context = current_call_context()
+        if context is None or context.kind != "module" or not self.telemetry.enabled():
             return
-        notes, name = scope.notes, type(adapter).__name__
+        notes, name = context.notes, type(adapter).__name__
         notes.setdefault("adapter", name)
         failed = notes.pop("failed_adapter", None)
         if failed is not None and failed != name:
             attributes: Attributes = {semconv.ADAPTER_FALLBACK_FROM: failed, semconv.ADAPTER_NAME: name}
-            self.telemetry.add_event(scope.span, semconv.EVENT_ADAPTER_FALLBACK, attributes)
+            self.telemetry.add_event(context.span, semconv.EVENT_ADAPTER_FALLBACK, attributes)
 
     def watch(self, original: Any) -> Any:
         """In place of ``Adapter._call_postprocess``, the one place in which every adapter's parsing fails."""
@@ -75,17 +75,17 @@ class AdapterOperation(Operation):
         return _call_postprocess
 
     def _note_failure(self, adapter: Any, error: BaseException) -> None:
-        scope = current_scope()
-        if scope is None or scope.kind != "module" or not self.telemetry.enabled():
+        context = current_call_context()
+        if context is None or context.kind != "module" or not self.telemetry.enabled():
             return
         name = type(adapter).__name__
-        scope.notes["failed_adapter"] = name
+        context.notes["failed_adapter"] = name
         attributes: Attributes = {semconv.ADAPTER_NAME: name, semconv.ERROR_TYPE: error_type(error)}
         completion = introspection.field(error, "lm_response")
         if completion is not None:
             put = self.telemetry.put_text if introspection.is_a(completion, str) else self.telemetry.put_content
             put(attributes, semconv.ADAPTER_COMPLETION, completion)
-        self.telemetry.add_event(scope.span, semconv.EVENT_ADAPTER_PARSE_ERROR, attributes)
+        self.telemetry.add_event(context.span, semconv.EVENT_ADAPTER_PARSE_ERROR, attributes)
 
 
 class AdapterSpanOperation(Operation):
@@ -101,13 +101,15 @@ class AdapterSpanOperation(Operation):
         self.method = method
         self.kind = f"adapter.{method}"
 
-    def start(self, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any], parent: Scope | None) -> Start | None:
+    def start(
+        self, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any], parent: CallContext | None
+    ) -> Start | None:
         name = type(instance).__name__
         attributes: Attributes = {semconv.ADAPTER_NAME: name}
         openinference(attributes, self.telemetry, semconv.KIND_CHAIN)
-        scope = Scope(self.kind, instance, parent)
+        context = CallContext(self.kind, instance, parent)
         # LM calls that an adapter makes itself (TwoStepAdapter) belong to its span, its notes to the predictor's.
-        return Start(f"{name}.{self.method}", scope, attributes)
+        return Start(f"{name}.{self.method}", context, attributes)
 
     def detail(self, call: Call) -> Attributes:
         attributes: Attributes = {}

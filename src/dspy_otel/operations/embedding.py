@@ -12,7 +12,7 @@ from opentelemetry.trace import SpanKind, get_current_span
 from dspy_otel import semconv
 from dspy_otel.content import introspection, redaction
 from dspy_otel.core.attributes import Attributes
-from dspy_otel.core.call_context import Scope
+from dspy_otel.core.call_context import CallContext
 from dspy_otel.core.errors import error_type
 from dspy_otel.core.operation import Call, Operation, Start, detach, openinference
 from dspy_otel.operations.lm import server_attributes, split_model
@@ -76,7 +76,9 @@ class EmbeddingOperation(Operation):
             call.span.add_link(get_current_span(other).get_span_context())
         return call
 
-    def start(self, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any], parent: Scope | None) -> Start | None:
+    def start(
+        self, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any], parent: CallContext | None
+    ) -> Start | None:
         hosted = isinstance(instance.model, str)
         settings = {**(getattr(instance, "default_kwargs", None) or {}), **kwargs}
         self.telemetry.safely("embedder's settings", None, redaction.remember_settings, settings)
@@ -90,10 +92,10 @@ class EmbeddingOperation(Operation):
             attributes[semconv.GEN_AI_PROVIDER_NAME] = provider
         attributes.update(server_attributes(settings.get("api_base") or settings.get("base_url")))
         openinference(attributes, self.telemetry, semconv.KIND_EMBEDDING)
-        scope = Scope(self.kind, instance, parent)
-        scope.notes["request"] = dict(attributes)
+        context = CallContext(self.kind, instance, parent)
+        context.notes["request"] = dict(attributes)
         kind = SpanKind.CLIENT if hosted else SpanKind.INTERNAL
-        return Start(f"{semconv.OPERATION_EMBEDDINGS} {name}", scope, attributes, kind)
+        return Start(f"{semconv.OPERATION_EMBEDDINGS} {name}", context, attributes, kind)
 
     def detail(self, call: Call) -> Attributes:
         attributes: Attributes = {}
@@ -111,8 +113,8 @@ class EmbeddingOperation(Operation):
 
     def measure(self, call: Call, result: Any, error: BaseException | None, seconds: float) -> None:
         labels: Attributes = {
-            key: value for key, value in call.scope.notes["request"].items() if key != semconv.OPENINFERENCE_SPAN_KIND
+            key: value for key, value in call.context.notes["request"].items() if key != semconv.OPENINFERENCE_SPAN_KIND
         }
         if error is not None:
             labels[semconv.ERROR_TYPE] = error_type(error)
-        self.telemetry.metrics.operation_duration.record(seconds, labels, call.context)
+        self.telemetry.metrics.operation_duration.record(seconds, labels, call.otel_context)

@@ -13,7 +13,7 @@ from opentelemetry.trace import Link
 from dspy_otel import semconv
 from dspy_otel.content import introspection
 from dspy_otel.core.attributes import Attributes
-from dspy_otel.core.call_context import Scope
+from dspy_otel.core.call_context import CallContext
 from dspy_otel.core.errors import error_type
 from dspy_otel.core.operation import Call, Operation, Start, openinference
 from dspy_otel.core.usage import Totals
@@ -42,18 +42,20 @@ class EvaluateOperation(Operation):
         super().__init__(telemetry)
         self.programs = programs
 
-    def start(self, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any], parent: Scope | None) -> Start | None:
+    def start(
+        self, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any], parent: CallContext | None
+    ) -> Start | None:
         given = arguments(instance, args, kwargs)
-        scope = Scope(self.kind, instance, parent)
+        context = CallContext(self.kind, instance, parent)
         totals = Totals()
         program = self.programs.find(given["program"]) if hasattr(given["program"], "named_predictors") else None
-        scope.program = None
+        context.program = None
         # Of a program that is no module, nobody can tell where it ends and the metric begins.
-        scope.role = None if program is None else semconv.ROLE_TASK
-        scope.totals = (*scope.totals, totals)
-        scope.stamps = {**scope.stamps, semconv.EVALUATION_ID: random_source.token_hex(8)}
+        context.role = None if program is None else semconv.ROLE_TASK
+        context.totals = (*context.totals, totals)
+        context.inherited = {**context.inherited, semconv.EVALUATION_ID: random_source.token_hex(8)}
         metric = metric_name(given["metric"])
-        scope.notes.update(
+        context.notes.update(
             totals=totals,
             metric=metric,
             program=given["program"] if program is not None else None,
@@ -63,17 +65,17 @@ class EvaluateOperation(Operation):
             scored=set(),
             failed=set(),
         )
-        attributes: Attributes = {semconv.PROGRAM_NAME: scope.notes["program_name"]}
+        attributes: Attributes = {semconv.PROGRAM_NAME: context.notes["program_name"]}
         if program is not None and program.id is not None:
             attributes[semconv.PROGRAM_ID] = program.id
         if metric is not None:
             attributes[semconv.EVALUATION_METRIC_NAME] = metric
         attributes.update(size_attributes(given))
         openinference(attributes, self.telemetry, semconv.KIND_EVALUATOR)
-        return Start(f"{semconv.SPAN_EVALUATE} {scope.notes['program_name']}", scope, attributes)
+        return Start(f"{semconv.SPAN_EVALUATE} {context.notes['program_name']}", context, attributes)
 
     def result(self, call: Call, result: Any, error: BaseException | None) -> Attributes:
-        notes = call.scope.notes
+        notes = call.context.notes
         # A straggler may fail at one attempt and be scored at the other: then it was scored.
         failures = len(notes["failed"] - notes["scored"])
         attributes: Attributes = {semconv.EVALUATION_FAILURES: failures, **notes["totals"].attributes()}
@@ -85,7 +87,7 @@ class EvaluateOperation(Operation):
     def measure(self, call: Call, result: Any, error: BaseException | None, seconds: float) -> None:
         score = score_of(getattr(result, "score", None))
         if score is not None:
-            self.telemetry.metrics.evaluation_score.record(score, evaluation_labels(call.scope), call.context)
+            self.telemetry.metrics.evaluation_score.record(score, evaluation_labels(call.context), call.otel_context)
 
 
 @dataclass
@@ -103,7 +105,7 @@ class ExampleRun:
     example: Any
     index: int
     again: bool
-    evaluate: Scope
+    evaluate: CallContext
     program: Any = None
 
 
@@ -117,13 +119,15 @@ class ExampleOperation(Operation):
         super().__init__(telemetry)
         self.programs = programs
 
-    def start(self, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any], parent: Scope | None) -> Start | None:
+    def start(
+        self, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any], parent: CallContext | None
+    ) -> Start | None:
         run: ExampleRun = instance
         evaluate = run.evaluate
         # The scope's owner is the evaluated program, so that its answer can be told from what the metric calls.
-        scope = Scope(self.kind, evaluate.notes["program"], evaluate)
+        context = CallContext(self.kind, evaluate.notes["program"], evaluate)
         if run.program is not None:
-            scope.owner, scope.role = run.program, semconv.ROLE_TASK
+            context.owner, context.role = run.program, semconv.ROLE_TASK
         attributes: Attributes = {semconv.PROGRAM_NAME: evaluate.notes["program_name"]}
         if evaluate.notes["program_id"] is not None:
             attributes[semconv.PROGRAM_ID] = evaluate.notes["program_id"]
@@ -137,7 +141,7 @@ class ExampleOperation(Operation):
         linked = self.telemetry.config.evaluation_traces == "linked"
         links = [Link(evaluate.span.get_span_context())] if linked and evaluate.span is not None else []
         name = f"{semconv.SPAN_EXAMPLE} {evaluate.notes['program_name']}"
-        return Start(name, scope, attributes, root=linked, links=links)
+        return Start(name, context, attributes, root=linked, links=links)
 
     def detail(self, call: Call) -> Attributes:
         run: ExampleRun = call.instance
@@ -150,7 +154,7 @@ class ExampleOperation(Operation):
             put_inputs(self.telemetry, attributes, inputs)
             self.telemetry.put_content(attributes, semconv.EXAMPLE_EXPECTED, expected)
         span, notes = run.evaluate.span, run.evaluate.notes
-        linked = self.telemetry.config.evaluation_traces == "linked" and call.scope.hold is None
+        linked = self.telemetry.config.evaluation_traces == "linked" and call.context.deferred is None
         if linked and span is not None and notes["links"] < MAX_LINKS:
             notes["links"] += 1
             if span.is_recording():
@@ -165,7 +169,7 @@ class ExampleOperation(Operation):
         shown = prediction[0] if type(prediction) is tuple and prediction else prediction
         put_outputs(self.telemetry, attributes, shown)
         score = score_of(verdict)
-        if score is not None and "late" not in call.scope.notes:
+        if score is not None and "late" not in call.context.notes:
             attributes[semconv.EXAMPLE_SCORE] = score
         feedback = feedback_of(verdict)
         if feedback is not None:
@@ -180,14 +184,14 @@ class ExampleOperation(Operation):
         scored = evaluate.notes["scored"]
         if key in scored:
             # DSPy submitted it twice and has taken the other answer.
-            call.scope.notes["late"] = True
+            call.context.notes["late"] = True
             return
         (evaluate.notes["failed"] if error is not None else scored).add(key)
         if error is not None:
             labels[semconv.EXAMPLE_OUTCOME] = semconv.OUTCOME_FAILED
         else:
             labels[semconv.EXAMPLE_OUTCOME] = semconv.OUTCOME_SCORED
-        self.telemetry.metrics.evaluation_examples.add(1, labels, call.context)
+        self.telemetry.metrics.evaluation_examples.add(1, labels, call.otel_context)
         verdict = result[1] if type(result) is tuple and len(result) == 2 else None
         self._emit_result(call, verdict, error)
 
@@ -198,7 +202,7 @@ class ExampleOperation(Operation):
             return
         run: ExampleRun = call.instance
         attributes: Attributes = {semconv.GEN_AI_EVALUATION_NAME: run.evaluate.notes["metric"] or "metric"}
-        attributes.update(call.scope.stamps)
+        attributes.update(call.context.inherited)
         if run.index >= 0:
             attributes[semconv.EXAMPLE_INDEX] = run.index
         score = score_of(verdict)
@@ -211,7 +215,7 @@ class ExampleOperation(Operation):
             text = self.telemetry.safely("content", None, self.telemetry.content.text, feedback)
             if text is not None:
                 attributes[semconv.GEN_AI_EVALUATION_EXPLANATION] = text
-        self.telemetry.emit_event(semconv.LOG_EVALUATION_RESULT, attributes, call.context)
+        self.telemetry.emit_event(semconv.LOG_EVALUATION_RESULT, attributes, call.otel_context)
 
 
 # --- pure mapping ------------------------------------------------------------------------------------------------
@@ -277,7 +281,7 @@ def split_example(example: Any) -> tuple[Any, Any]:
     return inputs, expected
 
 
-def evaluation_labels(evaluate: Scope) -> Attributes:
+def evaluation_labels(evaluate: CallContext) -> Attributes:
     """Low-cardinality attributes of an evaluation's metrics."""
     labels: Attributes = {semconv.PROGRAM_NAME: evaluate.notes["program_name"]}
     if evaluate.notes["metric"] is not None:

@@ -6,7 +6,7 @@ from typing import Any
 
 from dspy_otel import semconv
 from dspy_otel.core.attributes import Attributes
-from dspy_otel.core.call_context import Scope
+from dspy_otel.core.call_context import CallContext
 from dspy_otel.core.operation import Call, Operation, Start, openinference
 
 
@@ -15,10 +15,12 @@ class InterpreterOperation(Operation):
 
     kind = "interpreter"
 
-    def start(self, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any], parent: Scope | None) -> Start | None:
+    def start(
+        self, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any], parent: CallContext | None
+    ) -> Start | None:
         attributes: Attributes = {semconv.INTERPRETER_NAME: type(instance).__name__}
         openinference(attributes, self.telemetry, semconv.KIND_TOOL)
-        return Start(semconv.SPAN_EXECUTE_CODE, Scope(self.kind, instance, parent), attributes)
+        return Start(semconv.SPAN_EXECUTE_CODE, CallContext(self.kind, instance, parent), attributes)
 
     def detail(self, call: Call) -> Attributes:
         attributes: Attributes = {}

@@ -16,7 +16,7 @@ from dspy_otel import semconv
 from dspy_otel.content import introspection, redaction
 from dspy_otel.content.introspection import field, is_a
 from dspy_otel.core.attributes import Attributes
-from dspy_otel.core.call_context import Scope, current_scope
+from dspy_otel.core.call_context import CallContext, current_call_context
 from dspy_otel.core.errors import error_type, hide_frames
 from dspy_otel.core.operation import Call, Operation, Start, openinference
 from dspy_otel.core.usage import LMUsage, together
@@ -91,8 +91,10 @@ class LMOperation(Operation):
 
     kind = "lm"
 
-    def start(self, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any], parent: Scope | None) -> Start | None:
-        scope = Scope(self.kind, instance, parent)
+    def start(
+        self, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any], parent: CallContext | None
+    ) -> Start | None:
+        context = CallContext(self.kind, instance, parent)
         settings = request_settings(instance, args, kwargs)
         own = getattr(instance, "kwargs", None)
         if own:
@@ -101,36 +103,36 @@ class LMOperation(Operation):
             self.telemetry.safely("LM settings", None, redaction.remember_settings, kwargs)
         attributes = request_attributes(instance, settings)
         # Text that a user wrote: content, like the prompt.
-        scope.notes["stop"] = attributes.pop(semconv.GEN_AI_REQUEST_STOP_SEQUENCES, None)
-        scope.notes["request"] = attributes.copy()
-        if scope.role is not None:
-            attributes[semconv.LM_ROLE] = scope.role
-        if scope.program is not None:
-            attributes[semconv.PROGRAM_NAME] = scope.program.name
-            if scope.program.id is not None:
-                attributes[semconv.PROGRAM_ID] = scope.program.id
+        context.notes["stop"] = attributes.pop(semconv.GEN_AI_REQUEST_STOP_SEQUENCES, None)
+        context.notes["request"] = attributes.copy()
+        if context.role is not None:
+            attributes[semconv.LM_ROLE] = context.role
+        if context.program is not None:
+            attributes[semconv.PROGRAM_NAME] = context.program.name
+            if context.program.id is not None:
+                attributes[semconv.PROGRAM_ID] = context.program.id
         openinference(attributes, self.telemetry, semconv.KIND_LLM)
         name = f"{attributes[semconv.GEN_AI_OPERATION_NAME]} {attributes[semconv.GEN_AI_REQUEST_MODEL]}"
-        return Start(name, scope, attributes, SpanKind.CLIENT)
+        return Start(name, context, attributes, SpanKind.CLIENT)
 
-    def again(self, scope: Scope) -> None:
-        self._put_together(scope)
-        if "outcome" in scope.notes:
-            scope.notes["earlier"] = scope.notes.pop("outcome")
+    def again(self, context: CallContext) -> None:
+        self._put_together(context)
+        if "outcome" in context.notes:
+            context.notes["earlier"] = context.notes.pop("outcome")
 
-    def _put_together(self, scope: Scope) -> None:
+    def _put_together(self, context: CallContext) -> None:
         """One outcome of all the requests that an override made by calling what it overrides."""
-        earlier = scope.notes.pop("earlier", None)
+        earlier = context.notes.pop("earlier", None)
         if earlier is not None:
-            last = scope.notes.get("outcome")
-            scope.notes["outcome"] = earlier if last is None else outcome_of_both(earlier, last)
+            last = context.notes.get("outcome")
+            context.notes["outcome"] = earlier if last is None else outcome_of_both(earlier, last)
 
     def detail(self, call: Call) -> Attributes:
         if not self.telemetry.config.content_on_spans:
             return {}
         nothing: Attributes = {}
         attributes = self.telemetry.safely("LM input content", nothing, self._input_content, call)
-        stop = call.scope.notes["stop"]
+        stop = call.context.notes["stop"]
         if stop:
             shown = self.telemetry.safely("content", None, self._texts, stop)
             if shown is not None:
@@ -159,7 +161,7 @@ class LMOperation(Operation):
         return {key: text for key, text in texts if text is not None}
 
     def result(self, call: Call, result: Any, error: BaseException | None) -> Attributes:
-        notes = call.scope.notes
+        notes = call.context.notes
         attributes: Attributes = {}
         if "engine" in notes:
             attributes[semconv.LM_ENGINE] = notes["engine"]
@@ -182,24 +184,24 @@ class LMOperation(Operation):
         return attributes
 
     def measure(self, call: Call, result: Any, error: BaseException | None, seconds: float) -> None:
-        scope = call.scope
-        self._put_together(scope)
-        outcome: Outcome | None = scope.notes.get("outcome")
+        context = call.context
+        self._put_together(context)
+        outcome: Outcome | None = context.notes.get("outcome")
         usage = lm_usage(outcome)
-        scope.notes["usage"] = usage
-        inside: list[LMUsage] | None = scope.notes.get("inside")
+        context.notes["usage"] = usage
+        inside: list[LMUsage] | None = context.notes.get("inside")
         inner = functools.reduce(together, inside) if inside else None
         answered = error is None or outcome is not None  # An override may fail after an answer that was billed.
         if inner is not None and not _exceeds(usage, inner):
             # It only hands on what the LMs inside it did: they have been counted.
             usage = LMUsage(cache_hit=usage.cache_hit)
         elif answered:
-            for totals in scope.totals:
-                totals.add(usage, scope.role)
+            for totals in context.totals:
+                totals.add(usage, context.role)
         if inner is not None:
-            _tell_outer(scope, together(inner, usage))
+            _tell_outer(context, together(inner, usage))
         elif answered:
-            _tell_outer(scope, usage)
+            _tell_outer(context, usage)
         if self.telemetry.measuring:
             self._record(call, outcome, usage, error, seconds)
         if self.telemetry.config.content_on_events and call.span.get_span_context().trace_flags.sampled:
@@ -208,37 +210,37 @@ class LMOperation(Operation):
     def _record(
         self, call: Call, outcome: Outcome | None, usage: LMUsage, error: BaseException | None, seconds: float
     ) -> None:
-        metrics, notes = self.telemetry.metrics, call.scope.notes
-        labels = metric_attributes(call.scope, notes)
+        metrics, notes = self.telemetry.metrics, call.context.notes
+        labels = metric_attributes(call.context, notes)
         if outcome is not None and outcome.model is not None:
             labels[semconv.GEN_AI_RESPONSE_MODEL] = outcome.model
         if usage.cache_hit:
-            metrics.cache_hits.add(1, labels, call.context)
+            metrics.cache_hits.add(1, labels, call.otel_context)
         else:
             # An answer from the cache is no operation of the provider: it would hide how slow that is.
             timed = {**labels, semconv.ERROR_TYPE: error_type(error)} if error is not None else labels
-            metrics.operation_duration.record(seconds, timed, call.context)
+            metrics.operation_duration.record(seconds, timed, call.otel_context)
             for kind, tokens in (
                 (semconv.TOKEN_TYPE_INPUT, usage.input_tokens),
                 (semconv.TOKEN_TYPE_OUTPUT, usage.output_tokens),
             ):
                 if tokens is not None:
-                    metrics.token_usage.record(tokens, {**labels, semconv.GEN_AI_TOKEN_TYPE: kind}, call.context)
+                    metrics.token_usage.record(tokens, {**labels, semconv.GEN_AI_TOKEN_TYPE: kind}, call.otel_context)
             if usage.cost:
-                metrics.lm_cost.add(usage.cost, labels, call.context)
+                metrics.lm_cost.add(usage.cost, labels, call.otel_context)
         if "first_chunk" in notes:
-            metrics.time_to_first_chunk.record(notes["first_chunk"] - call.started, labels, call.context)
+            metrics.time_to_first_chunk.record(notes["first_chunk"] - call.started, labels, call.otel_context)
 
     def _emit_details(self, call: Call, outcome: Outcome | None) -> None:
         """The call's content as an ``inference.operation.details`` event."""
-        attributes: Attributes = dict(call.scope.notes["request"])
+        attributes: Attributes = dict(call.context.notes["request"])
         nothing: Attributes = {}
         attributes.update(self.telemetry.safely("LM input content", nothing, self._input_content, call))
         if outcome is not None:
             attributes.update(response_attributes(outcome, lm_usage(outcome)))
             messages = output_messages(outcome.outputs, outcome.finish_reasons)
             attributes.update(self._rendered([(semconv.GEN_AI_OUTPUT_MESSAGES, messages)]))
-        self.telemetry.emit_event(semconv.LOG_INFERENCE_DETAILS, attributes, call.context)
+        self.telemetry.emit_event(semconv.LOG_INFERENCE_DETAILS, attributes, call.otel_context)
 
     # --- hooks below the entry point; each finds its call through the scope ------------------------------------------
     def wrap_init(self, original: Any) -> Any:
@@ -290,9 +292,9 @@ class LMOperation(Operation):
         return _finalize_lm_response
 
     def _note_outcome(self, make: Any, *parts: Any) -> None:
-        scope = current_scope()
-        if scope is not None and scope.kind == self.kind:
-            scope.notes["outcome"] = make(*parts)
+        context = current_call_context()
+        if context is not None and context.kind == self.kind:
+            context.notes["outcome"] = make(*parts)
 
     def wrap_engine(self, original: Any) -> Any:
         """``dspy.clients.execution._engine`` (3.4): which engine and provider serve the call."""
@@ -305,24 +307,24 @@ class LMOperation(Operation):
         return _engine
 
     def _note_engine(self, chosen: Any) -> None:
-        scope = current_scope()
-        if scope is None or scope.kind != self.kind:
+        context = current_call_context()
+        if context is None or context.kind != self.kind:
             return
         backend, _, provider = chosen
         name = type(backend).__name__
-        scope.notes["engine"] = _ENGINES.get(name, name)
-        if isinstance(provider, str) and semconv.GEN_AI_PROVIDER_NAME not in scope.notes["request"]:
-            scope.notes["provider"] = PROVIDERS.get(provider, provider)
+        context.notes["engine"] = _ENGINES.get(name, name)
+        if isinstance(provider, str) and semconv.GEN_AI_PROVIDER_NAME not in context.notes["request"]:
+            context.notes["provider"] = PROVIDERS.get(provider, provider)
 
     def _note_litellm(self, lm: Any) -> None:
         """DSPy before 3.4 has one engine for its own LM; the class of any other LM says enough."""
-        scope = current_scope()
+        context = current_call_context()
         if (
-            scope is not None
-            and scope.kind == self.kind
+            context is not None
+            and context.kind == self.kind
             and any(base.__module__ == "dspy.clients.lm" for base in type(lm).__mro__)
         ):
-            scope.notes["engine"] = "litellm"
+            context.notes["engine"] = "litellm"
 
     def wrap_delay(self, original: Any) -> Any:
         """``dspy.clients.execution._delay`` (3.4): asked once before each retry."""
@@ -335,25 +337,25 @@ class LMOperation(Operation):
         return _delay
 
     def _note_retry(self, error: BaseException, attempt: int, seconds: float) -> None:
-        scope = current_scope()
-        if scope is None or scope.kind != self.kind:
+        context = current_call_context()
+        if context is None or context.kind != self.kind:
             return
-        scope.notes["retries"] = scope.notes.get("retries", 0) + 1
+        context.notes["retries"] = context.notes.get("retries", 0) + 1
         attributes: Attributes = {
             semconv.LM_RETRY_ATTEMPT: attempt + 1,
             semconv.LM_RETRY_DELAY: float(seconds),
             semconv.ERROR_TYPE: error_type(error),
             **error_attributes(error),
         }
-        self.telemetry.add_event(scope.span, semconv.EVENT_LM_RETRY, attributes)
-        labels = metric_attributes(scope, scope.notes)
+        self.telemetry.add_event(context.span, semconv.EVENT_LM_RETRY, attributes)
+        labels = metric_attributes(context, context.notes)
         self.telemetry.metrics.retries.add(1, {**labels, semconv.ERROR_TYPE: error_type(error)})
 
     def wrap_stream_emitted(self, original: Any) -> Any:
         """``stream_emitted``: called for each chunk that a streamed answer hands on."""
 
         def stream_emitted(*args: Any, **kwargs: Any) -> Any:
-            self.telemetry.safely("LM stream", None, self._note_chunk, current_scope())
+            self.telemetry.safely("LM stream", None, self._note_chunk, current_call_context())
             return original(*args, **kwargs)
 
         return stream_emitted
@@ -372,15 +374,15 @@ class LMOperation(Operation):
 
     def _counted_stream(self) -> _CountedStream | None:
         """In place of the stream of the LM call that is going on, if there is one."""
-        stream, scope = sys.modules["dspy"].settings.send_stream, current_scope()
-        if stream is None or scope is None or scope.kind != self.kind:
+        stream, context = sys.modules["dspy"].settings.send_stream, current_call_context()
+        if stream is None or context is None or context.kind != self.kind:
             return None
-        note = functools.partial(self.telemetry.safely, "LM stream", None, self._note_chunk, scope)
+        note = functools.partial(self.telemetry.safely, "LM stream", None, self._note_chunk, context)
         return _CountedStream(stream, note)
 
-    def _note_chunk(self, scope: Scope | None) -> None:
-        if scope is not None and scope.kind == self.kind:
-            notes = scope.notes
+    def _note_chunk(self, context: CallContext | None) -> None:
+        if context is not None and context.kind == self.kind:
+            notes = context.notes
             notes.setdefault("first_chunk", time.perf_counter())
             notes["chunks"] = notes.get("chunks", 0) + 1
 
@@ -588,10 +590,10 @@ def _exceeds(usage: LMUsage, inner: LMUsage) -> bool:
     )
 
 
-def _tell_outer(scope: Scope, usage: LMUsage) -> None:
+def _tell_outer(context: CallContext, usage: LMUsage) -> None:
     """Tell the LM call around this one, if there is one (an LM that asks other LMs), what this one used."""
-    outer = scope.parent
-    while outer is not None and outer.kind != scope.kind:
+    outer = context.parent
+    while outer is not None and outer.kind != context.kind:
         outer = outer.parent
     if outer is not None:
         outer.notes.setdefault("inside", []).append(usage)
@@ -693,14 +695,14 @@ _METRIC_KEYS: Final = (
 )
 
 
-def metric_attributes(scope: Scope, notes: Mapping[str, Any]) -> Attributes:
+def metric_attributes(context: CallContext, notes: Mapping[str, Any]) -> Attributes:
     """Low-cardinality attributes of an LM call's metrics."""
     request = notes["request"]
     labels: Attributes = {key: request[key] for key in _METRIC_KEYS if key in request}
     if "provider" in notes:
         labels[semconv.GEN_AI_PROVIDER_NAME] = notes["provider"]
-    if scope.program is not None:
-        labels[semconv.PROGRAM_NAME] = scope.program.name
-    if scope.role is not None:
-        labels[semconv.LM_ROLE] = scope.role
+    if context.program is not None:
+        labels[semconv.PROGRAM_NAME] = context.program.name
+    if context.role is not None:
+        labels[semconv.LM_ROLE] = context.role
     return labels

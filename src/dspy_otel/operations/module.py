@@ -12,7 +12,7 @@ from dspy_otel import semconv
 from dspy_otel.content import introspection
 from dspy_otel.content.introspection import is_a
 from dspy_otel.core.attributes import Attributes
-from dspy_otel.core.call_context import Program, Scope
+from dspy_otel.core.call_context import CallContext, Program
 from dspy_otel.core.errors import error_type
 from dspy_otel.core.operation import Call, Operation, Start, openinference
 from dspy_otel.core.telemetry import Telemetry
@@ -33,30 +33,32 @@ class ModuleOperation(Operation):
         super().__init__(telemetry)
         self.programs = programs
 
-    def start(self, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any], parent: Scope | None) -> Start | None:
-        scope = Scope(self.kind, instance, parent)
+    def start(
+        self, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any], parent: CallContext | None
+    ) -> Start | None:
+        context = CallContext(self.kind, instance, parent)
         path: str | None = None
-        program = scope.program
+        program = context.program
         outermost = program is None
         if program is None:
             program = self.programs.find(instance) or Program(type(instance).__name__, None, {})
-            scope.program, scope.paths = program, program.paths
+            context.program, context.paths = program, program.paths
             # Each program keeps its own totals; those of an evaluation or compile around it go on as well.
             totals = Totals()
-            scope.totals = (*scope.totals, totals)
-            scope.notes["totals"] = totals
+            context.totals = (*context.totals, totals)
+            context.notes["totals"] = totals
             caller = caller_attributes()
             if caller:
-                scope.stamps = {**scope.stamps, **caller}
+                context.inherited = {**context.inherited, **caller}
         else:
-            path = (scope.paths or {}).get(id(instance))
+            path = (context.paths or {}).get(id(instance))
             if path is None:
                 # Made during the call (a copy, say): its own modules are named from here.
                 made = self.programs.find(instance)
-                scope.paths = made.paths if made else scope.paths
+                context.paths = made.paths if made else context.paths
         about = self._about(instance, program, path, outermost)
-        scope.notes["about"] = about
-        return Start(about.span, scope, about.attributes.copy())
+        context.notes["about"] = about
+        return Start(about.span, context, about.attributes.copy())
 
     def _about(self, instance: Any, program: Program, path: str | None, outermost: bool) -> About:
         """What every call of this module says; kept with its program, if it has a place in it."""
@@ -84,7 +86,7 @@ class ModuleOperation(Operation):
 
     def result(self, call: Call, result: Any, error: BaseException | None) -> Attributes:
         attributes: Attributes = {}
-        notes = call.scope.notes
+        notes = call.context.notes
         if "adapter" in notes:
             attributes[semconv.ADAPTER_NAME] = notes["adapter"]
         if "totals" in notes:
@@ -96,19 +98,19 @@ class ModuleOperation(Operation):
         return attributes
 
     def measure(self, call: Call, result: Any, error: BaseException | None, seconds: float) -> None:
-        scope = call.scope
+        context = call.context
         if self.telemetry.measuring:
             self._record(call, error, seconds)
-        parent = scope.parent
+        parent = context.parent
         if parent is not None and parent.kind == "example" and parent.owner is call.instance:
             # The evaluated program has answered. What the metric calls from here on is judging it.
             parent.role = semconv.ROLE_JUDGE
 
     def _record(self, call: Call, error: BaseException | None, seconds: float) -> None:
-        labels: Attributes = call.scope.notes["about"].labels
+        labels: Attributes = call.context.notes["about"].labels
         if error is not None:
             labels = {**labels, semconv.ERROR_TYPE: error_type(error)}
-        self.telemetry.metrics.module_duration.record(seconds, labels, call.context)
+        self.telemetry.metrics.module_duration.record(seconds, labels, call.otel_context)
 
 
 def caller_attributes() -> Attributes:

@@ -15,7 +15,7 @@ from opentelemetry.context import Context
 from dspy_otel import semconv
 from dspy_otel.content import introspection
 from dspy_otel.core.attributes import Attributes
-from dspy_otel.core.call_context import Scope, current_scope
+from dspy_otel.core.call_context import CallContext, current_call_context
 from dspy_otel.core.errors import hide_frames
 from dspy_otel.core.operation import Call, Operation, Start, detach, openinference
 from dspy_otel.operations.evaluation import ExampleOperation, ExampleRun
@@ -33,7 +33,9 @@ class ParallelOperation(Operation):
         super().__init__(telemetry)
         self.examples = examples
 
-    def start(self, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any], parent: Scope | None) -> Start | None:
+    def start(
+        self, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any], parent: CallContext | None
+    ) -> Start | None:
         attributes: Attributes = {}
         size = introspection.length(args[1])
         if size is not None:
@@ -41,7 +43,7 @@ class ParallelOperation(Operation):
         if isinstance(instance.num_threads, int):
             attributes[semconv.PARALLEL_NUM_THREADS] = instance.num_threads
         openinference(attributes, self.telemetry, semconv.KIND_CHAIN)
-        return Start(semconv.SPAN_PARALLEL, Scope(self.kind, instance, parent), attributes)
+        return Start(semconv.SPAN_PARALLEL, CallContext(self.kind, instance, parent), attributes)
 
     def result(self, call: Call, result: Any, error: BaseException | None) -> Attributes:
         return {semconv.PARALLEL_FAILURES: len(call.instance.failed_indices)}
@@ -63,12 +65,12 @@ class ParallelOperation(Operation):
             if not self.telemetry.safely("threads", False, self.telemetry.enabled):
                 # `suppress_instrumentation()` is for the workers, too, and only the context tells them.
                 return run(executor, function, data)
-            scope = self.telemetry.safely("threads", None, current_scope)
-            if scope is not None and scope.kind == "evaluate" and not scope.notes.get("executing"):
+            context = self.telemetry.safely("threads", None, current_call_context)
+            if context is not None and context.kind == "evaluate" and not context.notes.get("executing"):
                 # An evaluation's own loop. A program that runs threads of its own inside an example does not come
                 # here: its scope is the example's.
-                scope.notes["executing"] = True
-                wrapped = self.telemetry.safely("examples", function, self._evaluate_each, function, data, scope)
+                context.notes["executing"] = True
+                wrapped = self.telemetry.safely("examples", function, self._evaluate_each, function, data, context)
                 return original(executor, wrapped, data)
             return traced(executor, function, data)
 
@@ -78,7 +80,7 @@ class ParallelOperation(Operation):
         traced = self.wrap(run)
         return execute
 
-    def _evaluate_each(self, function: Callable[[Any], Any], data: Any, evaluate: Scope) -> Callable[[Any], Any]:
+    def _evaluate_each(self, function: Callable[[Any], Any], data: Any, evaluate: CallContext) -> Callable[[Any], Any]:
         """``function`` with one example span around each call."""
         waiting: defaultdict[int, deque[int]] = defaultdict(deque)
         # Rows that are made when somebody asks for them are not asked for: their places stay unknown.

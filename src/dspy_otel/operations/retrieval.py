@@ -10,7 +10,7 @@ from opentelemetry.trace import SpanKind
 from dspy_otel import semconv
 from dspy_otel.content import introspection
 from dspy_otel.core.attributes import Attributes
-from dspy_otel.core.call_context import Scope
+from dspy_otel.core.call_context import CallContext
 from dspy_otel.core.operation import Call, Operation, Start, openinference
 from dspy_otel.operations.embedding import ASKING
 from dspy_otel.operations.lm import server_attributes
@@ -39,15 +39,17 @@ class RetrievalOperation(Operation):
         if call is not None and hasattr(instance, "search_fn"):  # dspy.Embeddings
             query = args[0] if args else kwargs.get("query")
             if type(query) is str:
-                ASKING.add(instance.embedder, query, call.context)
+                ASKING.add(instance.embedder, query, call.otel_context)
         return call
 
     def close(self, call: Call, result: Any, error: BaseException | None) -> None:
         if hasattr(call.instance, "search_fn"):
-            ASKING.remove(call.instance.embedder, call.context)
+            ASKING.remove(call.instance.embedder, call.otel_context)
         super().close(call, result, error)
 
-    def start(self, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any], parent: Scope | None) -> Start | None:
+    def start(
+        self, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any], parent: CallContext | None
+    ) -> Start | None:
         name = type(instance).__name__
         attributes: Attributes = {
             semconv.GEN_AI_OPERATION_NAME: semconv.OPERATION_RETRIEVAL,
@@ -59,8 +61,8 @@ class RetrievalOperation(Operation):
             attributes[semconv.GEN_AI_RETRIEVAL_TOP_K] = most
         attributes.update(server_attributes(getattr(instance, "url", None)))
         openinference(attributes, self.telemetry, semconv.KIND_RETRIEVER)
-        scope = Scope(self.kind, instance, parent)
-        return Start(f"{semconv.OPERATION_RETRIEVAL} {name}", scope, attributes, self.span_kind)
+        context = CallContext(self.kind, instance, parent)
+        return Start(f"{semconv.OPERATION_RETRIEVAL} {name}", context, attributes, self.span_kind)
 
     def detail(self, call: Call) -> Attributes:
         attributes: Attributes = {}

@@ -6,7 +6,7 @@ from typing import Any, Final
 
 from dspy_otel import semconv
 from dspy_otel.core.attributes import Attributes
-from dspy_otel.core.call_context import Scope
+from dspy_otel.core.call_context import CallContext
 from dspy_otel.core.errors import error_type
 from dspy_otel.core.operation import Call, Operation, Start, openinference
 
@@ -19,7 +19,9 @@ class ToolOperation(Operation):
 
     kind = "tool"
 
-    def start(self, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any], parent: Scope | None) -> Start | None:
+    def start(
+        self, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any], parent: CallContext | None
+    ) -> Start | None:
         name = str(instance.name)
         if parent is not None and _END_MARKERS.get(type(parent.owner).__name__) == name:
             return None
@@ -29,7 +31,7 @@ class ToolOperation(Operation):
             semconv.GEN_AI_TOOL_TYPE: "function",
         }
         openinference(attributes, self.telemetry, semconv.KIND_TOOL)
-        return Start(f"{semconv.OPERATION_EXECUTE_TOOL} {name}", Scope(self.kind, instance, parent), attributes)
+        return Start(f"{semconv.OPERATION_EXECUTE_TOOL} {name}", CallContext(self.kind, instance, parent), attributes)
 
     def detail(self, call: Call) -> Attributes:
         attributes: Attributes = {}
@@ -46,8 +48,8 @@ class ToolOperation(Operation):
 
     def measure(self, call: Call, result: Any, error: BaseException | None, seconds: float) -> None:
         labels: Attributes = {semconv.GEN_AI_TOOL_NAME: str(call.instance.name)}
-        if call.scope.program is not None:
-            labels[semconv.PROGRAM_NAME] = call.scope.program.name
+        if call.context.program is not None:
+            labels[semconv.PROGRAM_NAME] = call.context.program.name
         if error is not None:
             labels[semconv.ERROR_TYPE] = error_type(error)
-        self.telemetry.metrics.tool_duration.record(seconds, labels, call.context)
+        self.telemetry.metrics.tool_duration.record(seconds, labels, call.otel_context)

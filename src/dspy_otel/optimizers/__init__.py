@@ -13,7 +13,7 @@ from dspy_otel.core.telemetry import Telemetry
 from dspy_otel.operations.program import Programs
 from dspy_otel.optimizers.compile import CompileOperation
 from dspy_otel.optimizers.lineage import Optimization, optimization
-from dspy_otel.optimizers.tracker import Plan
+from dspy_otel.optimizers.tracker import Tracker
 from dspy_otel.optimizers.trackers import (
     better_together,
     bootstrap,
@@ -37,7 +37,7 @@ from dspy_otel.optimizers.trials import (
 )
 from dspy_otel.patching import Patches
 
-_Plan = TypeVar("_Plan", bound=Plan)
+_Tracker = TypeVar("_Tracker", bound=Tracker)
 
 _FILES: Final = (
     better_together,
@@ -74,23 +74,23 @@ class Optimizers:
         self.evaluate = CandidateEvaluation(telemetry, programs, self.phases, self.trials)
         self.example = CandidateExample(telemetry, programs)
         self.module = DirectModule(telemetry, programs, self.phases)
-        self.plans: dict[str, type[Plan]] = {}
+        self.trackers: dict[str, type[Tracker]] = {}
         for file in _FILES:
-            self.plans.update(file.PLANS)
-        self.compile = CompileOperation(telemetry, programs, self.plan_for)
+            self.trackers.update(file.TRACKERS)
+        self.compile = CompileOperation(telemetry, programs, self.tracker_for)
 
-    def plan_for(self, optimizer: Any) -> type[Plan]:
+    def tracker_for(self, optimizer: Any) -> type[Tracker]:
         """The plan of an optimizer: that of its nearest class of DSPy's which has one."""
         for kind in type(optimizer).__mro__:
-            if kind.__module__.startswith("dspy.") and kind.__name__ in self.plans:
-                return self.plans[kind.__name__]
-        return Plan
+            if kind.__module__.startswith("dspy.") and kind.__name__ in self.trackers:
+                return self.trackers[kind.__name__]
+        return Tracker
 
     @guarded("optimizer")
-    def running(self, kind: type[_Plan]) -> _Plan | None:
+    def running(self, kind: type[_Tracker]) -> _Tracker | None:
         """The plan of the optimization that runs here, if it is one of this kind."""
         run = current_run(self.phases)
-        return run.plan if run is not None and isinstance(run.plan, kind) else None
+        return run.tracker if run is not None and isinstance(run.tracker, kind) else None
 
     def patch(self, patches: Patches) -> None:
         """Put the hooks of single optimizers in force; one that this DSPy lacks costs its detail and a warning."""

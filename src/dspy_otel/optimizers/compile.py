@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from dspy_otel import semconv
 from dspy_otel.core.attributes import Attributes
-from dspy_otel.core.call_context import Scope, current_scope
+from dspy_otel.core.call_context import CallContext, current_call_context
 from dspy_otel.core.operation import Call, Operation, Start, openinference
 from dspy_otel.core.usage import Totals
 from dspy_otel.operations.program import Programs
@@ -17,7 +17,7 @@ from dspy_otel.optimizers.lineage import remember_winner
 from dspy_otel.optimizers.parameters import bound_arguments, constructor_arguments, is_dataset, parameter_attributes
 from dspy_otel.optimizers.program_state import put_state, state_of
 from dspy_otel.optimizers.run import Run, run_of
-from dspy_otel.optimizers.tracker import Plan
+from dspy_otel.optimizers.tracker import Tracker
 from dspy_otel.optimizers.trials import dataset_attributes
 
 if TYPE_CHECKING:
@@ -52,10 +52,10 @@ class CompileOperation(Operation):
         semconv.INITIAL_PROGRAM_ID,
     )
 
-    def __init__(self, telemetry: Any, programs: Programs, plan_for: Callable[[Any], type[Plan]]) -> None:
+    def __init__(self, telemetry: Any, programs: Programs, tracker_for: Callable[[Any], type[Tracker]]) -> None:
         super().__init__(telemetry)
         self.programs = programs
-        self.plan_for = plan_for
+        self.tracker_for = tracker_for
         self.display: ProgressDisplay | None = None
         if telemetry.config.progress:
             from dspy_otel.optimizers.progress import ProgressDisplay
@@ -67,36 +67,38 @@ class CompileOperation(Operation):
             return self.wrap_async(original, override_of)
         return super().wrap(original, override_of)
 
-    def start(self, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any], parent: Scope | None) -> Start | None:
-        scope = Scope(self.kind, instance, parent)
+    def start(
+        self, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any], parent: CallContext | None
+    ) -> Start | None:
+        context = CallContext(self.kind, instance, parent)
         totals = Totals(by_role=True)
-        scope.program = None
-        scope.totals = (*scope.totals, totals)
+        context.program = None
+        context.totals = (*context.totals, totals)
         name = type(instance).__name__
-        run = Run(self.telemetry, random_source.token_hex(8), name, scope, totals, run_of(parent))
+        run = Run(self.telemetry, random_source.token_hex(8), name, context, totals, run_of(parent))
         around = run.parent is not None and run.parent.inference_time
         run.inference_time = around or (parent is not None and parent.program is not None)
         given = self._given(instance, bound_arguments(instance, args, kwargs))
         attributes: Attributes = {semconv.OPTIMIZER_NAME: name, **self._initial(run, given)}
-        run.plan = self.plan_for(instance)(run, instance, given)
+        run.tracker = self.tracker_for(instance)(run, instance, given)
         if self.telemetry.safely("optimizer's run file", None, self._resume, run) is not None:
             attributes.update(run.attempt.start_attributes())  # type: ignore[union-attr]
-        scope.role = run.plan.role
-        stamps = {key: value for key, value in scope.stamps.items() if key not in _OF_ONE_RUN}
-        stamps[semconv.OPTIMIZER_RUN_ID] = run.id
+        context.role = run.tracker.role
+        inherited = {key: value for key, value in context.inherited.items() if key not in _OF_ONE_RUN}
+        inherited[semconv.OPTIMIZER_RUN_ID] = run.id
         if run.parent is not None:
-            stamps[semconv.OPTIMIZER_ROOT_RUN_ID] = run.root.id
+            inherited[semconv.OPTIMIZER_ROOT_RUN_ID] = run.root.id
             attributes[semconv.OPTIMIZER_PARENT_RUN_ID] = run.parent.id
-            for stamp, key in _OF_PARENT:
-                if stamp in scope.stamps:
-                    attributes[key] = scope.stamps[stamp]
+            for inherited_name, key in _OF_PARENT:
+                if inherited_name in context.inherited:
+                    attributes[key] = context.inherited[inherited_name]
         if run.inference_time:
             attributes[semconv.OPTIMIZER_INFERENCE_TIME] = True
-        scope.stamps = stamps
-        scope.notes.update(run=run, given=given)
+        context.inherited = inherited
+        context.notes.update(run=run, given=given)
         openinference(attributes, self.telemetry, semconv.KIND_CHAIN)
         links = [] if run.attempt is None else run.attempt.links()
-        return Start(f"{semconv.SPAN_COMPILE} {name}", scope, attributes, links=links)
+        return Start(f"{semconv.SPAN_COMPILE} {name}", context, attributes, links=links)
 
     def _given(self, instance: Any, arguments: dict[str, Any]) -> dict[str, Any]:
         """The arguments of ``compile()``, and datasets that the constructor was given instead (KNNFewShot)."""
@@ -120,19 +122,19 @@ class CompileOperation(Operation):
         return attributes
 
     def _told_more(
-        self, scope: Scope, args: tuple[Any, ...], kwargs: Mapping[str, Any], override_of: type | None
+        self, context: CallContext, args: tuple[Any, ...], kwargs: Mapping[str, Any], override_of: type | None
     ) -> None:
         """A subclass's ``compile()`` calls the one it overrides, and may pass on what nobody has told it."""
-        run: Run = scope.notes["run"]
-        given: dict[str, Any] = scope.notes["given"]
-        more = bound_arguments(scope.owner, args, kwargs, override_of)
+        run: Run = context.notes["run"]
+        given: dict[str, Any] = context.notes["given"]
+        more = bound_arguments(context.owner, args, kwargs, override_of)
         new = {name: value for name, value in more.items() if value is not None and given.get(name) is None}
         given.update(new)
         attributes = self._initial(run, given)
-        self.telemetry.safely("optimizer", None, run.plan.told)
-        if scope.span is not None and scope.span.is_recording():
-            attributes.update(self._about(run, scope.owner, new, described=not attributes))
-            scope.span.set_attributes(attributes)
+        self.telemetry.safely("optimizer", None, run.tracker.told)
+        if context.span is not None and context.span.is_recording():
+            attributes.update(self._about(run, context.owner, new, described=not attributes))
+            context.span.set_attributes(attributes)
 
     def _resume(self, run: Run) -> Attempt | None:
         from dspy_otel.optimizers.resume import Attempt
@@ -147,7 +149,7 @@ class CompileOperation(Operation):
     def open(
         self, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any], override_of: type | None = None
     ) -> Call | None:
-        around = current_scope()
+        around = current_call_context()
         if around is not None and around.kind == self.kind and around.owner is instance:
             # compile() calling super().compile() is one optimization.
             self._told_more(around, args, kwargs, override_of)
@@ -156,25 +158,25 @@ class CompileOperation(Operation):
         if call is not None:
             Run.enter(1)
             self.telemetry.safely("compile", None, say_now, call)
-            run: Run = call.scope.notes["run"]
+            run: Run = call.context.notes["run"]
             if run.attempt is not None:
                 self.telemetry.safely("optimizer's run file", None, run.attempt.opened, call)
                 run.save()
-            self.telemetry.safely("optimizer", None, run.plan.begin)
-            self.telemetry.safely("optimizer", None, run.plan.told)
+            self.telemetry.safely("optimizer", None, run.tracker.begin)
+            self.telemetry.safely("optimizer", None, run.tracker.told)
             if self.display is not None and not run.inference_time:
                 self.telemetry.safely("progress display", None, self.display.begin, run)
         return call
 
     def close(self, call: Call, result: Any, error: BaseException | None) -> None:
-        self.telemetry.safely("optimizer", None, call.scope.notes["run"].plan.end)
+        self.telemetry.safely("optimizer", None, call.context.notes["run"].tracker.end)
         super().close(call, result, error)
         if self.display is not None:
-            self.telemetry.safely("progress display", None, self.display.end, call.scope.notes["run"])
+            self.telemetry.safely("progress display", None, self.display.end, call.context.notes["run"])
         Run.enter(-1)
 
     def detail(self, call: Call) -> Attributes:
-        return self._about(call.scope.notes["run"], call.instance, call.scope.notes["given"])
+        return self._about(call.context.notes["run"], call.instance, call.context.notes["given"])
 
     def _about(self, run: Run, instance: Any, given: Mapping[str, Any], described: bool = False) -> Attributes:
         """Parameters, datasets, and the initial program's state, unless that is described already."""
@@ -191,20 +193,20 @@ class CompileOperation(Operation):
         return attributes
 
     def measure(self, call: Call, result: Any, error: BaseException | None, seconds: float) -> None:
-        run: Run = call.scope.notes["run"]
+        run: Run = call.context.notes["run"]
         if run.attempt is not None:
             run.attempt.outcome = outcome_of(error)
         run.report_spending()
         if error is None and hasattr(result, "named_predictors"):
             program = self.programs.find(result)
             if program is not None and program.id is not None:
-                call.scope.notes["made"] = program.id
-                call.scope.notes["winner"] = remember_winner(run, program.id)
+                call.context.notes["made"] = program.id
+                call.context.notes["winner"] = remember_winner(run, program.id)
         labels = {**run.labels(), semconv.OPTIMIZER_OUTCOME: outcome_of(error)}
-        self.telemetry.metrics.optimizer_duration.record(seconds, labels, call.context)
+        self.telemetry.metrics.optimizer_duration.record(seconds, labels, call.otel_context)
 
     def result(self, call: Call, result: Any, error: BaseException | None) -> Attributes:
-        notes = call.scope.notes
+        notes = call.context.notes
         run: Run = notes["run"]
         attributes: Attributes = dict(run.totals.attributes())
         attributes[semconv.OPTIMIZER_OUTCOME] = outcome_of(error)

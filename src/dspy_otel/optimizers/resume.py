@@ -75,7 +75,7 @@ class Attempt:
     @classmethod
     def of(cls, run: Run) -> Attempt | None:
         """The attempt that begins now; ``None`` for an optimizer that keeps no state."""
-        folder, state = run.plan.log_dir(), run.plan.state_file
+        folder, state = run.tracker.log_dir(), run.tracker.state_file
         if folder is None:
             return None
         path = Path(folder) / FILE

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 from dspy_otel import semconv
 from dspy_otel.core.attributes import Attributes
-from dspy_otel.core.call_context import Scope
+from dspy_otel.core.call_context import CallContext
 from dspy_otel.core.telemetry import Telemetry
 from dspy_otel.core.usage import Totals
 
 if TYPE_CHECKING:
     from dspy_otel.optimizers.resume import Attempt
-    from dspy_otel.optimizers.tracker import Plan
+    from dspy_otel.optimizers.tracker import Tracker
 
 PERCENT: Final = "percent"
 MEAN: Final = "mean"
@@ -64,13 +64,13 @@ class Run:
     telemetry: Telemetry
     id: str
     name: str
-    scope: Scope
+    context: CallContext
     totals: Totals
     parent: Run | None = None
     program_name: str | None = None
     initial_id: str | None = None
     student: Any = None
-    plan: Plan = field(init=False)
+    tracker: Tracker = field(init=False)
     attempt: Attempt | None = None
     inference_time: bool = False
 
@@ -250,18 +250,18 @@ class Run:
             semconv.OPTIMIZER_EXAMPLES_EVALUATED: self.examples or None,
             semconv.OPTIMIZER_BASELINE_SCORE: self.baseline,
             semconv.OPTIMIZER_BEST_SCORE: None if self.best is None else self.best.score,
-            semconv.OPTIMIZER_SCORE_SCALE: self.plan.scale if self.finished else None,
+            semconv.OPTIMIZER_SCORE_SCALE: self.tracker.scale if self.finished else None,
         }
         if self.baseline is not None and self.best is not None and self.best.score is not None:
             known[semconv.OPTIMIZER_GAIN] = round(self.best.score - self.baseline, 9)
         return {**self.validation, **{key: value for key, value in known.items() if value is not None}}
 
 
-def run_of(scope: Scope | None) -> Run | None:
+def run_of(context: CallContext | None) -> Run | None:
     """The optimization that ``scope`` is inside of: the innermost one."""
-    while scope is not None:
-        if scope.kind == "compile":
-            run = scope.notes.get("run")
+    while context is not None:
+        if context.kind == "compile":
+            run = context.notes.get("run")
             return run if isinstance(run, Run) else None
-        scope = scope.parent
+        context = context.parent
     return None

@@ -8,8 +8,8 @@ from __future__ import annotations
 from typing import Any, Final
 
 from dspy_otel import semconv
-from dspy_otel.core.call_context import Scope
-from dspy_otel.core.deferred_spans import Dropped, Held
+from dspy_otel.core.call_context import CallContext
+from dspy_otel.core.deferred_spans import DeferredTrace, DroppedTrace
 from dspy_otel.core.operation import Call
 from dspy_otel.core.telemetry import Telemetry
 from dspy_otel.operations.evaluation import MAX_LINKS, score_of
@@ -19,47 +19,47 @@ MOST_HELD: Final = 5000
 """Most spans of one trial that wait for its score. Examples beyond are kept if they fail, and else dropped."""
 
 
-def begin_example(telemetry: Telemetry, scope: Scope) -> None:
+def begin_example(telemetry: Telemetry, context: CallContext) -> None:
     """An example or attempt begins, perhaps inside an optimization: hold or drop its trace, if the mode says so."""
     mode = telemetry.config.optimization_traces
-    if mode == "all" or not Run.live or scope.hold is not None:
+    if mode == "all" or not Run.live or context.deferred is not None:
         return
-    run = run_of(scope)
+    run = run_of(context)
     if run is None or run.inference_time:
         return
-    scope.hold = Dropped() if mode == "none" else Held(telemetry.tracer)
+    context.deferred = DroppedTrace() if mode == "none" else DeferredTrace(telemetry.tracer)
 
 
 def end_example(call: Call, failed: bool) -> None:
     """An example or attempt has ended: keep its trace if it failed; else its trial's score decides."""
-    scope, around = call.scope, call.scope.parent
-    hold = scope.hold
-    if not isinstance(hold, Held) or around is None or around.hold is hold:
+    context, around = call.context, call.context.parent
+    deferred = context.deferred
+    if not isinstance(deferred, DeferredTrace) or around is None or around.deferred is deferred:
         return
     if failed:
-        _keep(hold, around)
+        _keep(deferred, around)
         return
     trial = _trial_around(around)
     run = run_of(around)
-    if trial is None or run is None or trial.owner.kind not in run.plan.deciding:
-        hold.drop()
+    if trial is None or run is None or trial.owner.kind not in run.tracker.deciding:
+        deferred.drop()
         return
-    waiting: list[Held] = trial.notes.setdefault("held", [])
-    if trial.notes.get("is_best", True) is False or sum(map(len, waiting)) + len(hold) > MOST_HELD:
-        hold.drop()
+    waiting: list[DeferredTrace] = trial.notes.setdefault("held", [])
+    if trial.notes.get("is_best", True) is False or sum(map(len, waiting)) + len(deferred) > MOST_HELD:
+        deferred.drop()
     elif "is_best" in trial.notes:  # a straggler
-        _keep(hold, trial)
+        _keep(deferred, trial)
     else:
-        waiting.append(hold)
+        waiting.append(deferred)
 
 
-def end_trial(trial: Scope, is_best: bool) -> None:
+def end_trial(trial: CallContext, is_best: bool) -> None:
     """A trial has its score: keep the traces of its examples if that is the best so far."""
-    for hold in trial.notes.pop("held", ()):
+    for deferred in trial.notes.pop("held", ()):
         if is_best:
-            _keep(hold, trial)
+            _keep(deferred, trial)
         else:
-            hold.drop()
+            deferred.drop()
 
 
 def has_failed(result: Any, error: BaseException | None) -> bool:
@@ -71,8 +71,8 @@ def has_failed(result: Any, error: BaseException | None) -> bool:
     return score is not None and score <= 0
 
 
-def _keep(hold: Held, around: Scope) -> None:
-    kept = hold.keep()
+def _keep(deferred: DeferredTrace, around: CallContext) -> None:
+    kept = deferred.keep()
     if kept is None or around.span is None or not kept.trace_flags.sampled:
         return
     links = around.notes.get("links", 0)
@@ -81,9 +81,9 @@ def _keep(hold: Held, around: Scope) -> None:
         around.span.add_link(kept)
 
 
-def _trial_around(scope: Scope | None) -> Scope | None:
-    while scope is not None and scope.kind not in ("compile", "example"):
-        if scope.kind == semconv.SPAN_TRIAL:
-            return scope
-        scope = scope.parent
+def _trial_around(context: CallContext | None) -> CallContext | None:
+    while context is not None and context.kind not in ("compile", "example"):
+        if context.kind == semconv.SPAN_TRIAL:
+            return context
+        context = context.parent
     return None

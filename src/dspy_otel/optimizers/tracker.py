@@ -93,7 +93,7 @@ class Phase:
     about: Any = None
 
 
-class Plan:
+class Tracker:
     """How to read one optimizer. As it stands here: any optimizer that scores its candidates with ``Evaluate``.
 
     One object for each run. Whatever a method raises costs its detail only.

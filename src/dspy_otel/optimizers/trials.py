@@ -11,7 +11,7 @@ from typing import Any
 from dspy_otel import semconv
 from dspy_otel.content import introspection
 from dspy_otel.core.attributes import Attributes
-from dspy_otel.core.call_context import Scope, current_scope
+from dspy_otel.core.call_context import CallContext, current_call_context
 from dspy_otel.core.internal_errors import guarded
 from dspy_otel.core.operation import Call, Operation, Start, detach, openinference
 from dspy_otel.core.usage import Totals
@@ -36,26 +36,28 @@ class PhaseOperation(Operation):
         semconv.OPTIMIZER_PHASE,
     )
 
-    def start(self, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any], parent: Scope | None) -> Start | None:
+    def start(
+        self, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any], parent: CallContext | None
+    ) -> Start | None:
         phase: Phase = instance
         if run_of(parent) is None:
             return None
-        scope = Scope(self.kind, phase, parent)
-        scope.stamps = {**scope.stamps, semconv.OPTIMIZER_PHASE: phase.name}
+        context = CallContext(self.kind, phase, parent)
+        context.inherited = {**context.inherited, semconv.OPTIMIZER_PHASE: phase.name}
         if phase.role is not None:
-            scope.role = phase.role
+            context.role = phase.role
         totals = Totals(by_role=True)
-        scope.totals = (*scope.totals, totals)
-        scope.notes["totals"] = totals
+        context.totals = (*context.totals, totals)
+        context.notes["totals"] = totals
         attributes = dict(phase.attributes)
         openinference(attributes, self.telemetry, semconv.KIND_CHAIN)
-        return Start(phase.name, scope, attributes)
+        return Start(phase.name, context, attributes)
 
     def result(self, call: Call, result: Any, error: BaseException | None) -> Attributes:
-        return {**call.instance.attributes, **call.scope.notes["totals"].attributes()}
+        return {**call.instance.attributes, **call.context.notes["totals"].attributes()}
 
     def measure(self, call: Call, result: Any, error: BaseException | None, seconds: float) -> None:
-        run = run_of(call.scope)
+        run = run_of(call.context)
         if run is not None:
             run.report_spending()
 
@@ -112,20 +114,22 @@ class TrialOperation(Operation):
         semconv.CANDIDATE_PARENT_IDS,
     )
 
-    def start(self, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any], parent: Scope | None) -> Start | None:
+    def start(
+        self, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any], parent: CallContext | None
+    ) -> Start | None:
         trial: Trial = instance
         run = run_of(parent)
         if run is None or parent is None:
             return None
-        scope = Scope(self.kind, trial, parent)
+        context = CallContext(self.kind, trial, parent)
         totals = Totals(by_role=True)
-        scope.totals = (*scope.totals, totals)
+        context.totals = (*context.totals, totals)
         number = run.next_number()
-        scope.notes.update(totals=totals, run=run, number=number)
-        stamps = {semconv.OPTIMIZER_PHASE: trial.phase, **scope.stamps, semconv.TRIAL_NUMBER: number}
+        context.notes.update(totals=totals, run=run, number=number)
+        inherited = {semconv.OPTIMIZER_PHASE: trial.phase, **context.inherited, semconv.TRIAL_NUMBER: number}
         if trial.candidate is not None:
-            stamps[semconv.CANDIDATE_ID] = trial.candidate
-        scope.stamps = stamps
+            inherited[semconv.CANDIDATE_ID] = trial.candidate
+        context.inherited = inherited
         attributes: Attributes = {semconv.TRIAL_KIND: trial.kind, semconv.OPTIMIZER_NAME: run.name, **trial.attributes}
         if run.program_name is not None:
             attributes[semconv.PROGRAM_NAME] = run.program_name
@@ -137,12 +141,12 @@ class TrialOperation(Operation):
             attributes[semconv.CANDIDATE_PARENT_IDS] = list(trial.parents)
         attributes.update({semconv.TRIAL_PARAMS_PREFIX + name: value for name, value in trial.params.items()})
         openinference(attributes, self.telemetry, semconv.KIND_EVALUATOR)
-        return Start(semconv.SPAN_TRIAL, scope, attributes)
+        return Start(semconv.SPAN_TRIAL, context, attributes)
 
     def detail(self, call: Call) -> Attributes:
         trial: Trial = call.instance
         attributes: Attributes = {}
-        run: Run = call.scope.notes["run"]
+        run: Run = call.context.notes["run"]
         if trial.program is None or trial.candidate is None or not self.telemetry.config.content_on_spans:
             return attributes
         state = state_of(trial.program)
@@ -155,12 +159,12 @@ class TrialOperation(Operation):
 
     def measure(self, call: Call, result: Any, error: BaseException | None, seconds: float) -> None:
         trial: Trial = call.instance
-        notes = call.scope.notes
+        notes = call.context.notes
         run: Run = notes["run"]
-        decides = trial.score is not None and trial.kind in run.plan.deciding
+        decides = trial.score is not None and trial.kind in run.tracker.deciding
         scored = Scored(notes["number"], trial.kind, trial.candidate, trial.score, decides)
         notes["is_best"], notes["best"] = run.finish_trial(scored, error is not None)
-        end_trial(call.scope, notes["is_best"])
+        end_trial(call.context, notes["is_best"])
         remember(run, scored)
         accepted = trial.said.get(semconv.TRIAL_ACCEPTED)
         if isinstance(accepted, bool):
@@ -168,7 +172,7 @@ class TrialOperation(Operation):
 
     def result(self, call: Call, result: Any, error: BaseException | None) -> Attributes:
         trial: Trial = call.instance
-        notes = call.scope.notes
+        notes = call.context.notes
         attributes: Attributes = {**notes["totals"].attributes(), semconv.TRIAL_IS_BEST: notes["is_best"], **trial.said}
         if trial.score is not None:
             attributes[semconv.TRIAL_SCORE] = trial.score
@@ -189,14 +193,14 @@ class CandidateEvaluation(EvaluateOperation):
         return self.telemetry.safely("trial", None, self._trial, instance, args, kwargs) if Run.live else None
 
     def _trial(self, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
-        scope = current_scope()
-        if scope is None or not (scope.kind == "compile" or (scope.kind == "phase" and scope.owner.trials)):
+        context = current_call_context()
+        if context is None or not (context.kind == "compile" or (context.kind == "phase" and context.owner.trials)):
             return None
-        run = run_of(scope)
+        run = run_of(context)
         if run is None:
             return None
         about = self._describe(instance, args, kwargs)
-        kind = self.telemetry.safely("optimizer", None, run.plan.evaluation, about)
+        kind = self.telemetry.safely("optimizer", None, run.tracker.evaluation, about)
         if isinstance(kind, Phase):
             return self.phases.open(kind, (), {})
         if not isinstance(kind, Trial):
@@ -223,14 +227,16 @@ class CandidateEvaluation(EvaluateOperation):
             metadata if isinstance(metadata, dict) else {},
         )
 
-    def start(self, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any], parent: Scope | None) -> Start | None:
+    def start(
+        self, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any], parent: CallContext | None
+    ) -> Start | None:
         start = super().start(instance, args, kwargs, parent)
         if start is not None and parent is not None and parent.role == semconv.ROLE_TEACHER:
-            start.scope.role = semconv.ROLE_TEACHER
+            start.context.role = semconv.ROLE_TEACHER
         return start
 
     def close(self, call: Call, result: Any, error: BaseException | None) -> None:
-        run = run_of(call.scope.parent) if Run.live else None
+        run = run_of(call.context.parent) if Run.live else None
         if run is not None and error is None:
             rows = getattr(result, "results", None)
             if isinstance(rows, (list, tuple)):
@@ -238,11 +244,11 @@ class CandidateEvaluation(EvaluateOperation):
         super().close(call, result, error)
 
     def close_around(self, around: Call, result: Any, error: BaseException | None) -> None:
-        trial, run = around.instance, run_of(around.scope)
+        trial, run = around.instance, run_of(around.context)
         if isinstance(trial, Trial) and run is not None:
-            trial.score = self.telemetry.safely("optimizer", None, run.plan.score, result, error)
+            trial.score = self.telemetry.safely("optimizer", None, run.tracker.score, result, error)
             if error is None:
-                self.telemetry.safely("optimizer", None, run.plan.scored, trial, result)
+                self.telemetry.safely("optimizer", None, run.tracker.scored, trial, result)
                 if trial.waits:
                     # The span stays open, for the verdict; nothing more happens inside it.
                     detach(around.token)
@@ -283,12 +289,14 @@ class CandidateRun(ExampleRun):
 class CandidateExample(ExampleOperation):
     """One example of an evaluation, also of optimizers that do not use ``Evaluate``."""
 
-    def start(self, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any], parent: Scope | None) -> Start | None:
+    def start(
+        self, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any], parent: CallContext | None
+    ) -> Start | None:
         start = super().start(instance, args, kwargs, parent)
         if start is not None:
-            begin_example(self.telemetry, start.scope)
+            begin_example(self.telemetry, start.context)
         if start is not None and isinstance(instance, CandidateRun) and instance.candidate is not None:
-            start.scope.stamps = {**start.scope.stamps, semconv.CANDIDATE_ID: instance.candidate}
+            start.context.inherited = {**start.context.inherited, semconv.CANDIDATE_ID: instance.candidate}
         return start
 
     def result(self, call: Call, result: Any, error: BaseException | None) -> Attributes:
@@ -301,7 +309,7 @@ class CandidateExample(ExampleOperation):
 
     def close(self, call: Call, result: Any, error: BaseException | None) -> None:
         super().close(call, result, error)
-        if call.scope.hold is not None:
+        if call.context.deferred is not None:
             end_example(call, has_failed(as_pair(result), error))
 
 
@@ -316,16 +324,18 @@ class DirectModule(ModuleOperation):
         return self.telemetry.safely("phase", None, self._phase, instance) if Run.live else None
 
     def _phase(self, instance: Any) -> Call | None:
-        scope = current_scope()
-        if scope is None or scope.kind != "compile":
+        context = current_call_context()
+        if context is None or context.kind != "compile":
             return None
-        run = run_of(scope)
+        run = run_of(context)
         if run is None or is_program_of(run, instance):
             return None
-        phase = run.plan.module_phase(instance)
+        phase = run.tracker.module_phase(instance)
         return None if phase is None else self.phases.open(phase, (), {})
 
-    def start(self, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any], parent: Scope | None) -> Start | None:
+    def start(
+        self, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any], parent: CallContext | None
+    ) -> Start | None:
         start = super().start(instance, args, kwargs, parent)
         around = parent
         while around is not None and around.kind == "parallel":  # dspy.Parallel, Module.batch
@@ -333,7 +343,7 @@ class DirectModule(ModuleOperation):
         if start is not None and around is not None and around.kind == "compile":
             run = run_of(around)
             if run is not None and is_program_of(run, instance):
-                start.scope.role = run.plan.program_role
+                start.context.role = run.tracker.program_role
         return start
 
 
@@ -370,4 +380,4 @@ def current_run(operation: Operation) -> Run | None:
     """The optimization that is running here, if any, and if instrumentation is on."""
     if not Run.live or not operation.telemetry.enabled():
         return None
-    return run_of(current_scope())
+    return run_of(current_call_context())

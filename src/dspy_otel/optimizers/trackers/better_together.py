@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 from dspy_otel.content import introspection
 from dspy_otel.core.attributes import Attributes
 from dspy_otel.optimizers.run import Run
-from dspy_otel.optimizers.tracker import Evaluation, Plan
+from dspy_otel.optimizers.tracker import Evaluation, Tracker
 from dspy_otel.patching import Patches
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 _SEPARATOR: Final = " -> "
 
 
-class BetterTogetherPlan(Plan):
+class BetterTogetherTracker(Tracker):
     """The k-th evaluation follows the k-th step; number 0 is the original program. A failing step is the last."""
 
     failed_score = 0.0  # eval_candidate_program() turns an exception into this
@@ -48,7 +48,7 @@ class BetterTogetherPlan(Plan):
         return [parent] if parent is not None else []
 
 
-PLANS: Final[dict[str, type[Plan]]] = {"BetterTogether": BetterTogetherPlan}
+TRACKERS: Final[dict[str, type[Tracker]]] = {"BetterTogether": BetterTogetherTracker}
 
 
 def patch(optimizers: Optimizers, patches: Patches) -> None:

@@ -8,7 +8,7 @@ from opentelemetry.trace import Link
 
 from dspy_otel import semconv
 from dspy_otel.core.attributes import Attributes
-from dspy_otel.core.call_context import Scope
+from dspy_otel.core.call_context import CallContext
 from dspy_otel.core.operation import Call, Operation, Start, openinference
 from dspy_otel.core.telemetry import Telemetry
 from dspy_otel.operations.evaluation import MAX_LINKS, callable_name, metric_name, split_example
@@ -16,14 +16,14 @@ from dspy_otel.operations.module import put_inputs
 from dspy_otel.operations.program import Programs
 from dspy_otel.optimizers.run import run_of
 from dspy_otel.optimizers.trace_sampling import begin_example, end_example
-from dspy_otel.optimizers.tracker import Phase, Plan
+from dspy_otel.optimizers.tracker import Phase, Tracker
 from dspy_otel.patching import Patches, resolve
 
 if TYPE_CHECKING:
     from dspy_otel.optimizers import Optimizers
 
 
-class BootstrapPlan(Plan):
+class BootstrapTracker(Tracker):
     """No trials: one phase of attempts."""
 
     role = semconv.ROLE_TEACHER
@@ -43,14 +43,16 @@ class AttemptOperation(Operation):
         super().__init__(telemetry)
         self.programs = programs
 
-    def start(self, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any], parent: Scope | None) -> Start | None:
+    def start(
+        self, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any], parent: CallContext | None
+    ) -> Start | None:
         run = run_of(parent)
         if parent is None or parent.kind != "phase" or run is None:
             return None
         teacher = instance.teacher
         # The scope's owner is the teacher, so that its answer can be told from what the metric calls.
-        scope = Scope(self.kind, teacher, parent)
-        scope.role = semconv.ROLE_TEACHER
+        context = CallContext(self.kind, teacher, parent)
+        context.role = semconv.ROLE_TEACHER
         name = callable_name(teacher)
         attributes: Attributes = {semconv.PROGRAM_NAME: name}
         metric = metric_name(instance.metric)
@@ -60,11 +62,11 @@ class AttemptOperation(Operation):
         if isinstance(tried, int):
             attributes[semconv.BOOTSTRAP_ROUND] = tried
         openinference(attributes, self.telemetry, semconv.KIND_CHAIN)
-        begin_example(self.telemetry, scope)
+        begin_example(self.telemetry, context)
         linked = self.telemetry.config.evaluation_traces == "linked" and not run.inference_time
-        scope.notes["linked"] = linked
+        context.notes["linked"] = linked
         links = [Link(parent.span.get_span_context())] if linked and parent.span is not None else []
-        return Start(f"{semconv.SPAN_BOOTSTRAP_ATTEMPT} {name}", scope, attributes, root=linked, links=links)
+        return Start(f"{semconv.SPAN_BOOTSTRAP_ATTEMPT} {name}", context, attributes, root=linked, links=links)
 
     def detail(self, call: Call) -> Attributes:
         example = call.args[0] if call.args else call.kwargs.get("example")
@@ -76,8 +78,8 @@ class AttemptOperation(Operation):
             inputs, expected = split_example(example)
             put_inputs(self.telemetry, attributes, inputs)
             self.telemetry.put_content(attributes, semconv.EXAMPLE_EXPECTED, expected)
-        phase = call.scope.parent
-        linked = call.scope.notes["linked"] and call.scope.hold is None
+        phase = call.context.parent
+        linked = call.context.notes["linked"] and call.context.deferred is None
         if linked and phase is not None and phase.span is not None:
             links = phase.notes.get("links", 0)
             if links < MAX_LINKS and phase.span.is_recording():
@@ -86,7 +88,7 @@ class AttemptOperation(Operation):
         return attributes
 
     def measure(self, call: Call, result: Any, error: BaseException | None, seconds: float) -> None:
-        phase = call.scope.parent
+        phase = call.context.parent
         if phase is not None and isinstance(phase.owner, Phase):
             said = phase.owner.attributes
             for name, one in ((semconv.BOOTSTRAP_ATTEMPTS, True), (semconv.BOOTSTRAP_ACCEPTED, bool(result))):
@@ -101,7 +103,7 @@ class AttemptOperation(Operation):
         return {} if error is not None else {semconv.BOOTSTRAP_ACCEPTED: bool(result)}
 
 
-PLANS: Final[dict[str, type[Plan]]] = {"BootstrapFewShot": BootstrapPlan}
+TRACKERS: Final[dict[str, type[Tracker]]] = {"BootstrapFewShot": BootstrapTracker}
 
 
 def patch(optimizers: Optimizers, patches: Patches) -> None:

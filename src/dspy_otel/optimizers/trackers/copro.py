@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any, Final
 from dspy_otel import semconv
 from dspy_otel.core.attributes import Attributes
 from dspy_otel.optimizers.run import Run
-from dspy_otel.optimizers.tracker import Evaluation, Phase, Plan
+from dspy_otel.optimizers.tracker import Evaluation, Phase, Tracker
 from dspy_otel.patching import Patches, resolve
 
 if TYPE_CHECKING:
     from dspy_otel.optimizers import Optimizers
 
 
-class COPROPlan(Plan):
+class COPROTracker(Tracker):
     """Depth is told by the proposals so far: one for each predictor at each depth."""
 
     def __init__(self, run: Run, instance: Any, arguments: Mapping[str, Any]) -> None:
@@ -56,7 +56,7 @@ class COPROPlan(Plan):
         return params
 
 
-PLANS: Final[dict[str, type[Plan]]] = {"COPRO": COPROPlan}
+TRACKERS: Final[dict[str, type[Tracker]]] = {"COPRO": COPROTracker}
 
 
 def patch(optimizers: Optimizers, patches: Patches) -> None:
@@ -66,9 +66,9 @@ def patch(optimizers: Optimizers, patches: Patches) -> None:
         @functools.wraps(original)
         def wrapper(self_: Any, predictor: Any, *args: Any, **kwargs: Any) -> Any:
             result = original(self_, predictor, *args, **kwargs)
-            plan = optimizers.running(COPROPlan)
-            if plan is not None:
-                plan.changed = predictor
+            tracker = optimizers.running(COPROTracker)
+            if tracker is not None:
+                tracker.changed = predictor
             return result
 
         return wrapper

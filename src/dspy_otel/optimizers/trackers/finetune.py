@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any, Final
 from dspy_otel import semconv
 from dspy_otel.core.attributes import Attributes
 from dspy_otel.optimizers.run import Run
-from dspy_otel.optimizers.tracker import Evaluation, Phase, Plan, Trial
+from dspy_otel.optimizers.tracker import Evaluation, Phase, Tracker, Trial
 from dspy_otel.patching import Patches, resolve
 
 if TYPE_CHECKING:
     from dspy_otel.optimizers import Optimizers
 
 
-class BootstrapFinetunePlan(Plan):
+class BootstrapFinetuneTracker(Tracker):
     """Each teacher's pass over the training set is a phase, not a trial: nothing is chosen by its score."""
 
     role = semconv.ROLE_TEACHER
@@ -25,7 +25,7 @@ class BootstrapFinetunePlan(Plan):
         return Phase(semconv.PHASE_BOOTSTRAP, semconv.ROLE_TEACHER)
 
 
-class GRPOPlan(Plan):
+class GRPOTracker(Tracker):
     """Rollouts are phases; the program scored before the first and after each training step is a trial."""
 
     role = semconv.ROLE_TASK
@@ -42,7 +42,7 @@ class GRPOPlan(Plan):
         return Trial(kind, {"step": self.step})
 
 
-PLANS: Final[dict[str, type[Plan]]] = {"BootstrapFinetune": BootstrapFinetunePlan, "GRPO": GRPOPlan}
+TRACKERS: Final[dict[str, type[Tracker]]] = {"BootstrapFinetune": BootstrapFinetuneTracker, "GRPO": GRPOTracker}
 
 
 def patch(optimizers: Optimizers, patches: Patches) -> None:
@@ -53,16 +53,16 @@ def patch(optimizers: Optimizers, patches: Patches) -> None:
     def note_step(original: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(original)
         def wrapper(self_: Any, *args: Any, **kwargs: Any) -> Any:
-            plan = optimizers.running(GRPOPlan)
-            if plan is None:
+            tracker = optimizers.running(GRPOTracker)
+            if tracker is None:
                 return original(self_, *args, **kwargs)
             # (self, student, trainset, valset, logger, step_idx=-1)
             step = kwargs.get("step_idx", args[4] if len(args) > 4 else -1)
-            plan.step = step if isinstance(step, int) else None
+            tracker.step = step if isinstance(step, int) else None
             try:
                 return original(self_, *args, **kwargs)
             finally:
-                plan.step = None
+                tracker.step = None
 
         return wrapper
 

@@ -18,14 +18,14 @@ from dspy_otel.core.attributes import Attributes
 from dspy_otel.core.internal_errors import warn_once
 from dspy_otel.core.operation import Call
 from dspy_otel.optimizers.run import MEAN, Run
-from dspy_otel.optimizers.tracker import Evaluation, Phase, Plan, Trial, mean_of
+from dspy_otel.optimizers.tracker import Evaluation, Phase, Tracker, Trial, mean_of
 from dspy_otel.patching import Patches, resolve
 
 if TYPE_CHECKING:
     from dspy_otel.optimizers import Optimizers
 
 
-class GEPAPlan(Plan):
+class GEPATracker(Tracker):
     """Follows GEPA's events.
 
     Scores are means, as in ``detailed_results``; before and after are sums over the minibatch, as GEPA judges.
@@ -194,7 +194,7 @@ class GEPAPlan(Plan):
 
     def on_proposal_start(self, event: Mapping[str, Any]) -> None:
         if self.reflect is not None:
-            self.reflect.scope.role = semconv.ROLE_REFLECTION
+            self.reflect.context.role = semconv.ROLE_REFLECTION
 
     def on_proposal_end(self, event: Mapping[str, Any]) -> None:
         self.proposed.append(dict(event["new_instructions"]))
@@ -231,7 +231,7 @@ class GEPAPlan(Plan):
             semconv.PARETO_DISPLACED: self._named(front["displaced_candidates"]),
             f"{semconv.TRIAL_PARAMS_PREFIX}iteration": self.iteration,
         }
-        self.run.telemetry.add_event(self.run.scope.span, semconv.EVENT_PARETO_FRONT, shown)
+        self.run.telemetry.add_event(self.run.context.span, semconv.EVENT_PARETO_FRONT, shown)
 
     def _named(self, indices: Iterable[int]) -> list[str]:
         """Candidates by id, each once: two of the pool may be the same program."""
@@ -262,14 +262,14 @@ class GEPAPlan(Plan):
     phases: Any = None
 
 
-class SilentGEPAPlan(Plan):
+class SilentGEPATracker(Tracker):
     """GEPA that tells us nothing: its evaluations are trials, as those of any other optimizer.
 
     Which rows they are on tells those that decide from those on minibatches.
     """
 
     scale = MEAN
-    deciding = GEPAPlan.deciding
+    deciding = GEPATracker.deciding
     role = None  # Nothing tells reflection from the metric's own calls.
 
     def kind_of(self, about: Evaluation) -> str:
@@ -282,14 +282,14 @@ class SilentGEPAPlan(Plan):
         return mean_of(result)
 
 
-class OldGEPAPlan(SilentGEPAPlan):
+class OldGEPATracker(SilentGEPATracker):
     """GEPA before 0.0.27, which knows no callbacks. Said when it is used, not to everybody who has it installed."""
 
     def begin(self) -> None:
         warn_once(("patch", "callbacks"), "this GEPA knows no callbacks; telemetry lacks %s", _LOSES)
 
 
-PLANS: Final[dict[str, type[Plan]]] = {"GEPA": GEPAPlan}
+TRACKERS: Final[dict[str, type[Tracker]]] = {"GEPA": GEPATracker}
 _LOSES: Final = "GEPA's verdicts, parents and reflections"
 
 
@@ -302,15 +302,15 @@ def row_score(row: Any) -> float:
 class Observer:
     """What GEPA is given as a callback: passes events on to the plan, and never raises."""
 
-    def __init__(self, plan: GEPAPlan) -> None:
-        self._plan = plan
+    def __init__(self, tracker: GEPATracker) -> None:
+        self._plan = tracker
 
     def __getattr__(self, name: str) -> Any:
         method = getattr(type(self._plan), name, None) if name.startswith("on_") else None
         if method is None:
             raise AttributeError(name)
-        plan = self._plan
-        return lambda event: plan.run.telemetry.safely(f"GEPA {name}", None, method, plan, event)
+        tracker = self._plan
+        return lambda event: tracker.run.telemetry.safely(f"GEPA {name}", None, method, tracker, event)
 
 
 def patch(optimizers: Optimizers, patches: Patches) -> None:
@@ -319,26 +319,26 @@ def patch(optimizers: Optimizers, patches: Patches) -> None:
     def observed(original: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(original)
         def optimize(*args: Any, **kwargs: Any) -> Any:
-            plan = optimizers.running(GEPAPlan)
-            if plan is not None:
-                kwargs = optimizers.telemetry.safely("GEPA", kwargs, observing, plan, kwargs)
+            tracker = optimizers.running(GEPATracker)
+            if tracker is not None:
+                kwargs = optimizers.telemetry.safely("GEPA", kwargs, observing, tracker, kwargs)
             return original(*args, **kwargs)
 
         return optimize
 
-    def observing(plan: GEPAPlan, kwargs: dict[str, Any]) -> dict[str, Any]:
-        plan.phases = optimizers.phases
+    def observing(tracker: GEPATracker, kwargs: dict[str, Any]) -> dict[str, Any]:
+        tracker.phases = optimizers.phases
         budget = kwargs.get("max_metric_calls")
-        plan.run.planned_examples = budget if isinstance(budget, int) else None
-        return {**kwargs, "callbacks": [*(kwargs.get("callbacks") or ()), Observer(plan)]}
+        tracker.run.planned_examples = budget if isinstance(budget, int) else None
+        return {**kwargs, "callbacks": [*(kwargs.get("callbacks") or ()), Observer(tracker)]}
 
     if resolve("dspy.teleprompt.gepa.gepa", "GEPA") is None:
         return
     optimize = resolve("gepa", "optimize")
     if optimize is not None and not _takes(optimize, "callbacks"):
-        optimizers.plans["GEPA"] = OldGEPAPlan
+        optimizers.trackers["GEPA"] = OldGEPATracker
     elif not patches.wrap(resolve("gepa"), "optimize", observed, loses=_LOSES):
-        optimizers.plans["GEPA"] = SilentGEPAPlan
+        optimizers.trackers["GEPA"] = SilentGEPATracker
 
 
 def _takes(function: Any, name: str) -> bool:

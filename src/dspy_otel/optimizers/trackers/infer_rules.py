@@ -6,14 +6,14 @@ from typing import TYPE_CHECKING, Final
 
 from dspy_otel import semconv
 from dspy_otel.core.attributes import Attributes
-from dspy_otel.optimizers.tracker import Evaluation, Phase, Plan
+from dspy_otel.optimizers.tracker import Evaluation, Phase, Tracker
 from dspy_otel.patching import Patches, resolve
 
 if TYPE_CHECKING:
     from dspy_otel.optimizers import Optimizers
 
 
-class InferRulesPlan(Plan):
+class InferRulesTracker(Tracker):
     """The rules are in the candidate's instructions: its state and its difference to the parent show them."""
 
     def begin(self) -> None:
@@ -24,7 +24,7 @@ class InferRulesPlan(Plan):
         return {"candidate": self._trials - 1}
 
 
-PLANS: Final[dict[str, type[Plan]]] = {"InferRules": InferRulesPlan}
+TRACKERS: Final[dict[str, type[Tracker]]] = {"InferRules": InferRulesTracker}
 
 
 def patch(optimizers: Optimizers, patches: Patches) -> None:

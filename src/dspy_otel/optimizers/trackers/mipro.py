@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any, Final
 from dspy_otel import semconv
 from dspy_otel.core.attributes import Attributes
 from dspy_otel.optimizers.run import Run
-from dspy_otel.optimizers.tracker import Evaluation, Phase, Plan
+from dspy_otel.optimizers.tracker import Evaluation, Phase, Tracker
 from dspy_otel.patching import Patches, resolve
 
 if TYPE_CHECKING:
     from dspy_otel.optimizers import Optimizers
 
 
-class MIPROv2Plan(Plan):
+class MIPROv2Tracker(Tracker):
     """The N-th evaluation is DSPy's trial N: baseline, then minibatch or full ones."""
 
     failed_score = 0.0  # eval_candidate_program() turns an exception into this
@@ -37,7 +37,7 @@ class MIPROv2Plan(Plan):
         self.chosen = {name: index for name, index in params.items() if isinstance(index, int)}
 
 
-PLANS: Final[dict[str, type[Plan]]] = {"MIPROv2": MIPROv2Plan}
+TRACKERS: Final[dict[str, type[Tracker]]] = {"MIPROv2": MIPROv2Tracker}
 
 
 def patch(optimizers: Optimizers, patches: Patches) -> None:
@@ -89,6 +89,6 @@ def _argument(args: tuple[Any, ...], kwargs: Mapping[str, Any], index: int, name
 
 
 def _note(optimizers: Optimizers, optimizer: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-    plan = optimizers.running(MIPROv2Plan)
-    if plan is not None:
-        plan.choose(_argument(args, kwargs, 3, "trial").params)
+    tracker = optimizers.running(MIPROv2Tracker)
+    if tracker is not None:
+        tracker.choose(_argument(args, kwargs, 3, "trial").params)

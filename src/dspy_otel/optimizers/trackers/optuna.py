@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Any, Final
 
 from dspy_otel.core.attributes import Attributes
 from dspy_otel.optimizers.run import Run
-from dspy_otel.optimizers.tracker import Evaluation, Plan
+from dspy_otel.optimizers.tracker import Evaluation, Tracker
 from dspy_otel.patching import Patches, resolve
 
 if TYPE_CHECKING:
     from dspy_otel.optimizers import Optimizers
 
 
-class OptunaPlan(Plan):
+class OptunaTracker(Tracker):
     """Optuna's own trial says which demo each predictor got."""
 
     def __init__(self, run: Run, instance: Any, arguments: Mapping[str, Any]) -> None:
@@ -30,7 +30,7 @@ class OptunaPlan(Plan):
         return {} if self.trial is None else dict(self.trial.params)
 
 
-PLANS: Final[dict[str, type[Plan]]] = {"BootstrapFewShotWithOptuna": OptunaPlan}
+TRACKERS: Final[dict[str, type[Tracker]]] = {"BootstrapFewShotWithOptuna": OptunaTracker}
 
 
 def patch(optimizers: Optimizers, patches: Patches) -> None:
@@ -39,9 +39,9 @@ def patch(optimizers: Optimizers, patches: Patches) -> None:
     def note_trial(original: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(original)
         def wrapper(self_: Any, trial: Any, *args: Any, **kwargs: Any) -> Any:
-            plan = optimizers.running(OptunaPlan)
-            if plan is not None:
-                plan.trial = trial
+            tracker = optimizers.running(OptunaTracker)
+            if tracker is not None:
+                tracker.trial = trial
             return original(self_, trial, *args, **kwargs)
 
         return wrapper

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 
 from dspy_otel.core.attributes import Attributes
-from dspy_otel.optimizers.tracker import Evaluation, Plan
+from dspy_otel.optimizers.tracker import Evaluation, Tracker
 from dspy_otel.patching import Patches
 
 if TYPE_CHECKING:
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 _STRATEGIES: Final = {-3: "zero_shot", -2: "labeled", -1: "bootstrap_unshuffled"}
 
 
-class RandomSearchPlan(Plan):
+class RandomSearchTracker(Tracker):
     """The k-th evaluation belongs to the k-th seed that is not left out by ``restrict``."""
 
     def told(self) -> None:
@@ -30,7 +30,7 @@ class RandomSearchPlan(Plan):
         return {"seed": seed, "strategy": _STRATEGIES.get(seed, "bootstrap_shuffled")}
 
 
-PLANS: Final[dict[str, type[Plan]]] = {"BootstrapFewShotWithRandomSearch": RandomSearchPlan}
+TRACKERS: Final[dict[str, type[Tracker]]] = {"BootstrapFewShotWithRandomSearch": RandomSearchTracker}
 
 
 def patch(optimizers: Optimizers, patches: Patches) -> None:

@@ -11,7 +11,7 @@ from dspy_otel import semconv
 from dspy_otel.content.encoder import Content
 from dspy_otel.core.attributes import Attributes
 from dspy_otel.optimizers.run import MEAN
-from dspy_otel.optimizers.tracker import Evaluation, Plan, mean_of
+from dspy_otel.optimizers.tracker import Evaluation, Tracker, mean_of
 from dspy_otel.patching import Patches, resolve
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 _CONTENT: Final = Content(limit=4096)
 
 
-class ReAnchorPlan(Plan):
+class ReAnchorTracker(Tracker):
     """Only the training set decides; the validation set is scored for the report."""
 
     role = semconv.ROLE_TASK
@@ -41,7 +41,7 @@ class ReAnchorPlan(Plan):
         return mean_of(result)
 
 
-PLANS: Final[dict[str, type[Plan]]] = {"ReAnchor": ReAnchorPlan}
+TRACKERS: Final[dict[str, type[Tracker]]] = {"ReAnchor": ReAnchorTracker}
 
 
 def patch(optimizers: Optimizers, patches: Patches) -> None:
@@ -54,7 +54,7 @@ def patch(optimizers: Optimizers, patches: Patches) -> None:
         @functools.wraps(original)
         def scores(program: Any, examples: Any, metric: Any, num_threads: Any = None, *args: Any, **kwargs: Any) -> Any:
             call = None
-            if optimizers.running(Plan) is not None:
+            if optimizers.running(Tracker) is not None:
                 given = SimpleNamespace(program=program, metric=metric, devset=examples, num_threads=num_threads)
                 call = optimizers.evaluate.open(given, (), {})
             if call is None:

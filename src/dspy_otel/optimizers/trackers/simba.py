@@ -14,11 +14,11 @@ from opentelemetry import context as otel_context
 
 from dspy_otel import semconv
 from dspy_otel.core.attributes import Attributes
-from dspy_otel.core.call_context import current_scope
+from dspy_otel.core.call_context import current_call_context
 from dspy_otel.core.errors import hide_frames
 from dspy_otel.core.operation import Call, detach
 from dspy_otel.optimizers.run import MEAN, Run
-from dspy_otel.optimizers.tracker import Evaluation, Phase, Plan, Trial, mean_of
+from dspy_otel.optimizers.tracker import Evaluation, Phase, Tracker, Trial, mean_of
 from dspy_otel.optimizers.trials import CandidateRun
 from dspy_otel.patching import Patches, resolve
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from dspy_otel.optimizers import Optimizers
 
 
-class SIMBAPlan(Plan):
+class SIMBATracker(Tracker):
     """Which of SIMBA's three kinds of evaluation comes next, and where each candidate came from."""
 
     scale = MEAN
@@ -95,7 +95,7 @@ class SIMBAPlan(Plan):
             self.next = semconv.TRIAL_MINIBATCH
 
 
-PLANS: Final[dict[str, type[Plan]]] = {"SIMBA": SIMBAPlan}
+TRACKERS: Final[dict[str, type[Tracker]]] = {"SIMBA": SIMBATracker}
 
 
 class _Strategies:
@@ -133,20 +133,20 @@ class _Strategies:
         name = getattr(strategy, "__name__", type(strategy).__name__).rstrip("_")
 
         def describe(run: Run, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Phase | None:
-            plan = run.plan
-            if not isinstance(plan, SIMBAPlan):
+            tracker = run.tracker
+            if not isinstance(tracker, SIMBATracker):
                 return None
-            plan.made[id(args[1])] = {"strategy": name}
+            tracker.made[id(args[1])] = {"strategy": name}
             key = semconv.TRIAL_PARAMS_PREFIX
-            attributes: Attributes = {f"{key}step": plan.step, f"{key}strategy": name}
+            attributes: Attributes = {f"{key}step": tracker.step, f"{key}strategy": name}
             phase = Phase(semconv.PHASE_PROPOSE, semconv.ROLE_PROPOSER, attributes=attributes)
             phase.about = args[1]
             return phase
 
         def finish(run: Run, phase: Phase, result: Any) -> None:
-            if isinstance(run.plan, SIMBAPlan):
+            if isinstance(run.tracker, SIMBATracker):
                 # False: the strategy had nothing to go by, and the candidate is a copy with some demos dropped.
-                run.plan.made[id(phase.about)]["applied"] = bool(result)
+                run.tracker.made[id(phase.about)]["applied"] = bool(result)
                 phase.attributes[f"{semconv.TRIAL_PARAMS_PREFIX}applied"] = bool(result)
 
         return optimizers.phases.around(describe, finish)(strategy)
@@ -173,9 +173,9 @@ class _Observed:
         if call is None:
             return self.function(example)
         self.runs += 1
-        token = otel_context.attach(call.context)
+        token = otel_context.attach(call.otel_context)
         try:
-            run = CandidateRun(example, self.index, self.runs > 1, call.scope, self.program, self.candidate)
+            run = CandidateRun(example, self.index, self.runs > 1, call.context, self.program, self.candidate)
             return self.examples.wrap(lambda _run, given: self.function(given))(run, example)
         finally:
             detach(token)
@@ -187,13 +187,13 @@ def patch(optimizers: Optimizers, patches: Patches) -> None:
     telemetry = optimizers.telemetry
     module = resolve("dspy.teleprompt.simba")
 
-    def plan() -> SIMBAPlan | None:
-        return optimizers.running(SIMBAPlan)
+    def tracker() -> SIMBATracker | None:
+        return optimizers.running(SIMBATracker)
 
     def note_step(original: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(original)
         def prepare_models_for_resampling(*args: Any, **kwargs: Any) -> Any:
-            current = plan()
+            current = tracker()
             if current is not None:
                 telemetry.safely("SIMBA step", None, current.new_step)
             return original(*args, **kwargs)
@@ -204,7 +204,7 @@ def patch(optimizers: Optimizers, patches: Patches) -> None:
         @functools.wraps(original)
         def wrap_program(program: Any, metric: Any, *args: Any, **kwargs: Any) -> Any:
             function = original(program, metric, *args, **kwargs)
-            if plan() is None:
+            if tracker() is None:
                 return function
             return telemetry.safely("SIMBA program", function, _Observed, function, program, metric)
 
@@ -220,7 +220,7 @@ def patch(optimizers: Optimizers, patches: Patches) -> None:
                 raise
 
         def evaluate_observed(self_: Any, *args: Any, **kwargs: Any) -> Any:
-            current = plan()
+            current = tracker()
             pairs = args[0] if args and isinstance(args[0], list) else None
             if current is not None and pairs == [] and telemetry.safely("SIMBA evaluation", None, _in_compile):
                 # Every strategy has failed: there is no candidate to score.
@@ -257,31 +257,31 @@ def patch(optimizers: Optimizers, patches: Patches) -> None:
 _Group = tuple[Call, list[int]]
 
 
-def _evaluated(plan: SIMBAPlan, groups: list[_Group]) -> None:
-    plan.evaluated([_candidate(call) for call, _ in groups])
+def _evaluated(tracker: SIMBATracker, groups: list[_Group]) -> None:
+    tracker.evaluated([_candidate(call) for call, _ in groups])
 
 
 def _in_compile() -> bool:
     """Whether the optimizer itself is at work here, and not a program that it runs."""
-    scope = current_scope()
-    return scope is not None and scope.kind == "compile"
+    context = current_call_context()
+    return context is not None and context.kind == "compile"
 
 
 def _candidate(call: Call) -> str | None:
-    found = call.scope.stamps.get(semconv.CANDIDATE_ID)
+    found = call.context.inherited.get(semconv.CANDIDATE_ID)
     return found if isinstance(found, str) else None
 
 
-def _open_groups(optimizers: Optimizers, plan: SIMBAPlan, pairs: list[Any], parallel: Any) -> list[_Group]:
+def _open_groups(optimizers: Optimizers, tracker: SIMBATracker, pairs: list[Any], parallel: Any) -> list[_Group]:
     """Open a trial and its evaluation for each candidate among ``pairs``; with the places of its pairs."""
     places: dict[int, list[int]] = {}
-    mixed = plan.next == semconv.TRIAL_SAMPLE
+    mixed = tracker.next == semconv.TRIAL_SAMPLE
     for place, (observed, _) in enumerate(pairs):
         places.setdefault(0 if mixed else id(observed.program), []).append(place)
     groups: list[_Group] = []
     for own in places.values():
         first: _Observed = pairs[own[0]][0]
-        program = _mixture(plan.run.program_name) if mixed else first.program
+        program = _mixture(tracker.run.program_name) if mixed else first.program
         rows = [pairs[place][1] for place in own]
         call = optimizers.evaluate.open_for(program, first.metric, rows, parallel.num_threads)
         if call is None:
@@ -291,8 +291,8 @@ def _open_groups(optimizers: Optimizers, plan: SIMBAPlan, pairs: list[Any], para
             observed = pairs[place][0]
             observed.call, observed.index, observed.examples = call, index, optimizers.example
             source = getattr(observed.program, "simba_idx", None)
-            if mixed and isinstance(source, int) and source < len(plan.pool):
-                observed.candidate = plan.pool[source]
+            if mixed and isinstance(source, int) and source < len(tracker.pool):
+                observed.candidate = tracker.pool[source]
     return groups
 
 
