@@ -637,10 +637,14 @@ def values() -> Any:
     ]
     program = dspy.Predict("question -> answer")
     program.demos = [dspy.Example(question=[hostile.Plain(name="m")], answer="a", raw=b"b")]
+    program.places = {"of": [program]}  # A module in two places.
     said: list[Any] = []
     with dspy.context(lm=TwiceLM(), disable_history=True, trace=None):
         said.append(_passages()("q").passages)
         said.append(program(question='é漢"' * 400).answer)
+        best = dspy.BestOfN(dspy.Predict("question -> answer"), N=2, reward_fn=lambda *_: 0.0, threshold=1.0)
+        with dspy.context(trace=[]):
+            said.append(best(question="q").answer)
         said.append(program(question="q", extra={str(number): shown for number in range(30)}).answer)
         image = {"type": "image_url", "image_url": {"url": "data:image/png;base64,QUJD"}}
         said.append(dspy.settings.lm(messages=[{"role": "user", "content": [image]}]))

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from opentelemetry import context as otel_context
 
 import dspy_otel
-from dspy_otel.operations import program
+from dspy_otel.content import digest
 from tests.inert import hostile
 from tests.inert.hostile import JOURNAL, KINDS, HurtBadly
 
@@ -332,7 +332,7 @@ def calls_of_ours(place: str, size: int) -> Counter[str]:
 @pytest.mark.parametrize("place", sorted(set(PLACES) - {"held", "student", "metric name"}))
 def test_describing_is_bounded_by_the_limits(place: str, telemetry: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """However many parts a value has, as many are looked at."""
-    monkeypatch.setattr(program, "_MAX_NODES", 1000)
+    monkeypatch.setattr(digest, "_MAX_NODES", 1000)
     telemetry.instrument(capture_content="span_and_event", content_limit=4096)
     calls_of_ours(place, 5)
     large, larger = calls_of_ours(place, 2000), calls_of_ours(place, 8000)
@@ -341,12 +341,12 @@ def test_describing_is_bounded_by_the_limits(place: str, telemetry: Any, monkeyp
 
 
 def test_digests_are_bounded_by_the_limits_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(program, "_MAX_NODES", 10_000)
+    monkeypatch.setattr(digest, "_MAX_NODES", 10_000)
     text = "x" * 5_000_000
     tracemalloc.start()
     for value in (text, {text: 1}, [text] * 1000, text.encode(), hostile.bomb(), hostile.cycle(), hostile.data_cycle()):
-        assert len(program.digest({"field": value})) == 16
+        assert len(digest.digest({"field": value})) == 16
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 60_000_000
-    assert program.digest([text]) != program.digest([text + "x"])
+    assert digest.digest([text]) != digest.digest([text + "x"])

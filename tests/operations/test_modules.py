@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import collections
 import copy
+import re
+from typing import Any
 
 import cloudpickle
 import dspy
 import pytest
 
+from dspy_otel.operations.program import Programs
 from tests.operations.common import RESEARCH_ANSWERS, Research, dummy
 
 
@@ -159,6 +163,101 @@ def test_keys_of_a_users_own_are_not_in_names_or_labels(telemetry) -> None:
     with dspy.context(lm=dummy({"answer": "b"}, {"a": "b"}, {"answer": "b"})):
         Routed()(question="q")
     names = {span.name for span in telemetry.spans if span.name.startswith("Predict")}
-    assert names == {"Predict by[*]", "Predict steps[0]"}
+    assert names == {"Predict by[*0]", "Predict by[*1]", "Predict steps[0]"}
     labels = {point.attributes.get("dspy.module.path") for point in telemetry.metric("dspy.module.duration")}
     assert labels == {None, "by[*]", "steps[*]"}
+
+
+class Tree(dspy.Module):
+    """Modules in every place in which DSPy finds them, some in two."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        shared = dspy.ChainOfThought("question -> shared")
+        self.pipeline = collections.OrderedDict({"tier-1": dspy.Predict("question -> a"), 2023: shared})
+        self.answer = shared
+        self._private = (dspy.Predict("question -> b"), shared.predict)
+        self.deep = Research()
+        self.deep.inner = Research()
+        self.check = self.deep.inner.check
+        self.grid = [[dspy.Predict("question -> c")], {"k": [dspy.Predict("question -> d"), self.check]}]
+        self.flags = {True: dspy.Predict("question -> e"), None: dspy.Predict("question -> f")}
+        self.frozen = Research()
+        self.frozen._compiled = True
+        self.thawed = self.frozen.check
+        self.deep.parents = [self]
+
+
+def comparable(name: str) -> str:
+    return re.sub(r"\['?([^]']*)'?\]", r"[\1]", name.removeprefix("self.").replace("self", ""))
+
+
+def test_paths_are_dspys_names_wherever_a_module_is() -> None:
+    program = Tree()
+    named = Programs().find(program).paths
+    program.deep.parents = []  # DSPy itself does not come to an end with it.
+    predictors = {id(predictor): name for name, predictor in program.named_predictors()}
+    assert {key: named[key] for key in predictors} == predictors
+    modules = {id(module): comparable(name) for name, module in program.named_sub_modules()}
+    assert named.keys() == modules.keys()
+    assert {key: comparable(path) for key, path in named.items() if key not in predictors} == {
+        key: name for key, name in modules.items() if key not in predictors
+    }
+    assert len(set(named.values())) == len(named)
+
+
+def test_modules_never_share_a_path() -> None:
+    program = dspy.Module()
+    program.same = {True: dspy.Predict("a -> b"), "True": dspy.Predict("a -> b"), "a question?": dspy.Predict("a -> b")}
+    for letter in "ab":
+        setattr(program, "x" * 200 + letter, dspy.Predict("a -> b"))
+    cut = "x" * 128 + "…"
+    named = sorted(Programs().find(program).paths.values())
+    assert named == ["", "same['True']", "same['True']~2", "same[*2]", cut, f"{cut}~2"]
+
+
+def test_paths_follow_what_a_program_becomes() -> None:
+    program, programs = Tree(), Programs()
+    before = programs.find(program).paths
+    assert before[id(program.answer)] == "answer"
+    program.pipeline["tier-0"] = program.pipeline.pop("tier-1")
+    after = programs.find(program).paths
+    assert (before[id(program.pipeline["tier-0"])], after[id(program.pipeline["tier-0"])]) == (
+        "pipeline['tier-1']",
+        "pipeline['tier-0']",
+    )
+    program.frozen._compiled = False
+    assert programs.find(program).paths[id(program.thawed)] == "frozen.check"
+
+
+class Drafts(dspy.Module):
+    """Copies of its modules, and modules of its own making."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.predict = dspy.Predict("question -> answer")
+        self.best = [dspy.BestOfN(Research(), N=2, reward_fn=lambda *_: 0.0, threshold=1.0)]
+        self.best.append(self.best[0].deepcopy())
+
+    def forward(self, question: str) -> Any:
+        self.predict.deepcopy()(question=question)
+        dspy.ChainOfThought("question -> answer")(question=question)
+        return [best(question=question) for best in self.best]
+
+
+def test_copies_have_the_paths_of_their_originals(telemetry: Any) -> None:
+    telemetry.instrument()
+    own = [{"answer": "a"}, {"reasoning": "r", "answer": "a"}]
+    with dspy.context(lm=dummy(*own, *RESEARCH_ANSWERS * 4)):
+        Drafts()(question="q")
+    found = collections.Counter(
+        (span.attributes["dspy.module.class"], span.attributes.get("dspy.module.path"))
+        for span in telemetry.spans
+        if "dspy.module.class" in span.attributes
+    )
+    assert found[("Predict", "predict")] == 1
+    assert found[("ChainOfThought", None)] == found[("Predict", None)] == 1  # `predict` is another module's.
+    for number in (0, 1):
+        assert found[("Research", f"best[{number}].module")] == 2
+        assert found[("ChainOfThought", f"best[{number}].module.hops[1].generate")] == 2
+        assert found[("Predict", f"best[{number}].module.writers['short']")] == 2

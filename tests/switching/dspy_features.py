@@ -300,10 +300,26 @@ FEATURES: tuple[Feature, ...] = (
     # --- programs -----------------------------------------------------------------------------------------------------
     Feature(
         "dspy.primitives.base_module:BaseModule",
-        "modules of DSPy are told by this base class's name",
-        "operations/program.py",
+        "modules of DSPy are known by the name of this base class",
+        "operations/module_tree.py",
         "paths of modules and dspy.program.id",
         lambda kind: kind in __import__("dspy").Module.__mro__ and kind.__name__ == "BaseModule",
+        replaces=False,
+    ),
+    Feature(
+        "dspy.predict.parameter:Parameter",
+        "predictors are known by the name of this base class",
+        "operations/module_tree.py",
+        "paths of modules that a program has in several places",
+        lambda kind: kind in __import__("dspy").Predict.__mro__ and kind.__name__ == "Parameter",
+        replaces=False,
+    ),
+    Feature(
+        "dspy.predict.predict:Predict",
+        "instances have a random `stage`, which copies keep",
+        "operations/module_tree.py",
+        "paths of the copies of modules that BestOfN and Refine run",
+        lambda _: type(_predictor().deepcopy().stage) is str,
         replaces=False,
     ),
     Feature(

@@ -27,15 +27,23 @@ class Program:
         name: its class name.
         id: ``dspy.program.id``, when it has predictors.
         paths: ``id(module)`` to the module's path from this program.
+        origins: how copies of its modules are known; see :func:`dspy_otel.operations.module_tree.origins`.
         about: what is said of each of its modules on every call, by ``id(module)``; worked out once.
     """
 
-    __slots__ = ("about", "id", "name", "paths")
+    __slots__ = ("about", "id", "name", "origins", "paths")
 
-    def __init__(self, name: str, program_id: str | None, paths: dict[int, str]) -> None:
+    def __init__(
+        self,
+        name: str,
+        program_id: str | None = None,
+        paths: dict[int, str] | None = None,
+        origins: dict[tuple[type, str, str], list[str]] | None = None,
+    ) -> None:
         self.name = name
         self.id = program_id
-        self.paths = paths
+        self.paths = paths or {}
+        self.origins = origins or {}
         self.about: dict[int, Any] = {}
 
 

@@ -41,7 +41,7 @@ class ModuleOperation(Operation):
         program = context.program
         outermost = program is None
         if program is None:
-            program = self.programs.find(instance) or Program(type(instance).__name__, None, {})
+            program = self.programs.find(instance) or Program(type(instance).__name__)
             context.program, context.paths = program, program.paths
             # Each program keeps its own totals; those of an evaluation or compile around it go on as well.
             totals = Totals()
@@ -51,18 +51,20 @@ class ModuleOperation(Operation):
             if caller:
                 context.inherited = {**context.inherited, **caller}
         else:
-            path = (context.paths or {}).get(id(instance))
-            if path is None:
-                # Made during the call (a copy, say): its own modules are named from here.
-                made = self.programs.find(instance)
-                context.paths = made.paths if made else context.paths
+            inner = context.paths or program.paths
+            path = program.paths.get(id(instance)) or inner.get(id(instance))
+            if path is None:  # Made during the call.
+                owner = id(parent.owner) if parent is not None else 0
+                place = self.programs.place(instance, program, program.paths.get(owner) or inner.get(owner))
+                if place is not None:
+                    path, context.paths = place
         about = self._about(instance, program, path, outermost)
         context.notes["about"] = about
         return Start(about.span, context, about.attributes.copy())
 
     def _about(self, instance: Any, program: Program, path: str | None, outermost: bool) -> About:
-        """What every call of this module says; kept with its program, if it has a place in it."""
-        placed = outermost or path is not None
+        """What every call of this module says; kept with its program, if it is one of its modules."""
+        placed = outermost or id(instance) in program.paths
         about: About | None = program.about.get(id(instance)) if placed else None
         if about is None or about.outermost is not outermost:
             about = describe(instance, program, path, outermost)

@@ -10,6 +10,7 @@ from typing import Any
 
 from dspy_otel import semconv
 from dspy_otel.content import introspection
+from dspy_otel.content.digest import digest
 from dspy_otel.core.attributes import Attributes
 from dspy_otel.core.call_context import CallContext, current_call_context
 from dspy_otel.core.internal_errors import guarded
@@ -17,7 +18,6 @@ from dspy_otel.core.operation import Call, Operation, Start, detach, openinferen
 from dspy_otel.core.usage import Totals
 from dspy_otel.operations.evaluation import EvaluateOperation, ExampleOperation, ExampleRun, arguments
 from dspy_otel.operations.module import ModuleOperation
-from dspy_otel.operations.program import digest
 from dspy_otel.optimizers.lineage import remember
 from dspy_otel.optimizers.program_state import differences, put_state, state_of
 from dspy_otel.optimizers.run import Run, Scored, run_of

@@ -1,0 +1,190 @@
+"""Stable digests of values: the same before a value is saved and after it is read back."""
+
+from __future__ import annotations
+
+import datetime
+import decimal
+import enum
+import hashlib
+import json
+import math
+import uuid
+from collections.abc import Iterator
+from itertools import islice
+from typing import Any, Final
+
+from dspy_otel.content import introspection
+from dspy_otel.content.introspection import is_a
+
+LENGTH: Final = 16
+"""Hex digits of a digest: 64 bits."""
+
+_MAX_DEPTH: Final = 64
+_MAX_NODES: Final = 100_000
+_MAX_CHARACTERS: Final = 1_000_000
+_MAX_BITS: Final = 10_000
+_MAX_OBJECTS: Final = 4096
+_LEAVES: Final = frozenset({str, int, float, bool, type(None), bytes})
+_FIELDS: Final = frozenset({"__dataclass_fields__", "__pydantic_fields__"})
+
+
+def digest(value: Any) -> str:
+    """16 hex digits of SHA-256 over the canonical JSON of ``value``.
+
+    The JSON is what saving to a file would keep, so that a value before saving and the one read back are the same. It
+    is never shown: nothing is masked or cut as content is, for both would depend on more than the value. But it has an
+    end: of a value with more than 100,000 parts, or of a text with more than a million characters, the rest counts by
+    its length only.
+    """
+    text = json.dumps(_Canonical().of(value, 0), sort_keys=True, ensure_ascii=True, allow_nan=False)
+    return hashlib.sha256(text.encode("ascii")).hexdigest()[:LENGTH]
+
+
+class _Canonical:
+    """One value as plain JSON values: bounded, without asking anything of a user's class."""
+
+    def __init__(self) -> None:
+        self.nodes = _MAX_NODES
+        self.characters = _MAX_CHARACTERS
+        self.path: set[int] = set()
+
+    def of(self, value: Any, depth: int) -> Any:
+        self.nodes -= 1
+        kind = type(value)
+        if value is None or kind is bool:
+            return value
+        if issubclass(kind, float):
+            number = float.__float__(value)
+            return number if math.isfinite(number) else None  # as JSON files have it
+        if issubclass(kind, enum.Enum):
+            return self.of(introspection.instance_dict(value).get("_value_"), depth + 1)
+        if issubclass(kind, str):
+            return self.text(value)
+        if issubclass(kind, int):
+            whole = int.__int__(value)
+            # Python refuses to print very long ones.
+            return whole if whole.bit_length() <= _MAX_BITS else f"<{hash(whole)} of {whole.bit_length()} bits>"
+        if issubclass(kind, (datetime.date, datetime.time)):  # a datetime is a date
+            return value.isoformat() if kind.__module__ == "datetime" else f"<{introspection.module_of(kind)}>"
+        if kind is uuid.UUID or kind is decimal.Decimal:
+            return str(value)
+        if issubclass(kind, (bytes, bytearray)):
+            return self.binary(value, bytes if issubclass(kind, bytes) else bytearray)
+        if depth >= _MAX_DEPTH or id(value) in self.path or self.nodes <= 0:
+            return "…"
+        self.path.add(id(value))
+        try:
+            return self.container(value, kind, depth)
+        finally:
+            self.path.discard(id(value))
+
+    def text(self, value: str) -> str:
+        length = str.__len__(value)
+        room = max(min(length, self.characters), 0)
+        self.characters -= room
+        shown = str.__getitem__(value, slice(0, room))
+        return shown if room == length else f"{shown}…{length}"
+
+    def binary(self, value: Any, base: Any) -> str:
+        length = base.__len__(value)
+        shown = hashlib.sha256(base.__getitem__(value, slice(0, _MAX_CHARACTERS))).hexdigest()
+        return shown if length <= _MAX_CHARACTERS else f"{shown}…{length}"
+
+    def container(self, value: Any, kind: type, depth: int) -> Any:
+        if issubclass(kind, dict):
+            return self.fields(value, depth)
+        if issubclass(kind, (list, tuple)):
+            base = list if issubclass(kind, list) else tuple
+            return self.each(base.__iter__(value), base.__len__(value), depth)
+        if issubclass(kind, (set, frozenset)):
+            unordered = set if issubclass(kind, set) else frozenset
+            made = self.each(unordered.__iter__(value), unordered.__len__(value), depth)
+            return sorted(json.dumps(item, sort_keys=True) for item in made)
+        stored = introspection.store_of(value)  # dspy.Example and what derives from it
+        if stored is None and any(
+            _FIELDS & introspection.members_of(base).keys() for base in introspection.bases_of(kind)
+        ):
+            stored = introspection.instance_dict(value)
+        return (
+            f"<{introspection.module_of(kind)}.{introspection.name_of(kind)}>"
+            if stored is None
+            else self.fields(stored, depth)
+        )
+
+    def each(self, items: Iterator[Any], length: int, depth: int) -> list[Any]:
+        made: list[Any] = []
+        for item in items:
+            if self.nodes <= 0:
+                made.append(f"…{length}")
+                break
+            made.append(self.of(_saved(item), depth + 1))
+        return made
+
+    def fields(self, value: dict[Any, Any], depth: int) -> dict[str, Any]:
+        made: dict[str, Any] = {}
+        for key, item in list(dict.items(value)):
+            if self.nodes <= 0:
+                made["…"] = dict.__len__(value)
+                break
+            made[self.key(key)] = self.of(_saved(item), depth + 1)
+        return made
+
+    def key(self, key: Any) -> str:
+        kind = type(key)
+        if issubclass(kind, str):
+            return self.text(key)
+        plain = kind in _LEAVES or (kind is tuple and all(type(part) in _LEAVES for part in key))
+        return str(key) if plain else f"<{introspection.module_of(kind)}.{introspection.name_of(kind)}>"
+
+
+def _saved(value: Any) -> Any:
+    """A pydantic model as DSPy saves it (its JSON values, as which it comes back); anything else as it is.
+
+    Not where that would run code of a user's class (serializers, computed fields): such a model is known by its fields.
+    """
+    kind = type(value)
+    if "__pydantic_fields__" not in introspection.members_of(kind) or _runs_code(value):
+        return value
+    return kind.model_dump(value, mode="json")
+
+
+def _runs_code(model: Any) -> bool:
+    """Whether dumping a model, or one that it holds, runs code that is not pydantic's or DSPy's, or is a long job."""
+    waiting = [model]
+    for _ in range(_MAX_OBJECTS):
+        if not waiting:
+            return False
+        inner = _inside(waiting.pop())
+        if inner is None:
+            return True
+        waiting += inner
+    return True
+
+
+def _inside(value: Any) -> list[Any] | None:
+    """What a value that pydantic dumps holds; ``None`` if that runs code of its class."""
+    kind = type(value)
+    if kind in _LEAVES:
+        return []
+    members = introspection.members_of(kind)
+    if "__pydantic_fields__" in members:
+        decorators: Any = members.get("__pydantic_decorators__")
+        own = (decorators.field_serializers, decorators.model_serializers, decorators.computed_fields)
+        if introspection.library(kind) != "dspy" and (
+            any(own) or any(map(_overrides_dump, introspection.bases_of(kind)))
+        ):
+            return None
+        return list(introspection.instance_dict(value).values())
+    if is_a(value, dict):
+        return list(dict.values(value))
+    if introspection.length(value) is not None:
+        return list(islice(introspection.items(value), _MAX_OBJECTS))
+    # Anything else that pydantic does not know would be asked by it for what it is.
+    return [] if introspection.library(kind) in _STANDARD else None
+
+
+_STANDARD: Final = frozenset({"builtins", "datetime", "decimal", "uuid", "enum", "pathlib", "fractions", "collections"})
+
+
+def _overrides_dump(base: type) -> bool:
+    return "model_dump" in introspection.members_of(base) and introspection.library(base) not in ("pydantic", "dspy")

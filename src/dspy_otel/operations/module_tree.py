@@ -1,0 +1,287 @@
+"""The modules of a program and their paths, which are DSPy's own names for them.
+
+A predictor has its name of ``named_predictors()``; any other module, and a predictor that DSPy does not name (in a
+frozen module, or in a list of lists), has its name of ``named_sub_modules()`` without the leading ``self``. Where the
+two write the key of a dictionary differently, the path has it as ``named_predictors()`` does: ``writers['long']``.
+
+A key that may be data of a user's is not shown: its position stands for it (``by[*0]``). No two modules of a program
+share a path.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from itertools import islice
+from typing import Any, Final, NamedTuple, TypeAlias
+from weakref import WeakKeyDictionary
+
+from dspy_otel.content import introspection
+
+_MAX_MODULES: Final = 2000
+_MAX_CONTAINERS: Final = 500
+_MAX_ITEMS: Final = 256
+_MAX_PATH: Final = 128
+_MAX_KEY: Final = 32
+_MAX_NUMBER: Final = 1_000_000
+
+# Containers without modules that may be long: of every module, and of predictors.
+_LOGS: Final = frozenset({"history", "callbacks"})
+_PREDICTOR_STATE: Final = frozenset({"traces", "train", "demos", "config", "fields", *_LOGS})
+
+_HEAP: Final = 1 << 9  # Py_TPFLAGS_HEAPTYPE: a class that can be freed
+_flags_of: Final[Callable[[type], int]] = type.__dict__["__flags__"].__get__
+_CONTAINER: Final = 1
+_MODULE: Final = 2
+_PREDICTOR: Final = 3
+
+Origins: TypeAlias = dict[tuple[type, str, str], list[str]]
+
+
+class _Kinds(dict[type, int]):
+    """What instances of a class are in a program: predictors, other modules, containers, or nothing of these (0).
+
+    Classes of DSPy are known by name, without importing it. A user's class is not kept alive.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._users: WeakKeyDictionary[type, int] = WeakKeyDictionary()
+
+    def __missing__(self, kind: type) -> int:
+        answer = self._users.get(kind)
+        if answer is None:
+            bases = introspection.bases_of(kind)
+            names = {introspection.name_of(base) for base in bases if introspection.library(base) == "dspy"}
+            if "BaseModule" in names:
+                answer = _PREDICTOR if "Parameter" in names else _MODULE
+            else:
+                answer = _CONTAINER if issubclass(kind, (dict, list, tuple)) else 0
+            lasting = not _flags_of(kind) & _HEAP or introspection.library(kind) == "dspy"
+            (self if lasting else self._users)[kind] = answer
+        return answer
+
+
+_KINDS: Final = _Kinds()
+_kind_of: Final = _KINDS.__getitem__
+
+
+def attributes(module: Any) -> dict[str, Any]:
+    """The attributes of a module. Neither DSPy's ``__getattribute__`` nor one of the user's runs."""
+    stored: dict[str, Any] = object.__getattribute__(module, "__dict__")
+    return stored
+
+
+def survey(root: Any) -> tuple[list[Any], list[Any]]:
+    """The modules of a program, and its structure. It runs on each outermost call, and so makes no paths.
+
+    At most 2,000 modules are found, in 500 containers, of which the first 256 items count.
+
+    Args:
+        root: the program.
+
+    Returns:
+        The modules, ``root`` first; and plain values that stay equal as long as the paths do.
+    """
+    modules: list[Any] = []
+    structure: list[Any] = []
+    containers = 0
+    items = [root]
+    seen = {id(root)}
+    for item in items:  # Grows meanwhile: breadth first.
+        without = _LOGS
+        if _KINDS[type(item)] == _CONTAINER:
+            containers += 1
+            if containers > _MAX_CONTAINERS:
+                continue
+            pairs = _pairs(item)
+            if not pairs:
+                continue
+        else:
+            if len(modules) >= _MAX_MODULES:
+                break
+            modules.append(item)
+            stored = attributes(item)
+            if stored.get("_compiled") is True:
+                structure.append(True)
+            if "signature" in stored:
+                without = _PREDICTOR_STATE
+            pairs = list(stored.items())
+        for key, value in pairs:
+            kind = _KINDS[type(value)]
+            if kind and (kind != _CONTAINER or type(key) is not str or key not in without):
+                identity = id(value)
+                structure += (key if type(key) is str or type(key) is int else id(key), identity)
+                if identity not in seen:
+                    seen.add(identity)
+                    items.append(value)
+        structure.append(None)
+    return modules, structure
+
+
+def _pairs(container: Any) -> list[tuple[Any, Any]]:
+    """The first keys and values of a container; none if there is no module and no container among them."""
+    kind = type(container)
+    if issubclass(kind, dict):
+        pairs = list(islice(dict.items(container), _MAX_ITEMS))
+        return pairs if any(_KINDS[type(value)] for _, value in pairs) else []
+    base: Any = list if issubclass(kind, list) else tuple
+    values = base.__getitem__(container, slice(_MAX_ITEMS))
+    return list(enumerate(values)) if any(map(_kind_of, map(type, values))) else []
+
+
+class _Item(NamedTuple):
+    """A module or container in a program."""
+
+    path: str
+    value: Any
+    kind: int
+
+    def inside(self) -> Iterator[_Item]:
+        """The modules and containers that it holds itself, in DSPy's order."""
+        if self.kind == _CONTAINER:
+            keyed = introspection.is_a(self.value, dict)
+            for position, (key, value) in enumerate(_pairs(self.value)):
+                if kind := _KINDS[type(value)]:
+                    subscript = _subscript(key, position) if keyed else position
+                    yield _Item(f"{self.path}[{subscript}]", value, kind)
+            return
+        stored = attributes(self.value)
+        without = _PREDICTOR_STATE if "signature" in stored else _LOGS
+        for name, value in list(stored.items()):
+            kind = _KINDS[type(value)]
+            if kind and (kind != _CONTAINER or name not in without):
+                yield _Item(f"{self.path}.{name}" if self.path else name, value, kind)
+
+
+def _subscript(key: Any, position: int) -> str:
+    """A key as DSPy writes it, if it is a short name or a small number; any other may be data, or have no end."""
+    if key is None or type(key) is bool or (type(key) is int and abs(key) < _MAX_NUMBER):
+        return f"'{key}'"
+    if type(key) is str and len(key) <= _MAX_KEY and key.replace("-", "_").isidentifier():
+        return f"'{key}'"
+    return f"*{position}"
+
+
+def named_modules(root: Any) -> list[tuple[str, Any]]:
+    """Every module of a program with its path; ``root`` itself has an empty one.
+
+    Args:
+        root: the program.
+    """
+    items, shared = _named_sub_modules(root)
+    if shared:  # Else each module can be reached on one way only.
+        items = [*_named_parameters(root), *items]
+    paths: dict[int, str] = {}
+    modules: list[tuple[str, Any]] = [("", root)]
+    taken = set[str]()
+    for item in items:
+        if item.value is root or id(item.value) in paths:
+            continue
+        path = shown = item.path if len(item.path) <= _MAX_PATH else f"{item.path[:_MAX_PATH]}…"
+        number = 1
+        while path in taken:  # True and "True" are two keys, and two long paths may begin alike.
+            number += 1
+            path = f"{shown}~{number}"
+        taken.add(path)
+        paths[id(item.value)] = path
+        modules.append((path, item.value))
+    return modules
+
+
+def _named_parameters(root: Any) -> Iterator[_Item]:
+    """The predictors that ``BaseModule.named_parameters()`` names, as it does: depth first, not in frozen modules."""
+    stack = [_Item("", root, _MODULE)]
+    seen: set[int] = set()
+    while stack:
+        item = stack.pop()
+        if item.kind == _PREDICTOR:
+            yield item
+            continue
+        inside = list(item.inside())
+        if item.kind == _CONTAINER:
+            inside = [each for each in inside if each.kind != _CONTAINER]
+        elif id(item.value) in seen or (seen and attributes(item.value).get("_compiled") is True):
+            continue
+        elif len(seen) >= _MAX_MODULES:
+            return
+        else:
+            seen.add(id(item.value))
+        stack += reversed(inside)
+
+
+def _named_sub_modules(root: Any) -> tuple[list[_Item], bool]:
+    """Every module, named as ``BaseModule.named_sub_modules()`` does: breadth first, in containers of any depth.
+
+    Returns:
+        The modules; and whether any module or container can be reached on more than one way.
+    """
+    queue = deque([_Item("", root, _MODULE)])
+    seen = {id(root)}
+    found: list[_Item] = []
+    containers, shared = 0, False
+    while queue and len(found) < _MAX_MODULES:
+        item = queue.popleft()
+        if item.kind == _CONTAINER:
+            containers += 1
+            if containers > _MAX_CONTAINERS:
+                continue
+        else:
+            found.append(item)
+        for each in item.inside():
+            if id(each.value) in seen:
+                shared = True
+            else:
+                seen.add(id(each.value))
+                queue.append(each)
+    return found, shared
+
+
+def origins(modules: list[tuple[str, Any]]) -> Origins:
+    """How to know a copy of a module: DSPy gives each predictor a random ``stage``, which copies keep.
+
+    Args:
+        modules: the modules of a program with their paths.
+
+    Returns:
+        By class of a module, path inside it to one of its predictors, and stage of this predictor: the module's path,
+        or several for modules that are copies of each other.
+    """
+    classes = {path: type(module) for path, module in modules}
+    found: Origins = {}
+    for path, module in modules:
+        stage = attributes(module).get("stage")
+        if type(stage) is str:
+            for base, inner in _splits(path):
+                if base in classes:
+                    found.setdefault((classes[base], inner, stage), []).append(base)
+    return found
+
+
+def _splits(path: str) -> Iterator[tuple[str, str]]:
+    """Each way to see ``path`` as the path of a module and the rest of the way from there."""
+    yield path, ""
+    if path:
+        yield "", path
+    end = path.find(".")
+    while end >= 0:
+        yield path[:end], path[end + 1 :]
+        end = path.find(".", end + 1)
+
+
+def origin(modules: list[tuple[str, Any]], known: Origins, caller: str | None) -> str | None:
+    """The path of the module of a program that another one is a copy of; ``None`` if it is no copy of one.
+
+    Args:
+        modules: the other module, first, and those inside with their paths.
+        known: what :func:`origins` gave for the program.
+        caller: path of the module that calls it: of several originals, one inside of this is meant.
+    """
+    kind = type(modules[0][1])
+    for inner, module in modules:
+        stage = attributes(module).get("stage")
+        found = known.get((kind, inner, stage)) if type(stage) is str else None
+        if found:
+            inside = (path for path in found if caller and path.startswith(f"{caller}."))
+            return next(inside, found[0])
+    return None
