@@ -109,7 +109,7 @@ def before_each_program(content: bool) -> Callable[[], None]:
     """What is looked at before each outermost call: it may have changed since the last one."""
     neighbours = guarded("other instrumentations")(Neighbours().look)
     exporters = guarded("exporters")(OwnJitter().look)
-    refresh = guarded("secrets of the environment")(redaction.remember_environment_again)
+    refresh = guarded("secrets of the environment")(redaction.refresh_environment)
 
     def look_around() -> None:
         neighbours()

@@ -442,9 +442,11 @@ def test_cost_is_bounded_by_the_limit_in_memory() -> None:
 def test_cost_is_bounded_by_the_limit_in_operations(monkeypatch: pytest.MonkeyPatch) -> None:
     masked: list[int] = []
     placed: list[int] = []
-    mask, place = module.redaction.mask, module._Walk.place
+    mask, entry = module.redaction.mask, module._ContentWalker.entry
+    of = module._ContentWalker.of
     monkeypatch.setattr(module.redaction, "mask", lambda text: masked.append(len(text)) or mask(text))
-    monkeypatch.setattr(module._Walk, "place", lambda *args: placed.append(1) or place(*args))
+    monkeypatch.setattr(module._ContentWalker, "of", lambda *args: placed.append(1) or of(*args))
+    monkeypatch.setattr(module._ContentWalker, "entry", lambda *args: placed.append(1) or entry(*args))
     wide: Any = ["some words " * 1000] * 1000
     for value in ([wide] * 1000, {str(n): wide for n in range(5000)}, list(range(10**6)), "word " * 10**6):
         masked.clear()
@@ -623,9 +625,10 @@ def test_json_values_come_back_as_they_were(value: Any) -> None:
 @given(value=VALUES, limit=st.integers(MIN_LIMIT, 2000), media=st.booleans())
 def test_ordinary_values_come_out_as_they_would_the_long_way(value: Any, limit: int, media: bool) -> None:
     content = Content(limit, media)
-    long_way = Content(limit, media)
-    long_way._ordinary = lambda value: None  # type: ignore[method-assign]
-    assert content.json(value) == long_way.json(value)
+    short_way = content.json(value)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module._ContentWalker, "is_harmless", lambda _: False)
+        assert content.json(value) == short_way
 
 
 @pytest.mark.parametrize(
@@ -637,6 +640,7 @@ def test_ordinary_values_come_out_as_they_would_the_long_way(value: Any, limit: 
         [{"role": "user", "parts": [{"type": "text", "content": "[[ ## question ## ]]\nWhat? é 漢 \ud83d"}]}],
     ],
 )
-def test_these_take_the_short_way(value: Any) -> None:
-    content = Content(1000)
-    assert content._ordinary(value) == content.plain(value)
+def test_these_take_the_short_way(value: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their strings are looked at together."""
+    monkeypatch.setattr(module.redaction, "mask", None)
+    Content(1000).json(value)

@@ -273,11 +273,11 @@ def test_a_key_is_suspect_wherever_it_stands(name: str, around: str) -> None:
 def test_what_load_dotenv_sets_later_is_masked_too(monkeypatch: pytest.MonkeyPatch) -> None:
     redaction.remember_environment()
     monkeypatch.setenv("LATE_API_KEY", "set-by-dotenv-1")
-    redaction.remember_environment_again()
+    redaction.refresh_environment()
     assert redaction.mask("set-by-dotenv-1") == redaction.MASK
     monkeypatch.setenv("LATE_API_KEY", "another-one-22")  # as many variables as before: known after a second
     monkeypatch.setattr(redaction.time, "monotonic", lambda: redaction._environment_seen[0] + 1.1)
-    redaction.remember_environment_again()
+    redaction.refresh_environment()
     assert redaction.mask("another-one-22") == redaction.MASK
 
 

@@ -626,7 +626,10 @@ def values() -> Any:
     import numpy
 
     random.seed(3)
+    cycle: list[Any] = [1, 0.5, object()]
+    cycle.append(cycle)
     shown = [
+        cycle,
         b"bytes",
         numpy.zeros(3),
         ValueError("v", 1),
@@ -634,9 +637,11 @@ def values() -> Any:
         hostile.Data(),
         "é漢 " * 300,
         hostile.LazyFields(),
+        {1: 2**200, "1": {"b", "a"}},
+        dict.fromkeys(range(1001)),
     ]
     program = dspy.Predict("question -> answer")
-    program.demos = [dspy.Example(question=[hostile.Plain(name="m")], answer="a", raw=b"b")]
+    program.demos = [dspy.Example(question=[hostile.Plain(name="m")], answer="a", raw=b"b", more=cycle)]
     program.places = {"of": [program]}  # A module in two places.
     said: list[Any] = []
     with dspy.context(lm=TwiceLM(), disable_history=True, trace=None):
@@ -675,6 +680,7 @@ NEVER_CALLED = re.compile(
     r"|_note_(chunk|retry|litellm)|_keys_of_suppression|simba\._in_compile|outcome_of_response|on_merge_rejected"
     r"|formatting_without|\.remote\._typed|\.HeldSpan\.|Asking\.of|\.__init__$|\.Telemetry\.(_make|_after_fork|__)"
     r"|is_trace_id_random|parent_of_process|gepa\.(Silent|Old)GEPATracker|gepa\._takes|\.(Operation|Tracker|Blob)\.\w+$|_Pending|_moment|moment$"
+    r"|\.Walker\.(text|integer|real|other|entry|cut|stop)$|_Canonical\.cut"
 )
 """Not in a scenario here: other versions of DSPy, GEPA or the SDK, a terminal, a stream, fine-tuning, what runs at
 instrument() or is overridden everywhere. They have tests of their own."""

@@ -9,12 +9,12 @@ import hashlib
 import json
 import math
 import uuid
-from collections.abc import Iterator
 from itertools import islice
 from typing import Any, Final
 
 from dspy_otel.content import introspection
 from dspy_otel.content.introspection import is_a
+from dspy_otel.content.walker import CHANGING, Walker
 
 LENGTH: Final = 16
 """Hex digits of a digest: 64 bits."""
@@ -36,47 +36,25 @@ def digest(value: Any) -> str:
     end: of a value with more than 100,000 parts, or of a text with more than a million characters, the rest counts by
     its length only.
     """
-    text = json.dumps(_Canonical().of(value, 0), sort_keys=True, ensure_ascii=True, allow_nan=False)
+    text = json.dumps(_Canonical().of(value), sort_keys=True, ensure_ascii=True, allow_nan=False)
     return hashlib.sha256(text.encode("ascii")).hexdigest()[:LENGTH]
 
 
-class _Canonical:
-    """One value as plain JSON values: bounded, without asking anything of a user's class."""
+class _Canonical(Walker):
+    """A value as plain JSON values that stay the same for years: what a value is must never be written otherwise."""
+
+    max_items = _MAX_NODES + 1
+    max_depth = _MAX_DEPTH
 
     def __init__(self) -> None:
-        self.nodes = _MAX_NODES
+        super().__init__(_MAX_NODES)
         self.characters = _MAX_CHARACTERS
-        self.path: set[int] = set()
 
-    def of(self, value: Any, depth: int) -> Any:
-        self.nodes -= 1
-        kind = type(value)
-        if value is None or kind is bool:
-            return value
-        if issubclass(kind, float):
-            number = float.__float__(value)
-            return number if math.isfinite(number) else None  # as JSON files have it
-        if issubclass(kind, enum.Enum):
-            return self.of(introspection.instance_dict(value).get("_value_"), depth + 1)
-        if issubclass(kind, str):
-            return self.text(value)
-        if issubclass(kind, int):
-            whole = int.__int__(value)
-            # Python refuses to print very long ones.
-            return whole if whole.bit_length() <= _MAX_BITS else f"<{hash(whole)} of {whole.bit_length()} bits>"
-        if issubclass(kind, (datetime.date, datetime.time)):  # a datetime is a date
-            return value.isoformat() if kind.__module__ == "datetime" else f"<{introspection.module_of(kind)}>"
-        if kind is uuid.UUID or kind is decimal.Decimal:
-            return str(value)
-        if issubclass(kind, (bytes, bytearray)):
-            return self.binary(value, bytes if issubclass(kind, bytes) else bytearray)
-        if depth >= _MAX_DEPTH or id(value) in self.path or self.nodes <= 0:
-            return "…"
-        self.path.add(id(value))
-        try:
-            return self.container(value, kind, depth)
-        finally:
-            self.path.discard(id(value))
+    def mapping(self, owner: Any, entries: dict[Any, Any], depth: int) -> Any:
+        return super().mapping(owner, entries, depth) if self.nodes > 0 else "…"
+
+    def sequence(self, owner: Any, items: Any, length: int, depth: int) -> Any:
+        return super().sequence(owner, items, length, depth) if self.nodes > 0 else "…"
 
     def text(self, value: str) -> str:
         length = str.__len__(value)
@@ -85,56 +63,78 @@ class _Canonical:
         shown = str.__getitem__(value, slice(0, room))
         return shown if room == length else f"{shown}…{length}"
 
-    def binary(self, value: Any, base: Any) -> str:
-        length = base.__len__(value)
-        shown = hashlib.sha256(base.__getitem__(value, slice(0, _MAX_CHARACTERS))).hexdigest()
-        return shown if length <= _MAX_CHARACTERS else f"{shown}…{length}"
+    def integer(self, value: int) -> int | str:
+        bits = value.bit_length()
+        return value if bits <= _MAX_BITS else f"<{hash(value)} of {bits} bits>"  # Python refuses to print those.
 
-    def container(self, value: Any, kind: type, depth: int) -> Any:
+    def real(self, value: float) -> float | None:
+        return value if math.isfinite(value) else None  # as JSON files have it
+
+    def other(self, value: Any, kind: type, depth: int) -> Any:
+        if issubclass(kind, float):
+            return self.real(float.__float__(value))
+        if issubclass(kind, enum.Enum):
+            return self.of(introspection.instance_dict(value).get("_value_"), depth + 1)
+        if issubclass(kind, str):
+            return self.text(value)
+        if issubclass(kind, int):
+            return self.integer(int.__int__(value))
+        if issubclass(kind, (datetime.date, datetime.time)):  # a datetime is a date
+            return value.isoformat() if kind.__module__ == "datetime" else f"<{introspection.module_of(kind)}>"
+        if kind is uuid.UUID or kind is decimal.Decimal:
+            return str(value)
+        if issubclass(kind, (bytes, bytearray)):
+            return self.binary(value, bytes if issubclass(kind, bytes) else bytearray)
         if issubclass(kind, dict):
-            return self.fields(value, depth)
-        if issubclass(kind, (list, tuple)):
-            base = list if issubclass(kind, list) else tuple
-            return self.each(base.__iter__(value), base.__len__(value), depth)
-        if issubclass(kind, (set, frozenset)):
-            unordered = set if issubclass(kind, set) else frozenset
-            made = self.each(unordered.__iter__(value), unordered.__len__(value), depth)
-            return sorted(json.dumps(item, sort_keys=True) for item in made)
+            return self.mapping(value, value, depth)
+        for base in (list, tuple, set, frozenset):
+            if issubclass(kind, base):
+                made = self.sequence(value, self.snapshot(base.__iter__, value), base.__len__(value), depth)
+                if base in (list, tuple) or type(made) is not list:
+                    return made
+                return sorted(json.dumps(item, sort_keys=True) for item in made)
+        saved = _saved(value)
+        if saved is not value:
+            self.nodes += 1
+            return self.of(saved, depth)
         stored = introspection.store_of(value)  # dspy.Example and what derives from it
         if stored is None and any(
             _FIELDS & introspection.members_of(base).keys() for base in introspection.bases_of(kind)
         ):
             stored = introspection.instance_dict(value)
-        return (
-            f"<{introspection.module_of(kind)}.{introspection.name_of(kind)}>"
-            if stored is None
-            else self.fields(stored, depth)
-        )
+        if stored is not None:
+            return self.mapping(value, stored, depth)
+        return "…" if depth >= _MAX_DEPTH or self.nodes <= 0 else _name(kind)
 
-    def each(self, items: Iterator[Any], length: int, depth: int) -> list[Any]:
-        made: list[Any] = []
-        for item in items:
-            if self.nodes <= 0:
-                made.append(f"…{length}")
-                break
-            made.append(self.of(_saved(item), depth + 1))
-        return made
+    def binary(self, value: Any, base: Any) -> str:
+        length = base.__len__(value)
+        shown = hashlib.sha256(base.__getitem__(value, slice(0, _MAX_CHARACTERS))).hexdigest()
+        return shown if length <= _MAX_CHARACTERS else f"{shown}…{length}"
 
-    def fields(self, value: dict[Any, Any], depth: int) -> dict[str, Any]:
-        made: dict[str, Any] = {}
-        for key, item in list(dict.items(value)):
-            if self.nodes <= 0:
-                made["…"] = dict.__len__(value)
-                break
-            made[self.key(key)] = self.of(_saved(item), depth + 1)
-        return made
-
-    def key(self, key: Any) -> str:
+    def entry(self, result: dict[str, Any], key: Any, item: Any, depth: int) -> None:
+        made = self.of(item, depth)  # Before the key, of which there may be no room left.
         kind = type(key)
         if issubclass(kind, str):
-            return self.text(key)
-        plain = kind in _LEAVES or (kind is tuple and all(type(part) in _LEAVES for part in key))
-        return str(key) if plain else f"<{introspection.module_of(kind)}.{introspection.name_of(kind)}>"
+            name = self.text(key)
+        else:
+            plain = kind in _LEAVES or (kind is tuple and all(type(part) in _LEAVES for part in key))
+            name = str(key) if plain else _name(kind)
+        result[name] = made
+
+    def cut(self, result: dict[str, Any] | list[Any], taken: int, length: int) -> None:
+        if isinstance(result, list):
+            result.append(f"…{length}")
+        else:
+            result["…"] = length
+
+    def stop(self, reason: str) -> str:
+        if reason == CHANGING:
+            raise RuntimeError("a value is changed all the time")
+        return "…"
+
+
+def _name(kind: type) -> str:
+    return f"<{introspection.module_of(kind)}.{introspection.name_of(kind)}>"
 
 
 def _saved(value: Any) -> Any:

@@ -14,14 +14,13 @@ import datetime
 import decimal
 import enum
 import fractions
-import json
 import math
 import pathlib
 import re
 import types
 import uuid
 from collections.abc import Callable, Iterable, Iterator
-from itertools import accumulate, islice
+from itertools import islice
 from typing import Any, Final
 
 from dspy_otel.content import redaction
@@ -35,22 +34,14 @@ from dspy_otel.content.introspection import (
     name_of,
     slot,
 )
+from dspy_otel.content.truncation import MARK, MARK_SIZE, MIN_LIMIT, MORE, encode, fit, size_of, utf8
+from dspy_otel.content.walker import Walker
 
 MAX_DEPTH: Final = 16
 MAX_ITEMS: Final = 1000
 MAX_NODES: Final = 10_000
 MAX_BITS: Final = 128
-MIN_LIMIT: Final = 64
-"""Fewest bytes a limit can be: room for one mark that says what was cut."""
 _MAX_KEY: Final = 256
-_MARK: Final = "…[cut {} {}]"
-_MARKED: Final = re.compile(r"…\[cut (\d{1,12}) characters\]\Z")
-_MARKED_ITEMS: Final = re.compile(r"…\[cut (\d{1,12}) items\]")
-_MARK_SIZE: Final = 48
-_CYCLE: Final = "…[cycle]"
-_DEEPER: Final = "…[deeper]"
-_CHANGING: Final = "…[changing]"
-_MORE: Final = "…"
 
 # By identity: comparing classes may call a metaclass. Only these very classes, whose str() is Python's own.
 _AS_TEXT: Final = frozenset(
@@ -117,47 +108,95 @@ def base64_size(text: str, start: int = 0) -> int:
     return (length - start) * 3 // 4 - padding
 
 
-class _Walk:
-    """One pass over a value: gives plain JSON values, with every string already free of secrets."""
+class _Shown(str):
+    """A text that stays as it is: one of ours, or one of the user's that is masked already."""
+
+    __slots__ = ()
+
+
+_MASKED: Final = _Shown(redaction.MASK)
+
+
+class _ContentWalker(Walker):
+    """Gives plain JSON values in which every string is free of secrets.
+
+    The value is copied first, with its strings as they are, because only all of them together show how much of each
+    there is room for. Most content is short and without secrets. One look at all its strings together shows that, and
+    the copy is the result.
+    """
+
+    max_items = MAX_ITEMS
+    max_depth = MAX_DEPTH
+
+    longest = room = 0
+    failure: Exception | None = None
+    only_str = True
 
     def __init__(self, content: Content) -> None:
-        self.limit = content.limit
-        self.media = content.media
-        self.redact = content.redact
-        self.nodes = min(MAX_NODES, content.limit // 2)
-        self.path: set[int] = set()
-        self.failure: Exception | None = None
-        # Strings wait until all are known: only then it is clear how much of each there is room for.
-        self.waiting: list[tuple[Any, Any, str]] = []
+        super().__init__(content.max_nodes)
+        self.content = content
+        self.strings: list[str] = []
 
     def run(self, value: Any) -> Any:
-        root: list[Any] = [None]
-        self.place(root, 0, value, 0)
+        """``value`` as plain JSON values.
+
+        Raises:
+            Exception: what the user's ``redact`` raises.
+        """
+        copy = self.of(value)
         if self.failure is not None:  # On a key.
             raise self.failure
-        lengths = [str.__len__(text) for _, _, text in self.waiting]
-        longest, room = _share(lengths, self.limit), 2 * self.limit
-        for (holder, key, text), length in zip(self.waiting, lengths, strict=True):
-            if room <= 0:
-                holder[key] = _MARK.format(length, "characters")
-                continue
-            shown = self.text(text, longest)
-            room -= len(shown)
-            holder[key] = shown
-        return root[0]
+        if self.is_harmless():
+            return copy
+        self.longest = _share(_lengths(copy), self.content.limit)
+        self.room = 2 * self.content.limit
+        return self.masked(copy)
 
-    def text(self, value: str, longest: int) -> str:
+    def is_harmless(self) -> bool:
+        """Whether all strings together fit into the limit, and none needs to be masked or shortened."""
+        if self.content.redact is not None or not self.only_str:
+            return False
+        total, limit = 0, self.content.limit
+        for text in self.strings:
+            total += (length := len(text))
+            if total > limit or (length >= _BASE64_LENGTH and _is_base64(text[:_BASE64_LENGTH])):
+                return False
+        together = "\n".join(self.strings)
+        return "data:" not in together and not redaction.suspect(together)
+
+    def masked(self, copy: Any) -> Any:
+        """The copy, with its strings as they may be shown."""
+        kind = type(copy)
+        if kind is dict:
+            result: dict[str, Any] = {}
+            for key, item in copy.items():
+                name = key if type(key) is _Shown else self.show(key, _MAX_KEY)
+                while name in result:
+                    name = _other_name(name)
+                result[name] = self.masked(item)
+            return result
+        if kind is list:
+            return [self.masked(item) for item in copy]
+        if kind is _Shown or not issubclass(kind, str):
+            return copy
+        if self.room <= 0:
+            return MARK.format(str.__len__(copy), "characters")
+        shown = self.show(copy, self.longest)
+        self.room -= len(shown)
+        return shown
+
+    def show(self, value: str, longest: int) -> str:
         """At most ``longest`` characters of ``value`` (and a mark), without secrets, redacted."""
         length = str.__len__(value)
         if (
             str.startswith(value, "data:")
-            and (not self.media or length > longest)
+            and (not self.content.media or length > longest)
             and (match := _DATA_URI.match(_exact(value, 1024)))
         ):
             return f"{match.group(0)}<{base64_size(value, match.end())} bytes>"
         if (
             length >= _BASE64_LENGTH
-            and (not self.media or length > longest)
+            and (not self.content.media or length > longest)
             and _is_base64(_exact(value, _BASE64_LENGTH))
         ):
             return f"<{base64_size(value)} bytes>"
@@ -165,9 +204,9 @@ class _Walk:
         piece = _exact(value, longest + beyond if length > longest else length)
         unseen = length - len(piece)
         shown = redaction.mask(piece)
-        if self.redact is not None:
+        if self.content.redact is not None:
             try:
-                shown = _exact(self.redact(shown), length + 1024)
+                shown = _exact(self.content.redact(shown), length + 1024)
             except Exception as error:
                 self.failure = error
                 raise
@@ -178,236 +217,147 @@ class _Walk:
         if len(shown) > longest:
             unseen += len(shown) - longest
             shown = shown[:longest]
-        return shown + _MARK.format(unseen, "characters") if unseen else shown
+        return shown + MARK.format(unseen, "characters") if unseen else shown
 
-    def place(self, holder: Any, key: Any, value: Any, depth: int) -> None:
-        """Put ``value`` as plain JSON into ``holder[key]``."""
-        self.nodes -= 1
-        kind = type(value)
-        if kind is str:
-            holder[key] = ""
-            self.waiting.append((holder, key, value))
-            return
-        if value is None or kind is bool:
-            holder[key] = value
-            return
+    def text(self, value: str) -> str:
+        self.strings.append(value)
+        return value
+
+    def integer(self, value: int) -> int | str:
+        bits = value.bit_length()
+        return value if bits <= MAX_BITS else _Shown(f"<int of {bits} bits>")
+
+    def real(self, value: float) -> float | str:
+        return value if math.isfinite(value) else _Shown(value)
+
+    def other(self, value: Any, kind: type, depth: int) -> Any:
         try:
+            if (
+                type(kind) is type
+                and module_of(kind) in _EXAMPLES
+                and type(store := instance_dict(value).get("_store")) is dict
+            ):
+                return self.mapping(value, store, depth)
             if issubclass(kind, enum.Enum):
                 value = instance_dict(value).get("_value_")
                 kind = type(value)
             elif library(kind) == "numpy" and getattr(value, "shape", None) == ():
                 value = value.item()  # A number of NumPy's, as Python's.
                 kind = type(value)
-            if issubclass(kind, str):
-                holder[key] = ""
-                self.waiting.append((holder, key, value))
-            else:
-                holder[key] = self.plain(value, kind, depth)
+            return self.plain(value, kind, depth)
         except Exception:  # Hostile in a way nobody thought of: it has a class at least.
-            holder[key] = _opaque(value)
+            return _Shown(_opaque(value))
 
     def plain(self, value: Any, kind: type, depth: int) -> Any:
-        if kind is bool or value is None:
+        if kind is bool or value is None or kind is _Shown:
             return value
+        if issubclass(kind, str):
+            self.only_str = self.only_str and kind is str
+            return self.text(value)
         if issubclass(kind, int):
-            number = int.__int__(value)
-            return number if number.bit_length() <= MAX_BITS else f"<int of {number.bit_length()} bits>"
+            return self.integer(int.__int__(value))
         if issubclass(kind, float):
-            real = float.__float__(value)
-            return real if math.isfinite(real) else str(real)
+            return self.real(float.__float__(value))
         if issubclass(kind, (bytes, bytearray, memoryview)):
-            return self.binary(value, kind)
+            return _Shown(self.binary(value, kind))
         if issubclass(kind, _CONTAINERS) or id(kind) in _VIEWS:
-            return self.within(value, depth, self.container, value, kind, depth)
-        if id(kind) in _AS_TEXT:
-            return str(value)[: self.limit]
-        if issubclass(kind, (datetime.datetime, datetime.time)):
-            return moment(value, kind)
-        if issubclass(kind, type):
-            return f"<class {type_name(value)}>"
-        if kind is types.FunctionType or kind is types.BuiltinFunctionType:
-            return f"<function {value.__qualname__[:200]}>"
-        if kind is types.MethodType and type(value.__func__) is types.FunctionType:
-            return f"<function {value.__func__.__qualname__[:200]}>"
-        if library(kind) in _ARRAY_LIBRARIES:
-            return array(value, kind)
+            return self.container(value, kind, depth)
         if issubclass(kind, BaseException):
-            return self.within(value, depth, self.exception, value, kind, depth)
+            about = {_Shown("type"): _Shown(type_name(kind)), _Shown("args"): arguments_of(value)}
+            return self.mapping(value, about, depth)
+        shown = _described(value, kind)
+        if shown is not None:
+            return _Shown(shown[: self.content.limit])
         stored = fields(value, kind)
-        return _opaque(value) if stored is None else self.within(value, depth, self.mapping, stored, depth)
-
-    def within(self, value: Any, depth: int, render: Callable[..., Any], *arguments: Any) -> Any:
-        """``render(*arguments)``, unless ``value`` is being rendered already or is too deep inside."""
-        key = id(value)
-        if key in self.path:
-            return _CYCLE
-        if depth >= MAX_DEPTH:
-            return _DEEPER
-        self.path.add(key)
-        try:
-            return render(*arguments)
-        finally:
-            self.path.discard(key)
+        return _Shown(_opaque(value)) if stored is None else self.mapping(value, stored, depth)
 
     def container(self, value: Any, kind: type, depth: int) -> Any:
         if issubclass(kind, dict):
-            return self.mapping(value, depth)
+            return self.mapping(value, value, depth)
         if issubclass(kind, tuple) and kind is not tuple:
             declared = (members_of(base).get("_fields") for base in bases_of(kind))
             names: tuple[Any, ...] = next((found for found in declared if type(found) is tuple), ())
             if names and len(names) == tuple.__len__(value):
-                return self.mapping(dict(zip(names, tuple.__iter__(value), strict=True)), depth)
-        base = next((base for base in _CONTAINERS if issubclass(kind, base)), kind)
-        length = base.__len__(value)  # type: ignore[attr-defined]
-        items = _snapshot(lambda: base.__iter__(value))  # type: ignore[attr-defined]
-        if items is None:
-            return _CHANGING
-        if issubclass(kind, (set, frozenset)) and all(type(item) is str for item in items):
+                return self.mapping(value, dict(zip(names, tuple.__iter__(value), strict=True)), depth)
+        base: Any = next((base for base in _CONTAINERS if issubclass(kind, base)), kind)
+        items = self.snapshot(base.__iter__, value)
+        if items is not None and base in (set, frozenset) and all(type(item) is str for item in items):
             items.sort()  # Each process has an order of its own for those.
-        result: list[Any] = []
-        for item in items:
-            if self.nodes <= 0:
-                break
-            result.append(None)
-            self.place(result, len(result) - 1, item, depth + 1)
-        if len(result) < length:
-            result.append(_MARK.format(length - len(result), "items"))
-        return result
+        return self.sequence(value, items, base.__len__(value), depth)
 
-    def mapping(self, value: dict[Any, Any], depth: int) -> Any:
-        length = dict.__len__(value)
-        items = _snapshot(lambda: iter(dict.items(value)))
-        if items is None:
-            return _CHANGING
-        result: dict[str, Any] = {}
-        for key, item in items:
-            if self.nodes <= 0:
-                break
-            name = self.key(key)
-            while name in result:  # 1 and "1" are two keys of Python, and one of JSON.
-                name += "'"
-            if redaction.hides(name, item):
-                result[name] = redaction.MASK
-            else:
-                self.place(result, name, item, depth + 1)
-        if len(result) < length:
-            result[_MORE] = _MARK.format(length - len(result), "items")
-        return result
+    def entry(self, result: dict[str, Any], key: Any, item: Any, depth: int) -> None:
+        if type(key) is str and len(key) <= _MAX_KEY:
+            name = key
+            self.strings.append(key)
+        else:
+            name = key if type(key) is _Shown else _Shown(self.key(key))
+        while name in result:
+            name = _other_name(name)
+        if redaction.hides(name, item):
+            result[name] = _MASKED
+        elif type(item) is str:  # As `of` does it; most entries are texts.
+            self.nodes -= 1
+            self.strings.append(item)
+            result[name] = item
+        else:
+            result[name] = self.of(item, depth)
 
     def key(self, key: Any) -> str:
         kind = type(key)
         if issubclass(kind, str):
-            return self.text(key, _MAX_KEY)
+            return self.show(key, _MAX_KEY)
         if kind is tuple:
             return f"({', '.join(self.key(part) for part in islice(key, 8))})"[: 2 * _MAX_KEY]
         if key is None or kind is bool or kind is float or (kind is int and key.bit_length() <= MAX_BITS):
             return str(key)
         return _opaque(key)
 
-    def exception(self, error: BaseException, kind: type, depth: int) -> Any:
-        result: dict[str, Any] = {"type": type_name(kind)}
-        arguments = arguments_of(error)
-        self.place(result, "args", arguments, depth + 1)
-        return result
+    def cut(self, result: dict[str, Any] | list[Any], taken: int, length: int) -> None:
+        mark = _Shown(MARK.format(length - taken, "items"))
+        if isinstance(result, list):
+            result.append(mark)
+        else:
+            result[_Shown(MORE)] = mark
+
+    def stop(self, reason: str) -> str:
+        return _Shown(reason)
 
     def binary(self, value: Any, kind: type) -> str:
         base: Any = next(base for base in (bytes, bytearray, memoryview) if issubclass(kind, base))
         size: int = value.nbytes if base is memoryview else base.__len__(value)
-        if not self.media or size > self.limit:
+        if not self.content.media or size > self.content.limit:
             return f"<{size} bytes>"
         return base64.b64encode(base.__getitem__(value, slice(0, size))).decode("ascii")
 
 
-class _Unusual(Exception):
-    """A value that takes the long way."""
+def _lengths(copy: Any) -> Iterator[int]:
+    """The length of each string of a copy that is not shown yet."""
+    kind = type(copy)
+    if kind is dict or kind is list:
+        for item in copy.values() if kind is dict else copy:
+            yield from _lengths(item)
+    elif kind is not _Shown and issubclass(kind, str):
+        yield str.__len__(copy)
 
 
-class _Copy:
-    """A copy of an ordinary value: JSON's own types and DSPy's examples, short, with nothing to cut or to hide.
-
-    Most content is like that, and is rendered in a fraction of the time that :class:`_Walk` takes, to the same text.
-    """
-
-    def __init__(self, limit: int) -> None:
-        self.nodes = min(MAX_ITEMS, limit // 2)
-        self.texts: list[str] = []
-
-    def of(self, value: Any, depth: int = 0) -> Any:
-        """The copy.
-
-        Raises:
-            _Unusual: ``value`` is not ordinary.
-        """
-        kind = type(value)
-        if kind is str:
-            self.texts.append(value)
-            return value
-        if value is None or kind is bool:
-            return value
-        if kind is int:
-            if value.bit_length() > MAX_BITS:
-                raise _Unusual
-            return value
-        if kind is float:
-            if not math.isfinite(value):
-                raise _Unusual
-            return value
-        if depth >= MAX_DEPTH:
-            raise _Unusual
-        if kind is dict:
-            return self.mapping(value, depth)
-        if kind is list or kind is tuple:
-            self.nodes -= len(value)
-            if self.nodes < 0:
-                raise _Unusual
-            return [self.of(item, depth + 1) for item in value]
-        stored = instance_dict(value).get("_store") if _is_example(kind) else None
-        if type(stored) is not dict:
-            raise _Unusual
-        return self.mapping(stored, depth)
-
-    def mapping(self, value: dict[Any, Any], depth: int) -> dict[str, Any]:
-        self.nodes -= len(value)
-        if self.nodes < 0:
-            raise _Unusual
-        texts, result = self.texts, dict[str, Any]()
-        for key, item in value.items():
-            if type(key) is not str or len(key) > _MAX_KEY or redaction.hides(key, item):
-                raise _Unusual
-            texts.append(key)
-            if type(item) is str:
-                texts.append(item)
-                result[key] = item
-            else:
-                result[key] = self.of(item, depth + 1)
-        return result
-
-    def hides_nothing(self, limit: int) -> bool:
-        """Whether all texts of the copy may be shown whole, within ``limit`` characters."""
-        total = 0
-        for text in self.texts:
-            total += (length := len(text))
-            if length >= _BASE64_LENGTH and _is_base64(text[:_BASE64_LENGTH]):
-                return False
-        if total > limit:
-            return False
-        together = "\n".join(self.texts)
-        return "data:" not in together and not redaction.suspect(together)
+def _other_name(name: str) -> str:
+    """1 and "1" are two keys of Python, and one of JSON."""
+    return type(name)(f"{name}'")
 
 
-def _is_example(kind: type) -> bool:
-    """Whether ``kind`` is DSPy's own ``Example`` or ``Prediction``."""
-    return type(kind) is type and module_of(kind) in _EXAMPLES
-
-
-def _snapshot(iterate: Callable[[], Iterator[Any]]) -> list[Any] | None:
-    """The first items of a container, or ``None`` if another thread never stops changing it."""
-    for _ in range(3):
-        try:
-            return list(islice(iterate(), MAX_ITEMS))
-        except RuntimeError:  # Changed during iteration.
-            continue
-    return None
+def _described(value: Any, kind: type) -> str | None:
+    """A value of the standard library or of a library for arrays as one text; ``None`` for any other."""
+    if id(kind) in _AS_TEXT:
+        return str(value)
+    if issubclass(kind, (datetime.datetime, datetime.time)):
+        return moment(value, kind)
+    if issubclass(kind, type):
+        return f"<class {type_name(value)}>"
+    if kind is types.FunctionType or kind is types.BuiltinFunctionType:
+        return f"<function {value.__qualname__[:200]}>"
+    if kind is types.MethodType and type(value.__func__) is types.FunctionType:
+        return f"<function {value.__func__.__qualname__[:200]}>"
+    return array(value, kind) if library(kind) in _ARRAY_LIBRARIES else None
 
 
 def moment(value: Any, kind: type) -> str:
@@ -471,95 +421,9 @@ def _share(lengths: Iterable[int], budget: int) -> int:
     for position, length in enumerate(ordered):
         share = rest // (len(ordered) - position)
         if length > share:
-            return max(share - _MARK_SIZE, MIN_LIMIT)
+            return max(share - MARK_SIZE, MIN_LIMIT)
         rest -= length
     return budget
-
-
-# --- fitting plain values into a number of bytes -------------------------------------------------------------------
-
-
-_ENCODER: Final = json.JSONEncoder(ensure_ascii=False, allow_nan=False, check_circular=False, separators=(",", ":"))
-
-
-def _encode(value: Any) -> str:
-    return _ENCODER.encode(value)
-
-
-def _bytes(text: str) -> int:
-    return len(text.encode("utf-8", "surrogatepass"))
-
-
-def _fit(value: Any, room: int) -> Any:
-    """``value`` so that its JSON takes at most ``room`` bytes (64 or more), saying what was cut.
-
-    Short parts stay whole, long ones share the room that is left; when there are too many, the last ones go.
-    """
-    if isinstance(value, str):
-        return _fit_text(value, room)
-    if isinstance(value, dict):
-        keys, items = list(value), list(value.values())
-        more = len(keys) > 0 and keys[-1] == _MORE
-        fixed = [_bytes(_encode(key)) + 2 for key in keys]
-    elif isinstance(value, list):
-        keys, items, fixed = [], value, [1] * len(value)
-        more = len(items) > 0
-    else:
-        return value
-    sizes = [_bytes(_encode(item)) for item in items]
-    room -= 2
-    if sum(sizes) + sum(fixed) <= room:
-        return value
-    least = [min(size, MIN_LIMIT) + around for size, around in zip(sizes, fixed, strict=True)]
-    kept, cut = len(items), 0
-    if sum(least) > room:
-        # What an earlier cut said is added to what this one says.
-        said = _MARKED_ITEMS.fullmatch(items[-1]) if more and isinstance(items[-1], str) else None
-        cut = int(said.group(1)) - 1 if said is not None else 0
-        room -= _MARK_SIZE
-        kept = sum(total <= room for total in accumulate(least))
-    left = room - sum(fixed[:kept])
-    share = max(_share_of(sizes[:kept], left), MIN_LIMIT)
-    fitted = [
-        item if size <= share else _fit(item, share) for item, size in zip(items[:kept], sizes[:kept], strict=True)
-    ]
-    mark = _MARK.format(len(items) - kept + cut, "items") if kept < len(items) else None
-    if isinstance(value, list):
-        return fitted if mark is None else [*fitted, mark]
-    result = dict(zip(keys, fitted, strict=False))
-    if mark is not None:
-        result[_MORE] = mark
-    return result
-
-
-def _share_of(sizes: list[int], room: int) -> int:
-    """The size to which the larger ones must shrink so that all fit."""
-    ordered = sorted(sizes)
-    for position, size in enumerate(ordered):
-        share = room // (len(ordered) - position)
-        if size > share:
-            return share
-        room -= size
-    return room
-
-
-def _fit_text(text: str, room: int) -> str:
-    cut_before = _MARKED.search(text, max(len(text) - _MARK_SIZE, 0))
-    shown, cut = text, 0
-    while (size := _bytes(_encode(shown))) > (room - _MARK_SIZE if cut else room):
-        whole = len(text) if cut_before is None else cut_before.start()
-        keep = min(len(shown) * max(room - _MARK_SIZE - 2, 0) // size, len(shown) - 1, whole)
-        shown, cut = shown[:keep], whole - keep + (0 if cut_before is None else int(cut_before.group(1)))
-    return shown + _MARK.format(cut, "characters") if cut else shown
-
-
-def _utf8(text: str) -> str:
-    """``text`` with lone surrogates replaced (OTLP carries UTF-8 only), and pairs joined."""
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    return text
 
 
 class Content:
@@ -573,6 +437,7 @@ class Content:
 
     def __init__(self, limit: int, media: bool = False, redact: Callable[[str], str] | None = None) -> None:
         self.limit = max(limit, MIN_LIMIT)
+        self.max_nodes = min(MAX_NODES, self.limit // 2)
         self.media = media
         self.redact = redact
 
@@ -584,37 +449,20 @@ class Content:
         Raises:
             Exception: only what the user's ``redact`` raises; callers drop the content then.
         """
-        plain = self._ordinary(value)
-        if plain is None:
-            plain = self.plain(value)
-        text = _encode(plain)
+        plain = _ContentWalker(self).run(value)
+        text = encode(plain)
         # Four bytes is the most a character takes.
-        if 4 * len(text) > self.limit and _bytes(text) > self.limit:
-            text = _encode(_fit(plain, self.limit))
-        return _utf8(text)
-
-    def _ordinary(self, value: Any) -> Any:
-        """``value`` as plain JSON values, if that takes no more than copying it; else ``None``."""
-        if self.redact is not None:
-            return None
-        copy = _Copy(self.limit)
-        try:
-            plain = copy.of(value)
-        except Exception:  # `_Unusual`, or it changes while it is read.
-            return None
-        return plain if copy.hides_nothing(self.limit) else None
-
-    def plain(self, value: Any) -> Any:
-        """``value`` as plain JSON values, bounded in depth, items and text, but not yet cut to the limit."""
-        return _Walk(self).run(value)
+        if 4 * len(text) > self.limit and size_of(text) > self.limit:
+            text = encode(fit(plain, self.limit))
+        return utf8(text)
 
     def text(self, value: Any) -> str:
         """One piece of text (a string as it is, anything else as JSON), of at most ``limit`` bytes."""
         if not issubclass(type(value), str):
             return self.json(value)
-        text = _utf8(_Walk(self).text(value, self.limit))
+        text = utf8(_ContentWalker(self).show(value, self.limit))
         data = text.encode("utf-8")
         if len(data) <= self.limit:
             return text
-        mark = _MARK.format(len(data) - self.limit + _MARK_SIZE, "bytes")
-        return data[: self.limit - _MARK_SIZE].decode("utf-8", "ignore") + mark
+        mark = MARK.format(len(data) - self.limit + MARK_SIZE, "bytes")
+        return data[: self.limit - MARK_SIZE].decode("utf-8", "ignore") + mark

@@ -123,7 +123,7 @@ def is_secret_name(name: str) -> bool:
 
 
 def hides(name: str, value: Any) -> bool:
-    """Whether ``value`` must be masked because of its name. "None" and "nothing" may be told.
+    """Whether ``value`` must be masked because of its name. ``None`` and an empty string are shown.
 
     Args:
         name: name of the field, header or parameter.
@@ -192,7 +192,7 @@ def remember_environment() -> None:
             remember(value)
 
 
-def remember_environment_again() -> None:
+def refresh_environment() -> None:
     """Likewise, for what has been set since (``load_dotenv()``): when there are more variables, or once a second."""
     when, count = _environment_seen
     if len(os.environ) != count or time.monotonic() - when > _PAUSE:

@@ -89,7 +89,7 @@ def survey(root: Any) -> tuple[list[Any], list[Any]]:
     items = [root]
     seen = {id(root)}
     for item in items:  # Grows meanwhile: breadth first.
-        without = _LOGS
+        without = frozenset[str]()
         if _KINDS[type(item)] == _CONTAINER:
             containers += 1
             if containers > _MAX_CONTAINERS:
@@ -104,8 +104,7 @@ def survey(root: Any) -> tuple[list[Any], list[Any]]:
             stored = attributes(item)
             if stored.get("_compiled") is True:
                 structure.append(True)
-            if "signature" in stored:
-                without = _PREDICTOR_STATE
+            without = _PREDICTOR_STATE if "signature" in stored else _LOGS
             pairs = list(stored.items())
         for key, value in pairs:
             kind = _KINDS[type(value)]
