@@ -20,7 +20,7 @@ export DSPY_CACHEDIR = $(CURDIR)/$(VENV)/dspy-cache
 # Tests and benchmarks start processes, many of them: none compiles every package again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help demo test test-slow test-integration test-rest test-all lint format matrix lowest nightly dist bench imports backends collector jaeger phoenix rotel kafka clean
+.PHONY: help demo test test-slow test-integration test-rest test-all lint format hooks matrix lowest nightly dist bench imports services backends collector jaeger phoenix rotel kafka clean
 help: ## show this
 	@sed -n 's/^\([a-z -]*\):.*## /\1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 18
 
@@ -53,23 +53,30 @@ format: $(VENV)/.lint ## let ruff mend style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+hooks: $(VENV)/.lint ## run style and types before each commit (pre-commit)
+	@$(INSTALL) pre-commit
+	$(BIN)/pre-commit install
+
 matrix: ## the fast tests on an old DSPy and Python, and on the newest
-	@.ci/matrix
+	@scripts/matrix
 
 lowest: ## the fast tests with every package as old as pyproject.toml allows
-	@MATRIX=lowest .ci/matrix
+	@MATRIX=lowest scripts/matrix
 
 nightly: ## all DSPy versions, pre-releases, lower bounds, the wheel; and what changed since the last time
-	@.ci/nightly
+	@scripts/nightly
 
 dist: ## the wheel and the sdist: same bytes each time, install alone, licences known
-	@.ci/package
+	@scripts/package
 
 bench: $(VENV)/.bench ## what instrumentation costs
 	$(BIN)/python benchmarks/overhead.py $(ARGS)
 
 imports: $(VENV)/.bench ## what importing and switching on cost
 	$(BIN)/python benchmarks/imports.py $(ARGS)
+
+services: ## get what the integration tests send to, as far as this machine can have it (minutes, once)
+	@scripts/backends
 
 backends: ## the Collector and every backend that is on this machine, until Ctrl-C
 	@collector/run.sh
