@@ -1,13 +1,16 @@
-"""The reference page and the names in the code are one list."""
+"""The reference page and the names in the code are one list; pages can be read, and their links lead somewhere."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
 
+import pytest
+
 from dspy_otel import semconv
 
-PAGE = Path(__file__).parent.parent / "docs" / "semantic-conventions.md"
+ROOT = Path(__file__).parent.parent
+PAGE = ROOT / "docs" / "semantic-conventions.md"
 _NOT_EMITTED = {"SCHEMA_URL", "SCOPE_NAME", "OPTIMIZER_PARAMS_PREFIX"}
 
 
@@ -29,3 +32,30 @@ def test_every_documented_attribute_is_in_the_code() -> None:
     code = {name for name in quoted if name.startswith("dspy.settings.")}
     unknown = {name for name in quoted - code if name not in known and not name.endswith(".")}
     assert not unknown
+
+
+def prose(path: Path) -> list[tuple[int, str]]:
+    """The lines of a page that are prose: not tables, code, pictures or headings."""
+    found: list[tuple[int, str]] = []
+    code = False
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        code ^= line.startswith("```")
+        if not code and not line.startswith(("```", "|", "#", "![", "    ")):
+            found.append((number, line))
+    return found
+
+
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("*/README.md")])
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_prose_is_at_most_120_characters_wide(page: Path) -> None:
+    # What a report of versions and machines prints stands as it was printed.
+    long = [number for number, line in prose(page) if len(line) > 120 and not line.startswith("Python ")]
+    assert not long
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_between_pages_lead_somewhere(page: Path) -> None:
+    targets = re.findall(r"\]\((?!https?:|mailto:|#)([^)#\s]+)", page.read_text(encoding="utf-8"))
+    assert not [target for target in targets if not (page.parent / target).exists()]

@@ -1,6 +1,6 @@
 """Everybody in one process: four instrumentations of DSPy, and those of LiteLLM, OpenAI's SDK, HTTPX and threads.
 
-What doubles what here is the table in docs/neighbours.md.
+What doubles what here is the table in docs/coexistence.md.
 """
 
 from __future__ import annotations

@@ -52,7 +52,7 @@ class Greeter(dspy.Module):
 
 
 def application() -> Any:
-    """As a user writes it; the middleware is the one of docs/neighbours.md."""
+    """As a user writes it; the middleware is the one of docs/coexistence.md."""
     from fastapi import FastAPI
     from fastapi.responses import StreamingResponse
 
