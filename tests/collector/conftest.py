@@ -142,16 +142,16 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
             return text in stack.output
 
         # The workload does not wait for slow backends: queues on disk keep what is theirs.
-        wait_for(lambda: says("  collector"), 120, "the Collector of run.sh")
+        wait_for(lambda: says("  collector"), "the Collector of run.sh")
         stack.started = time.time()
         with brain_server() as server:
             workload = start_workload(server, f"http://127.0.0.1:{stack.ports['COLLECTOR_GRPC_PORT']}")
             output, _ = workload.communicate(timeout=480)
         stack.ended = time.time()
         assert workload.returncode == 0, output[-3000:]
-        wait_for(lambda: says("ready;"), 240, "all servers of run.sh")
+        wait_for(lambda: says("ready;"), "all servers of run.sh")
         if "  prometheus" in stack.output:
-            wait_for(lambda: stack.scraped == stack.written, 60, "metrics of all spans")
+            wait_for(lambda: stack.scraped == stack.written, "metrics of all spans")
         yield stack
     finally:
         process.send_signal(signal.SIGTERM)

@@ -8,7 +8,6 @@ import shutil
 import signal
 import socket
 import subprocess
-import time
 import urllib.error
 import urllib.request
 import uuid
@@ -20,6 +19,7 @@ from urllib.parse import urlencode
 
 import pytest
 
+from tests.support import waiting
 from tests.support.mlflow_server import free_port
 
 ROOT = Path(__file__).parents[2]
@@ -38,21 +38,9 @@ def program(name: str) -> str:
     pytest.skip(f"no {name} on this machine: `make {name}` gets it{needs}")
 
 
-def wait_for(condition: Callable[[], Any], seconds: float, what: str) -> Any:
-    """What `condition()` gives once it is true; a test failure that names `what` when it does not become so in time."""
-    until = time.monotonic() + seconds
-    while True:
-        try:
-            found = condition()
-        except (OSError, urllib.error.URLError, ValueError) as error:
-            found, last = None, f" ({type(error).__name__}: {error})"
-        else:
-            last = f" (last: {found!r:.200})"
-        if found:
-            return found
-        if time.monotonic() > until:
-            pytest.fail(f"{what}: not within {seconds:.0f} s{last}")
-        time.sleep(0.2)
+def wait_for(condition: Callable[[], Any], what: str, progress: Callable[[], Any] | None = None) -> Any:
+    """What `condition()` gives once it is true; a server that does not answer (yet) means "not yet"."""
+    return waiting.wait_for(condition, what, progress, ignored=(OSError, urllib.error.URLError, ValueError), pause=0.2)
 
 
 def get(url: str, **parameters: Any) -> Any:
@@ -77,7 +65,7 @@ class Process:
         foreign = ("OTEL_", "MLFLOW_", "PHOENIX_", "COLLECTOR_")
         self.environment = {k: v for k, v in os.environ.items() if not k.startswith(foreign)} | dict(environment)
 
-    def start(self, within: float = 60) -> None:
+    def start(self) -> None:
         """Start it, and wait until it answers."""
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
@@ -88,7 +76,7 @@ class Process:
                 start_new_session=True,
                 cwd=ROOT,
             )
-        wait_for(self._answers, within, f"{Path(self.command[0]).name} answers; see {self.log}")
+        wait_for(self._answers, f"{Path(self.command[0]).name} answers; see {self.log}")
 
     def _answers(self) -> bool:
         if self.process.poll() is not None:
@@ -148,9 +136,9 @@ def own_metric(url: str, metric: str, containing: str = "") -> float:
 
 
 @contextmanager
-def running(process: Process, within: float = 60) -> Iterator[Process]:
+def running(process: Process) -> Iterator[Process]:
     """Start a process for the length of a block."""
-    process.start(within)
+    process.start()
     try:
         yield process
     finally:

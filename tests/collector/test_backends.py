@@ -28,7 +28,7 @@ def jaeger(stack: Stack) -> dict[str, dict[str, Any]]:
         traces = get(f"{url}/api/traces", service="colours", limit=20000)["data"]
         return sum(len(trace["spans"]) for trace in traces) >= len(stack.spans) and traces
 
-    return {trace["traceID"]: trace for trace in wait_for(all_there, 60, "all spans in Jaeger")}
+    return {trace["traceID"]: trace for trace in wait_for(all_there, "all spans in Jaeger")}
 
 
 def tags(span: dict[str, Any]) -> dict[str, Any]:
@@ -216,16 +216,20 @@ def phoenix(stack: Stack) -> dict[str, dict[str, Any]]:
     """Phoenix's spans by id, once all are there."""
     url = stack.url("phoenix")
 
+    count = 0
+
     def all_there() -> Any:
+        nonlocal count
         found, cursor = {}, None
         while True:
             page = get(f"{url}/v1/projects/dspy/spans", limit=1000, **({"cursor": cursor} if cursor else {}))
             found |= {span["context"]["span_id"]: span for span in page["data"]}
             cursor = page["next_cursor"]
             if not cursor:
-                return len(found) >= len(stack.spans) and found
+                count = len(found)
+                return count >= len(stack.spans) and found
 
-    return wait_for(all_there, 90, "all spans in Phoenix")  # type: ignore[no-any-return]
+    return wait_for(all_there, "all spans in Phoenix", lambda: count)  # type: ignore[no-any-return]
 
 
 def test_phoenix_has_every_span_with_its_kind_and_parent(stack: Stack, phoenix: dict[str, Any]) -> None:
@@ -256,7 +260,7 @@ def mlflow(stack: Stack) -> dict[str, Any]:
 
     client = MlflowClient(tracking_uri=url)
     # A reader would be in the way of sqlite's one writer.
-    wait_for(lambda: stack.sent("otlp_http/mlflow") >= len(stack.spans), 180, "all spans sent to MLflow")
+    wait_for(lambda: stack.sent("otlp_http/mlflow") >= len(stack.spans), "all spans sent to MLflow")
     found, token = {}, None
     while True:
         page = client.search_traces(locations=["0"], max_results=500, page_token=token, include_spans=True)

@@ -66,13 +66,13 @@ def test_kafka_spreads_traces_over_gateways_and_keeps_each_whole(tmp_path: Path)
 
         for gateway in gateways:
             shares = functools.partial(gateway.number, "otelcol_kafka_receiver_partition_start")
-            wait_for(shares, 60, "a share of the partitions")
+            wait_for(shares, "a share of the partitions")
         send(60)
 
         def spans() -> int:
             return sum(len(receiver.spans()) for receiver in receivers)
 
-        wait_for(lambda: spans() >= 2 * len(failed), 90, "the failed traces")
+        wait_for(lambda: spans() >= 2 * len(failed), "the failed traces")
         assert all(receiver.spans() for receiver in receivers), "one gateway does all the work"
         whole: list[str] = []
         for receiver in receivers:
@@ -100,11 +100,11 @@ def test_rotel_hands_a_real_run_to_jaeger_and_to_a_collector(tmp_path: Path) -> 
             assert workload.returncode == 0, output[-2000:]
 
         names = ["evaluate ColourFamily"] * 2 + ["example ColourFamily"] * 16
-        wait_for(lambda: len(receiver.spans("e")) == 18, 30, "the run in the receiver behind the Collector")
+        wait_for(lambda: len(receiver.spans("e")) == 18, "the run in the receiver behind the Collector")
         assert sorted(span.name for span in receiver.spans("e")) == names
 
         def in_jaeger() -> list[str]:
             spans = [span["operationName"] for trace in jaeger.traces("colours") for span in trace["spans"]]
             return sorted(name for name in spans if name.startswith("e"))
 
-        assert wait_for(lambda: in_jaeger() == names, 30, "the run in Jaeger")
+        assert wait_for(lambda: in_jaeger() == names, "the run in Jaeger")

@@ -30,6 +30,7 @@ from hypothesis import strategies as st
 from opentelemetry import context as otel_context
 
 from tests.support.older import DSPY
+from tests.support.waiting import STALLED
 
 # --- what a program is made of -----------------------------------------------------------------------------------
 
@@ -517,9 +518,9 @@ def live_threads() -> set[threading.Thread]:
     return {thread for thread in threading.enumerate() if type(thread).__name__ != "TMonitor"}
 
 
-def until(condition: Callable[[], bool], seconds: float = 5.0) -> bool:
-    """Whether the condition holds within a while. DSPy does not wait for its worker threads to end."""
-    end = time.monotonic() + seconds
+def until(condition: Callable[[], bool]) -> bool:
+    """Whether the condition comes to hold. DSPy does not wait for its worker threads to end."""
+    end = time.monotonic() + STALLED
     while not condition():
         if time.monotonic() > end:
             return False

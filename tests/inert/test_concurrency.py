@@ -322,7 +322,7 @@ async def test_nothing_is_left_after_a_storm() -> None:
         await storm(50)  # what is made once and kept
         before = left_over()
         await storm(300)
-        assert until(lambda: not left_over() - before, 20), left_over() - before
+        assert until(lambda: not left_over() - before), left_over() - before
     finally:
         logging.getLogger("dspy").setLevel(logging.NOTSET)
     assert ASKING._waiting == {}

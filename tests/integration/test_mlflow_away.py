@@ -126,12 +126,12 @@ def test_a_slow_server_holds_up_no_program(store: Store, proxy: FaultProxy) -> N
     began = time.monotonic()
     quietly(RUNS[RANDOM_SEARCH], lm)
     bare = time.monotonic() - began
-    proxy.delay = 0.5
+    proxy.delay = 10
     store.instrument()
     began = time.monotonic()
     quietly(RUNS[RANDOM_SEARCH], lm)
     watched = time.monotonic() - began
-    assert watched < bare + 5  # less than ten requests take
+    assert watched < 3 * bare + 10  # less than one request takes
     proxy.delay = 0.05
     store.flush()
     store.check()

@@ -27,6 +27,7 @@ from dspy_otel.report import reports
 from tests.optimizers.common import RUNS, quietly, scripted_lm
 from tests.support.mlflow_server import mlflow_server
 from tests.support.mlflow_store import Store
+from tests.support.waiting import STALLED
 
 pytest.importorskip("mlflow")
 pytestmark = pytest.mark.integration
@@ -294,13 +295,13 @@ def test_parallel_compiles_do_not_mix(store: Store) -> None:
     assert sorted(run.info.run_name.split()[0] for run in tops) == ["BootstrapFewShotWithRandomSearch", "COPRO"]
 
 
-def test_a_run_is_there_within_five_seconds_and_a_failure_has_its_reason(store: Store) -> None:
+def test_a_run_is_there_while_it_runs_and_a_failure_has_its_reason(store: Store) -> None:
     scripted_lm()
     store.instrument()
     seen: dict[str, Any] = {}
 
     def metric(example: Any, prediction: Any, trace: Any = None) -> bool:
-        until = time.monotonic() + 5
+        until = time.monotonic() + STALLED
         while not seen and time.monotonic() < until:
             if store.client.get_experiment_by_name(store.experiment) is not None:
                 seen.update({run.info.run_name: run.info.status for run in store.runs().values()})
@@ -404,13 +405,13 @@ def test_the_environment_alone_is_enough_and_an_interrupted_compile_is_killed(se
     process = start(tmp_path, "time.sleep(1)", environment, CONFIGURE)
     assert process.stdout.readline() == "ready\n"
     store = Store(server_uri, "interrupted")
-    until = time.monotonic() + 60
+    until = time.monotonic() + STALLED
     while time.monotonic() < until:
         if store.client.get_experiment_by_name("interrupted") and any("/" in key for key in store.runs()):
             break
         time.sleep(0.2)
     process.send_signal(signal.SIGINT)
-    process.wait(90)
+    process.wait(STALLED)
     assert "KeyboardInterrupt" in (tmp_path / "stderr.txt").read_text()
     runs = store.runs().values()
     assert {run.info.status for run in runs if "mlflow.parentRunId" not in run.data.tags} == {"KILLED"}
@@ -452,8 +453,8 @@ def test_a_dead_server_costs_the_program_a_line_and_little_time(tmp_path: Path) 
     process = start(tmp_path, "pass", environment, CONFIGURE)
     assert [process.stdout.readline() for _ in range(2)] == ["ready\n", "done\n"]
     began = time.monotonic()
-    assert process.wait(60) == 0
-    assert time.monotonic() - began < 30
+    assert process.wait(STALLED) == 0
+    assert time.monotonic() - began < 150, "it waited as long as for a server that answers"
     said = (tmp_path / "stderr.txt").read_text()
     assert said.count("cannot be reached") <= 2
     assert "not written: " in said

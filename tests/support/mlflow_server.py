@@ -14,6 +14,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+from tests.support.waiting import wait_for
+
 
 def free_port() -> int:
     """A loopback port that nothing listens on right now."""
@@ -28,7 +30,6 @@ def mlflow_server(
     *,
     environment: Mapping[str, str] | None = None,
     arguments: tuple[str, ...] = (),
-    ready_within: float = 240.0,
     port: int | None = None,
 ) -> Iterator[str]:
     """Run ``mlflow server`` on ``directory/mlflow.db``, wait until it answers, yield its URL, stop all of it.
@@ -38,7 +39,6 @@ def mlflow_server(
         environment: variables beside those of this process.
         arguments: further arguments of ``mlflow server``.
         port: a port to listen on; default, a free one.
-        ready_within: seconds to wait; a server needs 15 to 50 s on a busy machine of two cores.
     """
     port = port or free_port()
     url = f"http://127.0.0.1:{port}"
@@ -65,25 +65,20 @@ def mlflow_server(
             start_new_session=True,  # its workers die with it: the whole group is stopped below
         )
         try:
-            _wait_until_ready(url, process, log_path, ready_within)
+            _wait_until_ready(url, process, log_path)
             yield url
         finally:
             _stop(process)
 
 
-def _wait_until_ready(url: str, process: subprocess.Popen[bytes], log_path: Path, seconds: float) -> None:
-    until = time.monotonic() + seconds
-    while time.monotonic() < until:
+def _wait_until_ready(url: str, process: subprocess.Popen[bytes], log_path: Path) -> None:
+    def ready() -> bool:
         if process.poll() is not None:
-            break
-        try:
-            with urllib.request.urlopen(url + "/health", timeout=5) as answer:
-                if answer.status == 200:
-                    return
-        except (urllib.error.URLError, OSError):
-            pass
-        time.sleep(0.3)
-    raise RuntimeError(f"mlflow server did not start:\n{log_path.read_text(errors='replace')[-4000:]}")
+            raise RuntimeError(f"mlflow server did not start:\n{log_path.read_text(errors='replace')[-4000:]}")
+        with urllib.request.urlopen(url + "/health", timeout=5) as answer:
+            return bool(answer.status == 200)
+
+    wait_for(ready, f"mlflow server, see {log_path}", lambda: log_path.stat().st_size, ignored=(OSError,), pause=0.3)
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import gzip
 import threading
-import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -25,6 +24,8 @@ from opentelemetry.proto.collector.logs.v1 import logs_service_pb2, logs_service
 from opentelemetry.proto.collector.metrics.v1 import metrics_service_pb2, metrics_service_pb2_grpc
 from opentelemetry.proto.collector.trace.v1 import trace_service_pb2, trace_service_pb2_grpc
 from opentelemetry.proto.common.v1.common_pb2 import AnyValue
+
+from tests.support.waiting import STALLED
 
 Signal = Literal["traces", "metrics", "logs"]
 Transport = Literal["grpc", "http"]
@@ -146,12 +147,11 @@ class OtlpReceiver:
             for record in scope.log_records
         ]
 
-    def wait_for(self, condition: Callable[[], object], seconds: float = 10.0) -> bool:
-        """Wait until ``condition()`` holds, and say whether it came to hold within ``seconds``."""
-        end = time.monotonic() + seconds
+    def wait_for(self, condition: Callable[[], object]) -> bool:
+        """Wait until ``condition()`` holds, as long as requests arrive, and say whether it came to hold."""
         with self._arrived:
             while not condition():
-                if not self._arrived.wait(end - time.monotonic()):
+                if not self._arrived.wait(STALLED):
                     return bool(condition())
         return True
 
