@@ -70,7 +70,10 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_response(status)
         if status == 302:
             self.send_header("Location", "https://user:secret@elsewhere/v1/traces")
-        self.send_header("Content-Type", "text/plain" if isinstance(content, str) else "application/json")
+        kind = "text/plain" if isinstance(content, str) else "application/json"
+        if status == 200 and self.path == "/v1/traces":
+            kind = "application/x-protobuf"  # as MLflow answers, with an empty ExportTraceServiceResponse
+        self.send_header("Content-Type", kind)
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
         self.wfile.write(data)

@@ -408,11 +408,10 @@ def test_a_batch_that_breaks_mlflow_is_put_aside_and_the_rest_goes_on(
         write(spans)
 
     monkeypatch.setattr(program.exporter.tracker._delivery, "_send", break_on_poison)
-    program.start("poison").end()
-    assert program.provider.force_flush()
+    program.start("poison").end()  # alone, it may be MLflow that is at fault: it waits
     program.compile().end()
     assert program.provider.force_flush()
-    assert tries == delivery._MOST_TRIES + 1
+    assert tries == delivery._MOST_TRIES + 3  # one to find out whether MLflow takes others, and one alone
     assert store.links == {"id of r1": [next(iter(store.delivered))]}
     program.provider.shutdown()
     line = next(record.message for record in caplog.records if "not written: 1 spans" in record.message)

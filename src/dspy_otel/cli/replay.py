@@ -41,12 +41,14 @@ def run(options: argparse.Namespace) -> int:
     if missing:
         print(f"dspy-otel: there is no {missing[0]}", file=sys.stderr)
         return 2
+    named = sources
     if options.list:
         return _list(sources)
     logging.basicConfig(format="%(message)s")
+    sources = [source for source in sources if source.exists()]  # a spool that was never needed is not there
     outcome = replay(sources, to=options.to, experiment=options.experiment, say=_progress())
     if not outcome.found:
-        print(f"Nothing to deliver in {', '.join(map(str, sources))}.")
+        print(f"Nothing to deliver in {', '.join(map(str, named))}.")
         return 0
     print(f"Delivered: {outcome}.")
     for line in outcome.left:
@@ -58,8 +60,13 @@ def _list(sources: list[Path]) -> int:
     from dspy_otel.mlflow.spool import count_of, places
 
     for place in (place for source in sources for place in places(source)):
-        files = place.files()
-        about, state = place.about(), place.state() or {}
+        try:
+            if (why := place.refusal()) is not None:
+                raise ValueError(f"refused, {why}")
+            files, about, state = place.files(), place.about(), place.state() or {}
+        except (OSError, ValueError) as error:
+            print(f"{place.path}: {error}", file=sys.stderr)
+            continue
         print(
             f"{place.path}: {sum(map(count_of, files)):,} spans, {len(state.get('runs', ()))} runs, "
             f"{len(state.get('scores', ())):,} scores for {about['tracking_uri']}, experiment {about['experiment']}"

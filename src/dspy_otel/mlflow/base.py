@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 from urllib.parse import urlsplit
 
+import platformdirs
+from filelock import FileLock, Timeout
 from opentelemetry.sdk.trace import ReadableSpan
+
+from dspy_otel.content import redaction
 
 OLDEST_MLFLOW = "3.14"
 """First release whose OTLP endpoint keeps trace tags and resource attributes (compared over the wheels)."""
@@ -146,7 +151,18 @@ def public_uri(uri: str) -> str:
 def first_line(error: Exception) -> str:
     """Type and first line of an error: SQLAlchemy's go on with statements and parameters, which are content."""
     lines = str(error).splitlines()
-    return f"{type(error).__name__}: {lines[0][:300] if lines else ''}"
+    return f"{type(error).__name__}: {safe_text(lines[0], 300) if lines else ''}"
+
+
+def safe_text(text: str, most: int) -> str:
+    """Text of a server or a library, fit for a log line: short, on one line, without secrets and terminal codes.
+
+    Args:
+        text: anything.
+        most: characters to keep.
+    """
+    shown = redaction.mask(" ".join(text[: 4 * most].split()))
+    return "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in shown)[:most]
 
 
 def say(log: Callable[..., object], message: str, *arguments: object) -> None:
@@ -159,3 +175,22 @@ def say(log: Callable[..., object], message: str, *arguments: object) -> None:
     """
     with contextlib.suppress(Exception):
         log(message, *arguments)
+
+
+@contextlib.contextmanager
+def only_process(name: str, seconds: float) -> Iterator[None]:
+    """Work while no other process of this user does the same.
+
+    Where no lock can be made, or another process has it for longer than ``seconds``, the work goes on without.
+
+    Args:
+        name: what is worked on.
+        seconds: to wait for others, at most.
+    """
+    digest = hashlib.sha256(name.encode("utf-8", "replace")).hexdigest()[:16]
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError, Timeout):
+            directory = platformdirs.user_state_path("dspy-otel") / "locks"
+            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            stack.enter_context(FileLock(directory / f"{digest}.lock", timeout=seconds, mode=0o600))
+        yield

@@ -9,11 +9,13 @@ full or off, spans of evaluated examples and of plain calls are dropped, never t
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Final, NamedTuple
 
@@ -40,6 +42,8 @@ _PAUSES: Final = (1.0, 2.0, 5.0)
 _TRIES_AT_EXIT: Final = 2
 _MOST_TRIES: Final = 12
 """For one batch, when MLflow works otherwise: about 50 s. It may be the batch that MLflow cannot take."""
+_PROBES: Final = 4
+"""Spans that are sent alone, to find out whether MLflow takes any."""
 _SECONDS_FOR_A_FILE: Final = 10.0
 """To be waited for at the end, at most."""
 _AGAIN: Final = 30.0
@@ -277,8 +281,14 @@ class Delivery:
         self._counted(len(spans), None)
         self._sent(spans)
 
-    def _failed(self, error: Exception, spans: list[ReadableSpan]) -> bool:
-        """Deal with a failure; True when these spans are done with."""
+    def _failed(self, error: Exception, spans: list[ReadableSpan], works: bool = False) -> bool:
+        """Deal with a failure; True when these spans are done with.
+
+        Args:
+            error: of the attempt.
+            spans: that were to be sent.
+            works: MLflow has just taken others, or refused these for what they are.
+        """
         explained = error if isinstance(error, ExportError) else None
         cause = type(error).__name__ if explained is None else explained.cause
         why = str(explained or first_line(error))
@@ -287,32 +297,38 @@ class Delivery:
             self._report(cause, f"Spans could not be written: {why} {self._then()}")
             return False
         passing = explained is not None and _is_passing(cause)
-        if passing and self._failures >= _MOST_TRIES and cause not in _AWAY and self._alive():
-            # MLflow works, so it is these spans.
-            self._failures = 0
-            self._reported.discard(cause)
-            if self._put_aside(spans):
-                self._report(cause, f"Spans could not be written: {why} They are set aside in the spool.")
-                return True
-            passing = False
-        if passing:
+        if passing and not (works and cause not in _AWAY) and not self._is_about(cause, spans):
             self._failures += 1
             self._report(cause, f"Spans could not be written: {why} They wait until it works.")
             return False
-        if explained is not None and cause.startswith("status 4") and len(spans) > 1:
+        if len(spans) > 1:
             # One span that MLflow refuses takes all of its request with it.
             half = len(spans) // 2
             first = self._one_half(spans[:half])
             return self._one_half(spans[half:]) and first
-        self._report(cause, f"Spans could not be written: {why} They are lost.")
-        self._lose(len(spans), cause)
+        if self._put_aside(spans):
+            self._report(f"refused: {cause}", f"MLflow refuses a span: {why} It is set aside in the spool.")
+        else:
+            self._report(f"refused: {cause}", f"MLflow refuses a span: {why} It is lost.")
+            self._lose(len(spans), cause)
         return True
+
+    def _is_about(self, cause: str, spans: Sequence[ReadableSpan]) -> bool:
+        """Whether an error that lasts is about these spans: MLflow takes others, one by one, in the meantime."""
+        if self._failures < _MOST_TRIES or cause in _AWAY or not self._alive():
+            return False
+        among = [*spans[:_PROBES], spans[-1]] if len(spans) > 1 else []
+        for span in (*among, *islice(tuple(self._queue), _PROBES)):
+            with contextlib.suppress(Exception):
+                self._send([span])
+                return True
+        return False
 
     def _one_half(self, spans: list[ReadableSpan]) -> bool:
         try:
             self._send(spans)
         except Exception as error:
-            return self._failed(error, spans)
+            return self._failed(error, spans, works=True)
         self._succeeded(spans)
         return True
 

@@ -92,16 +92,16 @@ def replay(
 
 
 def _deliver_place(place: Place, to: str | None, experiment: str | None, say: Say, outcome: Outcome) -> None:
+    if (why := place.refusal()) is not None:
+        outcome.left.append(f"{place.path}: refused, {why}")
+        return
     if not place.acquire():
         outcome.left.append(f"{place.path}: in use, by the program that writes it or by another replay")
         return
     try:
         exporter = _exporter_for(place.about(), to, experiment)
-        if _attempt(place, exporter, say, outcome):
-            if place.empty():
-                place.discard()
-            else:
-                outcome.left.append(f"{place.path}: MLflow refuses what is left in it")
+        if _attempt(place, exporter, say, outcome) and place.empty():
+            place.discard()
     except (OSError, ValueError) as error:
         outcome.left.append(f"{place.path}: {first_line(error)}")
     finally:
@@ -161,6 +161,7 @@ class _Delivery:
         self._writer = RunWriter(exporter.open_runs, threading.Event(), Pace(urgent))
         self._spans = sum(count_of(path) for path in source.files())
         self._done = 0
+        self._refused: dict[Path, list[ReadableSpan]] = {}
 
     def close(self) -> None:
         """Count what was written, and release connections."""
@@ -180,14 +181,14 @@ class _Delivery:
         self._say(f"{self._source.path}: {self._spans or 'some'} spans to {public_uri(self._exporter.given_uri)}")
         if not self._exporter.wants_runs:
             for path, spans in self._batches():
-                self._send(spans)
+                self._send(path, spans)
                 self._finished(path)
         elif state is not None:
             self._writer.restore(state)
             self._settle()
             self._keep_state()
             for path, spans in self._batches():
-                self._send(spans)
+                self._send(path, spans)
                 self._hand_over(spans)
                 self._settle()
                 self._finished(path)
@@ -208,7 +209,7 @@ class _Delivery:
                     if line.strip():
                         yield None, decode_json(line)
 
-    def _send(self, spans: list[ReadableSpan]) -> None:
+    def _send(self, path: Path | None, spans: list[ReadableSpan]) -> None:
         refused: list[ReadableSpan] = []
         for start in range(0, len(spans), _BATCH):
             self._send_some(spans[start : start + _BATCH], refused)
@@ -217,6 +218,8 @@ class _Delivery:
         if self._spans:
             self._say(f"{self._source.path}: {self._done:,} of {self._spans:,} spans")
         if refused:
+            if path is not None:
+                self._refused[path] = refused
             self._outcome.left.append(f"{self._source.path}: {len(refused)} spans that MLflow refuses")
 
     def _send_some(self, spans: list[ReadableSpan], refused: list[ReadableSpan]) -> None:
@@ -251,7 +254,10 @@ class _Delivery:
     def _finished(self, path: Path | None) -> None:
         self._keep_state()
         if path is not None and isinstance(self._source, Place):
-            self._source.remove(path)
+            if refused := self._refused.pop(path, None):
+                self._source.set_aside(path, refused)
+            else:
+                self._source.remove(path)
 
     # --- runs -------------------------------------------------------------------------------------------------------
     def _settle(self) -> None:
@@ -293,7 +299,7 @@ class _Delivery:
         ends = sorted([*phases, *structure], key=lambda span: span.end_time or 0)
         read: list[Path] = []
         for path, spans in self._batches():
-            self._send(spans)
+            self._send(path, spans)
             for span in spans:
                 if is_ours(span) and is_example(span.name) and semconv.EVALUATION_ID in (span.attributes or {}):
                     tree.end(span, {})

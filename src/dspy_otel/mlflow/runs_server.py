@@ -81,7 +81,7 @@ class ServerRuns:
             "PUT", f"/api/2.0/mlflow-artifacts/artifacts/{place}", data=text.encode("utf-8", "replace")
         )
         if not response.ok:
-            raise ExportError("artifact", f"MLflow did not store {path} ({response.status_code}).", permanent=True)
+            raise self._server.refusal(response)
 
     def _artifact_by_client(self, run: Run, path: str, text: str) -> None:
         try:
@@ -161,7 +161,9 @@ class ServerRuns:
     def explain(self, error: Exception) -> ExportError:
         """An error as one of ours; permanent when the same call would fail again."""
         if isinstance(error, ExportError):
-            return ExportError(error.cause, str(error), permanent=error.permanent or error.cause.startswith("status 4"))
+            # The status of a request that MLflow will never take; what may pass has another cause.
+            lasting = error.cause.startswith("status 4") or error.cause == "status 501"
+            return ExportError(error.cause, str(error), permanent=error.permanent or lasting)
         return ExportError(type(error).__name__, f"MLflow: {first_line(error)}.")
 
     def close(self) -> None:

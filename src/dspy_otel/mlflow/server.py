@@ -32,15 +32,21 @@ from dspy_otel.mlflow.base import (
     WantedExperiment,
     public_uri,
     resolve_experiment,
+    safe_text,
 )
 
 _logger = logging.getLogger(__name__)
 
 _CONNECT_TIMEOUT: Final = 5.0
 _RETRY_DELAYS: Final = (1.0, 2.0, 4.0, 8.0)  # seconds; the processor's queue holds new spans meanwhile
-_RETRYABLE: Final = frozenset({429, 502, 503, 504})  # the OTLP/HTTP specification's list
+_RETRYABLE: Final = frozenset({408, 423, 425, 429, 502, 503, 504})
+"""The OTLP/HTTP specification's list, and what else means "not now": a timeout, a lock, too early."""
 _LOOPBACK: Final = frozenset({"localhost", "127.0.0.1", "::1"})
 _TLS_OFF: Final = frozenset({"true", "1"})  # how MLflow reads its boolean variables
+_MOST_ANSWER: Final = 256 * 1024 * 1024
+"""Bytes of one answer that are read: an artifact may be large, but no server can fill the memory of the program."""
+_MOST_REFUSAL: Final = 64 * 1024
+"""Likewise, of an answer that is an error."""
 
 
 class MLflowServer:
@@ -79,6 +85,8 @@ class MLflowServer:
             headers["Content-Encoding"] = "gzip"
         response = self.request("POST", "/v1/traces", headers=headers, data=body)
         if response.ok:
+            if not _is_otlp(response):
+                raise self._not_mlflow(response)
             return
         if response.status_code == 413 and len(spans) > 1:
             half = len(spans) // 2
@@ -93,12 +101,12 @@ class MLflowServer:
                 f"{self._name} takes no OpenTelemetry traces ({_explain(response)}). "
                 f"It needs MLflow {OLDEST_MLFLOW} or newer with a SQL store.",
             )
-        raise self._refused(response)
+        raise self.refusal(response)
 
     def alive(self) -> bool:
         """Whether the server answers a simple question."""
         try:
-            return self.request("GET", "/api/2.0/mlflow/experiments/get", params={"experiment_id": "0"}).ok
+            return self.rest("GET", "experiments/get", params={"experiment_id": "0"}) is not None
         except ExportError:
             return False
 
@@ -149,10 +157,12 @@ class MLflowServer:
                     timeout=(min(_CONNECT_TIMEOUT, seconds), seconds),
                     # A redirected POST would arrive as a GET without its body.
                     allow_redirects=False,
+                    stream=True,
                     **_tls(),
                     **kwargs,
                 )
-            except (requests.ConnectionError, requests.Timeout) as error:
+                _read(response, time.monotonic() + seconds)
+            except (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError) as error:
                 failure = type(error).__name__
             except requests.RequestException as error:  # malformed URI, missing certificate file, ...
                 raise ExportError("request", f"MLflow at {self._name}: {type(error).__name__}.") from error
@@ -164,7 +174,7 @@ class MLflowServer:
                         "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN.",
                     )
                 if response.is_redirect:
-                    target = public_uri(response.headers.get("Location", "elsewhere"))
+                    target = safe_text(public_uri(response.headers.get("Location", "elsewhere")), 200)
                     raise ExportError("redirect", f"MLflow at {self._name} redirects to {target}: use that address.")
                 if response.status_code not in _RETRYABLE:
                     return response
@@ -201,7 +211,8 @@ class MLflowServer:
                 OLDEST_MLFLOW,
             )
 
-    def _refused(self, response: requests.Response) -> ExportError:
+    def refusal(self, response: requests.Response) -> ExportError:
+        """An answer that is no success, as an error."""
         return ExportError(f"status {response.status_code}", f"MLflow at {self._name} refused: {_explain(response)}.")
 
     def rest(self, method: str, path: str, *, version: str = "2.0", **kwargs: Any) -> dict[str, Any] | None:
@@ -216,12 +227,21 @@ class MLflowServer:
         try:
             answer = response.json()
         except ValueError as error:
-            raise ExportError(
-                "answer", f"{self._name} does not answer like an MLflow server ({_explain(response)})."
-            ) from error
+            raise (self._not_mlflow(response) if response.ok else self.refusal(response)) from error
         if not response.ok:
-            raise self._refused(response)
-        return answer if isinstance(answer, dict) else {}
+            raise self.refusal(response)
+        if not isinstance(answer, dict):
+            raise self._not_mlflow(response)
+        return answer
+
+    def _not_mlflow(self, response: requests.Response) -> ExportError:
+        """The error for a success that no MLflow server would answer with: the login page of a proxy, for one."""
+        kind = safe_text(response.headers.get("Content-Type", "no content type"), 80)
+        return ExportError(
+            "answer",
+            f"{self._name} does not answer like an MLflow server ({response.status_code}, {kind}): is it the address "
+            "of a proxy that wants a login?",
+        )
 
 
 class _RestExperiments:
@@ -250,6 +270,10 @@ def _found(answer: dict[str, Any] | None) -> FoundExperiment | None:
 
 def _authorize(request: requests.PreparedRequest) -> requests.PreparedRequest:
     # As an auth callable, so that ~/.netrc cannot replace the header. Read each time: tokens get renewed.
+    # MLflow's client leaves a user and password in the address to requests, which puts them before all others.
+    user, password = requests.utils.get_auth_from_url(request.url or "")
+    if user or password:
+        return requests.auth.HTTPBasicAuth(user, password)(request)
     if header := _authorization():
         request.headers["Authorization"] = header
     return request
@@ -298,5 +322,35 @@ def _error_code(response: requests.Response) -> str | None:
 
 def _explain(response: requests.Response) -> str:
     """Status and the server's own words, short enough for a log line; a web page says nothing."""
-    text = "" if "html" in response.headers.get("Content-Type", "") else " ".join(response.text.split())[:200]
-    return f"{response.status_code} {text or response.reason}"
+    text = "" if "html" in response.headers.get("Content-Type", "") else response.text
+    return f"{response.status_code} {safe_text(text or response.reason or '', 200)}"
+
+
+def _is_otlp(response: requests.Response) -> bool:
+    """Whether an answer is that of an OTLP receiver, as the specification of OTLP/HTTP wants it."""
+    kind = response.headers.get("Content-Type", "").partition(";")[0].strip().lower()
+    return kind in ("application/x-protobuf", "application/json") or not (kind or response.content)
+
+
+def _read(response: requests.Response, until: float) -> None:
+    """Read the body of an answer, within limits of size and time: a server may go on for ever.
+
+    Raises:
+        requests.Timeout: the whole of it did not come in time.
+        requests.RequestException: the connection broke, or the answer is too large.
+    """
+    most = _MOST_ANSWER if response.ok else _MOST_REFUSAL
+    parts: list[bytes] = []
+    size = 0
+    for part in response.iter_content(65536):
+        parts.append(part[: most - size])
+        size += len(part)
+        if size > most:
+            response.close()
+            if response.ok:
+                raise requests.RequestException("the answer is too large")
+            break
+        if time.monotonic() > until:
+            response.close()
+            raise requests.Timeout("the answer takes too long")
+    response._content = b"".join(parts)

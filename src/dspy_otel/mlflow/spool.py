@@ -18,16 +18,19 @@ import json
 import os
 import secrets
 import shutil
+import stat
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
+import platformdirs
 from opentelemetry.sdk.trace import ReadableSpan
 
+from dspy_otel.mlflow.base import only_process
 from dspy_otel.mlflow.otlp import decode, encode
 
 ENV_SPOOL: Final = "OTEL_DSPY_SPOOL"
@@ -36,22 +39,12 @@ DEFAULT_LIMIT: Final = 1024 * 1024 * 1024
 _OFF: Final = frozenset({"off", "false", "0", "no", "none"})
 _RESERVE: Final = 0.1
 """Share of the limit that is for runs, trials and evaluations only."""
+_LOCK_SECONDS: Final = 30.0
 _SPANS, _REFUSED = "spans", "refused"
 
 
 class SpoolError(Exception):
     """Something could not be put on disk; the message says why and where."""
-
-
-def default_directory() -> Path:
-    """Where a user's programs keep state on this platform."""
-    if sys.platform == "win32":
-        base = os.environ.get("LOCALAPPDATA") or os.path.expanduser("~\\AppData\\Local")
-    elif sys.platform == "darwin":
-        base = os.path.expanduser("~/Library/Application Support")
-    else:
-        base = os.environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state")
-    return Path(base) / "dspy-otel" / "spool"
 
 
 def spool_directory() -> Path | None:
@@ -60,7 +53,9 @@ def spool_directory() -> Path | None:
     if named.lower() in _OFF:
         return None
     # Absolute: the program may change its directory later.
-    return Path(os.path.abspath(os.path.expanduser(named))) if named else default_directory()
+    if named:
+        return Path(os.path.abspath(os.path.expanduser(named)))
+    return platformdirs.user_state_path("dspy-otel") / "spool"
 
 
 def spool_limit(warn: Callable[..., object]) -> int:
@@ -102,7 +97,7 @@ class Place:
     def begin(self) -> bool:
         """Lock it while it is being made, and nobody else can know of it."""
         try:
-            handle = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+            handle = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o600)
         except OSError:
             return False
         if not _try_lock(handle):
@@ -129,7 +124,27 @@ class Place:
         loaded = json.loads((self.path / "about.json").read_text("utf-8"))
         if not isinstance(loaded, dict):
             raise ValueError("about.json is no object")
+        for name in ("tracking_uri", "experiment"):
+            if not isinstance(loaded.get(name), str):
+                raise ValueError(f"about.json does not say the {name}")
         return loaded
+
+    def refusal(self) -> str | None:
+        """Why its content must not be trusted, or ``None``: it says where credentials and files go.
+
+        A directory that is a link, or belongs to another user, may have been put there by somebody else; so may a
+        link or a stranger's file in it.
+        """
+        try:
+            for path in (self.path, *self.path.iterdir()):
+                found = path.lstat()
+                if stat.S_ISLNK(found.st_mode):
+                    return f"{path.name} is a link"
+                if hasattr(os, "getuid") and found.st_uid != os.getuid():
+                    return f"{path.name} belongs to another user"
+        except OSError as error:
+            return error.strerror or str(error)
+        return None
 
     def files(self, kinds: Iterable[str] = (_SPANS, _REFUSED)) -> list[Path]:
         """Files of spans, oldest first."""
@@ -185,6 +200,18 @@ class Place:
                 os.unlink(temporary)
             raise
 
+    def set_aside(self, path: Path, spans: Sequence[ReadableSpan]) -> None:
+        """Keep the spans of a file that MLflow refuses, in place of the file: another MLflow may take them.
+
+        Raises:
+            OSError: they cannot be written.
+        """
+        number = path.name.split("-")[1] if path.name.count("-") > 1 else "000000"
+        kept = self.path / f"{_REFUSED}-{number}-{len(spans)}.pb"
+        self.write(kept.name, encode(spans))
+        if kept != path:
+            self.remove(path)
+
     def remove(self, path: Path) -> None:
         """Remove a file that has been delivered."""
         with contextlib.suppress(OSError):
@@ -224,7 +251,6 @@ class Spool:
         self._lock = threading.Lock()
         self._place: Place | None = None
         self._number = 0
-        self._bytes = 0
 
     @property
     def place(self) -> Place | None:
@@ -246,13 +272,13 @@ class Spool:
         """
         body = encode(spans)
         dropped = 0
-        with self._lock:
+        with self._lock, self._alone() as held:
             place = self._open()
-            if self._bytes + len(body) > self._limit * (1 - _RESERVE):
+            if held + len(body) > self._limit * (1 - _RESERVE):
                 kept = [span for span in spans if precious(span)]
                 dropped = len(spans) - len(kept)
                 body = encode(kept)
-                if not kept or self._bytes + len(body) > self._limit:
+                if not kept or held + len(body) > self._limit:
                     return len(spans)
                 spans = kept
             self._write(place, self._name(_SPANS, len(spans)), body)
@@ -265,9 +291,9 @@ class Spool:
             SpoolError: nothing could be written.
         """
         body = encode(spans)
-        with self._lock:
+        with self._lock, self._alone() as held:
             place = self._open()
-            if self._bytes + len(body) > self._limit:
+            if held + len(body) > self._limit:
                 raise SpoolError(f"the spool in {self.directory} has reached its limit ({self._limit} bytes)")
             self._write(place, self._name(_REFUSED, len(spans)), body)
 
@@ -295,9 +321,7 @@ class Spool:
     def remove(self, path: Path) -> None:
         """Remove a file that has been sent."""
         with self._lock, contextlib.suppress(OSError):
-            size = path.stat().st_size
             path.unlink()
-            self._bytes -= size
 
     def waiting(self) -> int:
         """Spans in files that are yet to be sent, those set aside included."""
@@ -319,6 +343,16 @@ class Spool:
             self._place.forget()
             self._place = None
 
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[int]:
+        """Write while no other program does; gives the bytes that all of them have in the spool."""
+        with only_process(str(self.directory), _LOCK_SECONDS):
+            held = 0
+            for path in self.directory.glob("*/*.pb"):
+                with contextlib.suppress(OSError):  # delivered in the meantime
+                    held += path.lstat().st_size
+            yield held
+
     def _open(self) -> Place:
         if self._place is None:
             name = f"{time.strftime('%Y%m%dT%H%M%S')}-{os.getpid()}-{secrets.token_hex(2)}"
@@ -333,7 +367,6 @@ class Spool:
                     place.discard()
                     place.release()
                     raise
-                self._bytes = sum(path.stat().st_size for path in self.directory.glob("*/*.pb"))
             except OSError as error:
                 raise self._explained(error) from error
             self._place = place
@@ -344,14 +377,13 @@ class Spool:
             place.write(name, body)
         except OSError as error:
             raise self._explained(error) from error
-        self._bytes += len(body)
 
     def _name(self, kind: str, count: int) -> str:
         self._number += 1
         return f"{kind}-{self._number:06d}-{count}.pb"
 
     def _explained(self, error: OSError) -> SpoolError:
-        return SpoolError(f"the spool in {self.directory} cannot be written ({error.strerror or error})")
+        return SpoolError(f"the spool in {self.directory} cannot be written ({error.strerror or type(error).__name__})")
 
 
 def count_of(path: Path) -> int:

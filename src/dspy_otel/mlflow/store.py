@@ -8,7 +8,7 @@ here in process: decode each span with ``Span.from_otel_proto`` and hand the lis
 from __future__ import annotations
 
 from collections.abc import MutableMapping, Sequence
-from typing import Any
+from typing import Any, Final
 
 from opentelemetry.exporter.otlp.proto.common.trace_encoder import encode_spans
 from opentelemetry.sdk.trace import ReadableSpan
@@ -20,10 +20,14 @@ from dspy_otel.mlflow.base import (
     FoundExperiment,
     WantedExperiment,
     first_line,
+    only_process,
     public_uri,
     resolve_experiment,
 )
 from dspy_otel.mlflow.translate import CHAT_USAGE, LLM_COST
+
+_OPENING_SECONDS: Final = 300.0
+"""For the migrations of a new store by another process, on a slow machine."""
 
 
 class EmbeddedStore:
@@ -43,15 +47,16 @@ class EmbeddedStore:
     def __init__(self, uri: str, experiment: WantedExperiment) -> None:
         self._name = public_uri(uri)
         _check_mlflow()
-        try:
-            from mlflow.tracing.client import TracingClient
-            from mlflow.tracking import MlflowClient
+        with only_process(uri, _OPENING_SECONDS):  # migrations of a new store by two processes collide
+            try:
+                from mlflow.tracing.client import TracingClient
+                from mlflow.tracking import MlflowClient
 
-            self._traces = TracingClient(uri)
-            experiments = _ClientExperiments(MlflowClient(tracking_uri=uri))
-        except Exception as error:
-            raise ExportError("store", f"MLflow cannot open {self._name}: {first_line(error)}") from error
-        self.experiment_id = resolve_experiment(experiment, experiments)
+                self._traces = TracingClient(uri)
+                experiments = _ClientExperiments(MlflowClient(tracking_uri=uri))
+            except Exception as error:
+                raise ExportError("store", f"MLflow cannot open {self._name}: {first_line(error)}") from error
+            self.experiment_id = resolve_experiment(experiment, experiments)
 
     def send(self, spans: Sequence[ReadableSpan]) -> None:
         """Write a batch in one transaction.

@@ -39,10 +39,6 @@ _A_WHILE: Final = 1.0
 """Seconds of putting scores on traces after which news of runs come first again."""
 _LONGEST_REST: Final = 2.0
 """Seconds for which a busy program may keep the runs from being looked after."""
-_MOST_TRIES: Final = 12
-"""For what MLflow refuses though it can be reached: about a minute and a half. The rest has to go on."""
-_AWAY: Final = frozenset({"unreachable", "credentials", "store", "endpoint", "experiment", "redirect", "request"})
-"""Causes that have nothing to do with what is written, and last until somebody puts it right."""
 _HELPERS: Final = 8
 """Threads that put scores on traces: MLflow takes them one by one only, 80 ms each over one connection and 20 over
 eight (measured with MLflow 3.17.2 on two cores)."""
@@ -212,15 +208,11 @@ class RunWriter:
         try:
             if self._store is None:
                 self._store = self._connect(self._stop)
-            self._write_all([run for run in self.tree.runs.values() if run.dirty])
-            self._link()
-            began = time.monotonic()
-            while self._scores and time.monotonic() < deadline:
-                self._assess(list(_take(self._scores, self._at_once)))
-                filled = len(self._scores) / MAX_SCORES
-                self._pace.rest(self._helpers.spent(), filled, _LONGEST_REST)
-                if news() and time.monotonic() - began > _A_WHILE:
-                    break
+            # What MLflow fails at does not hold up the rest; the first failure is told when all have had their turn.
+            with _FirstError() as error:
+                error.of(self._write_all, [run for run in self.tree.runs.values() if run.dirty])
+                error.of(self._link)
+                error.of(self._assess_all, deadline, news)
         except Exception as error:
             self._failed(error)
         else:
@@ -268,28 +260,43 @@ class RunWriter:
     # --- runs -------------------------------------------------------------------------------------------------------
     def _write_all(self, runs: list[Run]) -> None:
         store = self._existing
-        for run in runs:
-            if run.run_id is None:
-                self._create(store, run)
-            if run.datasets:
-                self._write_datasets(store, run)
-        # A compile that is over comes last: its tables name the runs of its trials.
-        last = [run for run in runs if run.kind == COMPILE and run.over]
-        first = [run for run in runs if run not in last]
-        results = self._helpers.run(self._write, first, _HELPERS if store.parallel else 0)
-        for result in results:
-            if isinstance(result, Exception):
-                raise result
-        for run in last:
-            self._write(run)
-        for run in runs:
-            self.tree.settle(run)
+        with _FirstError() as error:
+            for run in runs:
+                if run.run_id is None:
+                    error.of(self._create, store, run)
+                if run.run_id is not None and run.datasets:
+                    error.of(self._write_datasets, store, run)
+            runs = [run for run in runs if run.run_id is not None]
+            # A compile that is over comes last: its tables name the runs of its trials.
+            last = [run for run in runs if run.kind == COMPILE and run.over]
+            first = [run for run in runs if run not in last]
+            for result in self._helpers.run(self._write, first, _HELPERS if store.parallel else 0):
+                if isinstance(result, Exception):
+                    error.note(result)
+            for run in last:
+                error.of(self._write, run)
+            for run in runs:
+                self.tree.settle(run)
 
     def _write(self, run: Run) -> bool:
         store = self._existing
         if run.over:
             run.name_others(self._ids)
         run.metrics.sort(key=lambda metric: "score" not in metric.key)  # MLflow's table shows columns as they came
+        with _FirstError() as error:
+            error.of(self._write_values, store, run)
+            for path, text in list(run.artifacts.items()):
+                error.of(self._write_artifact, store, run, path, text)
+            if run.ended is not None:
+                self._tolerating(store, f"end of {run.name}", store.end, run, *run.ended)
+                run.ended = None
+        return True
+
+    def _write_artifact(self, store: RunStore, run: Run, path: str, text: str) -> None:
+        self._tolerating(store, path, store.artifact, run, path, text)
+        del run.artifacts[path]
+
+    def _write_values(self, store: RunStore, run: Run) -> None:
         while run.tags or run.params or run.metrics:
             metrics = run.metrics[:_METRICS_AT_ONCE]
             params, tags = _some(run.params, _TAGS_AT_ONCE), _some(run.tags, _TAGS_AT_ONCE)
@@ -300,13 +307,6 @@ class RunWriter:
             for name, value in tags.items():
                 if run.tags.get(name) == value:
                     del run.tags[name]
-        for path, text in list(run.artifacts.items()):
-            self._tolerating(store, path, store.artifact, run, path, text)
-            del run.artifacts[path]
-        if run.ended is not None:
-            self._tolerating(store, f"end of {run.name}", store.end, run, *run.ended)
-            run.ended = None
-        return True
 
     def _write_datasets(self, store: RunStore, run: Run) -> None:
         """One run after the other: MLflow fails when two calls bring it the same new dataset at the same time.
@@ -340,6 +340,8 @@ class RunWriter:
     def _link(self) -> None:
         for key in list(self._links):
             run_id = self._ids.get(key)
+            if run_id is None and key in self.tree.runs:
+                continue  # its run is still to be made
             while self._links[key]:
                 some = self._links[key][:_LINKS_AT_ONCE]
                 if run_id is not None:
@@ -349,6 +351,15 @@ class RunWriter:
                         self._lost["links of traces"] += len(some)
                 del self._links[key][: len(some)]
             del self._links[key]
+
+    def _assess_all(self, deadline: float, news: Callable[[], bool]) -> None:
+        began = time.monotonic()
+        while self._scores and time.monotonic() < deadline:
+            self._assess(list(_take(self._scores, self._at_once)))
+            filled = len(self._scores) / MAX_SCORES
+            self._pace.rest(self._helpers.spent(), filled, _LONGEST_REST)
+            if news() and time.monotonic() - began > _A_WHILE:
+                break
 
     def _assess(self, scores: list[Score]) -> None:
         store = self._existing
@@ -364,7 +375,7 @@ class RunWriter:
                 self.counts["scores"] += 1
             elif result is False:
                 self._lost["scores"] += 1
-            elif self._is_lasting(error := store.explain(result)):
+            elif (error := store.explain(result)).permanent:
                 self._lost["scores"] += 1
                 self._report(error)
             else:
@@ -392,16 +403,11 @@ class RunWriter:
             function(*arguments)
         except Exception as error:
             explained = store.explain(error)
-            if not self._is_lasting(explained):
+            if not explained.permanent:
                 raise explained from error
             self._report(ExportError(explained.cause, f"{what}: {explained}"))
             return False
         return True
-
-    def _is_lasting(self, error: ExportError) -> bool:
-        if error.permanent or self.failures < _MOST_TRIES or error.cause in _AWAY:
-            return error.permanent
-        return self._existing.alive()  # else nothing can be written, and it is not about this
 
     def _failed(self, error: Exception) -> None:
         self.failures += 1
@@ -422,6 +428,32 @@ class RunWriter:
         if error.cause not in self._reported:
             self._reported.add(error.cause)
             say(_logger.warning, "%s This is left out.", error)
+
+
+class _FirstError:
+    """Several things that are each to be tried, whatever becomes of the others; raises the first error at the end."""
+
+    def __init__(self) -> None:
+        self.error: Exception | None = None
+
+    def __enter__(self) -> _FirstError:
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, frames: object) -> None:
+        if error is None and self.error is not None:
+            raise self.error
+
+    def of(self, function: Callable[..., object], *arguments: Any) -> None:
+        """Call ``function``; an error of it is noted."""
+        try:
+            function(*arguments)
+        except Exception as error:
+            self.note(error)
+
+    def note(self, error: Exception) -> None:
+        """Note an error, if it is the first."""
+        if self.error is None:
+            self.error = error
 
 
 class _Helpers:
