@@ -6,7 +6,7 @@ bound by us, an asyncio task, the user's own propagation) carries both.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from opentelemetry.context import Context, get_current
 from opentelemetry.trace import Span
@@ -18,6 +18,8 @@ from dspy_otel.core.usage import Totals
 if TYPE_CHECKING:
     from dspy_otel.core.deferred_spans import DeferredTrace, DroppedTrace
     from dspy_otel.core.errors import Recorded
+
+_State = TypeVar("_State")
 
 
 class Program:
@@ -60,6 +62,7 @@ class CallContext:
         stamps: attributes that every span below carries (evaluation, run, trial, candidate ids).
         role: what the LM calls below are for; ``None`` outside of evaluations and optimizations.
         totals: all running totals an LM call below adds to.
+        state: what the operation keeps of this call, in a type of its own; see :func:`current_state`.
         notes: the operation's own scratch, written by hooks further down.
         override_of: the subclass whose override of the entry point opened this; ``None`` if that was no override.
         hold: takes the place of the tracer; ``None``: spans are made right away.
@@ -79,6 +82,7 @@ class CallContext:
         "program",
         "role",
         "span",
+        "state",
         "totals",
     )
 
@@ -89,10 +93,11 @@ class CallContext:
     totals: tuple[Totals, ...]
     deferred: DroppedTrace | DeferredTrace | None
 
-    def __init__(self, kind: str, owner: Any, parent: CallContext | None) -> None:
+    def __init__(self, kind: str, owner: Any, parent: CallContext | None, state: Any = None) -> None:
         self.kind = kind
         self.owner = owner
         self.parent = parent
+        self.state = state
         self.span: Span | None = None
         self.notes: dict[str, Any] = {}
         self.override_of: type | None = None
@@ -114,3 +119,30 @@ def current_call_context(context: Context | None = None) -> CallContext | None:
     """The innermost scope of ``context`` (default: the current one)."""
     found = (get_current() if context is None else context).get(CALL_CONTEXT_KEY)
     return found if found.__class__ is CallContext else None
+
+
+def current_state(kind: type[_State], context: Context | None = None) -> _State | None:
+    """The state of the innermost call of ``context`` (default: the current one), if it is of this type."""
+    call_context = current_call_context(context)
+    state = None if call_context is None else call_context.state
+    return state if isinstance(state, kind) else None
+
+
+def enclosing_state(
+    call_context: CallContext | None, kind: type[_State], until: tuple[type, ...] = ()
+) -> _State | None:
+    """The state of this type of the nearest call, ``call_context`` itself or one around it.
+
+    Args:
+        call_context: where to begin.
+        kind: the type of state.
+        until: types of states beyond which nothing counts.
+    """
+    while call_context is not None:
+        state = call_context.state
+        if isinstance(state, kind):
+            return state
+        if until and isinstance(state, until):
+            return None
+        call_context = call_context.parent
+    return None
