@@ -4,14 +4,27 @@ from __future__ import annotations
 
 import functools
 import importlib
+import inspect
 import itertools
 import sys
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, Final, cast
+from typing import Any, Final, TypeAlias, cast
 
-from dspy_otel.core.internal_errors import warn_once
+from dspy_otel.core.errors import hide_frames
+from dspy_otel.core.internal_errors import guard, warn_once
+
+_Arguments: TypeAlias = "tuple[Any, ...]"
+_Keywords: TypeAlias = "dict[str, Any]"
+Before: TypeAlias = Callable[[Any, _Arguments, _Keywords], None]
+"""Hook before a call: instance (``None`` for a function), its other arguments, its keyword arguments."""
+After: TypeAlias = Callable[[Any, _Arguments, _Keywords, Any], None]
+"""Hook after a call that has returned: likewise, and the result."""
+Leave: TypeAlias = Callable[[Any, "BaseException | None"], None]
+"""The end of a call: its result, or ``None`` and what it raised."""
+Around: TypeAlias = Callable[[Any, _Arguments, _Keywords], "Leave | None"]
+"""Hook around a call: sees what a hook before it sees, and gives what is called at its end, if anything is."""
 
 _ABSENT: Final = object()
 _MARK: Final = "__dspy_otel__"
@@ -109,6 +122,58 @@ class Patches:
         warn_once(("patch", shown), "cannot replace %s; telemetry lacks %s", shown, loses or "what it tells")
         return False
 
+    # --- hooks: they see what DSPy is called with and gives, change nothing, and cannot raise into it -----------------
+    def before(self, owner: Any, name: str, hook: Before, *, loses: str = "") -> bool:
+        """Call ``hook(instance, args, kwargs)`` before each call of ``owner.name``.
+
+        Args:
+            owner: class or module, as for :meth:`wrap`; the instance is ``None`` for a function of a module.
+            name: attribute of it: a function, a coroutine function, a static or a class method; it stays one.
+            hook: a plain function. What it raises becomes one warning.
+            loses: as for :meth:`wrap`.
+
+        Returns:
+            Whether the hook is in force.
+        """
+
+        def enter(instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            hook(instance, args, kwargs)
+
+        return self.around(owner, name, enter, loses=loses)
+
+    def after(self, owner: Any, name: str, hook: After, *, loses: str = "") -> bool:
+        """Call ``hook(instance, args, kwargs, result)`` when a call of ``owner.name`` has returned.
+
+        Arguments and result are as for :meth:`before`. A call that raises is not seen: :meth:`around` sees it.
+        """
+
+        def enter(instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Leave:
+            def leave(result: Any, error: BaseException | None) -> None:
+                if error is None:
+                    hook(instance, args, kwargs, result)
+
+            return leave
+
+        return self.around(owner, name, enter, loses=loses)
+
+    def around(self, owner: Any, name: str, hook: Around, *, loses: str = "") -> bool:
+        """Call ``hook(instance, args, kwargs)`` before each call of ``owner.name``, and what it gives at the end of it.
+
+        Arguments and result are as for :meth:`before`.
+
+        Example:
+            A span around a method::
+
+                def phase(instance, args, kwargs):
+                    call = phases.open(Phase("propose"), (), {})
+                    return None if call is None else functools.partial(phases.close, call)
+
+                patches.around(owner, "_propose_instructions", phase, loses="the propose phase")
+        """
+        bound = isinstance(owner, type) and not isinstance(vars(owner).get(name), staticmethod)
+        shown = name if owner is None else f"{owner.__name__}.{name}"
+        return self.wrap(owner, name, functools.partial(_around, hook, bound, guard(f"hook of {shown}")), loses=loses)
+
     def replace(self, owner: Any, name: str, value: Any) -> bool:
         """Set ``owner.name`` to ``value`` until :meth:`restore`, and say whether that was possible."""
         return self._replace(owner, name, value, vars(owner).get(name, _ABSENT))
@@ -144,3 +209,69 @@ class Patches:
                 delattr(owner, replaced.name)
             else:
                 setattr(owner, replaced.name, replaced.own)
+
+
+def _around(hook: Around, bound: bool, guarding: guard, original: Callable[..., Any]) -> Callable[..., Any]:
+    """A function in place of ``original``, a coroutine function if that is one, with ``hook`` around each call.
+
+    Args:
+        hook: is called first.
+        bound: the first argument is the instance.
+        guarding: keeps what the hook raises away from the caller.
+        original: the function.
+    """
+
+    @guarding
+    def enter(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Leave | None:
+        return hook(args[0], args[1:], kwargs) if bound else hook(None, args, kwargs)
+
+    def failed(leave: Leave | None, error: BaseException) -> None:
+        if leave is not None:
+            with guarding:
+                leave(None, error)
+        hide_frames(error)
+
+    if inspect.iscoroutinefunction(original):
+
+        @functools.wraps(original)
+        async def coroutine_wrapper(*args: Any, **kwargs: Any) -> Any:
+            leave = enter(args, kwargs)
+            try:
+                result = await original(*args, **kwargs)
+            except BaseException as error:
+                failed(leave, error)
+                raise
+            if leave is not None:
+                with guarding:
+                    leave(result, None)
+            return result
+
+        return coroutine_wrapper
+
+    @functools.wraps(original)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        leave = enter(args, kwargs)
+        try:
+            result = original(*args, **kwargs)
+        except BaseException as error:
+            failed(leave, error)
+            raise
+        if leave is not None:
+            with guarding:
+                leave(result, None)
+        return result
+
+    return wrapper
+
+
+def argument(args: tuple[Any, ...], kwargs: dict[str, Any], index: int, name: str, default: Any = None) -> Any:
+    """One argument of a call, which may be given by place or by name.
+
+    Args:
+        args: positional arguments, as a hook sees them (without the instance).
+        kwargs: keyword arguments.
+        index: its place among ``args``.
+        name: its name.
+        default: what it is when the call does not give it.
+    """
+    return kwargs[name] if name in kwargs else args[index] if index < len(args) else default
