@@ -93,12 +93,12 @@ def look(done: int, waiting: Callable[[], int]) -> dict[str, Any]:
         return moment
     from dspy_otel.content import redaction
     from dspy_otel.core import internal_errors
-    from dspy_otel.core.call_context import Scope
+    from dspy_otel.core.call_context import CallContext
     from dspy_otel.core.operation import Call
     from dspy_otel.operations.identity_cache import IdentityCache
 
     alive = Counter(map(type, gc.get_objects()))
-    moment["open"] = alive[Call] + alive[Scope]
+    moment["open"] = alive[Call] + alive[CallContext]
     kept = sum(len(each._kept) for each in gc.get_objects() if type(each) is IdentityCache)
     moment["kept"] = (
         kept + len(redaction._known) + len(internal_errors._seen) + redaction._name_kind.cache_info().currsize

@@ -18,7 +18,7 @@ from dspy_otel.config import Config
 from dspy_otel.content import redaction
 from dspy_otel.core.errors import formatting_without_our_frames
 from dspy_otel.core.id_generator import OwnJitter
-from dspy_otel.core.internal_errors import failed, guarded, reset_warnings, warn_once
+from dspy_otel.core.internal_errors import failed, guard, reset_warnings, warn_once
 from dspy_otel.core.operation import Operation
 from dspy_otel.core.telemetry import Telemetry
 from dspy_otel.operations.adapter import AdapterOperation, AdapterSpanOperation
@@ -31,6 +31,7 @@ from dspy_otel.operations.retrieval import RetrievalOperation
 from dspy_otel.operations.tool import ToolOperation
 from dspy_otel.optimizers import Optimizers
 from dspy_otel.patching import Patches, resolve
+from dspy_otel.propagation import parent_of_process
 
 _LOG: Final = logging.getLogger(__name__)
 _instruments: Final = ("dspy >= 3.0.4, < 4",)
@@ -67,12 +68,16 @@ class DSPyInstrumentor(BaseInstrumentor):  # type: ignore[misc]
     def _instrument(self, **kwargs: Any) -> None:
         kwargs = {name: value for name, value in kwargs.items() if name not in ("skip_dep_check", "configuration")}
         providers = {name: kwargs.pop(name, None) for name in _PROVIDERS}
-        guarded("secrets of the environment")(redaction.remember_environment)()
+        with guard("secrets of the environment"):
+            redaction.remember_environment()
         config = Config.load(**kwargs)
         self._generation += 1
         try:
             look = before_each_program(config.content)
-            self._telemetry = Telemetry(config, **providers, on_provider=track_runs, on_outermost=look)
+            parent = guard("parent of this process")(parent_of_process)()
+            self._telemetry = Telemetry(
+                config, **providers, on_provider=track_runs, on_outermost=look, default_parent=parent
+            )
         except Exception as error:
             failed("instrument()", error)
             return
@@ -107,9 +112,9 @@ class DSPyInstrumentor(BaseInstrumentor):  # type: ignore[misc]
 
 def before_each_program(content: bool) -> Callable[[], None]:
     """What is looked at before each outermost call: it may have changed since the last one."""
-    neighbours = guarded("other instrumentations")(Neighbours().look)
-    exporters = guarded("exporters")(OwnJitter().look)
-    refresh = guarded("secrets of the environment")(redaction.refresh_environment)
+    neighbours = guard("other instrumentations")(Neighbours().look)
+    exporters = guard("exporters")(OwnJitter().look)
+    refresh = guard("secrets of the environment")(redaction.refresh_environment)
 
     def look_around() -> None:
         neighbours()

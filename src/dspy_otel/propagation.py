@@ -1,19 +1,32 @@
-"""Carry the context into threads and processes of the user's own."""
+"""Carry the context into threads and processes, and take over what other processes hand on."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
+from typing import Any, Final
 
+from opentelemetry import baggage, propagate, trace
 from opentelemetry import context as otel_context
-from opentelemetry import propagate
 from opentelemetry.context import Context
 
-from dspy_otel.core.call_context import current_call_context
-from dspy_otel.core.internal_errors import failed
+from dspy_otel import semconv
+from dspy_otel.core.attributes import Attributes, AttributeValue
+from dspy_otel.core.call_context import CallContext, current_call_context, with_call_context
+from dspy_otel.core.internal_errors import guard
 from dspy_otel.core.operation import detach
-from dspy_otel.core.remote import read_context, write_call_context
 from dspy_otel.operations.parallel import bind
+
+_INHERITED_PREFIX: Final = "dspy."
+MAX_INHERITED: Final = 16
+MAX_VALUE: Final = 256
+"""Characters. Inherited attributes are ids and numbers; whatever else comes under their names is cut."""
+
+_ROLES: Final = frozenset(
+    {semconv.ROLE_TASK, semconv.ROLE_JUDGE, semconv.ROLE_PROPOSER, semconv.ROLE_REFLECTION, semconv.ROLE_TEACHER}
+)
+_CARRIER: Final = ("traceparent", "tracestate", "baggage")
 
 
 def inject(carrier: MutableMapping[str, str] | None = None) -> dict[str, str]:
@@ -30,12 +43,10 @@ def inject(carrier: MutableMapping[str, str] | None = None) -> dict[str, str]:
         A new dictionary, picklable and JSON-serializable; empty if there is nothing to carry.
     """
     written: dict[str, str] = {}
-    try:
+    with guard("inject()"):
         propagate.inject(written, write_call_context(current_call_context(), otel_context.get_current()))
         if carrier is not None:
             carrier.update(written)
-    except Exception as error:
-        failed("inject()", error)
     return written
 
 
@@ -48,15 +59,68 @@ def attach(carrier: Mapping[str, str]) -> Iterator[Context]:
             else in it, of whatever type, does no harm.
     """
     context = otel_context.get_current()
-    try:
+    with guard("attach()"):
         context = read_context(carrier, context)
-    except Exception as error:
-        failed("attach()", error)
     token = otel_context.attach(context)
     try:
         yield context
     finally:
         detach(token)
+
+
+def parent_of_process() -> Context | None:
+    """The parent that the environment names (``TRACEPARENT``, ``TRACESTATE``, ``BAGGAGE``), if it names one.
+
+    OpenTelemetry's "environment variables as context propagation carriers"; read once, when instrumentation starts.
+    """
+    carrier = {name: os.environ[name.upper()] for name in _CARRIER if os.environ.get(name.upper())}
+    if "traceparent" not in carrier:
+        return None
+    context = read_context(carrier, Context())
+    return context if trace.get_current_span(context).get_span_context().is_valid else None
+
+
+def write_call_context(call_context: CallContext | None, context: Context) -> Context:
+    """``context`` with what a call hands on as baggage: the attributes that all spans inside carry, and the role."""
+    if call_context is None:
+        return context
+    entries = {key: value for key, value in call_context.inherited.items() if key.startswith(_INHERITED_PREFIX)}
+    for key, value in list(entries.items())[:MAX_INHERITED]:
+        context = baggage.set_baggage(key, str(value)[:MAX_VALUE], context)
+    if call_context.role is not None:
+        context = baggage.set_baggage(semconv.LM_ROLE, call_context.role, context)
+    return context
+
+
+def read_context(carrier: Any, context: Context) -> Context:
+    """``context`` with the parent span, the baggage and a call context that ``carrier`` holds.
+
+    Args:
+        carrier: a mapping of strings, as OpenTelemetry's propagators write it. Anything else in it is ignored.
+        context: what to start from; stays as it is when the carrier holds nothing usable.
+    """
+    if not isinstance(carrier, Mapping):
+        return context
+    usable = {key: value for key, value in carrier.items() if isinstance(key, str) and isinstance(value, str)}
+    found = propagate.extract(usable, context)
+    inherited: Attributes = {}
+    role = None
+    for key, value in baggage.get_all(found).items():
+        text = str(value)[:MAX_VALUE]
+        if key == semconv.LM_ROLE:
+            role = text if text in _ROLES else None
+        elif key.startswith(_INHERITED_PREFIX) and len(inherited) < MAX_INHERITED:
+            inherited[key] = _typed(key, text)
+    call_context = CallContext("remote", None, None)
+    call_context.inherited, call_context.role = inherited, role
+    return with_call_context(found, call_context)
+
+
+def _typed(key: str, text: str) -> AttributeValue:
+    """Baggage holds text only; counters are numbers again."""
+    if key.endswith((".number", ".index", ".size")) and text.isascii() and text.isdigit() and len(text) < 19:
+        return int(text)
+    return text
 
 
 __all__ = ["attach", "bind", "inject"]

@@ -469,7 +469,7 @@ def is_written(function: Any) -> bool:
 
 
 PLACES = functions()
-GUARDED = internal_errors.guarded("")(functions).__code__
+GUARDED = internal_errors.guard("")(functions).__code__
 """The code of whatever a guard is around."""
 
 
@@ -499,7 +499,7 @@ class Fault:
         if in_class and issubclass(self.owner, operation.Operation) and self.name in ("open", "close"):
             replacement = {"open": operation.safe_open, "close": operation.safe_close}[self.name](broken)
         elif getattr(original, "__code__", None) is GUARDED:
-            replacement = internal_errors.guarded("a part")(broken)  # broken inside its guard
+            replacement = internal_errors.guard("a part")(broken)  # broken inside its guard
         elif isinstance(original, property):
             replacement = property(broken)
         elif isinstance(original, (staticmethod, classmethod)):

@@ -22,9 +22,8 @@ from opentelemetry import baggage, trace
 from opentelemetry import context as otel_context
 
 import dspy_otel
-from dspy_otel.core.call_context import CallContext, current_call_context
-from dspy_otel.core.context import CALL_CONTEXT_KEY
-from dspy_otel.core.remote import MAX_INHERITED, MAX_VALUE
+from dspy_otel.core.call_context import CallContext, current_call_context, with_call_context
+from dspy_otel.propagation import MAX_INHERITED, MAX_VALUE
 from tests.support.otlp_receiver import OtlpReceiver
 from tests.support.spans import Recorder
 from tests.switching.process import script
@@ -39,7 +38,7 @@ def in_scope(role: str | None = "judge", **inherited: Any) -> Any:
     context = CallContext("evaluate", None, None)
     context.inherited = {f"dspy.{key.replace('_', '.')}": value for key, value in inherited.items()}
     context.role = role
-    return otel_context.set_value(CALL_CONTEXT_KEY, context)
+    return with_call_context(otel_context.get_current(), context)
 
 
 # --- threads and tasks ----------------------------------------------------------------------------------------------
@@ -171,7 +170,7 @@ def test_what_is_not_ours_stays_home(telemetry: Recorder):
     """Who the user is and in which session is not for everybody the carrier is sent to."""
     context = CallContext("module", None, None)
     context.inherited = {"session.id": "s", "dspy.evaluation.id": "e"}
-    token = otel_context.attach(otel_context.set_value(CALL_CONTEXT_KEY, context))
+    token = otel_context.attach(with_call_context(otel_context.get_current(), context))
     carrier = dspy_otel.inject()
     otel_context.detach(token)
     assert carrier == {"baggage": "dspy.evaluation.id=e"}

@@ -1,25 +1,29 @@
-"""What an operation passes on to everything it encloses.
+"""What a call hands on to the calls inside it.
 
-A scope travels inside the OpenTelemetry context, beside the current span: whatever carries the context (a thread
-bound by us, an asyncio task, the user's own propagation) carries both.
+A call context travels inside the OpenTelemetry context, beside the current span: whatever carries that (a thread bound
+by us, an asyncio task, the user's own propagation) carries both. The keys of OpenTelemetry contexts that are read and
+written here are not public: the public helpers show them, and copy a context for each key, on every call.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
 
+from opentelemetry import context as otel_context
 from opentelemetry.context import Context, get_current
-from opentelemetry.trace import Span
+from opentelemetry.instrumentation.utils import suppress_instrumentation
+from opentelemetry.trace import INVALID_SPAN, Span, SpanContext, set_span_in_context
 
 from dspy_otel.core.attributes import EMPTY, ReadOnlyAttributes
-from dspy_otel.core.context import CALL_CONTEXT_KEY
 from dspy_otel.core.usage import Totals
 
 if TYPE_CHECKING:
-    from dspy_otel.core.deferred_spans import DeferredTrace, DroppedTrace
     from dspy_otel.core.errors import Recorded
 
 _State = TypeVar("_State")
+
+MAX_LINKS: Final = 128
+"""Most links from one span to those inside it (the SDK keeps no more)."""
 
 
 class Program:
@@ -30,7 +34,7 @@ class Program:
         id: ``dspy.program.id``, when it has predictors.
         paths: ``id(module)`` to the module's path from this program.
         origins: how copies of its modules are known; see :func:`dspy_otel.operations.module_tree.origins`.
-        about: what is said of each of its modules on every call, by ``id(module)``; worked out once.
+        about: what every call of each of its modules says, by ``id(module)``; worked out once.
     """
 
     __slots__ = ("about", "id", "name", "origins", "paths")
@@ -49,24 +53,50 @@ class Program:
         self.about: dict[int, Any] = {}
 
 
+class SpanFactory(Protocol):
+    """What makes the spans of a call: OpenTelemetry's tracer, or what takes its place in a deferred trace."""
+
+    def start_span(self, name: str, context: Context, /, *args: Any, **kwargs: Any) -> Span:
+        """Start a span, as ``Tracer.start_span`` does."""
+
+
 class CallContext:
-    """One enclosing operation.
+    """One call, as the calls inside it see it.
+
+    A call context is made by its operation's ``start()``, in the thread of the call, and is complete before any other
+    thread can see it. From then on only the fields marked as such change. Calls inside read it in whichever thread
+    they run; they copy ``program``, ``paths``, ``inherited``, ``role``, ``totals`` and ``deferred`` when they are made,
+    and a later change reaches those that begin after it. Where several threads may write a field, each write is one
+    assignment, or the field has a lock of its own.
 
     Attributes:
-        kind: which operation this is (``module``, ``lm``, ``example``, ...).
-        owner: the DSPy object it belongs to.
-        parent: the scope around it.
-        span: its span.
-        program: the program it works in; ``None`` outside of one.
-        paths: module paths to look inner modules up in.
-        stamps: attributes that every span below carries (evaluation, run, trial, candidate ids).
-        role: what the LM calls below are for; ``None`` outside of evaluations and optimizations.
-        totals: all running totals an LM call below adds to.
-        state: what the operation keeps of this call, in a type of its own; see :func:`current_state`.
-        notes: the operation's own scratch, written by hooks further down.
+        kind: which operation this is (``module``, ``lm``, ``example``, ...). Never changes. Read by the operation
+            itself (a call of the same kind on the same owner may be the overridden method) and in warnings.
+        owner: the DSPy object that was called; of an example, the program that answers it. Written by ``start()``.
+        parent: the call around it. Never changes.
+        state: what the operation keeps of this call, in a type of its own. Written by ``start()``; its fields by the
+            operation's hooks in DSPy, which find it by :func:`current_state`, and by calls inside it that find it by
+            :func:`enclosing_state`. Who may write a field from several threads is said by the type.
+        span: its span. Written when the span has been started, before the call's context is attached; read by hooks
+            that add events, and for links.
+        program: the program it works in, or ``None`` outside of one. Written by ``start()`` of the outermost module,
+            of an evaluation and of a compile.
+        paths: module paths to look inner modules up in. Written as ``program`` is.
+        inherited: attributes that every span inside carries (ids of evaluation, run, trial and candidate; session and
+            user). Replaced by ``start()``, never changed in place: inner contexts share it.
+        role: what the LM calls inside are for; ``None`` outside of evaluations and optimizations. Written by
+            ``start()``, by :meth:`module_answered` in the thread of the example, and by an optimizer's tracker in the
+            thread of the compile.
+        role_after: the role once ``owner`` has answered: of an example, what the metric's own LM calls are for.
+            Written by ``start()``.
+        totals: all running totals that an LM call inside adds to, from any thread (each has a lock).
         override_of: the subclass whose override of the entry point opened this; ``None`` if that was no override.
-        hold: takes the place of the tracer; ``None``: spans are made right away.
-        failed: an exception that an inner operation has already recorded; never the exception itself.
+            Written when the call is opened, read by the operation when the override calls what it overrides.
+        deferred: what takes the place of the tracer; ``None``: spans are started right away. Written by ``start()``
+            of an evaluated example.
+        failed: an exception that an inner call has recorded already; never the exception itself. Written when an inner
+            call ends, in its thread; read when this one ends.
+        links: how many links :meth:`add_link` has put on its span, from any thread.
     """
 
     __slots__ = (
@@ -74,6 +104,7 @@ class CallContext:
         "failed",
         "inherited",
         "kind",
+        "links",
         "notes",
         "override_of",
         "owner",
@@ -81,6 +112,7 @@ class CallContext:
         "paths",
         "program",
         "role",
+        "role_after",
         "span",
         "state",
         "totals",
@@ -91,7 +123,7 @@ class CallContext:
     inherited: ReadOnlyAttributes
     role: str | None
     totals: tuple[Totals, ...]
-    deferred: DroppedTrace | DeferredTrace | None
+    deferred: SpanFactory | None
 
     def __init__(self, kind: str, owner: Any, parent: CallContext | None, state: Any = None) -> None:
         self.kind = kind
@@ -100,13 +132,15 @@ class CallContext:
         self.state = state
         self.span: Span | None = None
         self.notes: dict[str, Any] = {}
+        self.role_after: str | None = None
         self.override_of: type | None = None
         self.failed: Recorded | None = None
+        self.links = 0
         if parent is None:
             self.program = self.paths = self.role = self.deferred = None
             self.inherited = EMPTY
             self.totals = ()
-        else:  # Passed on unchanged.
+        else:
             self.program = parent.program
             self.paths = parent.paths
             self.inherited = parent.inherited
@@ -114,10 +148,24 @@ class CallContext:
             self.totals = parent.totals
             self.deferred = parent.deferred
 
+    def module_answered(self, module: Any) -> None:
+        """A module directly inside has answered. If that was the program this is about, its role is over."""
+        if self.role_after is not None and self.owner is module:
+            self.role = self.role_after
+
+    def add_link(self, linked: SpanContext, attributes: Any = None) -> None:
+        """Link the span to another one, unless it has ended or has :data:`MAX_LINKS` already."""
+        if self.span is not None and self.links < MAX_LINKS and self.span.is_recording():
+            self.links += 1
+            self.span.add_link(linked, attributes)
+
+
+# --- finding it --------------------------------------------------------------------------------------------------
+
 
 def current_call_context(context: Context | None = None) -> CallContext | None:
-    """The innermost scope of ``context`` (default: the current one)."""
-    found = (get_current() if context is None else context).get(CALL_CONTEXT_KEY)
+    """The innermost call of ``context`` (default: the current one)."""
+    found = (get_current() if context is None else context).get(_CALL_CONTEXT_KEY)
     return found if found.__class__ is CallContext else None
 
 
@@ -146,3 +194,40 @@ def enclosing_state(
             return None
         call_context = call_context.parent
     return None
+
+
+# --- OpenTelemetry contexts --------------------------------------------------------------------------------------
+
+
+def _suppression_keys() -> tuple[str, ...]:
+    token = otel_context.attach(Context())  # what surrounds the import must not hide a key
+    try:
+        with suppress_instrumentation():
+            return tuple(otel_context.get_current())
+    finally:
+        otel_context.detach(token)
+
+
+_CALL_CONTEXT_KEY: Final = otel_context.create_key("dspy_otel.call_context")
+_SPAN_KEY: Final = next(iter(set_span_in_context(INVALID_SPAN, Context())))
+_SUPPRESSION_KEYS: Final = _suppression_keys()
+
+
+def suppressed(context: Context) -> bool:
+    """Whether ``context`` was made inside ``suppress_instrumentation()``."""
+    return any(map(context.get, _SUPPRESSION_KEYS))
+
+
+def inside(context: Context, span: Span, call_context: CallContext) -> Context:
+    """``context`` with this span and this call as the current ones."""
+    return Context({**context, _SPAN_KEY: span, _CALL_CONTEXT_KEY: call_context})
+
+
+def with_call_context(context: Context, call_context: CallContext) -> Context:
+    """``context`` with this call as the innermost one, and the same span."""
+    return Context({**context, _CALL_CONTEXT_KEY: call_context})
+
+
+def without_call_context(context: Context) -> Context:
+    """``context`` without our call, to be kept for longer than the call: a call context keeps the program alive."""
+    return Context({key: value for key, value in context.items() if key != _CALL_CONTEXT_KEY})

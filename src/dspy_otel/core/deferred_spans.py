@@ -25,7 +25,7 @@ from opentelemetry.trace import (
     set_span_in_context,
 )
 
-from dspy_otel.core.context import without_call_context
+from dspy_otel.core.call_context import without_call_context
 from dspy_otel.core.id_generator import SystemIds
 
 _IDS: Final = SystemIds()

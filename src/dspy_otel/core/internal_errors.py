@@ -1,4 +1,7 @@
-"""Nothing of ours raises into a user's program: failures here become one warning for each cause."""
+"""Nothing of ours raises into a user's program: an internal error becomes one warning for each cause.
+
+Our own tests set ``raises``, so that no fault of ours hides behind its warning; those that inject faults do not.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,9 @@ _LIMIT: Final = 256
 _seen: dict[Hashable, object] = {}
 _Result = TypeVar("_Result")
 _Arguments = ParamSpec("_Arguments")
+
+raises = False
+"""Whether an internal error is raised after all."""
 
 
 def warn_once(cause: Hashable, message: str, *arguments: Any) -> None:
@@ -32,8 +38,10 @@ def warn_once(cause: Hashable, message: str, *arguments: Any) -> None:
 
 
 def failed(where: str, error: BaseException) -> None:
-    """Say once that the part named ``where`` failed with this type of error; its detail is lost, nothing else."""
-    # The message of an error may hold what the program works on: only its type is said.
+    """Warn once that the part named ``where`` failed with this type of error. Its detail is lost, nothing else."""
+    if raises:
+        raise error
+    # The message of an error may hold what the program works on: the warning has only its type.
     name = type(error).__name__
     warn_once((where, name), "%s failed (%s); that detail is missing from telemetry", where, name)
 
@@ -44,9 +52,10 @@ def reset_warnings() -> None:
 
 
 class guard:
-    """Keep an error of ours away from the user's program: it becomes one warning, and the block ends there.
+    """Keeps an error of ours away from the user's program: it becomes one warning, and the block ends there.
 
     ``with guard("LM result"):`` around a block, or ``@guard("LM result")`` on a function, which then gives ``None``.
+    A guard has no state: one object may be used any number of times, in any thread.
 
     Args:
         where: the part that failed, for the warning.
@@ -71,29 +80,10 @@ class guard:
 
         @functools.wraps(function)
         def safe(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result | None:
-            with self:
-                return function(*args, **kwargs)
-            return None
-
-        return safe
-
-
-def guarded(where: str) -> Callable[[Callable[_Arguments, _Result]], Callable[_Arguments, _Result | None]]:
-    """Make a function total: an error inside it becomes ``None`` and one warning.
-
-    Args:
-        where: the name the warning uses.
-    """
-
-    def decorate(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result | None]:
-        @functools.wraps(function)
-        def safe(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result | None:
             try:
                 return function(*args, **kwargs)
             except Exception as error:
-                failed(where, error)
+                failed(self.where, error)
                 return None
 
         return safe
-
-    return decorate

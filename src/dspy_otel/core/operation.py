@@ -1,7 +1,7 @@
-"""The span runner: wraps one entry point of DSPy, opens and closes its span, and never gets in the way.
+"""One call: an operation wraps an entry point of DSPy, opens and closes its span, and never gets in the way.
 
-An operation (a class in ``operations/`` or ``optimizers/``) says what a call is and what it tells; the runner does
-the rest: it skips suppressed calls, attaches the context, records errors, measures, and detaches in the same frame.
+A subclass (in ``operations/`` or ``optimizers/``) maps a call to names and attributes. The base class does the rest:
+it skips suppressed calls, attaches the context, records errors, and detaches the context in the same frame.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import types
 from collections.abc import Callable, Sequence
 from contextvars import Token
 from dataclasses import dataclass
-from typing import Any, ClassVar, Final
+from typing import Any, Final
 
 from opentelemetry import context as otel_context
 from opentelemetry.context import Context
@@ -30,13 +30,14 @@ from opentelemetry.trace import (
 
 from dspy_otel import semconv
 from dspy_otel.core.attributes import Attributes
-from dspy_otel.core.call_context import CallContext, current_call_context
-from dspy_otel.core.context import inside, suppressed
+from dspy_otel.core.call_context import CallContext, current_call_context, inside, suppressed
 from dspy_otel.core.errors import Recorded, error_type, exception_attributes, hide_frames
-from dspy_otel.core.internal_errors import failed
+from dspy_otel.core.internal_errors import failed, guard
 from dspy_otel.core.telemetry import Telemetry
 
 _ERROR: Final = Status(StatusCode.ERROR)
+_ATTRIBUTES: Final = guard("attributes of span")
+_END: Final = guard("end of span")
 
 
 @dataclass
@@ -50,6 +51,9 @@ class Start:
         kind: OpenTelemetry span kind.
         root: begin a new trace.
         links: spans this one is linked to.
+        identity: names of attributes without which the span cannot be assigned to its evaluation, run or trial. They
+            are set again at the end if the SDK had to drop some: it drops the oldest when there are too many (128,
+            unless ``OTEL_SPAN_ATTRIBUTE_COUNT_LIMIT`` says otherwise).
     """
 
     name: str
@@ -58,12 +62,14 @@ class Start:
     kind: SpanKind = SpanKind.INTERNAL
     root: bool = False
     links: Sequence[Link] = ()
+    identity: tuple[str, ...] = ()
 
 
 class Call:
     """One call in flight.
 
     Attributes:
+        operation: what opened it, and closes it.
         instance: the DSPy object that was called.
         args: positional arguments, without the instance.
         kwargs: keyword arguments. Never to be changed.
@@ -71,22 +77,24 @@ class Call:
         context: what it hands on to the calls inside it.
         otel_context: OpenTelemetry context with the span and that; for metrics (exemplars) and events.
         recording: whether anything set on the span is kept.
-        details: attributes collected since the start; set together at the end, which costs a span least.
+        attributes: collected since the start and set together at the end, which costs a span least.
+        started: when, by ``time.perf_counter()``.
+        token: undoes the attaching of ``otel_context``; ``None`` when that is not attached.
         outside: OpenTelemetry context around the call.
         identity: attributes of its start that must be on the span at its end.
-        around: a call that was opened around this one, and is closed after it.
+        on_closed: called when the call has been closed, with its result and its error.
         closed: whether the call has been closed.
     """
 
     __slots__ = (
         "args",
-        "around",
+        "attributes",
         "closed",
         "context",
-        "details",
         "identity",
         "instance",
         "kwargs",
+        "on_closed",
         "operation",
         "otel_context",
         "outside",
@@ -104,12 +112,12 @@ class Call:
     context: CallContext
     otel_context: Context
     recording: bool
-    details: Attributes
-    identity: Attributes
+    attributes: Attributes
+    identity: Attributes | None
     started: float
     token: Token[Context] | None
     outside: Context
-    around: Call | None
+    on_closed: Callable[[Any, BaseException | None], None] | None
     closed: bool
 
 
@@ -120,12 +128,13 @@ class Operation:
     """
 
     kind: str = ""
-    must_stay: ClassVar[tuple[str, ...]] = ()
-    """Attributes without which the span is lost to whoever reads it. The SDK drops the oldest when there are too many
-    (128, unless ``OTEL_SPAN_ATTRIBUTE_COUNT_LIMIT`` says otherwise)."""
 
     def __init__(self, telemetry: Telemetry) -> None:
         self.telemetry = telemetry
+        self._start, self._detail, self._metrics, self._error, self._result, self._closed, self._coroutine = (
+            guard(f"{part} of {self.kind}")
+            for part in ("start", "detail", "metrics", "error", "result", "end", "coroutine")
+        )
 
     def __init_subclass__(cls) -> None:
         # What a subclass adds around opening and closing may fail like the rest of it.
@@ -145,16 +154,17 @@ class Operation:
         """What span to open for this call, or ``None`` for none."""
         raise NotImplementedError
 
-    def enclose(self, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
-        """Open another operation's call around this one, if there is to be one."""
-        return None
+    def overridden(
+        self, context: CallContext, args: tuple[Any, ...], kwargs: dict[str, Any], override_of: type | None
+    ) -> None:
+        """A subclass's override, whose call has ``context``, calls the method it overrides: the same call goes on.
 
-    def close_around(self, around: Call, result: Any, error: BaseException | None) -> None:
-        """Close what :meth:`enclose` has opened."""
-        around.operation.close(around, result, error)
-
-    def again(self, context: CallContext) -> None:
-        """The override that opened ``scope`` calls the method it overrides."""
+        Args:
+            context: of the call that the override has opened.
+            args: of the overridden method.
+            kwargs: likewise.
+            override_of: as for :meth:`open`.
+        """
 
     def detail(self, call: Call) -> Attributes:
         """Attributes at the start that cost something; only asked for when the span is recorded."""
@@ -171,10 +181,16 @@ class Operation:
     def open(
         self, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any], override_of: type | None = None
     ) -> Call | None:
-        """Open the span of a call and make it current, or give ``None`` when there is nothing to record."""
+        """Open the span of a call and make it current, or give ``None`` when there is nothing to record.
+
+        Args:
+            instance: the DSPy object that is called.
+            args: positional arguments, without the instance.
+            kwargs: keyword arguments.
+            override_of: the subclass whose override of the entry point is called; ``None`` for the entry point itself.
+        """
         telemetry = self.telemetry
-        around: Call | None = None
-        try:
+        with self._start:
             surrounding = otel_context.get_current()
             if not telemetry.active or suppressed(surrounding):
                 return None
@@ -185,22 +201,11 @@ class Operation:
             elif (
                 parent.owner is instance and parent.kind == self.kind and parent.override_of not in (None, override_of)
             ):
-                # A subclass's override has opened the span, and calls the method it overrides: once, or again and
-                # again. Coming back to that override itself is recursion, and another call.
-                self.again(parent)
+                # A call that comes back to the override which has opened the span is recursion, and another call.
+                self.overridden(parent, args, kwargs, override_of)
                 return None
-            around = self.enclose(instance, args, kwargs)
-            if around is not None:
-                surrounding, parent = around.otel_context, around.context
             start = self.start(instance, args, kwargs, parent)
-            if start is not None:
-                call = self._open(start, instance, args, kwargs, surrounding, override_of)
-                call.around = around
-                return call
-        except Exception as error:
-            failed(f"start of {self.kind}", error)
-        if around is not None:
-            around.operation.close(around, None, None)
+            return None if start is None else self._open(start, instance, args, kwargs, surrounding, override_of)
         return None
 
     def _open(
@@ -210,7 +215,7 @@ class Operation:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         surrounding: Context,
-        override_of: type | None = None,
+        override_of: type | None,
     ) -> Call:
         telemetry = self.telemetry
         context = start.context
@@ -229,7 +234,7 @@ class Operation:
         call.kwargs = kwargs
         call.context = context
         call.outside = surrounding
-        call.around = None
+        call.on_closed = None
         call.closed = False
         call.token = None
         call.span = (telemetry.tracer if context.deferred is None else context.deferred).start_span(
@@ -244,60 +249,49 @@ class Operation:
         context.span = call.span
         call.recording = call.span.is_recording()
         call.otel_context = inside(outside, call.span, context)
-        call.details = {}
-        call.identity = {}
+        call.attributes = {}
+        call.identity = None
         if call.recording:
-            if self.must_stay:
-                call.identity = {key: start.attributes[key] for key in self.must_stay if key in start.attributes}
-            try:
-                call.details = self.detail(call)
-            except Exception as error:
-                failed(f"detail of {self.kind}", error)
+            if start.identity:
+                call.identity = {key: start.attributes[key] for key in start.identity if key in start.attributes}
+            with self._detail:
+                call.attributes = self.detail(call)
         call.token = otel_context.attach(call.otel_context)
         call.started = time.perf_counter()
         return call
 
     def close(self, call: Call, result: Any, error: BaseException | None) -> None:
-        """End the span of a call, and make current again what was current before."""
+        """End the span of a call, and make current again what was current before.
+
+        Args:
+            call: what :meth:`open` gave.
+            result: what the call returned, or ``None``.
+            error: what it raised, or ``None``.
+        """
         seconds = time.perf_counter() - call.started
         call.closed = True
         detach(call.token)
-        try:
+        with self._metrics:
             self.measure(call, result, error, seconds)
-        except Exception as problem:
-            failed(f"metrics of {self.kind}", problem)
-        try:
-            if call.recording and error is not None:
-                self.record_error(call, error)
-        except Exception as problem:
-            failed(f"error of {self.kind}", problem)
-        try:
-            if call.recording:
-                call.details.update(self.result(call, result, error))
-        except Exception as problem:
-            failed(f"result of {self.kind}", problem)
-        try:
-            if call.details:
-                call.span.set_attributes(call.details)
-            if call.identity:
-                put_back(call.span, call.identity)
-        except Exception as problem:
-            failed("attributes of span", problem)
-        try:
+        if call.recording:
+            if error is not None:
+                with self._error:
+                    self.record_error(call, error)
+            with self._result:
+                call.attributes.update(self.result(call, result, error))
+        with _ATTRIBUTES:
+            if call.attributes:
+                call.span.set_attributes(call.attributes)
+            if call.identity is not None and getattr(call.span, "dropped_attributes", None):
+                call.span.set_attributes(call.identity)  # what is set again is the newest
+        with _END:
             call.span.end()
-        except Exception as problem:
-            failed("end of span", problem)
-        parent = call.context.parent
-        if error is not None and parent is not None:
-            try:
-                parent.failed = Recorded.of(error, self.kind)
-            except Exception as problem:
-                failed(f"error of {self.kind}", problem)
-        if call.around is not None:
-            try:
-                self.close_around(call.around, result, error)
-            except Exception as problem:
-                failed(f"end of {self.kind}", problem)
+        if error is not None and call.context.parent is not None:
+            with self._error:
+                call.context.parent.failed = Recorded.of(error, self.kind)
+        if call.on_closed is not None:
+            with self._closed:
+                call.on_closed(result, error)
 
     def fail(self, call: Call | None, error: BaseException) -> None:
         """Close a call that raised, if it is recorded, and take our frames out of the traceback."""
@@ -308,9 +302,8 @@ class Operation:
     def record_error(self, call: Call, error: BaseException) -> None:
         """Mark the span as failed. The exception itself is an event on the innermost span only."""
         span, content = call.span, self.telemetry.span_content
-        call.details[semconv.ERROR_TYPE] = error_type(error)
-        # First of all: it must not depend on what becomes of the content.
-        span.set_status(_ERROR)
+        call.attributes[semconv.ERROR_TYPE] = error_type(error)
+        span.set_status(_ERROR)  # First of all: the rest depends on content, which may fail.
         recorded = call.context.failed
         if recorded is not None and recorded.is_(error, self.kind):
             return
@@ -468,12 +461,6 @@ class _NothingToRecord:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return types.FunctionType, ((lambda *_: None).__code__, {})
-
-
-def put_back(span: Any, attributes: Attributes) -> None:
-    """Set attributes again, if the SDK had to drop some of ``span``: the oldest went first, these are the last now."""
-    if getattr(span, "dropped_attributes", 0):
-        span.set_attributes(attributes)
 
 
 def detach(token: Token[Context] | None) -> None:

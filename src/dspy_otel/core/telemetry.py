@@ -7,7 +7,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 from opentelemetry import _logs, metrics, trace
 from opentelemetry._logs import NoOpLogger
@@ -19,16 +19,14 @@ from dspy_otel import semconv
 from dspy_otel.config import Config
 from dspy_otel.content.encoder import Content
 from dspy_otel.core.attributes import Attributes
-from dspy_otel.core.call_context import current_call_context
-from dspy_otel.core.context import suppressed, without_call_context
+from dspy_otel.core.call_context import current_call_context, suppressed, without_call_context
 from dspy_otel.core.id_generator import with_system_ids
-from dspy_otel.core.internal_errors import failed
+from dspy_otel.core.internal_errors import failed, guard
 from dspy_otel.core.metrics import Metrics
-from dspy_otel.core.remote import read_context
 from dspy_otel.version import __version__
 
 _Result = TypeVar("_Result")
-_CARRIER = ("traceparent", "tracestate", "baggage")
+_CONTENT: Final = guard("content")
 
 
 class Telemetry:
@@ -39,8 +37,9 @@ class Telemetry:
         tracer_provider: default, the global one (also one that is set later).
         meter_provider: likewise.
         logger_provider: likewise.
-        on_provider: told once which tracer provider it is, before the first span.
+        on_provider: called once with the tracer provider in use, before the first span.
         on_outermost: called before each outermost span; must be cheap, and not raise.
+        default_parent: the context of spans that have no parent of their own.
     """
 
     def __init__(
@@ -51,6 +50,7 @@ class Telemetry:
         logger_provider: _logs.LoggerProvider | None = None,
         on_provider: Callable[[TracerProvider], None] | None = None,
         on_outermost: Callable[[], None] = lambda: None,
+        default_parent: Context | None = None,
     ) -> None:
         self.config = config
         self._on_provider = on_provider
@@ -64,11 +64,15 @@ class Telemetry:
             os.register_at_fork(after_in_child=lambda: (method := after_fork()) and method())
         meters = meter_provider if config.metrics else NoOpMeterProvider()
         self.measuring = not isinstance(meters, NoOpMeterProvider)
-        self.metrics = self.safely("meter provider", None, self._make_metrics, meters) or Metrics(NoOpMeter("none"))
-        self.logger = self.safely("logger provider", None, self._make_logger, logger_provider) or NoOpLogger("none")
+        self.metrics = Metrics(NoOpMeter("none"))
+        with guard("meter provider"):
+            self.metrics = self._make_metrics(meters)
+        self.logger: _logs.Logger = NoOpLogger("none")
+        with guard("logger provider"):
+            self.logger = self._make_logger(logger_provider)
         self.content = Content(config.content_limit, config.capture_media, config.redact)
-        self.default_parent = self.safely("parent of this process", None, parent_of_process)
-        self.default_call_context = None if self.default_parent is None else current_call_context(self.default_parent)
+        self.default_parent = default_parent
+        self.default_call_context = None if default_parent is None else current_call_context(default_parent)
 
     def _make_metrics(self, provider: MeterProvider | None) -> Metrics:
         return Metrics(metrics.get_meter(semconv.SCOPE_NAME, __version__, provider, schema_url=semconv.SCHEMA_URL))
@@ -92,12 +96,12 @@ class Telemetry:
         return self._settle(tracer)
 
     def _settle(self, tracer: Tracer) -> Tracer:
-        """Keep ``tracer``, and tell which provider it is of. Other threads wait, or their span would be missed."""
+        """Keep ``tracer``, and call ``on_provider``. Other threads wait, or it would miss their span."""
         with self._settling:
             if self._tracer is None:
                 if self._on_provider is not None:
-                    provider = self._provider or trace.get_tracer_provider()
-                    self.safely("tracer provider", None, self._on_provider, provider)
+                    with guard("tracer provider"):
+                        self._on_provider(self._provider or trace.get_tracer_provider())
                 self._tracer = with_system_ids(tracer)
             return self._tracer
 
@@ -121,16 +125,14 @@ class Telemetry:
     def put_content(self, attributes: Attributes, key: str, value: Any) -> None:
         """Add ``value`` as JSON text under ``key``, if content may be on spans. Failing content is left out."""
         if self.config.content_on_spans:
-            text = self.safely("content", None, self.content.json, value)
-            if text is not None:
-                attributes[key] = text
+            with _CONTENT:
+                attributes[key] = self.content.json(value)
 
     def put_text(self, attributes: Attributes, key: str, value: str) -> None:
         """Add ``value`` as text under ``key``, if content may be on spans."""
         if self.config.content_on_spans:
-            text = self.safely("content", None, self.content.text, value)
-            if text is not None:
-                attributes[key] = text
+            with _CONTENT:
+                attributes[key] = self.content.text(value)
 
     def emit_event(self, name: str, attributes: Attributes, context: Context) -> None:
         """Emit a log event that belongs to the span in ``context``."""
@@ -144,15 +146,3 @@ class Telemetry:
         """Add a span event, if the span is still open and recorded."""
         if span is not None and span.is_recording():
             span.add_event(name, attributes)
-
-
-def parent_of_process() -> Context | None:
-    """The parent that the environment names (``TRACEPARENT``, ``TRACESTATE``, ``BAGGAGE``), if it names one.
-
-    OpenTelemetry's "environment variables as context propagation carriers"; read once, when instrumentation starts.
-    """
-    carrier = {name: os.environ[name.upper()] for name in _CARRIER if os.environ.get(name.upper())}
-    if "traceparent" not in carrier:
-        return None
-    context = read_context(carrier, Context())
-    return context if trace.get_current_span(context).get_span_context().is_valid else None

@@ -11,7 +11,7 @@ from dspy_otel.content import introspection
 from dspy_otel.core.attributes import Attributes
 from dspy_otel.core.call_context import CallContext, current_call_context
 from dspy_otel.core.errors import error_type, hide_frames
-from dspy_otel.core.internal_errors import guarded
+from dspy_otel.core.internal_errors import guard
 from dspy_otel.core.operation import Call, Operation, Start, openinference
 from dspy_otel.operations.module import put_inputs, put_outputs
 
@@ -49,7 +49,7 @@ class AdapterOperation(Operation):
 
     wrap_async = wrap
 
-    @guarded("adapter")
+    @guard("adapter")
     def note(self, adapter: Any) -> None:
         """Note which adapter serves the predictor."""
         context = current_call_context()
@@ -97,9 +97,9 @@ class AdapterSpanOperation(Operation):
     """
 
     def __init__(self, telemetry: Any, method: str) -> None:
-        super().__init__(telemetry)
         self.method = method
         self.kind = f"adapter.{method}"
+        super().__init__(telemetry)
 
     def start(
         self, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any], parent: CallContext | None

@@ -29,7 +29,7 @@ class EvaluateOperation(Operation):
     """``Evaluate.__call__``."""
 
     kind = "evaluate"
-    must_stay = (
+    identity = (
         semconv.EVALUATION_ID,
         semconv.PROGRAM_NAME,
         semconv.PROGRAM_ID,
@@ -72,7 +72,9 @@ class EvaluateOperation(Operation):
             attributes[semconv.EVALUATION_METRIC_NAME] = metric
         attributes.update(size_attributes(given))
         openinference(attributes, self.telemetry, semconv.KIND_EVALUATOR)
-        return Start(f"{semconv.SPAN_EVALUATE} {context.notes['program_name']}", context, attributes)
+        return Start(
+            f"{semconv.SPAN_EVALUATE} {context.notes['program_name']}", context, attributes, identity=self.identity
+        )
 
     def result(self, call: Call, result: Any, error: BaseException | None) -> Attributes:
         notes = call.context.notes
@@ -113,7 +115,7 @@ class ExampleOperation(Operation):
     """One example of an evaluation: the program's answer and the metric's verdict on it."""
 
     kind = "example"
-    must_stay = (*EvaluateOperation.must_stay, semconv.EXAMPLE_INDEX, semconv.CANDIDATE_ID)
+    identity = (*EvaluateOperation.identity, semconv.EXAMPLE_INDEX, semconv.CANDIDATE_ID)
 
     def __init__(self, telemetry: Any, programs: Programs) -> None:
         super().__init__(telemetry)
@@ -141,7 +143,7 @@ class ExampleOperation(Operation):
         linked = self.telemetry.config.evaluation_traces == "linked"
         links = [Link(evaluate.span.get_span_context())] if linked and evaluate.span is not None else []
         name = f"{semconv.SPAN_EXAMPLE} {evaluate.notes['program_name']}"
-        return Start(name, context, attributes, root=linked, links=links)
+        return Start(name, context, attributes, root=linked, links=links, identity=self.identity)
 
     def detail(self, call: Call) -> Attributes:
         run: ExampleRun = call.instance

@@ -115,7 +115,9 @@ class LMOperation(Operation):
         name = f"{attributes[semconv.GEN_AI_OPERATION_NAME]} {attributes[semconv.GEN_AI_REQUEST_MODEL]}"
         return Start(name, context, attributes, SpanKind.CLIENT)
 
-    def again(self, context: CallContext) -> None:
+    def overridden(
+        self, context: CallContext, args: tuple[Any, ...], kwargs: dict[str, Any], override_of: type | None
+    ) -> None:
         self._put_together(context)
         if "outcome" in context.notes:
             context.notes["earlier"] = context.notes.pop("outcome")

@@ -9,7 +9,7 @@ from dspy_otel.content import introspection
 from dspy_otel.content.digest import digest
 from dspy_otel.content.introspection import is_a
 from dspy_otel.core.call_context import Program
-from dspy_otel.core.internal_errors import guarded
+from dspy_otel.core.internal_errors import guard
 from dspy_otel.operations.identity_cache import IdentityCache
 from dspy_otel.operations.module_tree import attributes, named_modules, origin, origins, survey
 
@@ -126,7 +126,7 @@ class Programs:
         self._examples = IdentityCache()
         self._signatures = IdentityCache()
 
-    @guarded("program")
+    @guard("program")
     def find(self, root: Any) -> Program:
         """The program whose outermost module is ``root``. Cheap when nothing changed since the last call.
 
@@ -141,7 +141,7 @@ class Programs:
         found: Program = self._programs.get(root, shape, objects, lambda: _describe(root))
         return found
 
-    @guarded("module paths")
+    @guard("module paths")
     def place(self, module: Any, program: Program, caller: str | None) -> tuple[str | None, dict[int, str]]:
         """Where a module belongs that was made during a call of ``program``.
 
@@ -164,7 +164,7 @@ class Programs:
             return None, {id(each): inner for inner, each in made if inner not in taken}
         return path, {id(each): f"{path}.{inner}" if path and inner else path or inner for inner, each in made}
 
-    @guarded("example id")
+    @guard("example id")
     def example_id(self, example: Any) -> str | None:
         """A stable id of a dataset row: a digest of its fields, the same in every evaluation that uses the row."""
         values = introspection.store_of(example)
@@ -173,7 +173,7 @@ class Programs:
         found: str = self._examples.get(example, [], list(dict.values(values)), lambda: digest(values))
         return found
 
-    @guarded("signature fields")
+    @guard("signature fields")
     def signature_fields(self, signature: Any) -> str:
         """``"question -> answer"``: the signature's field names, kept per signature class."""
         found: str = self._signatures.get(signature, [], [], lambda: _field_names(signature))
@@ -183,7 +183,7 @@ class Programs:
 def _describe(root: Any) -> Program:
     modules = named_modules(root)
     paths = {id(module): path for path, module in modules}
-    return Program(type(root).__name__, guarded("program id")(program_digest)(root), paths, origins(modules))
+    return Program(type(root).__name__, guard("program id")(program_digest)(root), paths, origins(modules))
 
 
 def _field_names(signature: Any) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any, Final, TypeVar
 
-from dspy_otel.core.internal_errors import guarded
+from dspy_otel.core.internal_errors import guard
 from dspy_otel.core.telemetry import Telemetry
 from dspy_otel.operations.program import Programs
 from dspy_otel.optimizers.compile import CompileOperation
@@ -86,7 +86,7 @@ class Optimizers:
                 return self.trackers[kind.__name__]
         return Tracker
 
-    @guarded("optimizer")
+    @guard("optimizer")
     def running(self, kind: type[_Tracker]) -> _Tracker | None:
         """The plan of the optimization that runs here, if it is one of this kind."""
         run = current_run(self.phases)

@@ -43,7 +43,7 @@ class CompileOperation(Operation):
     """
 
     kind = "compile"
-    must_stay = (
+    identity = (
         semconv.OPTIMIZER_NAME,
         semconv.OPTIMIZER_RUN_ID,
         semconv.OPTIMIZER_PARENT_RUN_ID,
@@ -98,7 +98,7 @@ class CompileOperation(Operation):
         context.notes.update(run=run, given=given)
         openinference(attributes, self.telemetry, semconv.KIND_CHAIN)
         links = [] if run.attempt is None else run.attempt.links()
-        return Start(f"{semconv.SPAN_COMPILE} {name}", context, attributes, links=links)
+        return Start(f"{semconv.SPAN_COMPILE} {name}", context, attributes, links=links, identity=self.identity)
 
     def _given(self, instance: Any, arguments: dict[str, Any]) -> dict[str, Any]:
         """The arguments of ``compile()``, and datasets that the constructor was given instead (KNNFewShot)."""
@@ -227,9 +227,9 @@ class CompileOperation(Operation):
 
 def say_now(call: Call) -> None:
     """Put on the span what is known so far: it may be looked at long before it ends."""
-    if call.details:
-        call.span.set_attributes(call.details)
-        call.details = {}
+    if call.attributes:
+        call.span.set_attributes(call.attributes)
+        call.attributes = {}
 
 
 def outcome_of(error: BaseException | None) -> str:

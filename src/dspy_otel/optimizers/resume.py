@@ -140,7 +140,7 @@ class Attempt:
         context = call.span.get_span_context()
         parent = getattr(call.span, "parent", None)
         recorded = context.is_valid and context.trace_flags.sampled
-        known = {**(getattr(call.span, "attributes", None) or {}), **call.details}
+        known = {**(getattr(call.span, "attributes", None) or {}), **call.attributes}
         self.own = {
             "trace_id": f"{context.trace_id:032x}",
             "span_id": f"{context.span_id:016x}" if recorded else "",

@@ -13,11 +13,12 @@ from dspy_otel.content import introspection
 from dspy_otel.content.digest import digest
 from dspy_otel.core.attributes import Attributes
 from dspy_otel.core.call_context import CallContext, current_call_context
-from dspy_otel.core.internal_errors import guarded
+from dspy_otel.core.internal_errors import guard
 from dspy_otel.core.operation import Call, Operation, Start, detach, openinference
 from dspy_otel.core.usage import Totals
 from dspy_otel.operations.evaluation import EvaluateOperation, ExampleOperation, ExampleRun, arguments
 from dspy_otel.operations.module import ModuleOperation
+from dspy_otel.optimizers.enclosing import EnclosedOperation
 from dspy_otel.optimizers.lineage import remember
 from dspy_otel.optimizers.program_state import differences, put_state, state_of
 from dspy_otel.optimizers.run import Run, Scored, run_of
@@ -29,7 +30,7 @@ class PhaseOperation(Operation):
     """One phase. Called with a :class:`Phase` in place of an instance."""
 
     kind = "phase"
-    must_stay = (
+    identity = (
         semconv.OPTIMIZER_NAME,
         semconv.OPTIMIZER_RUN_ID,
         semconv.OPTIMIZER_ROOT_RUN_ID,
@@ -51,7 +52,7 @@ class PhaseOperation(Operation):
         context.notes["totals"] = totals
         attributes = dict(phase.attributes)
         openinference(attributes, self.telemetry, semconv.KIND_CHAIN)
-        return Start(phase.name, context, attributes)
+        return Start(phase.name, context, attributes, identity=self.identity)
 
     def result(self, call: Call, result: Any, error: BaseException | None) -> Attributes:
         return {**call.instance.attributes, **call.context.notes["totals"].attributes()}
@@ -100,7 +101,7 @@ class TrialOperation(Operation):
     """One scored candidate. Called with a :class:`Trial` in place of an instance."""
 
     kind = "trial"
-    must_stay = (
+    identity = (
         semconv.OPTIMIZER_NAME,
         semconv.OPTIMIZER_RUN_ID,
         semconv.OPTIMIZER_ROOT_RUN_ID,
@@ -141,7 +142,7 @@ class TrialOperation(Operation):
             attributes[semconv.CANDIDATE_PARENT_IDS] = list(trial.parents)
         attributes.update({semconv.TRIAL_PARAMS_PREFIX + name: value for name, value in trial.params.items()})
         openinference(attributes, self.telemetry, semconv.KIND_EVALUATOR)
-        return Start(semconv.SPAN_TRIAL, context, attributes)
+        return Start(semconv.SPAN_TRIAL, context, attributes, identity=self.identity)
 
     def detail(self, call: Call) -> Attributes:
         trial: Trial = call.instance
@@ -181,7 +182,7 @@ class TrialOperation(Operation):
         return attributes
 
 
-class CandidateEvaluation(EvaluateOperation):
+class CandidateEvaluation(EnclosedOperation, EvaluateOperation):
     """``Evaluate``, which directly inside a compile is one trial."""
 
     def __init__(self, telemetry: Any, programs: Any, phases: PhaseOperation, trials: TrialOperation) -> None:
@@ -190,9 +191,6 @@ class CandidateEvaluation(EvaluateOperation):
         self.trials = trials
 
     def enclose(self, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
-        return self.telemetry.safely("trial", None, self._trial, instance, args, kwargs) if Run.live else None
-
-    def _trial(self, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
         context = current_call_context()
         if context is None or not (context.kind == "compile" or (context.kind == "phase" and context.owner.trials)):
             return None
@@ -243,19 +241,19 @@ class CandidateEvaluation(EvaluateOperation):
                 self.telemetry.safely("optimizer", None, run.add_examples, len(rows))
         super().close(call, result, error)
 
-    def close_around(self, around: Call, result: Any, error: BaseException | None) -> None:
-        trial, run = around.instance, run_of(around.context)
+    def close_enclosing(self, enclosing: Call, result: Any, error: BaseException | None) -> None:
+        trial, run = enclosing.instance, run_of(enclosing.context)
         if isinstance(trial, Trial) and run is not None:
             trial.score = self.telemetry.safely("optimizer", None, run.tracker.score, result, error)
             if error is None:
                 self.telemetry.safely("optimizer", None, run.tracker.scored, trial, result)
                 if trial.waits:
                     # The span stays open, for the verdict; nothing more happens inside it.
-                    detach(around.token)
-                    around.token = None
+                    detach(enclosing.token)
+                    enclosing.token = None
                     return
             trial.waits = False
-        super().close_around(around, result, error)
+        super().close_enclosing(enclosing, result, error)
 
     # --- for optimizers that do not use Evaluate ----------------------------------------------------------------------
     def open_for(self, program: Any, metric: Any, devset: Any, num_threads: Any = None) -> Call | None:
@@ -264,14 +262,11 @@ class CandidateEvaluation(EvaluateOperation):
         The call's ``context`` is what its examples have to run in.
         """
         stand_in = SimpleNamespace(program=program, metric=metric, devset=devset, num_threads=num_threads)
-        call = self.open(stand_in, (), {})
-        if call is None:
-            return None
-        detach(call.token)
-        call.token = None
-        if call.around is not None:
-            detach(call.around.token)
-            call.around.token = None
+        enclosing, call = self.open_both(stand_in, (), {})
+        for opened in (call, enclosing):  # in reverse
+            if opened is not None:
+                detach(opened.token)
+                opened.token = None
         return call
 
 
@@ -313,7 +308,7 @@ class CandidateExample(ExampleOperation):
             end_example(call, has_failed(as_pair(result), error))
 
 
-class DirectModule(ModuleOperation):
+class DirectModule(EnclosedOperation, ModuleOperation):
     """A module; one that the optimizer itself calls has a role, and may make up a phase."""
 
     def __init__(self, telemetry: Any, programs: Any, phases: PhaseOperation) -> None:
@@ -321,9 +316,6 @@ class DirectModule(ModuleOperation):
         self.phases = phases
 
     def enclose(self, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
-        return self.telemetry.safely("phase", None, self._phase, instance) if Run.live else None
-
-    def _phase(self, instance: Any) -> Call | None:
         context = current_call_context()
         if context is None or context.kind != "compile":
             return None
@@ -375,7 +367,7 @@ def dataset_attributes(programs: Any, rows: Any, role: str) -> Attributes:
     return {size: count, digest_name: digest([programs.example_id(row) for row in introspection.items(rows)])}
 
 
-@guarded("optimizer")
+@guard("optimizer")
 def current_run(operation: Operation) -> Run | None:
     """The optimization that is running here, if any, and if instrumentation is on."""
     if not Run.live or not operation.telemetry.enabled():

@@ -1,0 +1,48 @@
+"""Spans that an optimization opens around another operation's: a trial around an evaluation, a phase around a module."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, Final
+
+from dspy_otel.core.internal_errors import guard
+from dspy_otel.core.operation import Call, Operation
+from dspy_otel.optimizers.run import Run
+
+_ENCLOSING: Final = guard("span around an optimizer's call")
+
+
+class EnclosedOperation(Operation):
+    """Opens another operation's call around its own, and closes it after its own. Put before the operation's class."""
+
+    def enclose(self, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
+        """Open the call around this one and make it current, if there is to be one. Asked for inside a compile only."""
+        raise NotImplementedError
+
+    def close_enclosing(self, enclosing: Call, result: Any, error: BaseException | None) -> None:
+        """Close what :meth:`enclose` has opened, with the result and the error of the call inside it."""
+        enclosing.operation.close(enclosing, result, error)
+
+    def open(
+        self, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any], override_of: type | None = None
+    ) -> Call | None:
+        if not Run.live:
+            return super().open(instance, args, kwargs, override_of)
+        return self.open_both(instance, args, kwargs, override_of)[1]
+
+    def open_both(
+        self, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any], override_of: type | None = None
+    ) -> tuple[Call | None, Call | None]:
+        """Like :meth:`open`. Gives the call around this one as well, if there is one."""
+        enclosing: Call | None = None
+        with _ENCLOSING:
+            if self.telemetry.enabled():
+                enclosing = self.enclose(instance, args, kwargs)
+        call = super().open(instance, args, kwargs, override_of)
+        if enclosing is None:
+            return None, call
+        if call is None:
+            enclosing.operation.close(enclosing, None, None)
+            return None, None
+        call.on_closed = functools.partial(self.close_enclosing, enclosing)
+        return enclosing, call
