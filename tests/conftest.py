@@ -45,8 +45,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(autouse=True)
-def isolated(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """No setting, cache entry, history or warning passes from one test to the next."""
+def isolated(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Iterator[None]:
+    """No setting, cache entry, history or warning passes from one test to the next.
+
+    An internal error is raised, and fails the test, unless that is marked with ``injects_faults``.
+    """
+    monkeypatch.setattr(internal_errors, "raises", request.node.get_closest_marker("injects_faults") is None)
     for name in list(os.environ):
         if _FOREIGN_SETTINGS.search(name):
             monkeypatch.delenv(name)

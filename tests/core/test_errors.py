@@ -80,6 +80,7 @@ def test_a_long_trace_stays_within_the_limit() -> None:
     assert len(str(attributes["exception.stacktrace"]).encode()) <= 300
 
 
+@pytest.mark.injects_faults
 def test_redaction_that_raises_leaves_the_type() -> None:
     def redact(_: str) -> str:
         raise RuntimeError

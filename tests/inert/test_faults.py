@@ -46,6 +46,8 @@ from tests.optimizers import common, test_inert
 from tests.support.spans import Recorder
 from tests.support.waiting import STALLED
 
+pytestmark = pytest.mark.injects_faults
+
 
 class Boom(Exception):
     pass

@@ -66,6 +66,7 @@ def test_the_same_error_is_told_once_and_each_of_a_recursion_on_its_own(telemetr
         assert events(telemetry) == told
 
 
+@pytest.mark.injects_faults
 def test_redaction_that_raises_takes_nothing_but_content(telemetry: Recorder) -> None:
     def redact(_: str) -> str:
         raise RuntimeError("no")

@@ -142,6 +142,7 @@ def test_a_function_is_missing(
     assert telemetry.spans
 
 
+@pytest.mark.injects_faults
 def test_a_part_that_fails_costs_itself_only(
     telemetry: Recorder, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):

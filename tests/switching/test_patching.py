@@ -100,6 +100,7 @@ def test_what_is_hooked_looks_and_fails_as_before(patches: Patches) -> None:
     assert (result, error) == (None, raised.value), "a hook after a call that raised is not called"
 
 
+@pytest.mark.injects_faults
 def test_hooks_that_raise_are_one_warning_and_no_more(patches: Patches, caplog: pytest.LogCaptureFixture) -> None:
     def boom(*_: Any) -> Any:
         raise RuntimeError("a secret")

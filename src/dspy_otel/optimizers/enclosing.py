@@ -1,4 +1,4 @@
-"""Spans that an optimization opens around another operation's: a trial around an evaluation, a phase around a module."""
+"""Spans that an optimization opens around another operation's: a trial around an evaluation, or a phase."""
 
 from __future__ import annotations
 
