@@ -12,7 +12,6 @@ from typing import Any, Final
 from opentelemetry.instrumentation.instrumentor import BaseInstrumentor  # type: ignore[attr-defined]
 from wrapt import register_post_import_hook
 
-from dspy_otel import compat
 from dspy_otel.coexistence import Neighbours
 from dspy_otel.config import Config
 from dspy_otel.content import redaction
@@ -21,6 +20,7 @@ from dspy_otel.core.id_generator import OwnJitter
 from dspy_otel.core.internal_errors import failed, guard, reset_warnings, warn_once
 from dspy_otel.core.operation import Operation
 from dspy_otel.core.telemetry import Telemetry
+from dspy_otel.operations import older_dspy
 from dspy_otel.operations.adapter import AdapterOperation, AdapterSpanOperation
 from dspy_otel.operations.embedding import EmbeddingOperation
 from dspy_otel.operations.interpreter import InterpreterOperation
@@ -36,6 +36,10 @@ from dspy_otel.propagation import parent_of_process
 _LOG: Final = logging.getLogger(__name__)
 _instruments: Final = ("dspy >= 3.0.4, < 4",)
 
+_BASE_LM: Final = "dspy.clients.base_lm"
+_STREAM: Final = "_get_stream_completion_fn"
+_THREADS: Final = "parents of spans in worker threads, and examples"
+_FALLBACKS: Final = "parse failures and adapter fallbacks"
 _PROVIDERS: Final = ("tracer_provider", "meter_provider", "logger_provider")
 
 
@@ -171,35 +175,41 @@ def apply(telemetry: Telemetry, patches: Patches) -> None:
         elif loses:
             warn_once(("patch", place, name), "this DSPy has no %s; telemetry lacks %s", name, loses)
 
-    # Internals, each where nothing public tells the same. (module, function, wrapper, DSPy versions, lost without it)
-    execution = resolve("dspy.clients.execution")
-    base_lm = resolve("dspy.clients.base_lm", "BaseLM")
-    if execution is not None:  # 3.4
-        patches.wrap(execution, "finalize", lm.wrap_finalize, loses="usage, cost and cache hits of LM calls")
-        patches.wrap(execution, "_engine", lm.wrap_engine, loses="the engine of LM calls")
-        patches.wrap(execution, "_delay", lm.wrap_delay, loses="retries of LM calls")
-        patches.wrap(execution, "stream_emitted", lm.wrap_stream_emitted, loses="time to first chunk")
-        patches.wrap(resolve("dspy.clients.lm"), "stream_emitted", lm.wrap_stream_emitted, loses="time to first chunk")
-    else:  # before
-        loses = "usage, cost and cache hits of LM calls"
-        patches.wrap(base_lm, "_process_lm_response", lm.wrap_process_response, loses=loses)
-        patches.wrap(base_lm, "_finalize_lm_response", lm.wrap_finalize_typed)
-        clients = resolve("dspy.clients.lm")
-        patches.wrap(clients, "_get_stream_completion_fn", lm.wrap_stream_completion, loses="time to first chunk")
-    patches.wrap(base_lm, "__init__", lm.wrap_init, loses="the keys of LMs, until their first call, to mask them")
-    executor = resolve("dspy.utils.parallelizer", "ParallelExecutor")
-    patches.wrap(executor, "execute", parallel.wrap_execute, loses="parents of spans in worker threads, and examples")
-    adapters = resolve("dspy.adapters.base", "Adapter")
-    patches.wrap(adapters, "_call_postprocess", adapter.watch, loses="parse failures and adapter fallbacks")
-
-    if sys.version_info < (3, 11):
-        for place in ("dspy.predict.react", "dspy.predict.react_v2"):
-            for name in ("format_error_for_lm", "_fmt_exc"):  # the latter before DSPy 3.3
-                patches.wrap(resolve(place), name, formatting_without_our_frames)
+    # Internals, where nothing public shows the same: whether this DSPy is one to have it, where it is, how it is
+    # watched and by what, and what is lost without it. Optimizers have more of them, in their own files.
+    from_34 = resolve("dspy.clients.execution") is not None
+    python_310 = sys.version_info < (3, 11)
+    usage, first_chunk = "usage, cost and cache hits of LM calls", "time to first chunk"
+    keys = "the keys of LMs, until their first call, to mask them"
+    internals: tuple[tuple[bool, str, str, str, Callable[..., bool], Callable[..., Any], str], ...] = (
+        (from_34, "dspy.clients.execution", "", "finalize", patches.before, lm.note_result, usage),
+        (from_34, "dspy.clients.execution", "", "_engine", patches.after, lm.note_engine, "the engine of LM calls"),
+        (from_34, "dspy.clients.execution", "", "_delay", patches.after, lm.note_retry, "retries of LM calls"),
+        (from_34, "dspy.clients.execution", "", "stream_emitted", patches.before, lm.note_chunk, first_chunk),
+        (from_34, "dspy.clients.lm", "", "stream_emitted", patches.before, lm.note_chunk, first_chunk),
+        (not from_34, _BASE_LM, "BaseLM", "_process_lm_response", patches.after, older_dspy.note_response, usage),
+        (not from_34, _BASE_LM, "BaseLM", "_finalize_lm_response", patches.after, older_dspy.note_typed_response, ""),
+        (not from_34, "dspy.clients.lm", "", _STREAM, patches.wrap, older_dspy.counting_stream, first_chunk),
+        (True, _BASE_LM, "BaseLM", "__init__", patches.after, lm.note_settings, keys),
+        (True, "dspy.utils.parallelizer", "ParallelExecutor", "execute", patches.wrap, parallel.wrap_execute, _THREADS),
+        (True, "dspy.adapters.base", "Adapter", "_call_postprocess", patches.around, adapter.watch, _FALLBACKS),
+        # ReAct and ReActV2 show the LM the frames of an error; the second name is that before DSPy 3.3.
+        *(
+            (python_310, place, "", name, patches.wrap, formatting_without_our_frames, "")
+            for place in ("dspy.predict.react", "dspy.predict.react_v2")
+            for name in ("format_error_for_lm", "_fmt_exc")
+        ),
+    )
+    for applies, place, owner_name, name, watch, hook, loses in internals:
+        if applies:
+            watch(resolve(place, owner_name), name, hook, loses=loses)
+    rlm = resolve("dspy.predict.rlm")
+    if older_dspy.needs_bound_pool(rlm):
+        patches.replace(rlm, "ThreadPoolExecutor", older_dspy.BoundPool)
 
     optimizers.patch(patches)
-    compat.patch(patches)
 
+    adapters = resolve("dspy.adapters.base", "Adapter")
     if telemetry.config.adapter_spans and adapters is not None:
         for method in ("format", "parse"):
             wrap_class_tree(patches, adapters, AdapterSpanOperation(telemetry, method), method, None)

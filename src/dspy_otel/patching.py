@@ -135,11 +135,7 @@ class Patches:
         Returns:
             Whether the hook is in force.
         """
-
-        def enter(instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            hook(instance, args, kwargs)
-
-        return self.around(owner, name, enter, loses=loses)
+        return self.around(owner, name, hook, loses=loses)
 
     def after(self, owner: Any, name: str, hook: After, *, loses: str = "") -> bool:
         """Call ``hook(instance, args, kwargs, result)`` when a call of ``owner.name`` has returned.
@@ -157,7 +153,7 @@ class Patches:
         return self.around(owner, name, enter, loses=loses)
 
     def around(self, owner: Any, name: str, hook: Around, *, loses: str = "") -> bool:
-        """Call ``hook(instance, args, kwargs)`` before each call of ``owner.name``, and what it gives at the end of it.
+        """Call ``hook(instance, args, kwargs)`` before each call of ``owner.name``, and what that returns at its end.
 
         Arguments and result are as for :meth:`before`.
 
@@ -172,7 +168,7 @@ class Patches:
         """
         bound = isinstance(owner, type) and not isinstance(vars(owner).get(name), staticmethod)
         shown = name if owner is None else f"{owner.__name__}.{name}"
-        return self.wrap(owner, name, functools.partial(_around, hook, bound, guard(f"hook of {shown}")), loses=loses)
+        return self.wrap(owner, name, functools.partial(_around, hook, bound, f"hook of {shown}"), loses=loses)
 
     def replace(self, owner: Any, name: str, value: Any) -> bool:
         """Set ``owner.name`` to ``value`` until :meth:`restore`, and say whether that was possible."""
@@ -211,25 +207,23 @@ class Patches:
                 setattr(owner, replaced.name, replaced.own)
 
 
-def _around(hook: Around, bound: bool, guarding: guard, original: Callable[..., Any]) -> Callable[..., Any]:
+def _around(hook: Around, bound: bool, where: str, original: Callable[..., Any]) -> Callable[..., Any]:
     """A function in place of ``original``, a coroutine function if that is one, with ``hook`` around each call.
 
     Args:
         hook: is called first.
         bound: the first argument is the instance.
-        guarding: keeps what the hook raises away from the caller.
+        where: for the warning when the hook raises.
         original: the function.
     """
 
-    @guarding
+    @guard(where)
     def enter(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Leave | None:
         return hook(args[0], args[1:], kwargs) if bound else hook(None, args, kwargs)
 
-    def failed(leave: Leave | None, error: BaseException) -> None:
-        if leave is not None:
-            with guarding:
-                leave(None, error)
-        hide_frames(error)
+    @guard(where)
+    def end(leave: Leave, result: Any, error: BaseException | None) -> None:
+        leave(result, error)
 
     if inspect.iscoroutinefunction(original):
 
@@ -239,11 +233,12 @@ def _around(hook: Around, bound: bool, guarding: guard, original: Callable[..., 
             try:
                 result = await original(*args, **kwargs)
             except BaseException as error:
-                failed(leave, error)
+                if leave is not None:
+                    end(leave, None, error)
+                hide_frames(error)
                 raise
             if leave is not None:
-                with guarding:
-                    leave(result, None)
+                end(leave, result, None)
             return result
 
         return coroutine_wrapper
@@ -254,11 +249,12 @@ def _around(hook: Around, bound: bool, guarding: guard, original: Callable[..., 
         try:
             result = original(*args, **kwargs)
         except BaseException as error:
-            failed(leave, error)
+            if leave is not None:
+                end(leave, None, error)
+            hide_frames(error)
             raise
         if leave is not None:
-            with guarding:
-                leave(result, None)
+            end(leave, result, None)
         return result
 
     return wrapper

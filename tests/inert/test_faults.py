@@ -408,11 +408,12 @@ def test_a_faulty_logging_handler_of_the_user(telemetry: Any) -> None:
 
 MACHINERY = {
     # What makes everything else safe; a fault in them is tested by what they make safe.
-    *("operations.parallel.bind", "optimizers.trials.current_run"),
+    *("operations.parallel.bind", "optimizers.trials.current_run", "propagation.inject", "propagation.attach"),
     *("core.errors.hide_frames", "core.errors.without_our_frames"),
     *("core.internal_errors.failed", "core.internal_errors.warn_once", "core.internal_errors.reset_warnings"),
     *(f"core.internal_errors.guard.{method}" for method in ("__init__", "__enter__", "__exit__", "__call__")),
     *("core.telemetry.Telemetry.safely", "core.operation.detach", "core.operation._return_to"),
+    "optimizers.enclosing.EnclosedOperation.open",
     *("core.operation.Operation.open", "core.operation.Operation.close", "core.operation.Operation.fail"),
     *("core.operation.safe_open", "core.operation.safe_close", "core.operation._continue"),
     *("core.operation.Operation.__reduce__", "core.operation._NothingToRecord.__reduce__"),
@@ -438,9 +439,9 @@ AT_INSTRUMENT = ("wrap", "around", "watch", "patch", "guarded", "__init_subclass
 def functions() -> dict[str, tuple[Any, str]]:
     """Every function, method and property of ours between DSPy and the SDK, with where it lives."""
     places: dict[str, tuple[Any, str]] = {}
-    for package in ("core", "content", "operations", "optimizers"):
+    for package in ("core", "content", "operations", "optimizers", "propagation"):
         root = importlib.import_module(f"dspy_otel.{package}")
-        names = [found.name for found in pkgutil.walk_packages(root.__path__, f"{root.__name__}.")]
+        names = [found.name for found in pkgutil.walk_packages(getattr(root, "__path__", ()), f"{root.__name__}.")]
         for module in (root, *map(importlib.import_module, names)):
             short = module.__name__.removeprefix("dspy_otel.")
             for name, value in vars(module).items():
@@ -680,8 +681,8 @@ def resumed() -> Any:
 
 NEVER_CALLED = re.compile(
     r"optimizers\.(finetune|reanchor|progress|memory)\.|interpreter|typed|_CountedStream|_counted_stream"
-    r"|_note_(chunk|retry|litellm)|_keys_of_suppression|simba\._in_compile|outcome_of_response|on_merge_rejected"
-    r"|formatting_without|\.remote\._typed|\.HeldSpan\.|Asking\.of|\.__init__$|\.Telemetry\.(_make|_after_fork|__)"
+    r"|note_(chunk|retry)|count_chunk|_suppression_keys|simba\._in_compile|older_dspy\.|on_merge_rejected"
+    r"|formatting_without|propagation\._typed|Asking\.of|\.__init__$|\.Telemetry\.(_make|_after_fork|__)"
     r"|is_trace_id_random|parent_of_process|gepa\.(Silent|Old)GEPATracker|gepa\._takes|\.(Operation|Tracker|Blob)\.\w+$|_Pending|_moment|moment$"
     r"|\.Walker\.(text|integer|real|other|entry|cut|stop)$|_Canonical\.cut"
 )

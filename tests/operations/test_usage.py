@@ -9,7 +9,7 @@ import dspy
 import pytest
 
 from dspy_otel.core.usage import LMUsage
-from dspy_otel.operations.lm import Outcome, lm_usage
+from dspy_otel.operations.lm_response import LMResponse, lm_usage
 from tests.support.spans import Recorder
 
 
@@ -80,7 +80,7 @@ def test_a_cost_without_counters_is_a_cost(telemetry: Recorder) -> None:
 @pytest.mark.parametrize("cost", [0.0, None])
 def test_nothing_counted_and_no_price_is_not_known(cost: float | None) -> None:
     zeros = {"prompt_tokens": 0, "completion_tokens": 0}
-    assert lm_usage(Outcome([], zeros, cost, False, None, None, [])) == LMUsage()
+    assert lm_usage(LMResponse([], zeros, cost, False, None, None, [])) == LMUsage()
 
 
 @pytest.mark.parametrize(

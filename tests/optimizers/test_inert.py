@@ -128,6 +128,7 @@ def test_a_missing_hook_costs_its_detail_and_one_warning(
     assert all("trial.params.depth" in trial and "trial.params.predictor" not in trial for trial in found)
 
 
+@pytest.mark.injects_faults
 def test_a_hook_that_raises_costs_its_detail_and_one_warning(
     telemetry: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -14,7 +14,7 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 
 import dspy_otel
 from dspy_otel import semconv
-from dspy_otel.operations.evaluation import MAX_LINKS
+from dspy_otel.core.call_context import MAX_LINKS
 from tests.optimizers.common import quietly, run_random_search, scripted_lm
 
 

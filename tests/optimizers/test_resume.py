@@ -195,6 +195,7 @@ def test_a_file_that_is_not_ours_is_no_attempt(telemetry: Any, tmp_path: Path, t
     assert json.loads((tmp_path / FILE).read_text(encoding="utf-8"))["outcome"] == "finished"
 
 
+@pytest.mark.injects_faults
 def test_trials_that_make_no_sense_cost_the_resumption_only(telemetry: Any, tmp_path: Path) -> None:
     telemetry.instrument()
     quietly(run_gepa_digits, calls=30, log_dir=str(tmp_path))

@@ -122,7 +122,7 @@ def _entry(place: str, loses: str, used: str, *methods: str, since: tuple[int, .
     ]
 
 
-LM, OPS = "operations/lm.py", "operations"
+LM, OLDER, OPS = "operations/lm.py", "operations/older_dspy.py", "operations"
 USAGE = "usage, cost and cache hits of LM calls"
 SIMBA = "SIMBA's trials"
 GEPA = "GEPA's verdicts, parents and reflections"
@@ -201,7 +201,7 @@ FEATURES: tuple[Feature, ...] = (
     Feature(
         "dspy.clients.call_result:CallResult",
         "fields responses, outputs, usage, cost, response_model, cache_hit",
-        LM,
+        "operations/lm_response.py",
         USAGE,
         declares("responses", "outputs", "usage", "cost", "response_model", "cache_hit"),
         since=(3, 4),
@@ -228,7 +228,7 @@ FEATURES: tuple[Feature, ...] = (
     Feature(
         "dspy.clients.base_lm:BaseLM._process_lm_response",
         "(self, response, ...), asked for by each LM call when it has its answer",
-        LM,
+        OLDER,
         USAGE,
         takes("self", "response"),
         until=(3, 4),
@@ -236,7 +236,7 @@ FEATURES: tuple[Feature, ...] = (
     Feature(
         "dspy.clients.base_lm:BaseLM._finalize_lm_response",
         "(self, request, response, ...), likewise for typed requests",
-        LM,
+        OLDER,
         "usage and cost of typed requests",
         takes("self", "request", "response"),
         since=(3, 3),
@@ -245,7 +245,7 @@ FEATURES: tuple[Feature, ...] = (
     Feature(
         "dspy.clients.lm:_get_stream_completion_fn",
         "takes `send_stream` from DSPy's settings",
-        LM,
+        OLDER,
         "time to first chunk",
         calls("send_stream"),
         until=(3, 4),
@@ -533,7 +533,7 @@ FEATURES: tuple[Feature, ...] = (
     Feature(
         "dspy.predict.rlm:ThreadPoolExecutor",
         "the pool of `llm_query_batched`, looked up when it runs",
-        "compat.py",
+        OLDER,
         "parents of LM calls in RLM's batches",
         inspect.isclass,
         since=(3, 1, 3),

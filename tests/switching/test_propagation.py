@@ -234,6 +234,7 @@ def test_an_error_inside_the_block_is_the_users(telemetry: Recorder):
             raise KeyError("mine")
 
 
+@pytest.mark.injects_faults
 def test_a_carrier_that_refuses_does_no_harm(caplog: pytest.LogCaptureFixture, telemetry: Recorder):
     class Closed(dict):  # type: ignore[type-arg]
         def update(self, *_: Any, **__: Any) -> None:

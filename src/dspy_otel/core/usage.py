@@ -10,7 +10,7 @@ from dspy_otel.core.attributes import Attributes
 
 
 class LMUsage(NamedTuple):
-    """What one LM call used. ``None`` is "not known", never zero.
+    """What one LM call used. Unknown values are ``None``, never zero.
 
     Attributes:
         input_tokens: prompt tokens, cached ones included.
@@ -25,8 +25,8 @@ class LMUsage(NamedTuple):
     cache_hit: bool = False
 
 
-def together(first: LMUsage, second: LMUsage) -> LMUsage:
-    """What both used. What only one of them knows is at least known so far."""
+def add_usages(first: LMUsage, second: LMUsage) -> LMUsage:
+    """What both used. A number that only one of them knows is the sum so far."""
 
     def add(one: Any, other: Any) -> Any:
         return other if one is None else one if other is None else one + other

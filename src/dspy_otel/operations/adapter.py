@@ -13,11 +13,12 @@ from dspy_otel.core.call_context import CallContext, current_call_context
 from dspy_otel.core.errors import error_type, hide_frames
 from dspy_otel.core.internal_errors import guard
 from dspy_otel.core.operation import Call, Operation, Start, openinference
-from dspy_otel.operations.module import put_inputs, put_outputs
+from dspy_otel.operations.module import ModuleState, put_inputs, put_outputs
+from dspy_otel.patching import Leave
 
 
 class AdapterOperation(Operation):
-    """``Adapter.__call__`` and ``acall``: no span of its own, but notes and events on the predictor's span."""
+    """``Adapter.__call__`` and ``acall``: no span of its own, but attributes and events on the predictor's span."""
 
     kind = "adapter"
 
@@ -53,33 +54,28 @@ class AdapterOperation(Operation):
     def note(self, adapter: Any) -> None:
         """Note which adapter serves the predictor."""
         context = current_call_context()
-        if context is None or context.kind != "module" or not self.telemetry.enabled():
+        if context is None or not isinstance(context.state, ModuleState) or not self.telemetry.enabled():
             return
-        notes, name = context.notes, type(adapter).__name__
-        notes.setdefault("adapter", name)
-        failed = notes.pop("failed_adapter", None)
+        state, name = context.state, type(adapter).__name__
+        if state.adapter is None:
+            state.adapter = name
+        failed, state.failed_adapter = state.failed_adapter, None
         if failed is not None and failed != name:
             attributes: Attributes = {semconv.ADAPTER_FALLBACK_FROM: failed, semconv.ADAPTER_NAME: name}
             self.telemetry.add_event(context.span, semconv.EVENT_ADAPTER_FALLBACK, attributes)
 
-    def watch(self, original: Any) -> Any:
-        """In place of ``Adapter._call_postprocess``, the one place in which every adapter's parsing fails."""
+    def watch(self, adapter: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Leave:
+        """Around ``Adapter._call_postprocess``, the one place in which every adapter's parsing fails."""
+        return functools.partial(self._end_of_parsing, adapter)
 
-        def _call_postprocess(adapter: Any, *args: Any, **kwargs: Any) -> Any:
-            try:
-                return original(adapter, *args, **kwargs)
-            except Exception as error:
-                self.telemetry.safely("adapter failure", None, self._note_failure, adapter, error)
-                raise
-
-        return _call_postprocess
-
-    def _note_failure(self, adapter: Any, error: BaseException) -> None:
+    def _end_of_parsing(self, adapter: Any, result: Any, error: BaseException | None) -> None:
+        if not isinstance(error, Exception):
+            return
         context = current_call_context()
-        if context is None or context.kind != "module" or not self.telemetry.enabled():
+        if context is None or not isinstance(context.state, ModuleState) or not self.telemetry.enabled():
             return
         name = type(adapter).__name__
-        context.notes["failed_adapter"] = name
+        context.state.failed_adapter = name
         attributes: Attributes = {semconv.ADAPTER_NAME: name, semconv.ERROR_TYPE: error_type(error)}
         completion = introspection.field(error, "lm_response")
         if completion is not None:
@@ -108,7 +104,7 @@ class AdapterSpanOperation(Operation):
         attributes: Attributes = {semconv.ADAPTER_NAME: name}
         openinference(attributes, self.telemetry, semconv.KIND_CHAIN)
         context = CallContext(self.kind, instance, parent)
-        # LM calls that an adapter makes itself (TwoStepAdapter) belong to its span, its notes to the predictor's.
+        # LM calls that an adapter makes itself (TwoStepAdapter) belong to its span.
         return Start(f"{name}.{self.method}", context, attributes)
 
     def detail(self, call: Call) -> Attributes:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Final
 
 from opentelemetry import context as otel_context
 from opentelemetry.context import Context
@@ -14,8 +15,9 @@ from dspy_otel.content import introspection, redaction
 from dspy_otel.core.attributes import Attributes
 from dspy_otel.core.call_context import CallContext
 from dspy_otel.core.errors import error_type
+from dspy_otel.core.internal_errors import guard
 from dspy_otel.core.operation import Call, Operation, Start, detach, openinference
-from dspy_otel.operations.lm import server_attributes, split_model
+from dspy_otel.operations.lm_request import server_attributes, split_model
 
 
 class Asking:
@@ -52,6 +54,19 @@ class Asking:
 
 
 ASKING = Asking()
+_CALLER: Final = guard("embedder's caller")
+_SETTINGS: Final = guard("embedder's settings")
+
+
+@dataclass(frozen=True, slots=True)
+class EmbeddingState:
+    """What is kept of one call of an embedder.
+
+    Attributes:
+        request: attributes of the request, for metrics.
+    """
+
+    request: Attributes
 
 
 class EmbeddingOperation(Operation):
@@ -62,8 +77,9 @@ class EmbeddingOperation(Operation):
     def open(
         self, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any], override_of: type | None = None
     ) -> Call | None:
-        none: list[Context] = []
-        asking = self.telemetry.safely("embedder's caller", none, ASKING.of, instance, args[0] if args else None)
+        asking: list[Context] = []
+        with _CALLER:
+            asking = ASKING.of(instance, args[0] if args else None)
         if not asking:
             return super().open(instance, args, kwargs, override_of)
         outer = otel_context.attach(asking[0])
@@ -81,7 +97,8 @@ class EmbeddingOperation(Operation):
     ) -> Start | None:
         hosted = isinstance(instance.model, str)
         settings = {**(getattr(instance, "default_kwargs", None) or {}), **kwargs}
-        self.telemetry.safely("embedder's settings", None, redaction.remember_settings, settings)
+        with _SETTINGS:
+            redaction.remember_settings(settings)
         model = instance.model if hosted else getattr(instance.model, "__qualname__", type(instance.model).__name__)
         provider, name = split_model(model) if hosted else (None, model)
         attributes: Attributes = {
@@ -91,9 +108,8 @@ class EmbeddingOperation(Operation):
         if provider is not None:
             attributes[semconv.GEN_AI_PROVIDER_NAME] = provider
         attributes.update(server_attributes(settings.get("api_base") or settings.get("base_url")))
+        context = CallContext(self.kind, instance, parent, EmbeddingState(attributes.copy()))
         openinference(attributes, self.telemetry, semconv.KIND_EMBEDDING)
-        context = CallContext(self.kind, instance, parent)
-        context.notes["request"] = dict(attributes)
         kind = SpanKind.CLIENT if hosted else SpanKind.INTERNAL
         return Start(f"{semconv.OPERATION_EMBEDDINGS} {name}", context, attributes, kind)
 
@@ -112,9 +128,8 @@ class EmbeddingOperation(Operation):
         return {semconv.GEN_AI_EMBEDDINGS_DIMENSION_COUNT: int(shape[-1])} if shape else {}
 
     def measure(self, call: Call, result: Any, error: BaseException | None, seconds: float) -> None:
-        labels: Attributes = {
-            key: value for key, value in call.context.notes["request"].items() if key != semconv.OPENINFERENCE_SPAN_KIND
-        }
+        state: EmbeddingState = call.context.state
+        labels = state.request
         if error is not None:
-            labels[semconv.ERROR_TYPE] = error_type(error)
+            labels = {**labels, semconv.ERROR_TYPE: error_type(error)}
         self.telemetry.metrics.operation_duration.record(seconds, labels, call.otel_context)

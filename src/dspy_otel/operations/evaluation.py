@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import secrets as random_source
 import types
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Final
 
 from opentelemetry.trace import Link
 
@@ -15,14 +15,50 @@ from dspy_otel.content import introspection
 from dspy_otel.core.attributes import Attributes
 from dspy_otel.core.call_context import CallContext
 from dspy_otel.core.errors import error_type
+from dspy_otel.core.internal_errors import guard
 from dspy_otel.core.operation import Call, Operation, Start, openinference
 from dspy_otel.core.usage import Totals
 from dspy_otel.operations.module import put_inputs, put_outputs
 from dspy_otel.operations.program import Programs
 
 _FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType, types.MethodType)
-MAX_LINKS = 128
-"""Most links from an evaluation to its examples (the SDK keeps no more). From an example back there is always one."""
+_CONTENT: Final = guard("content")
+
+
+@dataclass(slots=True)
+class EvaluationState:
+    """What is known of one evaluation. Its examples read it in worker threads; only the sets change.
+
+    Attributes:
+        program: what is evaluated, if that is a module.
+        program_name: its name.
+        program_id: its ``dspy.program.id``.
+        metric: the name of the metric.
+        totals: of the LM calls inside.
+        scored: indices of examples that have a score; each addition is one step.
+        failed: indices of examples that have failed; likewise.
+        executing: DSPy runs the examples; written in the thread of the evaluation.
+    """
+
+    program: Any
+    program_name: str
+    program_id: str | None
+    metric: str | None
+    totals: Totals = field(default_factory=Totals)
+    scored: set[Any] = field(default_factory=set)
+    failed: set[Any] = field(default_factory=set)
+    executing: bool = False
+
+
+@dataclass(slots=True)
+class ExampleState:
+    """What is known of one evaluated example. Written in its worker thread.
+
+    Attributes:
+        superseded: DSPy had submitted it twice and has taken the other answer.
+    """
+
+    superseded: bool = False
 
 
 class EvaluateOperation(Operation):
@@ -46,41 +82,33 @@ class EvaluateOperation(Operation):
         self, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any], parent: CallContext | None
     ) -> Start | None:
         given = arguments(instance, args, kwargs)
-        context = CallContext(self.kind, instance, parent)
-        totals = Totals()
         program = self.programs.find(given["program"]) if hasattr(given["program"], "named_predictors") else None
-        context.program = None
-        # Of a program that is no module, nobody can tell where it ends and the metric begins.
-        context.role = None if program is None else semconv.ROLE_TASK
-        context.totals = (*context.totals, totals)
-        context.inherited = {**context.inherited, semconv.EVALUATION_ID: random_source.token_hex(8)}
-        metric = metric_name(given["metric"])
-        context.notes.update(
-            totals=totals,
-            metric=metric,
+        state = EvaluationState(
             program=given["program"] if program is not None else None,
             program_name=program.name if program else callable_name(given["program"]),
             program_id=program.id if program else None,
-            links=0,
-            scored=set(),
-            failed=set(),
+            metric=metric_name(given["metric"]),
         )
-        attributes: Attributes = {semconv.PROGRAM_NAME: context.notes["program_name"]}
-        if program is not None and program.id is not None:
-            attributes[semconv.PROGRAM_ID] = program.id
-        if metric is not None:
-            attributes[semconv.EVALUATION_METRIC_NAME] = metric
+        context = CallContext(self.kind, instance, parent, state)
+        context.program = None
+        # Of a program that is no module, nobody can tell where it ends and the metric begins.
+        context.role = None if program is None else semconv.ROLE_TASK
+        context.totals = (*context.totals, state.totals)
+        context.inherited = {**context.inherited, semconv.EVALUATION_ID: random_source.token_hex(8)}
+        attributes: Attributes = {semconv.PROGRAM_NAME: state.program_name}
+        if state.program_id is not None:
+            attributes[semconv.PROGRAM_ID] = state.program_id
+        if state.metric is not None:
+            attributes[semconv.EVALUATION_METRIC_NAME] = state.metric
         attributes.update(size_attributes(given))
         openinference(attributes, self.telemetry, semconv.KIND_EVALUATOR)
-        return Start(
-            f"{semconv.SPAN_EVALUATE} {context.notes['program_name']}", context, attributes, identity=self.identity
-        )
+        return Start(f"{semconv.SPAN_EVALUATE} {state.program_name}", context, attributes, identity=self.identity)
 
     def result(self, call: Call, result: Any, error: BaseException | None) -> Attributes:
-        notes = call.context.notes
-        # A straggler may fail at one attempt and be scored at the other: then it was scored.
-        failures = len(notes["failed"] - notes["scored"])
-        attributes: Attributes = {semconv.EVALUATION_FAILURES: failures, **notes["totals"].attributes()}
+        state: EvaluationState = call.context.state
+        # An example that DSPy submits twice may fail once and be scored once: then it was scored.
+        failures = len(state.failed - state.scored)
+        attributes: Attributes = {semconv.EVALUATION_FAILURES: failures, **state.totals.attributes()}
         score = score_of(getattr(result, "score", None))
         if score is not None:
             attributes[semconv.EVALUATION_SCORE] = score
@@ -89,7 +117,9 @@ class EvaluateOperation(Operation):
     def measure(self, call: Call, result: Any, error: BaseException | None, seconds: float) -> None:
         score = score_of(getattr(result, "score", None))
         if score is not None:
-            self.telemetry.metrics.evaluation_score.record(score, evaluation_labels(call.context), call.otel_context)
+            self.telemetry.metrics.evaluation_score.record(
+                score, evaluation_labels(call.context.state), call.otel_context
+            )
 
 
 @dataclass
@@ -99,14 +129,14 @@ class ExampleRun:
     Attributes:
         example: the dataset row.
         index: its place in the evaluated dataset, or -1 when that is not known.
-        again: DSPy has submitted it before (a straggler).
-        evaluate: scope of the evaluation.
+        resubmitted: DSPy has submitted it before (a straggler).
+        evaluate: context of the evaluation.
         program: the module that answers, where that is not the evaluation's own program.
     """
 
     example: Any
     index: int
-    again: bool
+    resubmitted: bool
     evaluate: CallContext
     program: Any = None
 
@@ -126,23 +156,25 @@ class ExampleOperation(Operation):
     ) -> Start | None:
         run: ExampleRun = instance
         evaluate = run.evaluate
-        # The scope's owner is the evaluated program, so that its answer can be told from what the metric calls.
-        context = CallContext(self.kind, evaluate.notes["program"], evaluate)
+        evaluation: EvaluationState = evaluate.state
+        # The context's owner is the evaluated program: what is called after its answer belongs to the metric.
+        context = CallContext(self.kind, evaluation.program, evaluate, ExampleState())
+        context.role_after = semconv.ROLE_JUDGE
         if run.program is not None:
             context.owner, context.role = run.program, semconv.ROLE_TASK
-        attributes: Attributes = {semconv.PROGRAM_NAME: evaluate.notes["program_name"]}
-        if evaluate.notes["program_id"] is not None:
-            attributes[semconv.PROGRAM_ID] = evaluate.notes["program_id"]
+        attributes: Attributes = {semconv.PROGRAM_NAME: evaluation.program_name}
+        if evaluation.program_id is not None:
+            attributes[semconv.PROGRAM_ID] = evaluation.program_id
         if run.index >= 0:
             attributes[semconv.EXAMPLE_INDEX] = run.index
-        if run.again:
+        if run.resubmitted:
             attributes[semconv.EXAMPLE_RESUBMITTED] = True
-        if evaluate.notes["metric"] is not None:
-            attributes[semconv.EVALUATION_METRIC_NAME] = evaluate.notes["metric"]
+        if evaluation.metric is not None:
+            attributes[semconv.EVALUATION_METRIC_NAME] = evaluation.metric
         openinference(attributes, self.telemetry, semconv.KIND_CHAIN)
         linked = self.telemetry.config.evaluation_traces == "linked"
         links = [Link(evaluate.span.get_span_context())] if linked and evaluate.span is not None else []
-        name = f"{semconv.SPAN_EXAMPLE} {evaluate.notes['program_name']}"
+        name = f"{semconv.SPAN_EXAMPLE} {evaluation.program_name}"
         return Start(name, context, attributes, root=linked, links=links, identity=self.identity)
 
     def detail(self, call: Call) -> Attributes:
@@ -155,12 +187,8 @@ class ExampleOperation(Operation):
             inputs, expected = split_example(run.example)
             put_inputs(self.telemetry, attributes, inputs)
             self.telemetry.put_content(attributes, semconv.EXAMPLE_EXPECTED, expected)
-        span, notes = run.evaluate.span, run.evaluate.notes
-        linked = self.telemetry.config.evaluation_traces == "linked" and call.context.deferred is None
-        if linked and span is not None and notes["links"] < MAX_LINKS:
-            notes["links"] += 1
-            if span.is_recording():
-                span.add_link(call.span.get_span_context(), {semconv.EXAMPLE_INDEX: run.index})
+        if self.telemetry.config.evaluation_traces == "linked" and call.context.deferred is None:
+            run.evaluate.add_link(call.span.get_span_context(), {semconv.EXAMPLE_INDEX: run.index})
         return attributes
 
     def result(self, call: Call, result: Any, error: BaseException | None) -> Attributes:
@@ -171,7 +199,8 @@ class ExampleOperation(Operation):
         shown = prediction[0] if type(prediction) is tuple and prediction else prediction
         put_outputs(self.telemetry, attributes, shown)
         score = score_of(verdict)
-        if score is not None and "late" not in call.context.notes:
+        state: ExampleState = call.context.state
+        if score is not None and not state.superseded:
             attributes[semconv.EXAMPLE_SCORE] = score
         feedback = feedback_of(verdict)
         if feedback is not None:
@@ -180,15 +209,14 @@ class ExampleOperation(Operation):
 
     def measure(self, call: Call, result: Any, error: BaseException | None, seconds: float) -> None:
         run: ExampleRun = call.instance
-        evaluate = run.evaluate
-        labels = evaluation_labels(evaluate)
+        evaluation: EvaluationState = run.evaluate.state
+        labels = evaluation_labels(evaluation)
         key = run.index if run.index >= 0 else object()
-        scored = evaluate.notes["scored"]
-        if key in scored:
-            # DSPy submitted it twice and has taken the other answer.
-            call.context.notes["late"] = True
+        if key in evaluation.scored:
+            state: ExampleState = call.context.state
+            state.superseded = True
             return
-        (evaluate.notes["failed"] if error is not None else scored).add(key)
+        (evaluation.failed if error is not None else evaluation.scored).add(key)
         if error is not None:
             labels[semconv.EXAMPLE_OUTCOME] = semconv.OUTCOME_FAILED
         else:
@@ -203,7 +231,8 @@ class ExampleOperation(Operation):
         if span.is_valid and not span.trace_flags.sampled:
             return
         run: ExampleRun = call.instance
-        attributes: Attributes = {semconv.GEN_AI_EVALUATION_NAME: run.evaluate.notes["metric"] or "metric"}
+        evaluation: EvaluationState = run.evaluate.state
+        attributes: Attributes = {semconv.GEN_AI_EVALUATION_NAME: evaluation.metric or "metric"}
         attributes.update(call.context.inherited)
         if run.index >= 0:
             attributes[semconv.EXAMPLE_INDEX] = run.index
@@ -214,9 +243,8 @@ class ExampleOperation(Operation):
             attributes[semconv.ERROR_TYPE] = error_type(error)
         feedback = feedback_of(verdict)
         if feedback is not None and self.telemetry.config.content_on_events:
-            text = self.telemetry.safely("content", None, self.telemetry.content.text, feedback)
-            if text is not None:
-                attributes[semconv.GEN_AI_EVALUATION_EXPLANATION] = text
+            with _CONTENT:
+                attributes[semconv.GEN_AI_EVALUATION_EXPLANATION] = self.telemetry.content.text(feedback)
         self.telemetry.emit_event(semconv.LOG_EVALUATION_RESULT, attributes, call.otel_context)
 
 
@@ -283,9 +311,9 @@ def split_example(example: Any) -> tuple[Any, Any]:
     return inputs, expected
 
 
-def evaluation_labels(evaluate: CallContext) -> Attributes:
+def evaluation_labels(evaluation: EvaluationState) -> Attributes:
     """Low-cardinality attributes of an evaluation's metrics."""
-    labels: Attributes = {semconv.PROGRAM_NAME: evaluate.notes["program_name"]}
-    if evaluate.notes["metric"] is not None:
-        labels[semconv.EVALUATION_METRIC_NAME] = evaluate.notes["metric"]
+    labels: Attributes = {semconv.PROGRAM_NAME: evaluation.program_name}
+    if evaluation.metric is not None:
+        labels[semconv.EVALUATION_METRIC_NAME] = evaluation.metric
     return labels

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -24,6 +25,23 @@ AGENT_CLASSES: Final = frozenset({"ReAct", "ReActV2", "CodeAct", "RLM"})
 """DSPy modules in which an LM chooses what to do next."""
 
 
+@dataclass(slots=True)
+class ModuleState:
+    """What is known of a module's call so far. Written in the thread or task of the call.
+
+    Attributes:
+        about: what every call of this module says.
+        totals: of the LM calls inside, if this is the outermost module.
+        adapter: class of the adapter that served it first.
+        failed_adapter: class of the adapter whose parsing has failed last, until another one takes over.
+    """
+
+    about: About
+    totals: Totals | None = None
+    adapter: str | None = None
+    failed_adapter: str | None = None
+
+
 class ModuleOperation(Operation):
     """``Module.__call__`` and ``acall``: the outermost program, an agent, or a module inside."""
 
@@ -38,15 +56,15 @@ class ModuleOperation(Operation):
     ) -> Start | None:
         context = CallContext(self.kind, instance, parent)
         path: str | None = None
+        totals: Totals | None = None
         program = context.program
         outermost = program is None
         if program is None:
             program = self.programs.find(instance) or Program(type(instance).__name__)
             context.program, context.paths = program, program.paths
-            # Each program keeps its own totals; those of an evaluation or compile around it go on as well.
+            # Each program keeps its own totals, beside those of an evaluation or compile around it.
             totals = Totals()
             context.totals = (*context.totals, totals)
-            context.notes["totals"] = totals
             caller = caller_attributes()
             if caller:
                 context.inherited = {**context.inherited, **caller}
@@ -59,11 +77,11 @@ class ModuleOperation(Operation):
                 if place is not None:
                     path, context.paths = place
         about = self._about(instance, program, path, outermost)
-        context.notes["about"] = about
+        context.state = ModuleState(about, totals)
         return Start(about.span, context, about.attributes.copy())
 
     def _about(self, instance: Any, program: Program, path: str | None, outermost: bool) -> About:
-        """What every call of this module says; kept with its program, if it is one of its modules."""
+        """What every call of this module says. It is kept with the program, if it is one of its modules."""
         placed = outermost or id(instance) in program.paths
         about: About | None = program.about.get(id(instance)) if placed else None
         if about is None or about.outermost is not outermost:
@@ -88,11 +106,11 @@ class ModuleOperation(Operation):
 
     def result(self, call: Call, result: Any, error: BaseException | None) -> Attributes:
         attributes: Attributes = {}
-        notes = call.context.notes
-        if "adapter" in notes:
-            attributes[semconv.ADAPTER_NAME] = notes["adapter"]
-        if "totals" in notes:
-            attributes.update(notes["totals"].attributes())
+        state: ModuleState = call.context.state
+        if state.adapter is not None:
+            attributes[semconv.ADAPTER_NAME] = state.adapter
+        if state.totals is not None:
+            attributes.update(state.totals.attributes())
         if error is None:
             # Optimizers let a program return (prediction, trace); the trace is not the program's output.
             traced = type(result) is tuple and len(result) == 2 and type(result[1]) is list
@@ -100,16 +118,14 @@ class ModuleOperation(Operation):
         return attributes
 
     def measure(self, call: Call, result: Any, error: BaseException | None, seconds: float) -> None:
-        context = call.context
         if self.telemetry.measuring:
             self._record(call, error, seconds)
-        parent = context.parent
-        if parent is not None and parent.kind == "example" and parent.owner is call.instance:
-            # The evaluated program has answered. What the metric calls from here on is judging it.
-            parent.role = semconv.ROLE_JUDGE
+        if call.context.parent is not None:
+            call.context.parent.module_answered(call.instance)
 
     def _record(self, call: Call, error: BaseException | None, seconds: float) -> None:
-        labels: Attributes = call.context.notes["about"].labels
+        state: ModuleState = call.context.state
+        labels = state.about.labels
         if error is not None:
             labels = {**labels, semconv.ERROR_TYPE: error_type(error)}
         self.telemetry.metrics.module_duration.record(seconds, labels, call.otel_context)
@@ -131,12 +147,12 @@ def is_agent(instance: Any) -> bool:
     return answer
 
 
-# From memory, as long as the class lives.
+# As long as the class lives.
 _AGENT_TYPES: Final[WeakKeyDictionary[type, bool]] = WeakKeyDictionary()
 
 
 class About(NamedTuple):
-    """What is said of a module on each of its calls.
+    """What each call of a module says.
 
     Attributes:
         span: span name.

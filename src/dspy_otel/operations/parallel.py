@@ -7,7 +7,7 @@ import inspect
 import threading
 from collections import defaultdict, deque
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Final
 
 from opentelemetry import context as otel_context
 from opentelemetry.context import Context
@@ -17,8 +17,12 @@ from dspy_otel.content import introspection
 from dspy_otel.core.attributes import Attributes
 from dspy_otel.core.call_context import CallContext, current_call_context
 from dspy_otel.core.errors import hide_frames
+from dspy_otel.core.internal_errors import guard
 from dspy_otel.core.operation import Call, Operation, Start, detach, openinference
-from dspy_otel.operations.evaluation import ExampleOperation, ExampleRun
+from dspy_otel.operations.evaluation import EvaluationState, ExampleOperation, ExampleRun
+
+_THREADS: Final = guard("threads")
+_EXAMPLES: Final = guard("examples")
 
 
 class ParallelOperation(Operation):
@@ -62,16 +66,19 @@ class ParallelOperation(Operation):
         def execute_watched(executor: Any, function: Any, data: Any) -> Any:
             if not self.telemetry.active:
                 return original(executor, function, data)
-            if not self.telemetry.safely("threads", False, self.telemetry.enabled):
-                # `suppress_instrumentation()` is for the workers, too, and only the context tells them.
+            context, enabled = None, False
+            with _THREADS:
+                context, enabled = current_call_context(), self.telemetry.enabled()
+            if not enabled:
+                # `suppress_instrumentation()` is for the workers, too, and only the context carries it there.
                 return run(executor, function, data)
-            context = self.telemetry.safely("threads", None, current_call_context)
-            if context is not None and context.kind == "evaluate" and not context.notes.get("executing"):
+            if context is not None and isinstance(context.state, EvaluationState) and not context.state.executing:
                 # An evaluation's own loop. A program that runs threads of its own inside an example does not come
-                # here: its scope is the example's.
-                context.notes["executing"] = True
-                wrapped = self.telemetry.safely("examples", function, self._evaluate_each, function, data, context)
-                return original(executor, wrapped, data)
+                # here: its call context is the example's.
+                context.state.executing = True
+                with _EXAMPLES:
+                    function = self._evaluate_each(function, data, context)
+                return original(executor, function, data)
             return traced(executor, function, data)
 
         def run(executor: Any, function: Any, data: Any) -> Any:
@@ -83,7 +90,7 @@ class ParallelOperation(Operation):
     def _evaluate_each(self, function: Callable[[Any], Any], data: Any, evaluate: CallContext) -> Callable[[Any], Any]:
         """``function`` with one example span around each call."""
         waiting: defaultdict[int, deque[int]] = defaultdict(deque)
-        # Rows that are made when somebody asks for them are not asked for: their places stay unknown.
+        # An iterator is not used up: the places of its rows stay unknown.
         listed = introspection.length(data) is not None
         for index, example in enumerate(introspection.items(data)):
             waiting[id(example)].append(index)
@@ -92,16 +99,17 @@ class ParallelOperation(Operation):
         examples = self.examples
         surrounding = otel_context.get_current()
 
+        @_EXAMPLES
         def place(example: Any) -> ExampleRun:
             if not listed:
                 return ExampleRun(example, -1, False, evaluate)
             key = id(example)
             with lock:
-                again = not waiting[key]
+                resubmitted = not waiting[key]
                 # DSPy submits a straggler a second time: same example, same index.
-                index = last.get(key, -1) if again else waiting[key].popleft()
+                index = last.get(key, -1) if resubmitted else waiting[key].popleft()
                 last[key] = index
-            return ExampleRun(example, index, again, evaluate)
+            return ExampleRun(example, index, resubmitted, evaluate)
 
         def call_one(run: ExampleRun, example: Any) -> Any:
             return function(example)
@@ -113,7 +121,7 @@ class ParallelOperation(Operation):
         def in_example(example: Any) -> Any:
             token = otel_context.attach(surrounding)
             try:
-                run = self.telemetry.safely("example", None, place, example)
+                run = place(example)
                 return function(example) if run is None else spanned(run, example)
             except BaseException as error:
                 hide_frames(error)

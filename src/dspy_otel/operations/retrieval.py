@@ -13,7 +13,7 @@ from dspy_otel.core.attributes import Attributes
 from dspy_otel.core.call_context import CallContext
 from dspy_otel.core.operation import Call, Operation, Start, openinference
 from dspy_otel.operations.embedding import ASKING
-from dspy_otel.operations.lm import server_attributes
+from dspy_otel.operations.lm_request import server_attributes
 
 _MOST: Final = 1000
 

@@ -12,7 +12,7 @@ from dspy_otel.core.call_context import CallContext
 from dspy_otel.core.deferred_spans import DeferredTrace, DroppedTrace
 from dspy_otel.core.operation import Call
 from dspy_otel.core.telemetry import Telemetry
-from dspy_otel.operations.evaluation import MAX_LINKS, score_of
+from dspy_otel.operations.evaluation import score_of
 from dspy_otel.optimizers.run import Run, run_of
 
 MOST_HELD: Final = 5000
@@ -75,10 +75,8 @@ def _keep(deferred: DeferredTrace, around: CallContext) -> None:
     kept = deferred.keep()
     if kept is None or around.span is None or not kept.trace_flags.sampled:
         return
-    links = around.notes.get("links", 0)
-    if links < MAX_LINKS and around.span.is_recording() and kept.trace_id != around.span.get_span_context().trace_id:
-        around.notes["links"] = links + 1
-        around.span.add_link(kept)
+    if kept.trace_id != around.span.get_span_context().trace_id:
+        around.add_link(kept)
 
 
 def _trial_around(context: CallContext | None) -> CallContext | None:

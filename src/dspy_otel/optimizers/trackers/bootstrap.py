@@ -11,7 +11,7 @@ from dspy_otel.core.attributes import Attributes
 from dspy_otel.core.call_context import CallContext
 from dspy_otel.core.operation import Call, Operation, Start, openinference
 from dspy_otel.core.telemetry import Telemetry
-from dspy_otel.operations.evaluation import MAX_LINKS, callable_name, metric_name, split_example
+from dspy_otel.operations.evaluation import callable_name, metric_name, split_example
 from dspy_otel.operations.module import put_inputs
 from dspy_otel.operations.program import Programs
 from dspy_otel.optimizers.run import run_of
@@ -50,9 +50,9 @@ class AttemptOperation(Operation):
         if parent is None or parent.kind != "phase" or run is None:
             return None
         teacher = instance.teacher
-        # The scope's owner is the teacher, so that its answer can be told from what the metric calls.
+        # The context's owner is the teacher: what is called after its answer belongs to the metric.
         context = CallContext(self.kind, teacher, parent)
-        context.role = semconv.ROLE_TEACHER
+        context.role, context.role_after = semconv.ROLE_TEACHER, semconv.ROLE_JUDGE
         name = callable_name(teacher)
         attributes: Attributes = {semconv.PROGRAM_NAME: name}
         metric = metric_name(instance.metric)
@@ -80,11 +80,8 @@ class AttemptOperation(Operation):
             self.telemetry.put_content(attributes, semconv.EXAMPLE_EXPECTED, expected)
         phase = call.context.parent
         linked = call.context.notes["linked"] and call.context.deferred is None
-        if linked and phase is not None and phase.span is not None:
-            links = phase.notes.get("links", 0)
-            if links < MAX_LINKS and phase.span.is_recording():
-                phase.notes["links"] = links + 1
-                phase.span.add_link(call.span.get_span_context())
+        if linked and phase is not None:
+            phase.add_link(call.span.get_span_context())
         return attributes
 
     def measure(self, call: Call, result: Any, error: BaseException | None, seconds: float) -> None:
