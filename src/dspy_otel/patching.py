@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final, TypeAlias, cast
 
 from dspy_otel.core.errors import hide_frames
-from dspy_otel.core.internal_errors import guard, warn_once
+from dspy_otel.core.internal_errors import failed, guard, warn_once
 
 _Arguments: TypeAlias = "tuple[Any, ...]"
 _Keywords: TypeAlias = "dict[str, Any]"
@@ -135,22 +135,14 @@ class Patches:
         Returns:
             Whether the hook is in force.
         """
-        return self.around(owner, name, hook, loses=loses)
+        return self._hook(owner, name, loses, before=hook)
 
     def after(self, owner: Any, name: str, hook: After, *, loses: str = "") -> bool:
         """Call ``hook(instance, args, kwargs, result)`` when a call of ``owner.name`` has returned.
 
         Arguments and result are as for :meth:`before`. A call that raises is not seen: :meth:`around` sees it.
         """
-
-        def enter(instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Leave:
-            def leave(result: Any, error: BaseException | None) -> None:
-                if error is None:
-                    hook(instance, args, kwargs, result)
-
-            return leave
-
-        return self.around(owner, name, enter, loses=loses)
+        return self._hook(owner, name, loses, after=hook)
 
     def around(self, owner: Any, name: str, hook: Around, *, loses: str = "") -> bool:
         """Call ``hook(instance, args, kwargs)`` before each call of ``owner.name``, and what that returns at its end.
@@ -166,9 +158,14 @@ class Patches:
 
                 patches.around(owner, "_propose_instructions", phase, loses="the propose phase")
         """
+        return self._hook(owner, name, loses, before=hook)
+
+    def _hook(
+        self, owner: Any, name: str, loses: str, before: Around | None = None, after: After | None = None
+    ) -> bool:
         bound = isinstance(owner, type) and not isinstance(vars(owner).get(name), staticmethod)
-        shown = name if owner is None else f"{owner.__name__}.{name}"
-        return self.wrap(owner, name, functools.partial(_around, hook, bound, f"hook of {shown}"), loses=loses)
+        where = f"hook of {name if owner is None else f'{owner.__name__}.{name}'}"
+        return self.wrap(owner, name, lambda original: _hooked(original, bound, where, before, after), loses=loses)
 
     def replace(self, owner: Any, name: str, value: Any) -> bool:
         """Set ``owner.name`` to ``value`` until :meth:`restore`, and say whether that was possible."""
@@ -207,23 +204,45 @@ class Patches:
                 setattr(owner, replaced.name, replaced.own)
 
 
-def _around(hook: Around, bound: bool, where: str, original: Callable[..., Any]) -> Callable[..., Any]:
-    """A function in place of ``original``, a coroutine function if that is one, with ``hook`` around each call.
+def _hooked(
+    original: Callable[..., Any], bound: bool, where: str, before: Around | None, after: After | None
+) -> Callable[..., Any]:
+    """A function in place of ``original``, a coroutine function if that is one, with hooks around each call.
 
     Args:
-        hook: is called first.
-        bound: the first argument is the instance.
-        where: for the warning when the hook raises.
         original: the function.
+        bound: the first argument is the instance.
+        where: for the warning when a hook raises.
+        before: is called first; what it returns is called at the end.
+        after: is called when the function has returned.
     """
 
-    @guard(where)
     def enter(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Leave | None:
-        return hook(args[0], args[1:], kwargs) if bound else hook(None, args, kwargs)
+        try:
+            if before is not None:
+                return before(args[0], args[1:], kwargs) if bound else before(None, args, kwargs)
+        except Exception as error:
+            failed(where, error)
+        return None
 
-    @guard(where)
-    def end(leave: Leave, result: Any, error: BaseException | None) -> None:
-        leave(result, error)
+    def returned(leave: Leave | None, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+        try:
+            if leave is not None:
+                leave(result, None)
+            elif after is None:
+                return
+            elif bound:
+                after(args[0], args[1:], kwargs, result)
+            else:
+                after(None, args, kwargs, result)
+        except Exception as error:
+            failed(where, error)
+
+    def raised(leave: Leave | None, error: BaseException) -> None:
+        if leave is not None:
+            with guard(where):
+                leave(None, error)
+        hide_frames(error)
 
     if inspect.iscoroutinefunction(original):
 
@@ -233,12 +252,9 @@ def _around(hook: Around, bound: bool, where: str, original: Callable[..., Any])
             try:
                 result = await original(*args, **kwargs)
             except BaseException as error:
-                if leave is not None:
-                    end(leave, None, error)
-                hide_frames(error)
+                raised(leave, error)
                 raise
-            if leave is not None:
-                end(leave, result, None)
+            returned(leave, args, kwargs, result)
             return result
 
         return coroutine_wrapper
@@ -249,12 +265,9 @@ def _around(hook: Around, bound: bool, where: str, original: Callable[..., Any])
         try:
             result = original(*args, **kwargs)
         except BaseException as error:
-            if leave is not None:
-                end(leave, None, error)
-            hide_frames(error)
+            raised(leave, error)
             raise
-        if leave is not None:
-            end(leave, result, None)
+        returned(leave, args, kwargs, result)
         return result
 
     return wrapper

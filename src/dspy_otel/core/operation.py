@@ -32,12 +32,10 @@ from dspy_otel import semconv
 from dspy_otel.core.attributes import Attributes
 from dspy_otel.core.call_context import CallContext, current_call_context, inside, suppressed
 from dspy_otel.core.errors import Recorded, error_type, exception_attributes, hide_frames
-from dspy_otel.core.internal_errors import failed, guard
+from dspy_otel.core.internal_errors import failed
 from dspy_otel.core.telemetry import Telemetry
 
 _ERROR: Final = Status(StatusCode.ERROR)
-_ATTRIBUTES: Final = guard("attributes of span")
-_END: Final = guard("end of span")
 
 
 @dataclass
@@ -131,10 +129,6 @@ class Operation:
 
     def __init__(self, telemetry: Telemetry) -> None:
         self.telemetry = telemetry
-        self._start, self._detail, self._metrics, self._error, self._result, self._closed, self._coroutine = (
-            guard(f"{part} of {self.kind}")
-            for part in ("start", "detail", "metrics", "error", "result", "end", "coroutine")
-        )
 
     def __init_subclass__(cls) -> None:
         # What a subclass adds around opening and closing may fail like the rest of it.
@@ -177,7 +171,7 @@ class Operation:
     def measure(self, call: Call, result: Any, error: BaseException | None, seconds: float) -> None:
         """Metrics, totals and log events; asked for whether or not the span is recorded."""
 
-    # --- opening and closing -------------------------------------------------------------------------------------
+    # --- opening and closing: twice for each call, so with `try`, which costs nothing, and not with guards ----------
     def open(
         self, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any], override_of: type | None = None
     ) -> Call | None:
@@ -190,7 +184,7 @@ class Operation:
             override_of: the subclass whose override of the entry point is called; ``None`` for the entry point itself.
         """
         telemetry = self.telemetry
-        with self._start:
+        try:
             surrounding = otel_context.get_current()
             if not telemetry.active or suppressed(surrounding):
                 return None
@@ -206,7 +200,9 @@ class Operation:
                 return None
             start = self.start(instance, args, kwargs, parent)
             return None if start is None else self._open(start, instance, args, kwargs, surrounding, override_of)
-        return None
+        except Exception as error:
+            failed(f"start of {self.kind}", error)
+            return None
 
     def _open(
         self,
@@ -254,8 +250,10 @@ class Operation:
         if call.recording:
             if start.identity:
                 call.identity = {key: start.attributes[key] for key in start.identity if key in start.attributes}
-            with self._detail:
+            try:
                 call.attributes = self.detail(call)
+            except Exception as error:
+                failed(f"detail of {self.kind}", error)
         call.token = otel_context.attach(call.otel_context)
         call.started = time.perf_counter()
         return call
@@ -271,27 +269,38 @@ class Operation:
         seconds = time.perf_counter() - call.started
         call.closed = True
         detach(call.token)
-        with self._metrics:
+        try:
             self.measure(call, result, error, seconds)
+        except Exception as problem:
+            failed(f"metrics of {self.kind}", problem)
         if call.recording:
-            if error is not None:
-                with self._error:
+            try:
+                if error is not None:
                     self.record_error(call, error)
-            with self._result:
+            except Exception as problem:
+                failed(f"error of {self.kind}", problem)
+            try:
                 call.attributes.update(self.result(call, result, error))
-        with _ATTRIBUTES:
+            except Exception as problem:
+                failed(f"result of {self.kind}", problem)
+        try:
             if call.attributes:
                 call.span.set_attributes(call.attributes)
             if call.identity is not None and getattr(call.span, "dropped_attributes", None):
                 call.span.set_attributes(call.identity)  # what is set again is the newest
-        with _END:
+        except Exception as problem:
+            failed("attributes of span", problem)
+        try:
             call.span.end()
-        if error is not None and call.context.parent is not None:
-            with self._error:
+        except Exception as problem:
+            failed("end of span", problem)
+        try:
+            if error is not None and call.context.parent is not None:
                 call.context.parent.failed = Recorded.of(error, self.kind)
-        if call.on_closed is not None:
-            with self._closed:
+            if call.on_closed is not None:
                 call.on_closed(result, error)
+        except Exception as problem:
+            failed(f"end of {self.kind}", problem)
 
     def fail(self, call: Call | None, error: BaseException) -> None:
         """Close a call that raised, if it is recorded, and take our frames out of the traceback."""
