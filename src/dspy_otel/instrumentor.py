@@ -192,7 +192,7 @@ def apply(telemetry: Telemetry, patches: Patches) -> None:
         (not from_34, "dspy.clients.lm", "", _STREAM, patches.wrap, older_dspy.counting_stream, first_chunk),
         (True, _BASE_LM, "BaseLM", "__init__", patches.after, lm.note_settings, keys),
         (True, "dspy.utils.parallelizer", "ParallelExecutor", "execute", patches.wrap, parallel.wrap_execute, _THREADS),
-        (True, "dspy.adapters.base", "Adapter", "_call_postprocess", patches.around, adapter.watch, _FALLBACKS),
+        (True, "dspy.adapters.base", "Adapter", "_call_postprocess", patches.wrap, adapter.watch, _FALLBACKS),
         # ReAct and ReActV2 show the LM the frames of an error; the second name is that before DSPy 3.3.
         *(
             (python_310, place, "", name, patches.wrap, formatting_without_our_frames, "")

@@ -217,13 +217,12 @@ def _hooked(
         after: is called when the function has returned.
     """
 
-    def enter(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Leave | None:
+    def enter(before: Around, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Leave | None:
         try:
-            if before is not None:
-                return before(args[0], args[1:], kwargs) if bound else before(None, args, kwargs)
+            return before(args[0], args[1:], kwargs) if bound else before(None, args, kwargs)
         except Exception as error:
             failed(where, error)
-        return None
+            return None
 
     def returned(leave: Leave | None, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
         try:
@@ -248,26 +247,28 @@ def _hooked(
 
         @functools.wraps(original)
         async def coroutine_wrapper(*args: Any, **kwargs: Any) -> Any:
-            leave = enter(args, kwargs)
+            leave = None if before is None else enter(before, args, kwargs)
             try:
                 result = await original(*args, **kwargs)
             except BaseException as error:
                 raised(leave, error)
                 raise
-            returned(leave, args, kwargs, result)
+            if leave is not None or after is not None:
+                returned(leave, args, kwargs, result)
             return result
 
         return coroutine_wrapper
 
     @functools.wraps(original)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
-        leave = enter(args, kwargs)
+        leave = None if before is None else enter(before, args, kwargs)
         try:
             result = original(*args, **kwargs)
         except BaseException as error:
             raised(leave, error)
             raise
-        returned(leave, args, kwargs, result)
+        if leave is not None or after is not None:
+            returned(leave, args, kwargs, result)
         return result
 
     return wrapper

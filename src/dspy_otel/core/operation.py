@@ -38,7 +38,7 @@ from dspy_otel.core.telemetry import Telemetry
 _ERROR: Final = Status(StatusCode.ERROR)
 
 
-@dataclass
+@dataclass(slots=True)
 class Start:
     """How to open a span.
 
@@ -130,8 +130,10 @@ class Operation:
     def __init__(self, telemetry: Telemetry) -> None:
         self.telemetry = telemetry
 
-    def __init_subclass__(cls) -> None:
-        # What a subclass adds around opening and closing may fail like the rest of it.
+    def __init_subclass__(cls, safe: bool = False) -> None:
+        # What a subclass adds around opening and closing may fail like the rest of it, unless it is `safe` by itself.
+        if safe:
+            return
         if "open" in vars(cls):
             cls.open = safe_open(cls.open)  # type: ignore[method-assign]
         if "close" in vars(cls):

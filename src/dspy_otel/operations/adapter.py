@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 from dspy_otel import semconv
@@ -14,7 +15,6 @@ from dspy_otel.core.errors import error_type, hide_frames
 from dspy_otel.core.internal_errors import guard
 from dspy_otel.core.operation import Call, Operation, Start, openinference
 from dspy_otel.operations.module import ModuleState, put_inputs, put_outputs
-from dspy_otel.patching import Leave
 
 
 class AdapterOperation(Operation):
@@ -64,13 +64,23 @@ class AdapterOperation(Operation):
             attributes: Attributes = {semconv.ADAPTER_FALLBACK_FROM: failed, semconv.ADAPTER_NAME: name}
             self.telemetry.add_event(context.span, semconv.EVENT_ADAPTER_FALLBACK, attributes)
 
-    def watch(self, adapter: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Leave:
-        """Around ``Adapter._call_postprocess``, the one place in which every adapter's parsing fails."""
-        return functools.partial(self._end_of_parsing, adapter)
+    def watch(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        """In place of ``Adapter._call_postprocess``, the one place in which every adapter's parsing fails.
 
-    def _end_of_parsing(self, adapter: Any, result: Any, error: BaseException | None) -> None:
-        if not isinstance(error, Exception):
-            return
+        Nothing happens before or after the call unless it fails, so this is no hook: a ``try`` costs nothing.
+        """
+
+        def _call_postprocess(adapter: Any, *args: Any, **kwargs: Any) -> Any:
+            try:
+                return original(adapter, *args, **kwargs)
+            except Exception as error:
+                self._note_failure(adapter, error)
+                raise
+
+        return _call_postprocess
+
+    @guard("adapter failure")
+    def _note_failure(self, adapter: Any, error: Exception) -> None:
         context = current_call_context()
         if context is None or not isinstance(context.state, ModuleState) or not self.telemetry.enabled():
             return

@@ -120,8 +120,9 @@ class ModuleOperation(Operation):
     def measure(self, call: Call, result: Any, error: BaseException | None, seconds: float) -> None:
         if self.telemetry.measuring:
             self._record(call, error, seconds)
-        if call.context.parent is not None:
-            call.context.parent.module_answered(call.instance)
+        parent = call.context.parent
+        if parent is not None and parent.role_after is not None:
+            parent.module_answered(call.instance)
 
     def _record(self, call: Call, error: BaseException | None, seconds: float) -> None:
         state: ModuleState = call.context.state

@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 from typing import Any, Final
 
+from opentelemetry.context import get_current
+
 from dspy_otel.core.internal_errors import guard
 from dspy_otel.core.operation import Call, Operation
 from dspy_otel.optimizers.run import Run
@@ -12,7 +14,7 @@ from dspy_otel.optimizers.run import Run
 _ENCLOSING: Final = guard("span around an optimizer's call")
 
 
-class EnclosedOperation(Operation):
+class EnclosedOperation(Operation, safe=True):
     """Opens another operation's call around its own, and closes it after its own. Put before the operation's class."""
 
     def enclose(self, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
@@ -35,6 +37,7 @@ class EnclosedOperation(Operation):
     ) -> tuple[Call | None, Call | None]:
         """Like :meth:`open`. Gives the call around this one as well, if there is one."""
         enclosing: Call | None = None
+        outside = get_current()
         with _ENCLOSING:
             if self.telemetry.enabled():
                 enclosing = self.enclose(instance, args, kwargs)
@@ -44,5 +47,6 @@ class EnclosedOperation(Operation):
         if call is None:
             enclosing.operation.close(enclosing, None, None)
             return None, None
+        call.outside = outside
         call.on_closed = functools.partial(self.close_enclosing, enclosing)
         return enclosing, call
