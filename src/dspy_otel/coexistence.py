@@ -28,7 +28,7 @@ _MOST_WRAPPERS: Final = 32
 
 
 class Neighbours:
-    """Watches for other instrumentations. They may be switched on before ours, or at any time after it."""
+    """Watches for other instrumentations, which may be switched on before ours or at any time after it."""
 
     def __init__(self) -> None:
         self._modules = 0
@@ -36,15 +36,15 @@ class Neighbours:
         self._entry: Any = None
         self._ours: Any = None
 
-    def look(self) -> None:
+    def check(self) -> None:
         """Warn once about each one that is active, and once if one has taken ours away.
 
         Cheap enough for each outermost call.
         """
-        self._look_at_modules()
-        self._look_at_entry()
+        self._check_modules()
+        self._check_entry()
 
-    def _look_at_entry(self) -> None:
+    def _check_entry(self) -> None:
         """Warn once when the entry point of modules is one that ours stood for.
 
         OpenInference's ``uninstrument()`` does that: it puts back what is below all wrappers, whoever made them.
@@ -57,7 +57,7 @@ class Neighbours:
             return
         self._entry = entry
         if self._ours is None:
-            self._ours = entry  # The first look comes right after our patches.
+            self._ours = entry  # The first check comes right after our patches.
         elif any(entry is each for each in _stood_for(self._ours)):  # a proxy is equal to what it stands for
             warn_once(
                 ("neighbour", "removed"),
@@ -65,11 +65,11 @@ class Neighbours:
                 "are not recorded. dspy_otel.uninstrument() and dspy_otel.instrument() bring them back",
             )
 
-    def _look_at_modules(self) -> None:
+    def _check_modules(self) -> None:
         """Warn once about each one that is active.
 
         Nothing can be switched on that is not imported, and a program soon stops importing: only when the number of
-        modules has changed since the last look is there anything to do.
+        modules has changed since the last check is there anything to do.
         """
         modules = len(sys.modules)
         if modules == self._modules:

@@ -77,10 +77,10 @@ class DSPyInstrumentor(BaseInstrumentor):  # type: ignore[misc]
         config = Config.load(**kwargs)
         self._generation += 1
         try:
-            look = before_each_program(config.content)
+            checks = before_each_program(config.content)
             parent = guard("parent of this process")(parent_of_process)()
             self._telemetry = Telemetry(
-                config, **providers, on_provider=track_runs, on_outermost=look, default_parent=parent
+                config, **providers, on_provider=track_runs, on_outermost=checks, default_parent=parent
             )
         except Exception as error:
             failed("instrument()", error)
@@ -115,18 +115,18 @@ class DSPyInstrumentor(BaseInstrumentor):  # type: ignore[misc]
 
 
 def before_each_program(content: bool) -> Callable[[], None]:
-    """What is looked at before each outermost call: it may have changed since the last one."""
-    neighbours = guard("other instrumentations")(Neighbours().look)
-    exporters = guard("exporters")(OwnJitter().look)
+    """What is checked before each outermost call, because it may have changed since the last one."""
+    neighbours = guard("other instrumentations")(Neighbours().check)
+    exporters = guard("exporters")(OwnJitter().replace)
     refresh = guard("secrets of the environment")(redaction.refresh_environment)
 
-    def look_around() -> None:
+    def check() -> None:
         neighbours()
         exporters()
         if content:
             refresh()
 
-    return look_around
+    return check
 
 
 def track_runs(provider: Any) -> None:
@@ -141,7 +141,7 @@ def apply(telemetry: Telemetry, patches: Patches) -> None:
     """Put every patch in force that this DSPy has a place for."""
     programs = Programs()
     lm = LMOperation(telemetry)
-    optimizers = Optimizers(telemetry, programs)  # what an optimizer calls and evaluates is watched more closely
+    optimizers = Optimizers(telemetry, programs)  # has operations of its own for modules, evaluations and examples
     module, evaluate = optimizers.module, optimizers.evaluate
     tool = ToolOperation(telemetry)
     adapter = AdapterOperation(telemetry)
@@ -151,7 +151,7 @@ def apply(telemetry: Telemetry, patches: Patches) -> None:
     interpreter = InterpreterOperation(telemetry)
 
     # Public entry points: class, its operation, synchronous and asynchronous method, and what is lost without it.
-    # Nothing is said about a class that only some DSPy versions have.
+    # A class that only some DSPy versions have is not missed in the others.
     entry_points: tuple[tuple[str, str, Operation, str, str | None, str], ...] = (
         ("dspy.primitives.module", "Module", module, "__call__", "acall", "programs and modules"),
         ("dspy.clients.base_lm", "BaseLM", lm, "__call__", "acall", "LM calls"),

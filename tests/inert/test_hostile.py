@@ -24,6 +24,8 @@ from dspy_otel.content import digest
 from tests.inert import hostile
 from tests.inert.hostile import JOURNAL, KINDS, HurtBadly
 
+pytestmark = pytest.mark.injects_faults
+
 
 class ResponseLM(dspy.BaseLM):
     """Answers with whatever it is told to put into its response."""

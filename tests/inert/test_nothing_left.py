@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import importlib
 import inspect
 import random
 import subprocess
@@ -20,6 +21,7 @@ from opentelemetry import trace
 from opentelemetry.sdk.metrics import MeterProvider
 from opentelemetry.sdk.metrics.export import InMemoryMetricReader
 from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 
 import dspy_otel
 from tests.inert.programs import Failing, LoudTree, Oracle, Shape, build, metric, until
@@ -133,6 +135,23 @@ def test_counters_leave_the_random_module_alone() -> None:
     data = reader.get_metrics_data()
     kept = {item.name for scope in data.resource_metrics for part in scope.scope_metrics for item in part.metrics}
     assert "dspy.evaluation.examples" in kept
+
+
+@pytest.mark.parametrize("protocol", ["http", "grpc"])
+def test_retries_to_a_dead_backend_leave_the_random_module_alone(protocol: str) -> None:
+    """The OTLP exporters draw from it how long to wait, here in the thread of the program."""
+    exporters = importlib.import_module(f"opentelemetry.exporter.otlp.proto.{protocol}.trace_exporter")
+    place = "http://127.0.0.1:1/v1/traces" if protocol == "http" else "http://127.0.0.1:1"
+    options = {} if protocol == "http" else {"insecure": True}
+    provider = TracerProvider(shutdown_on_exit=False)
+    provider.add_span_processor(SimpleSpanProcessor(exporters.OTLPSpanExporter(place, timeout=1, **options)))
+    dspy_otel.instrument(tracer_provider=provider)
+    program = build(("predict", "question -> answer"))
+    with dspy.context(lm=Quiet(), disable_history=True, trace=None):
+        random.seed(7)
+        state = random.getstate()
+        program(question="q")
+        assert random.getstate() == state
 
 
 def test_a_provider_that_is_set_later_gives_system_ids_too(monkeypatch: pytest.MonkeyPatch) -> None:

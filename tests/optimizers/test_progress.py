@@ -106,6 +106,7 @@ def test_without_rich_there_is_one_warning(telemetry: Any, monkeypatch: pytest.M
     ]
 
 
+@pytest.mark.injects_faults
 def test_a_display_that_fails_costs_itself_only(telemetry: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("rich")
 

@@ -58,20 +58,28 @@ def with_system_ids(tracer: Tracer) -> Tracer:
     return tracer
 
 
-# Where OTLP exporters draw how long to wait until they try again.
-_RETRYING: Final = ("opentelemetry.exporter.otlp.proto.grpc.exporter", "opentelemetry.exporter.otlp.common.http")
+# The modules in which OTLP exporters draw how long to wait before a retry.
+_RETRYING: Final = (
+    "opentelemetry.exporter.otlp.proto.grpc.exporter",
+    *(f"opentelemetry.exporter.otlp.proto.http.{signal}_exporter" for signal in ("trace", "metric", "_log")),
+    "opentelemetry.exporter.otlp.common.http",  # from 1.45
+)
 
 
 class OwnJitter:
     """Gives the modules of the OTLP exporters a random generator of their own, in place of the shared one.
 
-    For good: an exporter may still be trying again when instrumentation is switched off.
+    While a backend is away, the exporters of every SDK from 1.38 on draw ``random.uniform()`` before each retry: in the
+    program's thread with a ``SimpleSpanProcessor``, and in the worker's with a batch, at a moment that depends on the
+    backend. A seeded program would go on with other numbers. The exporters take no generator as an argument.
+
+    It stays after ``uninstrument()``: an exporter may still be retrying then.
     """
 
     def __init__(self) -> None:
         self._modules = 0
 
-    def look(self) -> None:
+    def replace(self) -> None:
         """Do so for those that are imported. Cheap enough for each outermost call: mostly nothing new is imported."""
         count = len(sys.modules)
         if count == self._modules:
