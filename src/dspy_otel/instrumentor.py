@@ -36,6 +36,7 @@ from dspy_otel.propagation import parent_of_process
 _LOG: Final = logging.getLogger(__name__)
 _instruments: Final = ("dspy >= 3.0.4, < 4",)
 
+_SUBCLASS: Final = guard("subclass")
 _BASE_LM: Final = "dspy.clients.base_lm"
 _STREAM: Final = "_get_stream_completion_fn"
 _THREADS: Final = "parents of spans in worker threads, and examples"
@@ -182,15 +183,15 @@ def apply(telemetry: Telemetry, patches: Patches) -> None:
     usage, first_chunk = "usage, cost and cache hits of LM calls", "time to first chunk"
     keys = "the keys of LMs, until their first call, to mask them"
     internals: tuple[tuple[bool, str, str, str, Callable[..., bool], Callable[..., Any], str], ...] = (
-        (from_34, "dspy.clients.execution", "", "finalize", patches.before, lm.note_result, usage),
-        (from_34, "dspy.clients.execution", "", "_engine", patches.after, lm.note_engine, "the engine of LM calls"),
-        (from_34, "dspy.clients.execution", "", "_delay", patches.after, lm.note_retry, "retries of LM calls"),
-        (from_34, "dspy.clients.execution", "", "stream_emitted", patches.before, lm.note_chunk, first_chunk),
-        (from_34, "dspy.clients.lm", "", "stream_emitted", patches.before, lm.note_chunk, first_chunk),
-        (not from_34, _BASE_LM, "BaseLM", "_process_lm_response", patches.after, older_dspy.note_response, usage),
-        (not from_34, _BASE_LM, "BaseLM", "_finalize_lm_response", patches.after, older_dspy.note_typed_response, ""),
+        (from_34, "dspy.clients.execution", "", "finalize", patches.before, lm.record_result, usage),
+        (from_34, "dspy.clients.execution", "", "_engine", patches.after, lm.record_engine, "the engine of LM calls"),
+        (from_34, "dspy.clients.execution", "", "_delay", patches.after, lm.record_retry, "retries of LM calls"),
+        (from_34, "dspy.clients.execution", "", "stream_emitted", patches.before, lm.record_chunk, first_chunk),
+        (from_34, "dspy.clients.lm", "", "stream_emitted", patches.before, lm.record_chunk, first_chunk),
+        (not from_34, _BASE_LM, "BaseLM", "_process_lm_response", patches.after, older_dspy.record_response, usage),
+        (not from_34, _BASE_LM, "BaseLM", "_finalize_lm_response", patches.after, older_dspy.record_typed_response, ""),
         (not from_34, "dspy.clients.lm", "", _STREAM, patches.wrap, older_dspy.counting_stream, first_chunk),
-        (True, _BASE_LM, "BaseLM", "__init__", patches.after, lm.note_settings, keys),
+        (True, _BASE_LM, "BaseLM", "__init__", patches.after, lm.remember_settings, keys),
         (True, "dspy.utils.parallelizer", "ParallelExecutor", "execute", patches.wrap, parallel.wrap_execute, _THREADS),
         (True, "dspy.adapters.base", "Adapter", "_call_postprocess", patches.wrap, adapter.watch, _FALLBACKS),
         # ReAct and ReActV2 show the LM the frames of an error; the second name is that before DSPy 3.3.
@@ -244,7 +245,8 @@ def wrap_class_tree(
             super(base, cls).__init_subclass__(**kwargs)  # type: ignore[arg-type]
         # Somebody may have put theirs around ours: then ours stays after uninstrument().
         if operation.telemetry.active:
-            operation.telemetry.safely("subclass", None, wrap, cls)
+            with _SUBCLASS:
+                wrap(cls)
 
     patches.replace(base, "__init_subclass__", classmethod(__init_subclass__))
 

@@ -88,7 +88,7 @@ class Patches:
             owner: class or module. ``None`` stands for one that this DSPy does not have.
             name: attribute of it.
             make: given the original function, gives its replacement.
-            loses: what telemetry lacks without this patch; said in a warning, once, if it cannot be made.
+            loses: what telemetry lacks without this patch; for a warning, once, if it cannot be made.
 
         Returns:
             Whether the patch is in force.
@@ -100,7 +100,7 @@ class Patches:
                 warn_once(("patch", shown), "this DSPy has no %s; telemetry lacks %s", shown, loses)
             return False
         own = vars(owner).get(name, _ABSENT)
-        # A static or class method must stay one: wrap what it holds.
+        # A static or class method must stay one: wrap the function inside.
         descriptor = type(own) if isinstance(own, (staticmethod, classmethod)) else None
         function = own.__func__ if descriptor else original
         mark = _mark_of(function)
@@ -110,7 +110,7 @@ class Patches:
             _, function, number, *_ = mark
             own = descriptor(function) if descriptor else function
             if number == self._number:
-                self._note(owner, name, own)
+                self._remember(owner, name, own)
                 return False
         replacement = make(function)
         if getattr(replacement, "__wrapped__", None) is not function:
@@ -119,7 +119,7 @@ class Patches:
         installed = descriptor(replacement) if descriptor else replacement
         if self._replace(owner, name, installed, own, replacement):
             return True
-        warn_once(("patch", shown), "cannot replace %s; telemetry lacks %s", shown, loses or "what it tells")
+        warn_once(("patch", shown), "cannot replace %s; telemetry lacks %s", shown, loses or "what it records")
         return False
 
     # --- hooks: they see what DSPy is called with and gives, change nothing, and cannot raise into it -----------------
@@ -168,7 +168,7 @@ class Patches:
         return self.wrap(owner, name, lambda original: _hooked(original, bound, where, before, after), loses=loses)
 
     def replace(self, owner: Any, name: str, value: Any) -> bool:
-        """Set ``owner.name`` to ``value`` until :meth:`restore`, and say whether that was possible."""
+        """Set ``owner.name`` to ``value`` until :meth:`restore`, if that is possible, and give whether it was."""
         return self._replace(owner, name, value, vars(owner).get(name, _ABSENT))
 
     def _replace(self, owner: Any, name: str, value: Any, own: Any, keeper: Any = None) -> bool:
@@ -176,11 +176,11 @@ class Patches:
             setattr(owner, name, value)
         except (AttributeError, TypeError):
             return False
-        self._note(owner, name, own, keeper)
+        self._remember(owner, name, own, keeper)
         return True
 
-    def _note(self, owner: Any, name: str, own: Any, keeper: Any = None) -> None:
-        """Remember what to put back: as long as ``keeper`` (a wrapper) lives, if there is one."""
+    def _remember(self, owner: Any, name: str, own: Any, keeper: Any = None) -> None:
+        """Remember what to put back, as long as ``keeper`` (a wrapper) lives, if there is one."""
         # What is stored may differ from what was set (descriptors): compare with that when restoring.
         place, installed = next(self._places), vars(owner).get(name)
         replaced = _Replaced(weakref.ref(owner), name, own, installed)

@@ -32,7 +32,7 @@ _CARRIER: Final = ("traceparent", "tracestate", "baggage")
 def inject(carrier: MutableMapping[str, str] | None = None) -> dict[str, str]:
     """The current context as a dictionary of strings, for another process (or any place that takes strings).
 
-    Holds what OpenTelemetry's propagators write (``traceparent``, ``baggage``; ``OTEL_PROPAGATORS`` chooses them), and,
+    It has what OpenTelemetry's propagators write (``traceparent``, ``baggage``; ``OTEL_PROPAGATORS`` chooses them) and,
     as baggage, what DSPy operations inside must know: evaluation, optimizer run, trial and candidate ids, and the role
     of LM calls. Upper-case its names, and it is the environment that a subprocess takes its parent from.
 
@@ -93,11 +93,11 @@ def write_call_context(call_context: CallContext | None, context: Context) -> Co
 
 
 def read_context(carrier: Any, context: Context) -> Context:
-    """``context`` with the parent span, the baggage and a call context that ``carrier`` holds.
+    """``context`` with the parent span, the baggage and a call context that ``carrier`` has.
 
     Args:
         carrier: a mapping of strings, as OpenTelemetry's propagators write it. Anything else in it is ignored.
-        context: what to start from; stays as it is when the carrier holds nothing usable.
+        context: what to start from; stays as it is when the carrier has nothing usable.
     """
     if not isinstance(carrier, Mapping):
         return context
@@ -117,7 +117,7 @@ def read_context(carrier: Any, context: Context) -> Context:
 
 
 def _typed(key: str, text: str) -> AttributeValue:
-    """Baggage holds text only; counters are numbers again."""
+    """Baggage is text only: counters become numbers once more."""
     if key.endswith((".number", ".index", ".size")) and text.isascii() and text.isdigit() and len(text) < 19:
         return int(text)
     return text

@@ -681,7 +681,7 @@ def resumed() -> Any:
 
 NEVER_CALLED = re.compile(
     r"optimizers\.(finetune|reanchor|progress|memory)\.|interpreter|typed|_CountedStream|_counted_stream"
-    r"|note_(chunk|retry)|count_chunk|_suppression_keys|simba\._in_compile|older_dspy\.|on_merge_rejected"
+    r"|record_(chunk|retry)|count_chunk|_suppression_keys|simba\._in_compile|older_dspy\.|on_merge_rejected"
     r"|formatting_without|propagation\._typed|Asking\.of|\.__init__$|\.Telemetry\.(_make|_after_fork|__)"
     r"|is_trace_id_random|parent_of_process|gepa\.(Silent|Old)GEPATracker|gepa\._takes|\.(Operation|Tracker|Blob)\.\w+$|_Pending|_moment|moment$"
     r"|\.Walker\.(text|integer|real|other|entry|cut|stop)$|_Canonical\.cut"

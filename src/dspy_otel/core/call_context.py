@@ -34,10 +34,10 @@ class Program:
         id: ``dspy.program.id``, when it has predictors.
         paths: ``id(module)`` to the module's path from this program.
         origins: how copies of its modules are known; see :func:`dspy_otel.operations.module_tree.origins`.
-        about: what every call of each of its modules says, by ``id(module)``; worked out once.
+        descriptions: span name and attributes of its modules' calls, by ``id(module)``; made once.
     """
 
-    __slots__ = ("about", "id", "name", "origins", "paths")
+    __slots__ = ("descriptions", "id", "name", "origins", "paths")
 
     def __init__(
         self,
@@ -50,7 +50,7 @@ class Program:
         self.id = program_id
         self.paths = paths or {}
         self.origins = origins or {}
-        self.about: dict[int, Any] = {}
+        self.descriptions: dict[int, Any] = {}
 
 
 class SpanFactory(Protocol):
@@ -76,7 +76,7 @@ class CallContext:
         parent: the call around it. Never changes.
         state: what the operation keeps of this call, in a type of its own. Written by ``start()``; its fields by the
             operation's hooks in DSPy, which find it by :func:`current_state`, and by calls inside it that find it by
-            :func:`enclosing_state`. Who may write a field from several threads is said by the type.
+            :func:`enclosing_state`. The type says which of them several threads may write.
         span: its span. Written when the span has been started, before the call's context is attached; read by hooks
             that add events, and for links.
         program: the program it works in, or ``None`` outside of one. Written by ``start()`` of the outermost module,
@@ -149,7 +149,7 @@ class CallContext:
             self.deferred = parent.deferred
 
     def module_answered(self, module: Any) -> None:
-        """A module directly inside has answered. If that was the program this is about, its role is over."""
+        """A module directly inside has answered. If that was ``owner``, its role is over."""
         if self.role_after is not None and self.owner is module:
             self.role = self.role_after
 

@@ -1,4 +1,4 @@
-"""Traces that are not wanted, or perhaps not: their spans cost little, or wait until it is known what they are worth.
+"""Traces that are dropped, or perhaps dropped later: their spans cost little, or are made when the trace is kept.
 
 Whoever works inside (another instrumentation, another process) sees the parent of a trace that is not sampled.
 """
@@ -37,7 +37,7 @@ def _unsampled(trace_id: int | None = None) -> SpanContext:
 
 
 class DroppedTrace:
-    """Takes the place of a tracer for a trace that nobody wants: one span that records nothing."""
+    """Takes the place of a tracer for a trace that is dropped: one span that records nothing."""
 
     def __init__(self) -> None:
         self._span = NonRecordingSpan(_unsampled())
@@ -48,7 +48,7 @@ class DroppedTrace:
 
 
 class DeferredTrace:
-    """Takes the place of a tracer for a trace that may be wanted: spans are made when it is kept, with their own times.
+    """Takes the place of a tracer for a trace that may be kept: its spans are made then, with their own times.
 
     Args:
         tracer: makes them.
@@ -117,7 +117,7 @@ class DeferredSpan(Span):
         links: list[Link],
         options: dict[str, Any],
     ) -> None:
-        self._hold = deferred
+        self._trace = deferred
         self._name = name
         self._around = context
         self._kind = kind
@@ -140,7 +140,7 @@ class DeferredSpan(Span):
             if parent.real is None:
                 return
             around = set_span_in_context(parent.real, around)
-        real = self._hold.tracer.start_span(
+        real = self._trace.tracer.start_span(
             self._name, around, self._kind, self._attributes, self._links or None, self._started, **self._options
         )
         for name, attributes, when in self._events:
@@ -157,10 +157,10 @@ class DeferredSpan(Span):
         return self._context if self.real is None else self.real.get_span_context()
 
     def is_recording(self) -> bool:
-        """Whether it has not ended, and what is set on it may still be wanted."""
+        """Whether it has not ended, and what is set on it may still be kept."""
         if self.real is not None:
             return self.real.is_recording()
-        return self._ended is None and not self._hold.decided
+        return self._ended is None and not self._trace.decided
 
     def set_attribute(self, key: str, value: Any) -> None:
         """Set one attribute."""
@@ -171,7 +171,7 @@ class DeferredSpan(Span):
         if self.real is not None:
             self.real.set_attributes(attributes)
         else:
-            for key, value in attributes.items():  # What is set again is the newest, as in the SDK.
+            for key, value in attributes.items():  # What is set a second time becomes the newest, as in the SDK.
                 self._attributes.pop(key, None)
                 self._attributes[key] = value
 

@@ -102,12 +102,12 @@ def _trail(error: BaseException) -> tuple[int, tuple[tuple[int, int], ...]]:
 
 
 def message_of(error: BaseException) -> Any:
-    """The message of ``error``: its only argument as it is, all of them, or what a class of its own says.
+    """The message of ``error``: its only argument as it is, all of them, or the text that its class makes.
 
     Python's own classes of exceptions would call ``repr()`` of each argument, however large and whoever's it is: those
     are left to be shown as other content is. Only a class that brings a ``__str__`` of its own is asked for it.
     """
-    if _says_itself(type(error)):
+    if _makes_its_text(type(error)):
         try:
             if type(error).__module__ == "pydantic_core._pydantic_core" and hasattr(error, "errors"):
                 # Its own text has `repr()` of the values that it rejects.
@@ -119,7 +119,7 @@ def message_of(error: BaseException) -> Any:
     return arguments[0] if len(arguments) == 1 else list(arguments) if arguments else ""
 
 
-def _says_itself(kind: type) -> bool:
+def _makes_its_text(kind: type) -> bool:
     """Whether ``str()`` of an exception is worked out by code, or by one of the few built-in classes with a form."""
     for base in bases_of(kind):
         if "__str__" in members_of(base):

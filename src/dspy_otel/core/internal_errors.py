@@ -41,13 +41,13 @@ def failed(where: str, error: BaseException) -> None:
     """Warn once that the part named ``where`` failed with this type of error. Its detail is lost, nothing else."""
     if raises:
         raise error
-    # The message of an error may hold what the program works on: the warning has only its type.
+    # The message of an error may quote what the program works on: the warning has only its type.
     name = type(error).__name__
     warn_once((where, name), "%s failed (%s); that detail is missing from telemetry", where, name)
 
 
 def reset_warnings() -> None:
-    """Forget which warnings were given, so that each may show again (after ``uninstrument()``, and in tests)."""
+    """Forget which warnings were given, so that each may show once more (after ``uninstrument()``, and in tests)."""
     _seen.clear()
 
 

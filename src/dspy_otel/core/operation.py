@@ -50,7 +50,7 @@ class Start:
         root: begin a new trace.
         links: spans this one is linked to.
         identity: names of attributes without which the span cannot be assigned to its evaluation, run or trial. They
-            are set again at the end if the SDK had to drop some: it drops the oldest when there are too many (128,
+            are set once more at the end if the SDK had to drop some: it drops the oldest when there are too many (128,
             unless ``OTEL_SPAN_ATTRIBUTE_COUNT_LIMIT`` says otherwise).
     """
 
@@ -142,7 +142,7 @@ class Operation:
     def __reduce__(self) -> tuple[Any, ...]:
         # A class that is pickled by value (by cloudpickle: DSPy's save_program, classes of `__main__`) takes our
         # wrappers of its methods along. They arrive as wrappers that pass every call on, and need nothing of ours.
-        return types.SimpleNamespace, (), dict.fromkeys(("open", "fail", "note"), _NothingToRecord())
+        return types.SimpleNamespace, (), dict.fromkeys(("open", "fail", "serves"), _NothingToRecord())
 
     def start(
         self, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any], parent: CallContext | None
@@ -289,7 +289,7 @@ class Operation:
             if call.attributes:
                 call.span.set_attributes(call.attributes)
             if call.identity is not None and getattr(call.span, "dropped_attributes", None):
-                call.span.set_attributes(call.identity)  # what is set again is the newest
+                call.span.set_attributes(call.identity)  # what is set a second time becomes the newest
         except Exception as problem:
             failed("attributes of span", problem)
         try:

@@ -83,7 +83,7 @@ class Telemetry:
         )
 
     def _after_fork(self) -> None:
-        self._settling = threading.RLock()  # The thread that may have held it is not here.
+        self._settling = threading.RLock()  # The thread that may own the old one is not here.
 
     @property
     def tracer(self) -> Tracer:

@@ -1,1 +1,1 @@
-"""What each DSPy thing is called and what it tells: one file each, with pure functions beside a thin operation."""
+"""Operations of DSPy: one file for each, with a thin wrapper of its entry points beside pure functions."""

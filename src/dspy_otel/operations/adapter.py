@@ -27,32 +27,32 @@ class AdapterOperation(Operation):
         if inspect.iscoroutinefunction(original):
 
             @functools.wraps(original)
-            async def noted_coroutine(adapter: Any, /, *args: Any, **kwargs: Any) -> Any:
-                self.note(adapter)
+            async def coroutine_wrapper(adapter: Any, /, *args: Any, **kwargs: Any) -> Any:
+                self.serves(adapter)
                 try:
                     return await original(adapter, *args, **kwargs)
                 except BaseException as error:
                     hide_frames(error)
                     raise
 
-            return noted_coroutine
+            return coroutine_wrapper
 
         @functools.wraps(original)
-        def noted(adapter: Any, /, *args: Any, **kwargs: Any) -> Any:
-            self.note(adapter)
+        def wrapper(adapter: Any, /, *args: Any, **kwargs: Any) -> Any:
+            self.serves(adapter)
             try:
                 return original(adapter, *args, **kwargs)
             except BaseException as error:
                 hide_frames(error)
                 raise
 
-        return noted
+        return wrapper
 
     wrap_async = wrap
 
     @guard("adapter")
-    def note(self, adapter: Any) -> None:
-        """Note which adapter serves the predictor."""
+    def serves(self, adapter: Any) -> None:
+        """Record that this adapter serves the predictor, and that it takes over from one that has failed."""
         context = current_call_context()
         if context is None or not isinstance(context.state, ModuleState) or not self.telemetry.enabled():
             return
@@ -74,13 +74,13 @@ class AdapterOperation(Operation):
             try:
                 return original(adapter, *args, **kwargs)
             except Exception as error:
-                self._note_failure(adapter, error)
+                self._record_failure(adapter, error)
                 raise
 
         return _call_postprocess
 
     @guard("adapter failure")
-    def _note_failure(self, adapter: Any, error: Exception) -> None:
+    def _record_failure(self, adapter: Any, error: Exception) -> None:
         context = current_call_context()
         if context is None or not isinstance(context.state, ModuleState) or not self.telemetry.enabled():
             return

@@ -91,7 +91,7 @@ class EvaluateOperation(Operation):
         )
         context = CallContext(self.kind, instance, parent, state)
         context.program = None
-        # Of a program that is no module, nobody can tell where it ends and the metric begins.
+        # Where a program that is no module ends and the metric begins is unknown.
         context.role = None if program is None else semconv.ROLE_TASK
         context.totals = (*context.totals, state.totals)
         context.inherited = {**context.inherited, semconv.EVALUATION_ID: random_source.token_hex(8)}
@@ -299,7 +299,7 @@ def feedback_of(verdict: Any) -> str | None:
 
 
 def split_example(example: Any) -> tuple[Any, Any]:
-    """Inputs and expected fields of a dataset row. A row that does not say which is which is all input."""
+    """Inputs and expected fields of a dataset row. A row without input keys is all input."""
     values = introspection.store_of(example)
     keys = introspection.instance_dict(example).get("_input_keys")
     if values is None:

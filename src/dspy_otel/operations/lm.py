@@ -57,7 +57,7 @@ _EVENT: Final = guard("LM content event")
 
 @dataclass(slots=True)
 class LMCallState:
-    """What is known of an LM call so far. Written in the thread or task of the call, unless it says otherwise.
+    """What is known of an LM call so far. Written in the thread or task of the call, unless a field has another writer.
 
     Attributes:
         request: attributes of the request, for metrics and events.
@@ -67,8 +67,8 @@ class LMCallState:
         usage: what the call used, once it has ended.
         inner: what the LM calls inside used, when an LM asks other LMs; appended to by those, from their threads.
         engine: what DSPy runs the call on.
-        provider: who serves it, when the model's name does not tell.
-        retries: how many requests were made again.
+        provider: who serves it, if the model's name has no provider.
+        retries: how many requests were retried.
         chunks: how many chunks of a streamed answer have come.
         first_chunk: when the first one came, by ``time.perf_counter()``.
     """
@@ -249,18 +249,18 @@ class LMOperation(Operation):
         self.telemetry.emit_event(semconv.LOG_INFERENCE_DETAILS, attributes, call.otel_context)
 
     # --- hooks; those below the entry point find their call through its context ---------------------------------------
-    def note_settings(self, lm: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: None) -> None:
+    def remember_settings(self, lm: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: None) -> None:
         """After ``BaseLM.__init__``: an LM's keys are known before anything quotes them, and before its first call."""
         if self.telemetry.active and self.telemetry.config.content:
             redaction.remember_settings(lm.kwargs)
 
-    def note_result(self, _: None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def record_result(self, _: None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Before ``execution.finalize(lm, call, result)`` (3.4): the call's own result, which histories share later."""
         state = current_state(LMCallState)
         if state is not None:
             state.response = response_of_call_result(argument(args, kwargs, 2, "result"))
 
-    def note_engine(self, _: None, args: tuple[Any, ...], kwargs: dict[str, Any], chosen: Any) -> None:
+    def record_engine(self, _: None, args: tuple[Any, ...], kwargs: dict[str, Any], chosen: Any) -> None:
         """After ``execution._engine(lm, call, asynchronous)`` (3.4): which engine and provider serve the call."""
         state = current_state(LMCallState)
         if state is None:
@@ -271,7 +271,7 @@ class LMOperation(Operation):
         if isinstance(provider, str) and semconv.GEN_AI_PROVIDER_NAME not in state.request:
             state.provider = PROVIDERS.get(provider, provider)
 
-    def note_retry(self, _: None, args: tuple[Any, ...], kwargs: dict[str, Any], seconds: Any) -> None:
+    def record_retry(self, _: None, args: tuple[Any, ...], kwargs: dict[str, Any], seconds: Any) -> None:
         """After ``execution._delay(error, attempt)`` (3.4), which is called once before each retry."""
         context = current_call_context()
         if context is None or not isinstance(context.state, LMCallState):
@@ -288,7 +288,7 @@ class LMOperation(Operation):
         labels = metric_attributes(context, context.state)
         self.telemetry.metrics.retries.add(1, {**labels, semconv.ERROR_TYPE: error_type(error)})
 
-    def note_chunk(self, _: None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def record_chunk(self, _: None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Before ``stream_emitted()`` (3.4), which is called for each chunk that a streamed answer hands on."""
         state = current_state(LMCallState)
         if state is not None:

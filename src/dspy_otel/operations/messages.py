@@ -66,7 +66,7 @@ def _each(function: Callable[[Any], Any], items: Any) -> list[Any]:
 
 
 def _item_messages(items: Sequence[Any]) -> list[Message]:
-    """Messages from positional arguments: message objects as they are (DSPy 3.3), anything else is said by the user."""
+    """Messages from positional arguments: message objects as they are (DSPy 3.3), anything else is the user's."""
     messages: list[Message] = []
     for item in items:
         first, _ = introspection.bounded(item, MAX_ITEMS)

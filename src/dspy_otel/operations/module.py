@@ -30,13 +30,13 @@ class ModuleState:
     """What is known of a module's call so far. Written in the thread or task of the call.
 
     Attributes:
-        about: what every call of this module says.
+        description: span name and attributes that all calls of this module share.
         totals: of the LM calls inside, if this is the outermost module.
         adapter: class of the adapter that served it first.
         failed_adapter: class of the adapter whose parsing has failed last, until another one takes over.
     """
 
-    about: About
+    description: ModuleDescription
     totals: Totals | None = None
     adapter: str | None = None
     failed_adapter: str | None = None
@@ -76,22 +76,22 @@ class ModuleOperation(Operation):
                 place = self.programs.place(instance, program, program.paths.get(owner) or inner.get(owner))
                 if place is not None:
                     path, context.paths = place
-        about = self._about(instance, program, path, outermost)
-        context.state = ModuleState(about, totals)
-        return Start(about.span, context, about.attributes.copy())
+        description = self._description(instance, program, path, outermost)
+        context.state = ModuleState(description, totals)
+        return Start(description.span, context, description.attributes.copy())
 
-    def _about(self, instance: Any, program: Program, path: str | None, outermost: bool) -> About:
-        """What every call of this module says. It is kept with the program, if it is one of its modules."""
+    def _description(self, instance: Any, program: Program, path: str | None, outermost: bool) -> ModuleDescription:
+        """Of this module. It is kept with the program, if the module is one of its own."""
         placed = outermost or id(instance) in program.paths
-        about: About | None = program.about.get(id(instance)) if placed else None
-        if about is None or about.outermost is not outermost:
-            about = describe(instance, program, path, outermost)
+        description: ModuleDescription | None = program.descriptions.get(id(instance)) if placed else None
+        if description is None or description.outermost is not outermost:
+            description = describe(instance, program, path, outermost)
             openinference(
-                about.attributes, self.telemetry, semconv.KIND_AGENT if is_agent(instance) else semconv.KIND_CHAIN
+                description.attributes, self.telemetry, semconv.KIND_AGENT if is_agent(instance) else semconv.KIND_CHAIN
             )
             if placed:
-                program.about[id(instance)] = about
-        return about
+                program.descriptions[id(instance)] = description
+        return description
 
     def detail(self, call: Call) -> Attributes:
         attributes = signature_attributes(call.instance, call.kwargs, self.programs)
@@ -126,7 +126,7 @@ class ModuleOperation(Operation):
 
     def _record(self, call: Call, error: BaseException | None, seconds: float) -> None:
         state: ModuleState = call.context.state
-        labels = state.about.labels
+        labels = state.description.labels
         if error is not None:
             labels = {**labels, semconv.ERROR_TYPE: error_type(error)}
         self.telemetry.metrics.module_duration.record(seconds, labels, call.otel_context)
@@ -152,8 +152,8 @@ def is_agent(instance: Any) -> bool:
 _AGENT_TYPES: Final[WeakKeyDictionary[type, bool]] = WeakKeyDictionary()
 
 
-class About(NamedTuple):
-    """What each call of a module says.
+class ModuleDescription(NamedTuple):
+    """What all calls of a module share.
 
     Attributes:
         span: span name.
@@ -168,7 +168,7 @@ class About(NamedTuple):
     outermost: bool
 
 
-def describe(instance: Any, program: Program, path: str | None, outermost: bool) -> About:
+def describe(instance: Any, program: Program, path: str | None, outermost: bool) -> ModuleDescription:
     """Span name and identifying attributes of a module's calls.
 
     Args:
@@ -196,7 +196,7 @@ def describe(instance: Any, program: Program, path: str | None, outermost: bool)
         span = f"{semconv.OPERATION_INVOKE_WORKFLOW} {class_name}"
     else:
         span = f"{class_name} {path}" if path else class_name
-    return About(span, attributes, labels, outermost)
+    return ModuleDescription(span, attributes, labels, outermost)
 
 
 def attributes_signature(instance: Any, kwargs: dict[str, Any]) -> Any:

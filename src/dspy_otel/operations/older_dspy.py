@@ -23,18 +23,18 @@ _STREAM: Final = guard("LM stream")
 # --- LM calls ----------------------------------------------------------------------------------------------------
 
 
-def note_response(lm: Any, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: Any) -> None:
+def record_response(lm: Any, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: Any) -> None:
     """After ``BaseLM._process_lm_response(response, ...)``: the call's own response, and its engine."""
     state = current_state(LMCallState)
     if state is None:
         return
     state.response = response_of_openai(argument(args, kwargs, 0, "response"), outputs)
-    # DSPy's own LM has one engine; the class of any other LM says enough.
+    # DSPy's own LM has one engine. The class of any other LM is enough.
     if any(base.__module__ == "dspy.clients.lm" for base in type(lm).__mro__):
         state.engine = "litellm"
 
 
-def note_typed_response(lm: Any, args: tuple[Any, ...], kwargs: dict[str, Any], response: Any) -> None:
+def record_typed_response(lm: Any, args: tuple[Any, ...], kwargs: dict[str, Any], response: Any) -> None:
     """After ``BaseLM._finalize_lm_response(request, response, ...)`` (3.3, typed requests): likewise."""
     state = current_state(LMCallState)
     if state is not None:
