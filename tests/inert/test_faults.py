@@ -426,6 +426,8 @@ MACHINERY = {
         "optimizers.trackers.simba.SIMBATracker.end",
     ),
     "optimizers.trackers.gepa.Observer.__getattr__",
+    # What registers the trackers, before anything of DSPy's is wrapped.
+    *("optimizers.tracker.tracks", "optimizers.tracker.registered", "optimizers.trackers.load"),
 }
 AT_TIMES = re.compile(
     r"\.redaction\.(\w*environment\w*|_Pattern\.__getattr__)$|is_secret_name$|OwnJitter|given_ids|__missing__$"

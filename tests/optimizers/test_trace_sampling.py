@@ -142,7 +142,7 @@ def test_an_example_that_raises_is_kept_with_its_error(telemetry: Any) -> None:
 
 
 def test_a_large_trial_does_not_wait_in_memory(telemetry: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trace_sampling, "MOST_HELD", 12)
+    monkeypatch.setattr(trace_sampling, "MAX_DEFERRED_SPANS", 12)
     run(telemetry, "BootstrapFewShotWithRandomSearch", "failed_and_best")
     passed = [span for span in telemetry.named("example ") if span.attributes["dspy.example.score"] > 0]
     best = [trial for trial in trials(telemetry, "BootstrapFewShotWithRandomSearch") if trial["trial.is_best"]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import secrets as random_source
 import types
@@ -21,6 +22,7 @@ from dspy_otel.core.usage import Totals
 from dspy_otel.operations.module import put_inputs, put_outputs
 from dspy_otel.operations.program import Programs
 
+_MOST_PARTIALS: Final = 16
 _FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType, types.MethodType)
 _CONTENT: Final = guard("content")
 
@@ -271,7 +273,11 @@ def size_attributes(given: dict[str, Any]) -> Attributes:
 
 
 def callable_name(function: Any) -> str:
-    """The name of a function, or the class of any other callable."""
+    """The name of a function (of a ``functools.partial``: of what it calls), or the class of any other callable."""
+    for _ in range(_MOST_PARTIALS):
+        if type(function) is not functools.partial:
+            break
+        function = function.func
     plain = type(function) in _FUNCTIONS or introspection.is_a(function, type)
     name = introspection.text(function.__name__ if plain else introspection.field(function, "__name__"), 256)
     return name or introspection.name_of(type(function)).rpartition(".")[2]

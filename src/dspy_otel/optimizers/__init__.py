@@ -1,32 +1,20 @@
 """Optimizers: every ``compile`` becomes a run with phases, trials and candidates.
 
-One small file for each optimizer that needs hooks of its own; :class:`~dspy_otel.optimizers.tracker.Plan` reads all
-others.
+One small file for each optimizer that needs hooks of its own; :class:`~dspy_otel.optimizers.tracker.Tracker`
+follows all others.
 """
 
 from __future__ import annotations
 
-from typing import Any, Final, TypeVar
+from typing import Any, TypeVar
 
 from dspy_otel.core.internal_errors import guard
 from dspy_otel.core.telemetry import Telemetry
 from dspy_otel.operations.program import Programs
+from dspy_otel.optimizers import trackers
 from dspy_otel.optimizers.compile import CompileOperation
 from dspy_otel.optimizers.lineage import Optimization, optimization
-from dspy_otel.optimizers.tracker import Tracker
-from dspy_otel.optimizers.trackers import (
-    better_together,
-    bootstrap,
-    copro,
-    finetune,
-    gepa,
-    infer_rules,
-    mipro,
-    optuna,
-    random_search,
-    reanchor,
-    simba,
-)
+from dspy_otel.optimizers.tracker import Tracker, registered
 from dspy_otel.optimizers.trials import (
     CandidateEvaluation,
     CandidateExample,
@@ -38,20 +26,6 @@ from dspy_otel.optimizers.trials import (
 from dspy_otel.patching import Patches
 
 _Tracker = TypeVar("_Tracker", bound=Tracker)
-
-_FILES: Final = (
-    better_together,
-    bootstrap,
-    copro,
-    finetune,
-    gepa,
-    infer_rules,
-    mipro,
-    optuna,
-    random_search,
-    reanchor,
-    simba,
-)
 
 
 class Optimizers:
@@ -74,13 +48,12 @@ class Optimizers:
         self.evaluate = CandidateEvaluation(telemetry, programs, self.phases, self.trials)
         self.example = CandidateExample(telemetry, programs)
         self.module = DirectModule(telemetry, programs, self.phases)
-        self.trackers: dict[str, type[Tracker]] = {}
-        for file in _FILES:
-            self.trackers.update(file.TRACKERS)
+        self._files = trackers.load()
+        self.trackers = registered()
         self.compile = CompileOperation(telemetry, programs, self.tracker_for)
 
     def tracker_for(self, optimizer: Any) -> type[Tracker]:
-        """The plan of an optimizer: that of its nearest class of DSPy's which has one."""
+        """The tracker of an optimizer: that of its nearest class of DSPy's which has one."""
         for kind in type(optimizer).__mro__:
             if kind.__module__.startswith("dspy.") and kind.__name__ in self.trackers:
                 return self.trackers[kind.__name__]
@@ -88,14 +61,16 @@ class Optimizers:
 
     @guard("optimizer")
     def running(self, kind: type[_Tracker]) -> _Tracker | None:
-        """The plan of the optimization that runs here, if it is one of this kind."""
+        """The tracker of the optimization that runs here, if it is one of this kind."""
         run = current_run(self.phases)
         return run.tracker if run is not None and isinstance(run.tracker, kind) else None
 
     def patch(self, patches: Patches) -> None:
         """Put the hooks of single optimizers in force; one that this DSPy lacks costs its detail and a warning."""
-        for file in _FILES:
-            file.patch(self, patches)
+        for file in self._files:
+            patch = getattr(file, "patch", None)
+            if patch is not None:
+                patch(self, patches)
 
 
 __all__ = ["Optimization", "Optimizers", "optimization"]

@@ -16,7 +16,7 @@ from dspy_otel.operations.program import Programs
 from dspy_otel.optimizers.lineage import remember_winner
 from dspy_otel.optimizers.parameters import bound_arguments, constructor_arguments, is_dataset, parameter_attributes
 from dspy_otel.optimizers.program_state import put_state, state_of
-from dspy_otel.optimizers.run import Run, run_of
+from dspy_otel.optimizers.run import CompileState, Run, run_of
 from dspy_otel.optimizers.tracker import Tracker
 from dspy_otel.optimizers.trials import dataset_attributes
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from dspy_otel.optimizers.progress import ProgressDisplay
     from dspy_otel.optimizers.resume import Attempt
 
-# Stamps that are told by run, and so hold for one run only.
+# Attributes that count within one run: an optimization inside another one does not inherit them.
 _OF_ONE_RUN: Final = (semconv.OPTIMIZER_PHASE, semconv.TRIAL_NUMBER, semconv.CANDIDATE_ID)
 # How a compile inside another one tells where in that it is.
 _OF_PARENT: Final = (
@@ -39,7 +39,7 @@ class CompileOperation(Operation):
     Args:
         telemetry: where to record.
         programs: knows the programs' ids.
-        plan_for: gives the kind of plan for an optimizer.
+        tracker_for: gives the class of the tracker of an optimizer.
     """
 
     kind = "compile"
@@ -95,7 +95,7 @@ class CompileOperation(Operation):
         if run.inference_time:
             attributes[semconv.OPTIMIZER_INFERENCE_TIME] = True
         context.inherited = inherited
-        context.notes.update(run=run, given=given)
+        context.state = CompileState(run, given)
         openinference(attributes, self.telemetry, semconv.KIND_CHAIN)
         links = [] if run.attempt is None else run.attempt.links()
         return Start(f"{semconv.SPAN_COMPILE} {name}", context, attributes, links=links, identity=self.identity)
@@ -121,17 +121,17 @@ class CompileOperation(Operation):
             attributes[semconv.INITIAL_PROGRAM_ID] = program.id
         return attributes
 
-    def _told_more(
+    def _more_arguments(
         self, context: CallContext, args: tuple[Any, ...], kwargs: Mapping[str, Any], override_of: type | None
     ) -> None:
-        """A subclass's ``compile()`` calls the one it overrides, and may pass on what nobody has told it."""
-        run: Run = context.notes["run"]
-        given: dict[str, Any] = context.notes["given"]
+        """A subclass's ``compile()`` calls the one it overrides, and may add arguments."""
+        state: CompileState = context.state
+        run, given = state.run, state.arguments
         more = bound_arguments(context.owner, args, kwargs, override_of)
         new = {name: value for name, value in more.items() if value is not None and given.get(name) is None}
         given.update(new)
         attributes = self._initial(run, given)
-        self.telemetry.safely("optimizer", None, run.tracker.told)
+        self.telemetry.safely("optimizer", None, run.tracker.arguments_known)
         if context.span is not None and context.span.is_recording():
             attributes.update(self._about(run, context.owner, new, described=not attributes))
             context.span.set_attributes(attributes)
@@ -150,33 +150,33 @@ class CompileOperation(Operation):
         self, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any], override_of: type | None = None
     ) -> Call | None:
         around = current_call_context()
-        if around is not None and around.kind == self.kind and around.owner is instance:
+        if around is not None and isinstance(around.state, CompileState) and around.owner is instance:
             # compile() calling super().compile() is one optimization.
-            self._told_more(around, args, kwargs, override_of)
+            self._more_arguments(around, args, kwargs, override_of)
             return None
         call = super().open(instance, args, kwargs, override_of)
         if call is not None:
             Run.enter(1)
             self.telemetry.safely("compile", None, say_now, call)
-            run: Run = call.context.notes["run"]
+            run: Run = call.context.state.run
             if run.attempt is not None:
                 self.telemetry.safely("optimizer's run file", None, run.attempt.opened, call)
                 run.save()
             self.telemetry.safely("optimizer", None, run.tracker.begin)
-            self.telemetry.safely("optimizer", None, run.tracker.told)
+            self.telemetry.safely("optimizer", None, run.tracker.arguments_known)
             if self.display is not None and not run.inference_time:
                 self.telemetry.safely("progress display", None, self.display.begin, run)
         return call
 
     def close(self, call: Call, result: Any, error: BaseException | None) -> None:
-        self.telemetry.safely("optimizer", None, call.context.notes["run"].tracker.end)
+        self.telemetry.safely("optimizer", None, call.context.state.run.tracker.end)
         super().close(call, result, error)
         if self.display is not None:
-            self.telemetry.safely("progress display", None, self.display.end, call.context.notes["run"])
+            self.telemetry.safely("progress display", None, self.display.end, call.context.state.run)
         Run.enter(-1)
 
     def detail(self, call: Call) -> Attributes:
-        return self._about(call.context.notes["run"], call.instance, call.context.notes["given"])
+        return self._about(call.context.state.run, call.instance, call.context.state.arguments)
 
     def _about(self, run: Run, instance: Any, given: Mapping[str, Any], described: bool = False) -> Attributes:
         """Parameters, datasets, and the initial program's state, unless that is described already."""
@@ -193,33 +193,34 @@ class CompileOperation(Operation):
         return attributes
 
     def measure(self, call: Call, result: Any, error: BaseException | None, seconds: float) -> None:
-        run: Run = call.context.notes["run"]
+        state: CompileState = call.context.state
+        run = state.run
         if run.attempt is not None:
             run.attempt.outcome = outcome_of(error)
         run.report_spending()
         if error is None and hasattr(result, "named_predictors"):
             program = self.programs.find(result)
             if program is not None and program.id is not None:
-                call.context.notes["made"] = program.id
-                call.context.notes["winner"] = remember_winner(run, program.id)
+                state.result_id = program.id
+                state.winner = remember_winner(run, program.id)
         labels = {**run.labels(), semconv.OPTIMIZER_OUTCOME: outcome_of(error)}
         self.telemetry.metrics.optimizer_duration.record(seconds, labels, call.otel_context)
 
     def result(self, call: Call, result: Any, error: BaseException | None) -> Attributes:
-        notes = call.context.notes
-        run: Run = notes["run"]
+        state: CompileState = call.context.state
+        run = state.run
         attributes: Attributes = dict(run.totals.attributes())
         attributes[semconv.OPTIMIZER_OUTCOME] = outcome_of(error)
-        given_validation = notes["given"].get("valset") is not None
+        given_validation = state.arguments.get("valset") is not None
         attributes.update(
             (key, value) for key, value in run.attributes().items() if not (given_validation and key in run.validation)
         )
         if run.attempt is not None:
             attributes.update(run.attempt.end_attributes(run))
-        if "made" in notes:
-            attributes[semconv.PROGRAM_ID] = notes["made"]
-            if notes["winner"] is not None:
-                attributes[semconv.OPTIMIZER_WINNER_TRIAL] = notes["winner"].number
+        if state.result_id is not None:
+            attributes[semconv.PROGRAM_ID] = state.result_id
+            if state.winner is not None:
+                attributes[semconv.OPTIMIZER_WINNER_TRIAL] = state.winner.number
             if self.telemetry.config.content_on_spans:
                 put_state(self.telemetry, attributes, result)
         return attributes

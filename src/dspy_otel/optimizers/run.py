@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 from dspy_otel import semconv
 from dspy_otel.core.attributes import Attributes
-from dspy_otel.core.call_context import CallContext
+from dspy_otel.core.call_context import CallContext, enclosing_state
 from dspy_otel.core.telemetry import Telemetry
 from dspy_otel.core.usage import Totals
 
@@ -50,13 +50,13 @@ class Run:
         telemetry: where metrics go.
         id: ``dspy.optimizer.run.id``.
         name: the optimizer's class name.
-        scope: of the compile.
+        context: call context of the compile.
         totals: of all LM calls inside, by role.
         parent: the optimization that this one is a step of.
         program_name: class of the program being optimized.
         initial_id: its id before.
         student: it.
-        plan: what is particular to this optimizer.
+        tracker: what is particular to this optimizer.
         attempt: which attempt this is, for an optimizer that can go on after its process was killed.
         inference_time: a program compiles as part of its own answer (KNNFewShot).
     """
@@ -257,11 +257,24 @@ class Run:
         return {**self.validation, **{key: value for key, value in known.items() if value is not None}}
 
 
+@dataclass(slots=True)
+class CompileState:
+    """What is kept of one call of ``compile()``. Written in its thread.
+
+    Attributes:
+        run: the optimization.
+        arguments: of ``compile()``; a subclass's ``compile()`` may add to them when it calls the one it overrides.
+        result_id: ``dspy.program.id`` of the program it returned.
+        winner: the trial that scored that program.
+    """
+
+    run: Run
+    arguments: dict[str, Any]
+    result_id: str | None = None
+    winner: Scored | None = None
+
+
 def run_of(context: CallContext | None) -> Run | None:
-    """The optimization that ``scope`` is inside of: the innermost one."""
-    while context is not None:
-        if context.kind == "compile":
-            run = context.notes.get("run")
-            return run if isinstance(run, Run) else None
-        context = context.parent
-    return None
+    """The optimization that ``context`` is inside of: the innermost one."""
+    state = enclosing_state(context, CompileState)
+    return None if state is None else state.run

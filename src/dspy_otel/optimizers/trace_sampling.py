@@ -7,20 +7,20 @@ from __future__ import annotations
 
 from typing import Any, Final
 
-from dspy_otel import semconv
-from dspy_otel.core.call_context import CallContext
+from dspy_otel.core.call_context import CallContext, enclosing_state
 from dspy_otel.core.deferred_spans import DeferredTrace, DroppedTrace
 from dspy_otel.core.operation import Call
 from dspy_otel.core.telemetry import Telemetry
-from dspy_otel.operations.evaluation import score_of
-from dspy_otel.optimizers.run import Run, run_of
+from dspy_otel.operations.evaluation import ExampleState, score_of
+from dspy_otel.optimizers.run import CompileState, Run, run_of
+from dspy_otel.optimizers.tracker import TrialState
 
-MOST_HELD: Final = 5000
+MAX_DEFERRED_SPANS: Final = 5000
 """Most spans of one trial that wait for its score. Examples beyond are kept if they fail, and else dropped."""
 
 
 def begin_example(telemetry: Telemetry, context: CallContext) -> None:
-    """An example or attempt begins, perhaps inside an optimization: hold or drop its trace, if the mode says so."""
+    """An example or attempt begins, perhaps inside an optimization: defer or drop its trace, if the mode says so."""
     mode = telemetry.config.optimization_traces
     if mode == "all" or not Run.live or context.deferred is not None:
         return
@@ -39,25 +39,26 @@ def end_example(call: Call, failed: bool) -> None:
     if failed:
         _keep(deferred, around)
         return
-    trial = _trial_around(around)
-    run = run_of(around)
-    if trial is None or run is None or trial.owner.kind not in run.tracker.deciding:
+    trial = enclosing_state(around, TrialState, until=(CompileState, ExampleState))
+    if (
+        trial is None
+        or trial.trial.kind not in trial.run.tracker.deciding
+        or trial.is_best is False
+        or sum(map(len, trial.deferred)) + len(deferred) > MAX_DEFERRED_SPANS
+    ):
         deferred.drop()
-        return
-    waiting: list[DeferredTrace] = trial.notes.setdefault("held", [])
-    if trial.notes.get("is_best", True) is False or sum(map(len, waiting)) + len(deferred) > MOST_HELD:
-        deferred.drop()
-    elif "is_best" in trial.notes:  # a straggler
-        _keep(deferred, trial)
+    elif trial.is_best:  # a straggler
+        _keep(deferred, trial.context)
     else:
-        waiting.append(deferred)
+        trial.deferred.append(deferred)
 
 
-def end_trial(trial: CallContext, is_best: bool) -> None:
+def end_trial(trial: TrialState) -> None:
     """A trial has its score: keep the traces of its examples if that is the best so far."""
-    for deferred in trial.notes.pop("held", ()):
-        if is_best:
-            _keep(deferred, trial)
+    waiting, trial.deferred = trial.deferred, []
+    for deferred in waiting:
+        if trial.is_best:
+            _keep(deferred, trial.context)
         else:
             deferred.drop()
 
@@ -77,11 +78,3 @@ def _keep(deferred: DeferredTrace, around: CallContext) -> None:
         return
     if kept.trace_id != around.span.get_span_context().trace_id:
         around.add_link(kept)
-
-
-def _trial_around(context: CallContext | None) -> CallContext | None:
-    while context is not None and context.kind not in ("compile", "example"):
-        if context.kind == semconv.SPAN_TRIAL:
-            return context
-        context = context.parent
-    return None

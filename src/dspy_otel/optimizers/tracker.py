@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Final, TypeVar
 
 from dspy_otel import semconv
 from dspy_otel.core.attributes import Attributes
+from dspy_otel.core.call_context import CallContext
+from dspy_otel.core.deferred_spans import DeferredTrace
 from dspy_otel.core.operation import Call
+from dspy_otel.core.usage import Totals
 from dspy_otel.operations.evaluation import score_of
 from dspy_otel.optimizers.run import PERCENT, Run
 
@@ -51,11 +54,11 @@ class Trial:
         candidate: ``dspy.program.id`` of what is scored; ``None`` for a mixture.
         program: it.
         size: number of examples.
-        waits: the optimizer's verdict comes later: the plan ends the trial.
-        said: attributes to add at its end.
+        awaits_verdict: the optimizer's verdict comes later, and the tracker ends the trial then.
+        end_attributes: attributes to add at its end.
         call: set while it is open.
         score: set when its evaluation has ended.
-        about: the plan's own note.
+        texts: instructions by predictor, where the tracker finds the trial by them.
     """
 
     kind: str
@@ -67,11 +70,11 @@ class Trial:
     candidate: str | None = None
     program: Any = None
     size: int | None = None
-    waits: bool = False
-    said: Attributes = field(default_factory=dict)
+    awaits_verdict: bool = False
+    end_attributes: Attributes = field(default_factory=dict)
     call: Call | None = None
     score: float | None = None
-    about: Any = None
+    texts: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(eq=False)
@@ -81,16 +84,73 @@ class Phase:
     Attributes:
         name: ``bootstrap``, ``propose``, ``search``, ...
         role: what LM calls inside are for, if that differs from what is around.
-        trials: evaluations directly inside are trials.
+        has_trials: evaluations directly inside are trials.
         attributes: known at the start, or added before the end.
-        about: whatever it works on.
+        candidate: the program that it changes.
     """
 
     name: str
     role: str | None = None
-    trials: bool = False
+    has_trials: bool = False
     attributes: Attributes = field(default_factory=dict)
-    about: Any = None
+    candidate: Any = None
+
+
+@dataclass(slots=True)
+class PhaseState:
+    """What is kept of a phase in flight.
+
+    Attributes:
+        phase: its description.
+        totals: of the LM calls inside.
+    """
+
+    phase: Phase
+    totals: Totals
+
+
+@dataclass(slots=True)
+class TrialState:
+    """What is kept of a trial in flight. Its examples read it in worker threads.
+
+    Attributes:
+        trial: its description.
+        run: the optimization.
+        context: call context of the trial.
+        number: ``dspy.trial.number``.
+        totals: of the LM calls inside.
+        is_best: whether it is the best so far; ``None`` until it has its score.
+        best_score: the best score so far, its own included.
+        deferred: traces of examples that wait for the score.
+    """
+
+    trial: Trial
+    run: Run
+    context: CallContext
+    number: int
+    totals: Totals
+    is_best: bool | None = None
+    best_score: float | None = None
+    deferred: list[DeferredTrace] = field(default_factory=list)
+
+
+_registered: Final[dict[str, type[Tracker]]] = {}
+_Kind = TypeVar("_Kind", bound="type[Tracker]")
+
+
+def tracks(*optimizers: str) -> Callable[[_Kind], _Kind]:
+    """Register a tracker for the optimizers of DSPy with these class names, and their subclasses."""
+
+    def register(kind: _Kind) -> _Kind:
+        _registered.update(dict.fromkeys(optimizers, kind))
+        return kind
+
+    return register
+
+
+def registered() -> dict[str, type[Tracker]]:
+    """The registered trackers by the class name of their optimizer: a copy."""
+    return dict(_registered)
 
 
 class Tracker:
@@ -132,8 +192,8 @@ class Tracker:
     def begin(self) -> None:
         """The compile begins; its span is open."""
 
-    def told(self) -> None:
-        """:attr:`arguments` are known; again when a subclass's ``compile()`` has told more to the one it overrides."""
+    def arguments_known(self) -> None:
+        """:attr:`arguments` are known; called again when an overridden ``compile()`` is given more of them."""
 
     def end(self) -> None:
         """The compile ends; its span is still open."""

@@ -21,9 +21,9 @@ from dspy_otel.operations.module import ModuleOperation
 from dspy_otel.optimizers.enclosing import EnclosedOperation
 from dspy_otel.optimizers.lineage import remember
 from dspy_otel.optimizers.program_state import differences, put_state, state_of
-from dspy_otel.optimizers.run import Run, Scored, run_of
+from dspy_otel.optimizers.run import CompileState, Run, Scored, run_of
 from dspy_otel.optimizers.trace_sampling import begin_example, end_example, end_trial, has_failed
-from dspy_otel.optimizers.tracker import Evaluation, Phase, Trial
+from dspy_otel.optimizers.tracker import Evaluation, Phase, PhaseState, Trial, TrialState
 
 
 class PhaseOperation(Operation):
@@ -49,13 +49,13 @@ class PhaseOperation(Operation):
             context.role = phase.role
         totals = Totals(by_role=True)
         context.totals = (*context.totals, totals)
-        context.notes["totals"] = totals
+        context.state = PhaseState(phase, totals)
         attributes = dict(phase.attributes)
         openinference(attributes, self.telemetry, semconv.KIND_CHAIN)
         return Start(phase.name, context, attributes, identity=self.identity)
 
     def result(self, call: Call, result: Any, error: BaseException | None) -> Attributes:
-        return {**call.instance.attributes, **call.context.notes["totals"].attributes()}
+        return {**call.instance.attributes, **call.context.state.totals.attributes()}
 
     def measure(self, call: Call, result: Any, error: BaseException | None, seconds: float) -> None:
         run = run_of(call.context)
@@ -126,7 +126,7 @@ class TrialOperation(Operation):
         totals = Totals(by_role=True)
         context.totals = (*context.totals, totals)
         number = run.next_number()
-        context.notes.update(totals=totals, run=run, number=number)
+        context.state = TrialState(trial, run, context, number, totals)
         inherited = {semconv.OPTIMIZER_PHASE: trial.phase, **context.inherited, semconv.TRIAL_NUMBER: number}
         if trial.candidate is not None:
             inherited[semconv.CANDIDATE_ID] = trial.candidate
@@ -147,7 +147,7 @@ class TrialOperation(Operation):
     def detail(self, call: Call) -> Attributes:
         trial: Trial = call.instance
         attributes: Attributes = {}
-        run: Run = call.context.notes["run"]
+        run: Run = call.context.state.run
         if trial.program is None or trial.candidate is None or not self.telemetry.config.content_on_spans:
             return attributes
         state = state_of(trial.program)
@@ -160,25 +160,28 @@ class TrialOperation(Operation):
 
     def measure(self, call: Call, result: Any, error: BaseException | None, seconds: float) -> None:
         trial: Trial = call.instance
-        notes = call.context.notes
-        run: Run = notes["run"]
+        state: TrialState = call.context.state
+        run = state.run
         decides = trial.score is not None and trial.kind in run.tracker.deciding
-        scored = Scored(notes["number"], trial.kind, trial.candidate, trial.score, decides)
-        notes["is_best"], notes["best"] = run.finish_trial(scored, error is not None)
-        end_trial(call.context, notes["is_best"])
+        scored = Scored(state.number, trial.kind, trial.candidate, trial.score, decides)
+        is_best, state.best_score = run.finish_trial(scored, error is not None)
+        state.is_best = is_best
+        end_trial(state)
         remember(run, scored)
-        accepted = trial.said.get(semconv.TRIAL_ACCEPTED)
+        accepted = trial.end_attributes.get(semconv.TRIAL_ACCEPTED)
         if isinstance(accepted, bool):
             run.verdict(accepted)
 
     def result(self, call: Call, result: Any, error: BaseException | None) -> Attributes:
         trial: Trial = call.instance
-        notes = call.context.notes
-        attributes: Attributes = {**notes["totals"].attributes(), semconv.TRIAL_IS_BEST: notes["is_best"], **trial.said}
+        state: TrialState = call.context.state
+        attributes: Attributes = {**state.totals.attributes(), **trial.end_attributes}
+        if state.is_best is not None:
+            attributes.setdefault(semconv.TRIAL_IS_BEST, state.is_best)
         if trial.score is not None:
             attributes[semconv.TRIAL_SCORE] = trial.score
-        if notes["best"] is not None:
-            attributes[semconv.TRIAL_BEST_SCORE] = notes["best"]
+        if state.best_score is not None:
+            attributes[semconv.TRIAL_BEST_SCORE] = state.best_score
         return attributes
 
 
@@ -192,7 +195,10 @@ class CandidateEvaluation(EnclosedOperation, EvaluateOperation):
 
     def enclose(self, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
         context = current_call_context()
-        if context is None or not (context.kind == "compile" or (context.kind == "phase" and context.owner.trials)):
+        if context is None:
+            return None
+        state = context.state
+        if not (isinstance(state, CompileState) or (isinstance(state, PhaseState) and state.phase.has_trials)):
             return None
         run = run_of(context)
         if run is None:
@@ -247,12 +253,12 @@ class CandidateEvaluation(EnclosedOperation, EvaluateOperation):
             trial.score = self.telemetry.safely("optimizer", None, run.tracker.score, result, error)
             if error is None:
                 self.telemetry.safely("optimizer", None, run.tracker.scored, trial, result)
-                if trial.waits:
+                if trial.awaits_verdict:
                     # The span stays open, for the verdict; nothing more happens inside it.
                     detach(enclosing.token)
                     enclosing.token = None
                     return
-            trial.waits = False
+            trial.awaits_verdict = False
         super().close_enclosing(enclosing, result, error)
 
     # --- for optimizers that do not use Evaluate ----------------------------------------------------------------------
@@ -317,7 +323,7 @@ class DirectModule(EnclosedOperation, ModuleOperation):
 
     def enclose(self, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
         context = current_call_context()
-        if context is None or context.kind != "compile":
+        if context is None or not isinstance(context.state, CompileState):
             return None
         run = run_of(context)
         if run is None or is_program_of(run, instance):
@@ -332,7 +338,7 @@ class DirectModule(EnclosedOperation, ModuleOperation):
         around = parent
         while around is not None and around.kind == "parallel":  # dspy.Parallel, Module.batch
             around = around.parent
-        if start is not None and around is not None and around.kind == "compile":
+        if start is not None and around is not None and isinstance(around.state, CompileState):
             run = run_of(around)
             if run is not None and is_program_of(run, instance):
                 start.context.role = run.tracker.program_role

@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING, Any, Final
 from dspy_otel.content import introspection
 from dspy_otel.core.attributes import Attributes
 from dspy_otel.optimizers.run import Run
-from dspy_otel.optimizers.tracker import Evaluation, Tracker
-from dspy_otel.patching import Patches
+from dspy_otel.optimizers.tracker import Evaluation, Tracker, tracks
 
 if TYPE_CHECKING:
-    from dspy_otel.optimizers import Optimizers
+    pass
 
 _SEPARATOR: Final = " -> "
 
 
+@tracks("BetterTogether")
 class BetterTogetherTracker(Tracker):
     """The k-th evaluation follows the k-th step; number 0 is the original program. A failing step is the last."""
 
@@ -27,7 +27,7 @@ class BetterTogetherTracker(Tracker):
         self.steps: list[str] = []
         self.last: str | None = None
 
-    def told(self) -> None:
+    def arguments_known(self) -> None:
         if "optimizers" not in introspection.instance_dict(self.instance):
             return  # Before DSPy 3.2 it evaluates nothing between its steps.
         strategy = self.arguments.get("strategy")
@@ -46,10 +46,3 @@ class BetterTogetherTracker(Tracker):
     def parents(self, about: Evaluation) -> list[str]:
         parent, self.last = self.last, about.program_id
         return [parent] if parent is not None else []
-
-
-TRACKERS: Final[dict[str, type[Tracker]]] = {"BetterTogether": BetterTogetherTracker}
-
-
-def patch(optimizers: Optimizers, patches: Patches) -> None:
-    """Nothing: public entry points tell all."""

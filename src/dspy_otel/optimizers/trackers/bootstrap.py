@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Final
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from opentelemetry.trace import Link
 
@@ -11,23 +12,35 @@ from dspy_otel.core.attributes import Attributes
 from dspy_otel.core.call_context import CallContext
 from dspy_otel.core.operation import Call, Operation, Start, openinference
 from dspy_otel.core.telemetry import Telemetry
-from dspy_otel.operations.evaluation import callable_name, metric_name, split_example
+from dspy_otel.operations.evaluation import ExampleState, callable_name, metric_name, split_example
 from dspy_otel.operations.module import put_inputs
 from dspy_otel.operations.program import Programs
 from dspy_otel.optimizers.run import run_of
 from dspy_otel.optimizers.trace_sampling import begin_example, end_example
-from dspy_otel.optimizers.tracker import Phase, Tracker
+from dspy_otel.optimizers.tracker import Phase, PhaseState, Tracker, tracks
 from dspy_otel.patching import Patches, resolve
 
 if TYPE_CHECKING:
     from dspy_otel.optimizers import Optimizers
 
 
+@tracks("BootstrapFewShot")
 class BootstrapTracker(Tracker):
     """No trials: one phase of attempts."""
 
     role = semconv.ROLE_TEACHER
     program_role = semconv.ROLE_TEACHER
+
+
+@dataclass(slots=True)
+class AttemptState(ExampleState):
+    """What is kept of an attempt: it is an example, which may be linked to its phase.
+
+    Attributes:
+        linked: it is a trace of its own.
+    """
+
+    linked: bool = False
 
 
 class AttemptOperation(Operation):
@@ -47,7 +60,7 @@ class AttemptOperation(Operation):
         self, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any], parent: CallContext | None
     ) -> Start | None:
         run = run_of(parent)
-        if parent is None or parent.kind != "phase" or run is None:
+        if parent is None or not isinstance(parent.state, PhaseState) or run is None:
             return None
         teacher = instance.teacher
         # The context's owner is the teacher: what is called after its answer belongs to the metric.
@@ -64,7 +77,7 @@ class AttemptOperation(Operation):
         openinference(attributes, self.telemetry, semconv.KIND_CHAIN)
         begin_example(self.telemetry, context)
         linked = self.telemetry.config.evaluation_traces == "linked" and not run.inference_time
-        context.notes["linked"] = linked
+        context.state = AttemptState(linked=linked)
         links = [Link(parent.span.get_span_context())] if linked and parent.span is not None else []
         return Start(f"{semconv.SPAN_BOOTSTRAP_ATTEMPT} {name}", context, attributes, root=linked, links=links)
 
@@ -79,18 +92,18 @@ class AttemptOperation(Operation):
             put_inputs(self.telemetry, attributes, inputs)
             self.telemetry.put_content(attributes, semconv.EXAMPLE_EXPECTED, expected)
         phase = call.context.parent
-        linked = call.context.notes["linked"] and call.context.deferred is None
+        linked = call.context.state.linked and call.context.deferred is None
         if linked and phase is not None:
             phase.add_link(call.span.get_span_context())
         return attributes
 
     def measure(self, call: Call, result: Any, error: BaseException | None, seconds: float) -> None:
         phase = call.context.parent
-        if phase is not None and isinstance(phase.owner, Phase):
-            said = phase.owner.attributes
+        if phase is not None and isinstance(phase.state, PhaseState):
+            counts = phase.state.phase.attributes
             for name, one in ((semconv.BOOTSTRAP_ATTEMPTS, True), (semconv.BOOTSTRAP_ACCEPTED, bool(result))):
-                so_far = said.get(name, 0)
-                said[name] = (so_far if isinstance(so_far, int) else 0) + one
+                so_far = counts.get(name, 0)
+                counts[name] = (so_far if isinstance(so_far, int) else 0) + one
 
     def close(self, call: Call, result: Any, error: BaseException | None) -> None:
         super().close(call, result, error)
@@ -98,9 +111,6 @@ class AttemptOperation(Operation):
 
     def result(self, call: Call, result: Any, error: BaseException | None) -> Attributes:
         return {} if error is not None else {semconv.BOOTSTRAP_ACCEPTED: bool(result)}
-
-
-TRACKERS: Final[dict[str, type[Tracker]]] = {"BootstrapFewShot": BootstrapTracker}
 
 
 def patch(optimizers: Optimizers, patches: Patches) -> None:

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 from dspy_otel import semconv
 from dspy_otel.core.attributes import Attributes
 from dspy_otel.optimizers.run import Run
-from dspy_otel.optimizers.tracker import Evaluation, Phase, Tracker
+from dspy_otel.optimizers.tracker import Evaluation, Phase, Tracker, tracks
 from dspy_otel.patching import Patches, resolve
 
 if TYPE_CHECKING:
     from dspy_otel.optimizers import Optimizers
 
 
+@tracks("COPRO")
 class COPROTracker(Tracker):
     """Depth is told by the proposals so far: one for each predictor at each depth."""
 
@@ -26,7 +27,7 @@ class COPROTracker(Tracker):
         self.place: tuple[int, str | None] | None = None
         self.index = 0
 
-    def told(self) -> None:
+    def arguments_known(self) -> None:
         if self.run.student is None:
             return
         predictors, breadth, depth = len(self.run.student.predictors()), self.instance.breadth, self.instance.depth
@@ -54,9 +55,6 @@ class COPROTracker(Tracker):
         if predictor is not None:
             params["predictor"] = predictor
         return params
-
-
-TRACKERS: Final[dict[str, type[Tracker]]] = {"COPRO": COPROTracker}
 
 
 def patch(optimizers: Optimizers, patches: Patches) -> None:

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 from dspy_otel import semconv
 from dspy_otel.core.attributes import Attributes
 from dspy_otel.optimizers.run import Run
-from dspy_otel.optimizers.tracker import Evaluation, Phase, Tracker, Trial
+from dspy_otel.optimizers.tracker import Evaluation, Phase, Tracker, Trial, tracks
 from dspy_otel.patching import Patches, resolve
 
 if TYPE_CHECKING:
     from dspy_otel.optimizers import Optimizers
 
 
+@tracks("BootstrapFinetune")
 class BootstrapFinetuneTracker(Tracker):
     """Each teacher's pass over the training set is a phase, not a trial: nothing is chosen by its score."""
 
@@ -25,6 +26,7 @@ class BootstrapFinetuneTracker(Tracker):
         return Phase(semconv.PHASE_BOOTSTRAP, semconv.ROLE_TEACHER)
 
 
+@tracks("GRPO")
 class GRPOTracker(Tracker):
     """Rollouts are phases; the program scored before the first and after each training step is a trial."""
 
@@ -40,9 +42,6 @@ class GRPOTracker(Tracker):
         kind = semconv.TRIAL_BASELINE if self.step < 0 else semconv.TRIAL_VALIDATION
         # The weights change, and not the program's text: each step's candidate has the same id.
         return Trial(kind, {"step": self.step})
-
-
-TRACKERS: Final[dict[str, type[Tracker]]] = {"BootstrapFinetune": BootstrapFinetuneTracker, "GRPO": GRPOTracker}
 
 
 def patch(optimizers: Optimizers, patches: Patches) -> None:

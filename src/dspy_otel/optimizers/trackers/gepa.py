@@ -18,13 +18,14 @@ from dspy_otel.core.attributes import Attributes
 from dspy_otel.core.internal_errors import warn_once
 from dspy_otel.core.operation import Call
 from dspy_otel.optimizers.run import MEAN, Run
-from dspy_otel.optimizers.tracker import Evaluation, Phase, Tracker, Trial, mean_of
+from dspy_otel.optimizers.tracker import Evaluation, Phase, Tracker, Trial, mean_of, tracks
 from dspy_otel.patching import Patches, resolve
 
 if TYPE_CHECKING:
     from dspy_otel.optimizers import Optimizers
 
 
+@tracks("GEPA")
 class GEPATracker(Tracker):
     """Follows GEPA's events.
 
@@ -64,7 +65,7 @@ class GEPATracker(Tracker):
     # --- evaluations ------------------------------------------------------------------------------------------------
     def evaluation(self, about: Evaluation) -> Trial | Phase | None:
         texts = {name: predictor.signature.instructions for name, predictor in about.program.named_predictors()}
-        trial = Trial(self.stage, about=texts)
+        trial = Trial(self.stage, texts=texts)
         if self.stage == semconv.TRIAL_BASELINE:
             trial.params["candidate_index"] = 0
             self.waiting.append(trial)
@@ -81,7 +82,7 @@ class GEPATracker(Tracker):
             if len(own) == 1:  # with several samples of one program it is not known which
                 trial.params["minibatch_ids"] = own[0][1]
             return trial
-        trial.waits = True
+        trial.awaits_verdict = True
         if self.stage == semconv.TRIAL_MINIBATCH:
             place = self._place_of(texts)
             if place is not None:
@@ -92,7 +93,7 @@ class GEPATracker(Tracker):
                     if len(self.prepared) == len(self.proposed):  # else it is not known which task came to nothing
                         task = self.prepared[place]
                         trial.params["minibatch_ids"] = self.sampled[task][1]
-                        trial.said[semconv.TRIAL_SCORE_BEFORE] = self.before[task]
+                        trial.end_attributes[semconv.TRIAL_SCORE_BEFORE] = self.before[task]
         else:
             self._accepted(about.program_id, trial)
         self.waiting.append(trial)
@@ -122,13 +123,15 @@ class GEPATracker(Tracker):
 
     def scored(self, trial: Trial, result: Any) -> None:
         if trial.kind == semconv.TRIAL_MINIBATCH and trial.score is not None:
-            trial.said[semconv.TRIAL_SCORE_AFTER] = float(sum(float(row_score(row)) for row in result.results))
+            trial.end_attributes[semconv.TRIAL_SCORE_AFTER] = float(
+                sum(float(row_score(row)) for row in result.results)
+            )
 
-    def _end(self, trial: Trial, said: Attributes) -> None:
+    def _end(self, trial: Trial, attributes: Attributes) -> None:
         if trial in self.waiting:
             self.waiting.remove(trial)
-        trial.said.update(said)
-        if trial.waits and trial.call is not None:
+        trial.end_attributes.update(attributes)
+        if trial.awaits_verdict and trial.call is not None:
             trial.call.operation.close(trial.call, None, None)
 
     def _end_reflect(self) -> None:
@@ -210,22 +213,22 @@ class GEPATracker(Tracker):
                     self.pool[index] = trial.candidate
                     if self.run.attempt is not None:
                         self.run.attempt.pool[index] = trial.candidate
-                trial.said[f"{semconv.TRIAL_PARAMS_PREFIX}candidate_index"] = index
-                if trial.waits:
+                trial.end_attributes[f"{semconv.TRIAL_PARAMS_PREFIX}candidate_index"] = index
+                if trial.awaits_verdict:
                     trial.score = float(event["average_score"])
                     self._put_front(trial, index)
                 self._end(trial, {})
                 return
 
     def _is(self, trial: Trial, candidate: Mapping[str, str]) -> bool:
-        return all(trial.about.get(name, text) == text for name, text in candidate.items())
+        return all(trial.texts.get(name, text) == text for name, text in candidate.items())
 
     def _put_front(self, trial: Trial, index: int) -> None:
         """Whether the candidate is on the Pareto front, and whom it displaced from there."""
         front, self.front = self.front, {}
         if not front:
             return
-        trial.said[semconv.TRIAL_ON_PARETO_FRONT] = index in front["new_front"]
+        trial.end_attributes[semconv.TRIAL_ON_PARETO_FRONT] = index in front["new_front"]
         shown: Attributes = {
             semconv.PARETO_FRONT: self._named(front["new_front"]),
             semconv.PARETO_DISPLACED: self._named(front["displaced_candidates"]),
@@ -239,22 +242,24 @@ class GEPATracker(Tracker):
 
     def on_candidate_rejected(self, event: Mapping[str, Any]) -> None:
         pending = [trial for trial in self.waiting if trial.kind == semconv.TRIAL_MINIBATCH]
-        after = [trial for trial in pending if trial.said.get(semconv.TRIAL_SCORE_AFTER) == event["new_score"]]
-        both = [trial for trial in after if trial.said.get(semconv.TRIAL_SCORE_BEFORE) == event["old_score"]]
+        after = [
+            trial for trial in pending if trial.end_attributes.get(semconv.TRIAL_SCORE_AFTER) == event["new_score"]
+        ]
+        both = [trial for trial in after if trial.end_attributes.get(semconv.TRIAL_SCORE_BEFORE) == event["old_score"]]
         for trial in (both or after or pending)[:1]:
-            said: Attributes = {
+            attributes: Attributes = {
                 semconv.TRIAL_SCORE_BEFORE: float(event["old_score"]),
                 semconv.TRIAL_SCORE_AFTER: float(event["new_score"]),
             }
-            self._reject(trial, event["reason"], said)
+            self._reject(trial, event["reason"], attributes)
 
     def on_merge_rejected(self, event: Mapping[str, Any]) -> None:
         for trial in [trial for trial in self.waiting if trial.kind == semconv.TRIAL_MINIBATCH][:1]:
             self._reject(trial, event["reason"], {})
 
-    def _reject(self, trial: Trial, reason: Any, said: Attributes) -> None:
+    def _reject(self, trial: Trial, reason: Any, attributes: Attributes) -> None:
         text = redaction.mask(str(reason)[:1024])
-        self._end(trial, {**said, semconv.TRIAL_ACCEPTED: False, semconv.TRIAL_REASON: text})
+        self._end(trial, {**attributes, semconv.TRIAL_ACCEPTED: False, semconv.TRIAL_REASON: text})
 
     def on_iteration_end(self, event: Mapping[str, Any]) -> None:
         self.end()
@@ -289,7 +294,6 @@ class OldGEPATracker(SilentGEPATracker):
         warn_once(("patch", "callbacks"), "this GEPA knows no callbacks; telemetry lacks %s", _LOSES)
 
 
-TRACKERS: Final[dict[str, type[Tracker]]] = {"GEPA": GEPATracker}
 _LOSES: Final = "GEPA's verdicts, parents and reflections"
 
 

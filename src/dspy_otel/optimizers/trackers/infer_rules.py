@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 from dspy_otel import semconv
 from dspy_otel.core.attributes import Attributes
-from dspy_otel.optimizers.tracker import Evaluation, Phase, Tracker
+from dspy_otel.optimizers.tracker import Evaluation, Phase, Tracker, tracks
 from dspy_otel.patching import Patches, resolve
 
 if TYPE_CHECKING:
     from dspy_otel.optimizers import Optimizers
 
 
+@tracks("InferRules")
 class InferRulesTracker(Tracker):
     """The rules are in the candidate's instructions: its state and its difference to the parent show them."""
 
@@ -22,9 +23,6 @@ class InferRulesTracker(Tracker):
 
     def params(self, about: Evaluation) -> Attributes:
         return {"candidate": self._trials - 1}
-
-
-TRACKERS: Final[dict[str, type[Tracker]]] = {"InferRules": InferRulesTracker}
 
 
 def patch(optimizers: Optimizers, patches: Patches) -> None:

@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Any, Final
 from dspy_otel import semconv
 from dspy_otel.core.attributes import Attributes
 from dspy_otel.optimizers.run import Run
-from dspy_otel.optimizers.tracker import Evaluation, Phase, Tracker
+from dspy_otel.optimizers.tracker import Evaluation, Phase, Tracker, tracks
 from dspy_otel.patching import Patches, resolve
 
 if TYPE_CHECKING:
     from dspy_otel.optimizers import Optimizers
 
 
+@tracks("MIPROv2")
 class MIPROv2Tracker(Tracker):
     """The N-th evaluation is DSPy's trial N: baseline, then minibatch or full ones."""
 
@@ -35,9 +36,6 @@ class MIPROv2Tracker(Tracker):
     def choose(self, params: Mapping[str, Any]) -> None:
         """Note what the next candidate is made of: ``{"0_predictor_instruction": 1, "0_predictor_demos": 2, ...}``."""
         self.chosen = {name: index for name, index in params.items() if isinstance(index, int)}
-
-
-TRACKERS: Final[dict[str, type[Tracker]]] = {"MIPROv2": MIPROv2Tracker}
 
 
 def patch(optimizers: Optimizers, patches: Patches) -> None:
@@ -78,7 +76,7 @@ def _search(run: Run, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Phase:
     if isinstance(trials, int):
         full = trials // steps + bool(trials % steps) if minibatch and isinstance(steps, int) else 0
         run.plan_trials(1 + trials + full)
-    return Phase(semconv.PHASE_SEARCH, semconv.ROLE_PROPOSER, trials=True)
+    return Phase(semconv.PHASE_SEARCH, semconv.ROLE_PROPOSER, has_trials=True)
 
 
 _PLANNING: Final = ((6, "num_trials"), (7, "minibatch"), (9, "minibatch_full_eval_steps"))

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 from dspy_otel.core.attributes import Attributes
 from dspy_otel.optimizers.run import Run
-from dspy_otel.optimizers.tracker import Evaluation, Tracker
+from dspy_otel.optimizers.tracker import Evaluation, Tracker, tracks
 from dspy_otel.patching import Patches, resolve
 
 if TYPE_CHECKING:
     from dspy_otel.optimizers import Optimizers
 
 
+@tracks("BootstrapFewShotWithOptuna")
 class OptunaTracker(Tracker):
     """Optuna's own trial says which demo each predictor got."""
 
@@ -28,9 +29,6 @@ class OptunaTracker(Tracker):
 
     def params(self, about: Evaluation) -> Attributes:
         return {} if self.trial is None else dict(self.trial.params)
-
-
-TRACKERS: Final[dict[str, type[Tracker]]] = {"BootstrapFewShotWithOptuna": OptunaTracker}
 
 
 def patch(optimizers: Optimizers, patches: Patches) -> None:

@@ -5,20 +5,20 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 
 from dspy_otel.core.attributes import Attributes
-from dspy_otel.optimizers.tracker import Evaluation, Tracker
-from dspy_otel.patching import Patches
+from dspy_otel.optimizers.tracker import Evaluation, Tracker, tracks
 
 if TYPE_CHECKING:
-    from dspy_otel.optimizers import Optimizers
+    pass
 
 # As random_search.py treats its seeds; all others are bootstrapped from a shuffled training set.
 _STRATEGIES: Final = {-3: "zero_shot", -2: "labeled", -1: "bootstrap_unshuffled"}
 
 
+@tracks("BootstrapFewShotWithRandomSearch")
 class RandomSearchTracker(Tracker):
     """The k-th evaluation belongs to the k-th seed that is not left out by ``restrict``."""
 
-    def told(self) -> None:
+    def arguments_known(self) -> None:
         restrict = self.arguments.get("restrict")
         chosen = None if restrict is None else set(restrict)
         last = self.instance.num_candidate_sets
@@ -28,10 +28,3 @@ class RandomSearchTracker(Tracker):
     def params(self, about: Evaluation) -> Attributes:
         seed = self.seeds[self._trials - 1]
         return {"seed": seed, "strategy": _STRATEGIES.get(seed, "bootstrap_shuffled")}
-
-
-TRACKERS: Final[dict[str, type[Tracker]]] = {"BootstrapFewShotWithRandomSearch": RandomSearchTracker}
-
-
-def patch(optimizers: Optimizers, patches: Patches) -> None:
-    """Nothing: public entry points tell all."""

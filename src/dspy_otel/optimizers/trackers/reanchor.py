@@ -11,7 +11,7 @@ from dspy_otel import semconv
 from dspy_otel.content.encoder import Content
 from dspy_otel.core.attributes import Attributes
 from dspy_otel.optimizers.run import MEAN
-from dspy_otel.optimizers.tracker import Evaluation, Tracker, mean_of
+from dspy_otel.optimizers.tracker import Evaluation, Tracker, mean_of, tracks
 from dspy_otel.patching import Patches, resolve
 
 if TYPE_CHECKING:
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 _CONTENT: Final = Content(limit=4096)
 
 
+@tracks("ReAnchor")
 class ReAnchorTracker(Tracker):
     """Only the training set decides; the validation set is scored for the report."""
 
@@ -39,9 +40,6 @@ class ReAnchorTracker(Tracker):
 
     def score(self, result: Any, error: BaseException | None) -> float | None:
         return mean_of(result)
-
-
-TRACKERS: Final[dict[str, type[Tracker]]] = {"ReAnchor": ReAnchorTracker}
 
 
 def patch(optimizers: Optimizers, patches: Patches) -> None:

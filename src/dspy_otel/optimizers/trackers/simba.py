@@ -17,8 +17,8 @@ from dspy_otel.core.attributes import Attributes
 from dspy_otel.core.call_context import current_call_context
 from dspy_otel.core.errors import hide_frames
 from dspy_otel.core.operation import Call, detach
-from dspy_otel.optimizers.run import MEAN, Run
-from dspy_otel.optimizers.tracker import Evaluation, Phase, Tracker, Trial, mean_of
+from dspy_otel.optimizers.run import MEAN, CompileState, Run
+from dspy_otel.optimizers.tracker import Evaluation, Phase, Tracker, Trial, mean_of, tracks
 from dspy_otel.optimizers.trials import CandidateRun
 from dspy_otel.patching import Patches, resolve
 
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from dspy_otel.optimizers import Optimizers
 
 
+@tracks("SIMBA")
 class SIMBATracker(Tracker):
     """Which of SIMBA's three kinds of evaluation comes next, and where each candidate came from."""
 
@@ -45,7 +46,7 @@ class SIMBATracker(Tracker):
     def end(self) -> None:
         _strategies.give_back(self.instance)
 
-    def told(self) -> None:
+    def arguments_known(self) -> None:
         # At most: a strategy may fail, and the same program may be chosen twice for the end.
         rows = self.arguments.get("trainset")
         if isinstance(rows, (list, tuple)):
@@ -84,7 +85,7 @@ class SIMBATracker(Tracker):
         """The phase of the evaluation that comes next."""
         phases = {semconv.TRIAL_SAMPLE: semconv.PHASE_SAMPLE, semconv.TRIAL_MINIBATCH: semconv.PHASE_SEARCH}
         role = semconv.ROLE_TASK
-        return Phase(phases.get(self.next, semconv.PHASE_FINAL_EVALUATION), role, trials=True)
+        return Phase(phases.get(self.next, semconv.PHASE_FINAL_EVALUATION), role, has_trials=True)
 
     def evaluated(self, programs: list[str | None]) -> None:
         """One kind of evaluation is over, of these candidates."""
@@ -93,9 +94,6 @@ class SIMBATracker(Tracker):
             self.next = semconv.TRIAL_VALIDATION
         elif self.next == semconv.TRIAL_SAMPLE:
             self.next = semconv.TRIAL_MINIBATCH
-
-
-TRACKERS: Final[dict[str, type[Tracker]]] = {"SIMBA": SIMBATracker}
 
 
 class _Strategies:
@@ -140,13 +138,13 @@ class _Strategies:
             key = semconv.TRIAL_PARAMS_PREFIX
             attributes: Attributes = {f"{key}step": tracker.step, f"{key}strategy": name}
             phase = Phase(semconv.PHASE_PROPOSE, semconv.ROLE_PROPOSER, attributes=attributes)
-            phase.about = args[1]
+            phase.candidate = args[1]
             return phase
 
         def finish(run: Run, phase: Phase, result: Any) -> None:
             if isinstance(run.tracker, SIMBATracker):
                 # False: the strategy had nothing to go by, and the candidate is a copy with some demos dropped.
-                run.tracker.made[id(phase.about)]["applied"] = bool(result)
+                run.tracker.made[id(phase.candidate)]["applied"] = bool(result)
                 phase.attributes[f"{semconv.TRIAL_PARAMS_PREFIX}applied"] = bool(result)
 
         return optimizers.phases.around(describe, finish)(strategy)
@@ -264,7 +262,7 @@ def _evaluated(tracker: SIMBATracker, groups: list[_Group]) -> None:
 def _in_compile() -> bool:
     """Whether the optimizer itself is at work here, and not a program that it runs."""
     context = current_call_context()
-    return context is not None and context.kind == "compile"
+    return context is not None and isinstance(context.state, CompileState)
 
 
 def _candidate(call: Call) -> str | None:
