@@ -16,11 +16,11 @@ from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor, SimpleSpanProcessor
 
 from dspy_otel import semconv
-from dspy_otel.mlflow import MLflowSpanExporter, delivery, runs, tree, writer
+from dspy_otel.mlflow import MLflowSpanExporter, delivery, tracker, tree, writer
 from dspy_otel.mlflow.base import ExportError
 from dspy_otel.mlflow.mapping import program_of, program_params
 from dspy_otel.mlflow.otlp import decode
-from dspy_otel.mlflow.runs import RunTracker, exporters_of, track_runs
+from dspy_otel.mlflow.tracker import RunTracker, exporters_of, track_runs
 from dspy_otel.mlflow.wanted import Run, Score, safe_key
 
 
@@ -160,7 +160,7 @@ class Program:
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runs, "_LINGER", 0.01)
+    monkeypatch.setattr(tracker, "_LINGER", 0.01)
     monkeypatch.setattr(writer, "_BACKOFF", (0.01, 0.02))
     monkeypatch.setattr(delivery, "_LINGER", 0.01)
     monkeypatch.setattr(delivery, "_PAUSES", (0.01,))

@@ -24,7 +24,7 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from opentelemetry.trace import Link, SpanKind, Status, StatusCode
 
 from dspy_otel import semconv
-from dspy_otel.mlflow import MLflowSpanExporter, delivery, runs, writer
+from dspy_otel.mlflow import MLflowSpanExporter, delivery, tracker, writer
 from dspy_otel.mlflow.base import ExportError
 from dspy_otel.mlflow.otlp import decode, encode
 from dspy_otel.mlflow.pace import Pace
@@ -36,7 +36,7 @@ from tests.support.fault_proxy import fault_proxy
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runs, "_LINGER", 0.01)
+    monkeypatch.setattr(tracker, "_LINGER", 0.01)
     monkeypatch.setattr(writer, "_BACKOFF", (0.01,))
     monkeypatch.setattr(delivery, "_LINGER", 0.01)
     monkeypatch.setattr(delivery, "_PAUSES", (0.01,))
@@ -297,7 +297,7 @@ FULL = """
     from opentelemetry.sdk.trace import TracerProvider
     from opentelemetry.sdk.trace.export import BatchSpanProcessor
     from dspy_otel.mlflow import MLflowSpanExporter, delivery
-    from dspy_otel.mlflow.runs import track_runs
+    from dspy_otel.mlflow.tracker import track_runs
     if {limit}:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))  # of each file
@@ -402,7 +402,7 @@ def test_files_are_what_any_otlp_receiver_takes(directory: Path, store: Memory) 
 def one_span_to(uri: str) -> TracerProvider:
     provider = TracerProvider(shutdown_on_exit=False)
     provider.add_span_processor(BatchSpanProcessor(MLflowSpanExporter(uri)))
-    runs.track_runs(provider)
+    tracker.track_runs(provider)
     provider.get_tracer(semconv.SCOPE_NAME).start_span("chat").end()
     return provider
 
@@ -412,7 +412,7 @@ def left_in(directory: Path) -> list[str]:
 
 
 def test_a_server_that_never_answers_is_given_up(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runs, "_HANGS_AFTER", 0.5)
+    monkeypatch.setattr(tracker, "_HANGS_AFTER", 0.5)
     with socket.socket() as deaf:
         deaf.bind(("127.0.0.1", 0))
         deaf.listen()

@@ -4,7 +4,7 @@
 * :mod:`.translate` - pure: finished spans to spans that MLflow shows well;
 * :mod:`.server` - the way to an MLflow server: OTLP and two REST calls, MLflow itself is not needed;
 * :mod:`.store` - the way into an embedded SQL store, in process;
-* :mod:`.runs` - optimizations and evaluations as MLflow runs while they happen: a span processor and its worker;
+* :mod:`.tracker` - optimizations and evaluations as MLflow runs while they happen: a span processor and its worker;
 * :mod:`.tree` - pure: compile, trial and evaluate spans to what should be in MLflow;
 * :mod:`.writer` - brings MLflow up to that;
 * :mod:`.delivery`, :mod:`.pace` - the queue of spans, and how it keeps out of a busy program's way;

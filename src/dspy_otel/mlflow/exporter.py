@@ -22,7 +22,7 @@ from dspy_otel.mlflow.translate import translate
 from dspy_otel.version import __version__
 
 if TYPE_CHECKING:
-    from dspy_otel.mlflow.runs import RunTracker
+    from dspy_otel.mlflow.tracker import RunTracker
     from dspy_otel.mlflow.writer import RunStore
 
 _logger = logging.getLogger(__name__)

@@ -28,8 +28,8 @@ from dspy_otel.mlflow.exporter import MLflowSpanExporter
 from dspy_otel.mlflow.mapping import is_example, kind_of
 from dspy_otel.mlflow.otlp import decode, decode_json
 from dspy_otel.mlflow.pace import Pace
-from dspy_otel.mlflow.runs import is_for_run, is_ours
 from dspy_otel.mlflow.spool import Place, SpoolError, count_of, places
+from dspy_otel.mlflow.tracker import is_for_run, is_ours
 from dspy_otel.mlflow.tree import Models
 from dspy_otel.mlflow.wanted import COMPILE, TRIAL
 from dspy_otel.mlflow.writer import RunWriter
