@@ -18,15 +18,16 @@ if TYPE_CHECKING:
     from dspy_otel.config import Config
     from dspy_otel.instrumentor import DSPyInstrumentor
     from dspy_otel.operations.program import program_digest as program_id
-    from dspy_otel.optimizers import Optimization, optimization
+    from dspy_otel.optimizers import optimization
     from dspy_otel.propagation import attach, bind, inject
+    from dspy_otel.record.model import Origin
     from dspy_otel.setup import configure
 
 # Loaded when first asked for: a program that leaves instrumentation off pays for none of it.
 _PLACES: Final = {
     "Config": ("config", "Config"),
     "DSPyInstrumentor": ("instrumentor", "DSPyInstrumentor"),
-    "Optimization": ("optimizers", "Optimization"),
+    "Origin": ("record.model", "Origin"),
     "attach": ("propagation", "attach"),
     "bind": ("propagation", "bind"),
     "configure": ("setup", "configure"),
@@ -76,7 +77,7 @@ def uninstrument() -> None:
 __all__ = [
     "Config",
     "DSPyInstrumentor",
-    "Optimization",
+    "Origin",
     "__version__",
     "attach",
     "bind",

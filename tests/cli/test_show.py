@@ -25,6 +25,7 @@ def recorder():
     tracer = provider.get_tracer("test")
     recorder.part = "evaluate"
     with tracer.start_as_current_span("example P") as example:
+        example.set_attribute(semconv.EVALUATION_ID, "e")
         example.set_attribute(semconv.EXAMPLE_SCORE, 0.5)
         for hit in (False, True):
             with tracer.start_as_current_span("chat m") as call:
@@ -39,6 +40,7 @@ def recorder():
     recorder.part = "GEPA"
     for size, score in [(20, 40.0), (3, 100.0), (20, 35.0), (20, 60.0), (20, None)]:
         with tracer.start_as_current_span("evaluate P") as evaluation:
+            evaluation.set_attribute(semconv.EVALUATION_ID, "e")
             evaluation.set_attribute(semconv.EVALUATION_SIZE, size)
             if score is not None:
                 evaluation.set_attribute(semconv.EVALUATION_SCORE, score)

@@ -22,8 +22,8 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTrace
 from dspy_otel import DSPyInstrumentor, semconv
 from dspy_otel.cli import main
 from dspy_otel.mlflow import delivery, writer
-from dspy_otel.mlflow.otlp import encode
 from dspy_otel.mlflow.replay import replay
+from dspy_otel.record.otlp import encode
 from tests.integration.test_mlflow_runs import CONFIGURE, start
 from tests.optimizers.common import RUNS, quietly, scripted_lm
 from tests.support.fault_proxy import FaultProxy, fault_proxy

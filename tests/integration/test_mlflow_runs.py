@@ -22,8 +22,9 @@ from dspy_otel import DSPyInstrumentor, program_id, semconv
 from dspy_otel.cli.demo.task import ColourFamily, load_examples, same_family, same_family_with_feedback
 from dspy_otel.mlflow import load_best
 from dspy_otel.mlflow.base import ExportError
-from dspy_otel.mlflow.read import read_report
-from dspy_otel.report import reports
+from dspy_otel.mlflow.read import read_optimization
+from dspy_otel.record.history import optimizations
+from dspy_otel.report.examples import compared
 from tests.optimizers.common import RUNS, quietly, scripted_lm
 from tests.support.mlflow_server import mlflow_server
 from tests.support.mlflow_store import Store
@@ -149,21 +150,24 @@ def test_runs_are_what_the_spans_say(store: Store, optimizer: str, tmp_path: Pat
     assert store.named("invoke_workflow")[-1].attributes[semconv.PROGRAM_ID] == parent.data.tags["dspy.program.id"]
 
     # The report: an artifact, and made anew from what MLflow has it tells the same.
-    expected = next(one for one in reports(store.spans.get_finished_spans()) if one.run_id == top)
+    expected = next(one for one in optimizations(store.spans.get_finished_spans()) if one.id == top)
     page = store.client.download_artifacts(ids[top], "report.html", str(tmp_path))
     html = Path(page).read_text(encoding="utf-8")
-    found = read_report(experiment=store.experiment, tracking_uri=store.uri)
+    found = read_optimization(experiment=store.experiment, tracking_uri=store.uri)
     assert found.run_id == ids[top]
-    for part in ("optimizer", "program", "outcome", "reason", "scale", "baseline", "best", "gain", "winner", "seed_id"):
-        assert getattr(found.report, part) == getattr(expected, part), part
-    for part in ("best_id", "counts", "programs", "compared", "content"):
-        assert getattr(found.report, part) == getattr(expected, part), part
-    assert found.report.usage == pytest.approx(expected.usage)
-    assert [phase.name for phase in found.report.phases] == [phase.name for phase in expected.phases]
-    for mine, theirs in zip(found.report.trials, expected.trials, strict=True):
+    record = found.optimization
+    for part in ("optimizer", "program_name", "outcome", "failure", "scale", "baseline", "best", "gain", "winner"):
+        assert getattr(record, part) == getattr(expected, part), part
+    for part in ("initial_id", "returned_id", "planned", "accepted", "rejected", "evaluated", "content"):
+        assert getattr(record, part) == getattr(expected, part), part
+    assert record.candidates == expected.candidates
+    assert compared(record) == compared(expected)
+    assert record.usage.flat() == pytest.approx(expected.usage.flat())
+    assert [phase.name for phase in record.phases] == [phase.name for phase in expected.phases]
+    for mine, theirs in zip(record.trials, expected.trials, strict=True):
         for part in ("number", "kind", "candidate", "parents", "score", "best", "size", "accepted", "reason", "phase"):
             assert getattr(mine, part) == getattr(theirs, part), (part, mine.number)
-        assert mine.spent["cost"] == pytest.approx(theirs.spent["cost"])
+        assert mine.spent.cost == pytest.approx(theirs.spent.cost)
         assert f"trial {mine.number}, {mine.kind}: " in html
 
 
@@ -305,7 +309,9 @@ def test_a_run_is_there_while_it_runs_and_a_failure_has_its_reason(store: Store)
         while not seen and time.monotonic() < until:
             if store.client.get_experiment_by_name(store.experiment) is not None:
                 seen.update({run.info.run_name: run.info.status for run in store.runs().values()})
-                seen["report"] = read_report(experiment=store.experiment, tracking_uri=store.uri).report.outcome
+                seen["report"] = read_optimization(
+                    experiment=store.experiment, tracking_uri=store.uri
+                ).optimization.outcome
             time.sleep(0.2)
         raise ValueError("no verdict today")
 
@@ -317,27 +323,27 @@ def test_a_run_is_there_while_it_runs_and_a_failure_has_its_reason(store: Store)
         quietly(optimizer.compile, ColourFamily(), trainset=load_examples("train", 4), valset=load_examples("val", 4))
     store.flush()
     assert seen["BootstrapFewShotWithRandomSearch ColourFamily"] == "RUNNING"
-    assert seen["report"] == "running"
+    assert seen["outcome"] == "running"
     top = next(run for run in store.runs().values() if "mlflow.parentRunId" not in run.data.tags)
     assert top.info.status == "FAILED"
     assert top.data.tags["mlflow.note.content"].startswith("**FAILED**: ")
     assert "report.html" in store.artifacts(top)
-    failed = read_report(top.info.run_id, tracking_uri=store.uri).report
+    failed = read_optimization(top.info.run_id, tracking_uri=store.uri).optimization
     assert failed.outcome == "failed"
-    assert failed.reason
+    assert failed.failure
 
 
 def test_who_only_reads_makes_nothing(store: Store, tmp_path: Path) -> None:
     store.client.create_experiment(store.experiment)  # sqlite: there is a database
     with pytest.raises(ExportError, match="no experiment 'nowhere'"):
-        read_report(experiment="nowhere", tracking_uri=store.uri)
+        read_optimization(experiment="nowhere", tracking_uri=store.uri)
     with pytest.raises(LookupError, match="no experiment 'nowhere'"):
         load_best(ColourFamily(), experiment="nowhere", tracking_uri=store.uri)
     assert store.client.get_experiment_by_name("nowhere") is None
     with pytest.raises(LookupError, match="no run"):
-        read_report("0" * 32, tracking_uri=store.uri)
+        read_optimization("0" * 32, tracking_uri=store.uri)
     with pytest.raises(ExportError, match="no database"):
-        read_report(tracking_uri=f"sqlite:///{tmp_path / 'none.db'}")
+        read_optimization(tracking_uri=f"sqlite:///{tmp_path / 'none.db'}")
     assert not (tmp_path / "none.db").exists()
 
 
@@ -418,9 +424,9 @@ def test_the_environment_alone_is_enough_and_an_interrupted_compile_is_killed(se
     assert "RUNNING" not in {run.info.status for run in runs}
     (top,) = [run for run in runs if "mlflow.parentRunId" not in run.data.tags]
     assert "report.html" in store.artifacts(top)
-    killed = read_report(top.info.run_id, tracking_uri=server_uri).report
+    killed = read_optimization(top.info.run_id, tracking_uri=server_uri).optimization
     assert killed.outcome == "interrupted"
-    assert killed.reason is not None
+    assert killed.failure is not None
     store.provider.shutdown()
 
 
@@ -465,13 +471,13 @@ def test_a_tracker_never_gets_in_the_way(
     uri: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whatever fails inside: the program's result is the same."""
-    from dspy_otel.mlflow import tree
+    from dspy_otel.mlflow import pending
 
     def broken(*_: Any) -> Any:
         raise RuntimeError("broken")
 
-    monkeypatch.setattr(tree.Tree, "start", broken)
-    monkeypatch.setattr(tree.Tree, "end", broken)
+    monkeypatch.setattr(pending.PendingRuns, "start", broken)
+    monkeypatch.setattr(pending.PendingRuns, "end", broken)
     store = Store(uri, "broken")
     store.instrument()
     scripted_lm()

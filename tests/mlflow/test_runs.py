@@ -16,12 +16,15 @@ from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor, SimpleSpanProcessor
 
 from dspy_otel import semconv
-from dspy_otel.mlflow import MLflowSpanExporter, delivery, tracker, tree, writer
+from dspy_otel.mlflow import MLflowSpanExporter, delivery, runs, tracker, writer
 from dspy_otel.mlflow.base import ExportError
-from dspy_otel.mlflow.mapping import program_of, program_params
-from dspy_otel.mlflow.otlp import decode
+from dspy_otel.mlflow.pending import Pending
+from dspy_otel.mlflow.runs import Score, runs_of, safe_key
 from dspy_otel.mlflow.tracker import RunTracker, exporters_of, track_runs
-from dspy_otel.mlflow.wanted import Run, Score, safe_key
+from dspy_otel.record.history import History
+from dspy_otel.record.model import Candidate
+from dspy_otel.record.otlp import decode
+from dspy_otel.record.stored import program_params
 
 
 class Memory:
@@ -43,7 +46,7 @@ class Memory:
         if self.failure is not None:
             raise self.failure
 
-    def create(self, run: Run, tags: Mapping[str, str]) -> tuple[str, str]:
+    def create(self, run: Pending, tags: Mapping[str, str]) -> tuple[str, str]:
         self.fail()
         run_id = f"id of {run.key}"
         if run_id in self.runs:
@@ -56,7 +59,7 @@ class Memory:
             raise ExportError("unreachable", "the answer got lost")
         return run_id, ""
 
-    def log(self, run: Run, metrics: Sequence[Any], params: Mapping[str, str], tags: Mapping[str, str]) -> None:
+    def log(self, run: Pending, metrics: Sequence[Any], params: Mapping[str, str], tags: Mapping[str, str]) -> None:
         self.fail()
         assert len(metrics) + len(params) + len(tags) <= 1000
         stored = self.runs[str(run.run_id)]
@@ -65,15 +68,15 @@ class Memory:
         stored["params"].update(params)
         stored["tags"].update(tags)
 
-    def datasets(self, run: Run, datasets: Sequence[Any]) -> None:
+    def datasets(self, run: Pending, datasets: Sequence[Any]) -> None:
         self.fail()
         self.runs[str(run.run_id)]["datasets"] += datasets
 
-    def artifact(self, run: Run, path: str, text: str) -> None:
+    def artifact(self, run: Pending, path: str, text: str) -> None:
         self.fail()
         self.runs[str(run.run_id)]["artifacts"][path] = text
 
-    def end(self, run: Run, status: str, when: int) -> None:
+    def end(self, run: Pending, status: str, when: int) -> None:
         self.fail()
         self.runs[str(run.run_id)]["status"] = status
 
@@ -242,7 +245,7 @@ def test_a_run_whose_creation_got_no_answer_is_not_made_twice(program: Program, 
 def test_what_mlflow_never_takes_does_not_hold_up_the_rest(
     program: Program, store: Memory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(run: Run, path: str, text: str) -> None:
+    def refuse(run: Pending, path: str, text: str) -> None:
         raise ValueError("no room for artifacts")
 
     monkeypatch.setattr(store, "artifact", refuse)
@@ -364,7 +367,7 @@ def test_one_tracker_for_each_exporter_and_runs_for_those_that_want_them(store: 
 def test_params_of_a_program_are_instructions_and_demos() -> None:
     state = """{"qa": {"signature": {"instructions": "Answer.", "fields": []}, "demos": [{"q": "1+1", "a": "2"}],
                "traces": [], "train": [], "lm": null}, "metadata": {"dependency_versions": {}}}"""
-    assert program_params(state) == {
+    assert program_params(Candidate("c", state)) == {
         "qa.instructions": "Answer.",
         "qa.demos": 1,
         "qa.demos.0": {"q": "1+1", "a": "2"},
@@ -377,14 +380,16 @@ def test_params_of_a_program_are_instructions_and_demos() -> None:
     ids=["whole", "we cut it", "the SDK cut it"],
 )
 def test_only_a_whole_program_is_named_as_one(state: str, complete: bool | None, whole: bool) -> None:
-    at: dict[str, Any] = {semconv.PROGRAM_STATE: state}
+    program = Program(Memory())
+    span = program.start("trial", optimizer_run_id="r1", trial_number=1, candidate_id="c", program_state=state)
     if complete is not None:
-        at[f"{semconv.PROGRAM_STATE}.complete"] = complete
-    program = program_of(at, semconv.PROGRAM_STATE)
-    assert program == (state, whole)
-    run = Run("key", "trial", "trial 1", None, None, 0)
-    run.put_program("model.json", program)
-    assert list(run.artifacts) == ["model.json" if whole else "model.incomplete.json"]
+        span.set_attribute(f"{semconv.PROGRAM_STATE}.complete", complete)
+    history = History()
+    history.start(span)
+    span.end()
+    (run,) = (run for record in history.end(span) for run in runs_of(record, {}))
+    assert run.artifacts == {"model.json" if whole else "model.incomplete.json": state}
+    program.provider.shutdown()
 
 
 def test_keys_are_those_that_mlflow_takes() -> None:
@@ -458,7 +463,7 @@ def test_two_calls_never_bring_the_same_dataset_at_once(
     busy = threading.Lock()
     datasets = store.datasets
 
-    def slow(run: Run, new: Sequence[Any]) -> None:
+    def slow(run: Pending, new: Sequence[Any]) -> None:
         assert busy.acquire(blocking=False), "two at once"
         time.sleep(0.02)
         busy.release()
@@ -481,7 +486,7 @@ def test_a_dataset_that_another_program_brought_at_the_same_time_is_tried_again(
     datasets = store.datasets
     refusals = [ValueError("UNIQUE constraint failed")]
 
-    def refuse_once(run: Run, new: Sequence[Any]) -> None:
+    def refuse_once(run: Pending, new: Sequence[Any]) -> None:
         if refusals:
             raise refusals.pop()
         datasets(run, new)
@@ -513,7 +518,8 @@ def test_no_number_and_no_text_holds_anything_up(program: Program, store: Memory
     assert (run["status"], child["status"]) == ("FINISHED", "FINISHED")
     for stored in (run, child):
         assert "score" not in {metric.key for metric in stored["metrics"]}
-        json.dumps([stored["metrics"], stored["params"], stored["tags"]], allow_nan=False, ensure_ascii=False).encode()
+        values = [metric.value for metric in stored["metrics"]]
+        json.dumps([values, stored["params"], stored["tags"]], allow_nan=False, ensure_ascii=False).encode()
         for path, text in stored["artifacts"].items():
             if path.endswith(".json"):
                 json.loads(text, parse_constant=pytest.fail)
@@ -547,10 +553,10 @@ def test_a_logging_handler_that_raises_stops_no_thread(program: Program, store: 
 def test_a_report_that_fails_holds_nothing_up(
     program: Program, store: Memory, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def broken(report: Any) -> str:
+    def broken(*_: Any) -> str:
         raise RuntimeError("secret")
 
-    monkeypatch.setattr(tree, "render", broken)
+    monkeypatch.setattr(runs, "render", broken)
     span = program.compile()
     program.trial(span, 1, 50.0, examples=2)
     span.end()

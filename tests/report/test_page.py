@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from html.parser import HTMLParser
 from typing import Any
 
@@ -9,8 +11,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dspy_otel.report import Report, charts, render
-from dspy_otel.report.model import Compared, Phase, Predictor, Trial, compare
+from dspy_otel.record.model import (
+    Candidate,
+    Dataset,
+    Example,
+    Failure,
+    Optimization,
+    Phase,
+    Trial,
+    Usage,
+    number,
+)
+from dspy_otel.report import Source, charts, render
+from dspy_otel.report.examples import compare
 
 HOSTILE = "<script>alert(1)</script>\"'><img src=x onerror=alert(2)>&amp;]]><!-- \ud800 \x00 \u202e \N{PILE OF POO}"
 
@@ -49,13 +62,17 @@ class Page(HTMLParser):
         return " ".join(self.texts)
 
 
-def hostile(count: int = 3) -> Report:
+def program(id_: str, instructions: str, demos: list[Any]) -> Candidate:
+    return Candidate(id_, json.dumps({HOSTILE: {"signature": {"instructions": instructions}, "demos": demos}}))
+
+
+def hostile(count: int = 3) -> Optimization:
     """Every text that a program or a model can choose, as bad as it can be."""
-    side = {"score": float("nan"), "trace_id": HOSTILE, "prediction": {HOSTILE: HOSTILE}, "feedback": HOSTILE}
-    trials = [
+    example = Example(HOSTILE, HOSTILE, HOSTILE, HOSTILE, {HOSTILE: HOSTILE}, 0.0, HOSTILE, trace_id=1)  # type: ignore[arg-type]
+    trials = tuple(
         Trial(
             number,
-            HOSTILE if number == 2 else "full",
+            {1: "baseline", 2: HOSTILE}.get(number, "full"),
             HOSTILE if number == 3 else f"id{number}",
             (HOSTILE, f"id{number - 1}"),
             score=number / count,
@@ -64,41 +81,48 @@ def hostile(count: int = 3) -> Report:
             accepted=number % 2 == 0,
             phase=HOSTILE,
             params={HOSTILE: HOSTILE, "list": [HOSTILE]},
-            spent={"cost": number * 0.1},
-            error=HOSTILE if number == 1 else None,
+            spent=Usage(cost=number * 0.1),
+            failure=Failure(HOSTILE) if number == 1 else None,
         )
         for number in range(1, count + 1)
-    ]
-    return Report(
+    )
+    demos = [{HOSTILE: HOSTILE}, HOSTILE, None]
+    return Optimization(
         optimizer=HOSTILE,
-        program=HOSTILE,
-        run_id=HOSTILE,
+        program_name=HOSTILE,
+        id=HOSTILE,
         outcome=HOSTILE,
-        reason=HOSTILE,
+        failure=Failure(HOSTILE, HOSTILE),
         baseline=1.0,
         best=2.0,
         gain=1.0,
         winner=2,
-        seed_id="id0",
-        best_id=f"id{count}",
+        initial=Candidate("id0"),
+        returned=Candidate(f"id{count}"),
         params={HOSTILE: HOSTILE},
-        datasets=[(HOSTILE, 3, HOSTILE)],
-        usage={"lm_calls": 1, f"{HOSTILE}.lm_calls": 1},
+        train=Dataset(HOSTILE, 3, HOSTILE),
+        usage=Usage(lm_calls=1, by_role={HOSTILE: Usage(lm_calls=1)}),
+        models={HOSTILE: (HOSTILE,)},
         trials=trials,
-        phases=[Phase(HOSTILE, 1, 1.0, {"lm_calls": 1})],
-        programs={
-            f"id{number}": {HOSTILE: Predictor(f"{HOSTILE} {number}", [{HOSTILE: HOSTILE}, HOSTILE, None, number])}
+        phases=(Phase(HOSTILE, 1, 1.0, Usage(lm_calls=1)),),
+        candidates={
+            f"id{number}": program(f"id{number}", f"{HOSTILE} {number}", [*demos, number])
             for number in range(count + 1)
         },
-        compared=[Compared(HOSTILE, HOSTILE, HOSTILE, {**side, "score": 0.0}, {**side, "score": 1.0})],
-        versions={HOSTILE: HOSTILE},
-        source={2: "javascript:alert(3)", 3: f"http://localhost/{HOSTILE}"},
-        trace_url="javascript:alert(4)//{}",
+        examples={1: (example,), 2: (dataclasses.replace(example, score=1.0),)},
     )
 
 
+SOURCE = Source(
+    runs={2: "javascript:alert(3)", 3: f"http://localhost/{HOSTILE}"},
+    trace_url="javascript:alert(4)//{}",
+    trace_name=HOSTILE + "{}",
+    versions={HOSTILE: HOSTILE},
+)
+
+
 def test_nothing_becomes_markup() -> None:
-    page = Page(render(hostile()))
+    page = Page(render(hostile(), SOURCE))
     names = {name for name, _ in page.elements}
     assert not names & {"script", "img", "iframe", "link", "object", "form", "base"}
     for name, attributes in page.elements:
@@ -109,14 +133,14 @@ def test_nothing_becomes_markup() -> None:
 
 
 def test_it_can_be_written_and_read() -> None:
-    text = render(hostile())
+    text = render(hostile(), SOURCE)
     assert text.encode("utf-8").decode("utf-8") == text
     assert "\x00" not in text
     assert "\u202e" not in text
 
 
 def test_it_loads_nothing_and_runs_nothing() -> None:
-    text = render(hostile())
+    text = render(hostile(), SOURCE)
     assert "url(" not in text
     assert "@import" not in text
     page = Page(text)
@@ -128,10 +152,17 @@ def test_it_loads_nothing_and_runs_nothing() -> None:
 def test_it_stays_small_however_large_the_optimization() -> None:
     report = hostile(3000)
     long = "word " * 20_000
-    report.programs = {name: {"p": Predictor(f"{long}{name}", [long] * 100)} for name in report.programs}
-    report.compared = report.compared * 5000
-    report.params = {f"{long}{number}": long for number in range(1000)}
-    text = render(report)
+    examples = {
+        number: tuple(dataclasses.replace(kept[0], id=f"{place}") for place in range(5000))
+        for number, kept in report.examples.items()
+    }
+    report = dataclasses.replace(
+        report,
+        candidates={name: program(name, f"{long}{name}", [long] * 100) for name in list(report.candidates)[:60]},
+        examples=examples,
+        params={f"{long}{number}": long for number in range(1000)},
+    )
+    text = render(report, SOURCE)
     assert len(text) < 3_000_000
     assert "more trials are not shown" in text
     assert "more candidates are not shown" in text
@@ -139,25 +170,23 @@ def test_it_stays_small_however_large_the_optimization() -> None:
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 10**400])
 def test_what_is_no_number_is_not_drawn(value: Any) -> None:
-    from dspy_otel.report.model import number
-
     assert number(value) is None
     assert number(True) is None
 
 
 def test_an_empty_report_is_a_page_too() -> None:
-    page = Page(render(Report()))
+    page = Page(render(Optimization()))
     assert "running" in page.text
 
 
 def test_without_content_it_says_how_to_get_the_rest() -> None:
-    assert "CAPTURE_MESSAGE_CONTENT=span_only" in render(Report(content=False))
+    assert "CAPTURE_MESSAGE_CONTENT=span_only" in render(Optimization(trials=(Trial(1),)))
 
 
 def test_one_trial_and_equal_scores_can_be_drawn() -> None:
-    assert "<svg" in render(Report(trials=[Trial(1, "full", score=0.0, spent={"cost": 0.0})]))
-    assert "<svg" in render(Report(trials=[Trial(n, "full", score=50.0) for n in (1, 2)]))
-    assert "<svg" in render(Report(trials=[Trial(1, "full", score=1.0), Trial(2, "full", score=1e308)]))
+    assert "<svg" in render(Optimization(trials=(Trial(1, "full", score=0.0, spent=Usage(cost=0.0)),)))
+    assert "<svg" in render(Optimization(trials=tuple(Trial(n, "full", score=50.0) for n in (1, 2))))
+    assert "<svg" in render(Optimization(trials=(Trial(1, "full", score=1.0), Trial(2, "full", score=1e308))))
 
 
 @given(st.floats(-1e100, 1e100), st.floats(-1e100, 1e100))
@@ -172,16 +201,17 @@ def test_ticks_span_the_scores(one: float, other: float) -> None:
 
 
 def test_a_circle_of_parents_ends() -> None:
-    trials = [Trial(1, "full", "a", ("b",)), Trial(2, "full", "b", ("a",)), Trial(3, "full", "c", ("b",))]
-    assert Page(render(Report(trials=trials, best_id="c"))).elements
+    trials = (Trial(1, "full", "a", ("b",)), Trial(2, "full", "b", ("a",)), Trial(3, "full", "c", ("b",)))
+    assert Page(render(Optimization(trials=trials, returned=Candidate("c")))).elements
 
 
 def test_examples_are_compared_one_by_one() -> None:
-    before = [
-        {"index": n, "id": "same" if n < 2 else f"e{n}", "score": score} for n, score in enumerate((0, 1, 1, None))
-    ]
-    after = [{"index": n, "id": "same" if n < 2 else f"e{n}", "score": score} for n, score in enumerate((1, 0, 1, 0.5))]
+    before, after = (
+        tuple(Example(n, "same" if n < 2 else f"e{n}", score=score) for n, score in enumerate(scores))
+        for scores in ((0, 1, 1, None), (1, 0, 1, 0.5))
+    )
     assert [one.gain for one in compare(before, after)] == [1, -1, 0, 1]
-    page = Page(render(Report(compared=compare(before, after))))
+    trials = (Trial(1, "baseline"), Trial(2, "full"))
+    page = Page(render(Optimization(trials=trials, winner=2, examples={1: before, 2: after})))
     assert "2 improved" in page.text
     assert "1 regressed" in page.text

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dspy_otel.report import Report
+    from dspy_otel.record.model import Optimization
+    from dspy_otel.report import Source
 
 
 def add_command(commands: Any) -> None:
@@ -41,9 +42,9 @@ def run_report(options: argparse.Namespace) -> int:
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     os.environ.setdefault("LITELLM_LOCAL_MODEL_COST_MAP", "True")  # else an import may wait for a download
     try:
-        name, report = _of_spans(options) if options.spans is not None else _of_mlflow(options)
+        name, optimization, source = _of_spans(options) if options.spans is not None else _of_mlflow(options)
         path = options.output or Path(f"report-{name}.html")
-        path.write_text(render(report), encoding="utf-8")
+        path.write_text(render(optimization, source), encoding="utf-8")
     except (LookupError, ValueError, OSError) as error:
         print(f"dspy-otel: {error}", file=sys.stderr)
         return 1
@@ -53,26 +54,26 @@ def run_report(options: argparse.Namespace) -> int:
     return 0
 
 
-def _of_mlflow(options: argparse.Namespace) -> tuple[str, Report]:
+def _of_mlflow(options: argparse.Namespace) -> tuple[str, Optimization, Source | None]:
     from dspy_otel.mlflow.base import ExportError
-    from dspy_otel.mlflow.read import read_report
+    from dspy_otel.mlflow.read import read_optimization
 
     try:
-        found = read_report(options.run, experiment=options.experiment, tracking_uri=options.tracking_uri)
+        found = read_optimization(options.run, experiment=options.experiment, tracking_uri=options.tracking_uri)
     except ExportError as error:
         raise LookupError(str(error)) from error
-    return found.run_id, found.report
+    return found.run_id, found.optimization, found.source
 
 
-def _of_spans(options: argparse.Namespace) -> tuple[str, Report]:
-    from dspy_otel.report import reports
-    from dspy_otel.report.otlp import read_spans
+def _of_spans(options: argparse.Namespace) -> tuple[str, Optimization, Source | None]:
+    from dspy_otel.record.history import optimizations
+    from dspy_otel.record.otlp import decode_lines
 
     with options.spans.open(encoding="utf-8") as lines:
-        found = reports(read_spans(lines))
-    wanted = [report for report in found if options.run in (None, report.run_id)]
-    if not wanted:
-        known = f": it has {', '.join(str(report.run_id) for report in found)}" if found else ""
+        found = optimizations(span for spans in decode_lines(lines) for span in spans)
+    asked_for = [one for one in found if options.run in (None, one.id)]
+    if not asked_for:
+        known = f": it has {', '.join(one.id for one in found)}" if found else ""
         what = "finished optimization" if options.run is None else f"optimization {options.run}"
         raise LookupError(f"{options.spans} has no {what}{known}.")
-    return str(wanted[-1].run_id), wanted[-1]
+    return asked_for[-1].id, asked_for[-1], None

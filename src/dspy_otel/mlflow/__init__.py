@@ -5,10 +5,11 @@
 * :mod:`.server` - the way to an MLflow server: OTLP and two REST calls, MLflow itself is not needed;
 * :mod:`.store` - the way into an embedded SQL store, in process;
 * :mod:`.tracker` - optimizations and evaluations as MLflow runs while they happen: a span processor and its worker;
-* :mod:`.tree` - pure: compile, trial and evaluate spans to what should be in MLflow;
+* :mod:`.runs` - pure: records of optimizations and evaluations to the runs that should be in MLflow;
+* :mod:`.pending` - what of that is not yet written;
 * :mod:`.writer` - brings MLflow up to that;
 * :mod:`.delivery`, :mod:`.pace` - the queue of spans, and how it keeps out of a busy program's way;
-* :mod:`.spool`, :mod:`.state`, :mod:`.otlp` - what could not be sent, on disk; :mod:`.replay` delivers it later;
+* :mod:`.spool`, :mod:`.state` - what could not be sent, on disk; :mod:`.replay` delivers it later;
 * :mod:`.runs_server`, :mod:`.runs_store` - runs, links and scores on a server and in an embedded store;
 * :mod:`.load`, :mod:`.read` - a program, and what a report needs, back from a run.
 """

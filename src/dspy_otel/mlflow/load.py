@@ -5,15 +5,15 @@ from __future__ import annotations
 import tempfile
 import threading
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import Any, TypeVar
 
-from dspy_otel import semconv
 from dspy_otel.mlflow.base import ExportError
 from dspy_otel.mlflow.exporter import MLflowSpanExporter
-from dspy_otel.mlflow.wanted import BEST_PROGRAM, COMPILE, TAG_KIND, StoredRun
+from dspy_otel.mlflow.runs import BEST_PROGRAM, COMPILE, TAG_KIND, StoredRun
+from dspy_otel.record.model import PERCENT
+from dspy_otel.record.stored import read_optimization
 
 _Program = TypeVar("_Program")
-_PERCENT: Final = "percent"
 
 
 def load_best(
@@ -50,7 +50,7 @@ def load_best(
         store = exporter.open_runs(threading.Event(), create=False)
         runs = store.find_runs(run_id, f"tags.`{TAG_KIND}` = '{COMPILE}' AND attributes.status = 'FINISHED'")
         # Steps of other optimizations have none of their own.
-        runs = [run for run in runs if run_id is not None or semconv.OPTIMIZER_PARENT_RUN_ID not in run.tags]
+        runs = [run for run in runs if run_id is not None or read_optimization(run.tags, {}, {}).parent is None]
         if not runs:
             raise LookupError("MLflow has no finished optimization there" if run_id is None else f"No run {run_id}")
         best = max(runs, key=_rank)
@@ -75,5 +75,6 @@ def load_best(
 
 
 def _rank(run: StoredRun) -> tuple[float, int]:
-    score = run.metrics.get("best_score", float("-inf"))
-    return (score / 100 if run.tags.get(semconv.OPTIMIZER_SCORE_SCALE) == _PERCENT else score), run.started
+    found = read_optimization(run.tags, run.params, run.metrics)
+    score = float("-inf") if found.best is None else found.best
+    return (score / 100 if found.scale == PERCENT else score), run.started

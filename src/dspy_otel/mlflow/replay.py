@@ -2,7 +2,7 @@
 
 A program that ended in order has left what MLflow lacks of runs, links and scores; it is written as it would have been.
 Of one that was killed, and in files of a Collector, there are spans alone: then runs are built from them, by the same
-:class:`~dspy_otel.mlflow.tree.Tree` as when they happened.
+:class:`~dspy_otel.record.history.History` as when they happened.
 
 Everything may be written twice without harm: a span by its id, a run by its key, a metric's point by its value, step
 and time, a score by an id that follows from its trace.
@@ -22,18 +22,16 @@ from typing import Any, Final
 from opentelemetry.instrumentation.utils import suppress_instrumentation
 from opentelemetry.sdk.trace import ReadableSpan
 
-from dspy_otel import semconv
 from dspy_otel.mlflow.base import ExportError, WantedExperiment, first_line, public_uri
 from dspy_otel.mlflow.exporter import MLflowSpanExporter
-from dspy_otel.mlflow.mapping import is_example, kind_of
-from dspy_otel.mlflow.otlp import decode, decode_json
 from dspy_otel.mlflow.pace import Pace
+from dspy_otel.mlflow.runs import key_of
 from dspy_otel.mlflow.spool import Place, SpoolError, count_of, places
-from dspy_otel.mlflow.tracker import is_for_run, is_ours
-from dspy_otel.mlflow.tree import Models
-from dspy_otel.mlflow.wanted import COMPILE, TRIAL
+from dspy_otel.mlflow.tracker import is_for_run
 from dspy_otel.mlflow.writer import RunWriter
-from dspy_otel.report.collect import is_phase
+from dspy_otel.record.history import History, starts
+from dspy_otel.record.otlp import decode, decode_lines
+from dspy_otel.record.spans import Kind, is_ours, kind_of
 
 _BATCH: Final = 512
 _MOST_FAILURES: Final = 4
@@ -158,7 +156,7 @@ class _Delivery:
         exporter.patience.insists = False  # this does
         urgent = threading.Event()
         urgent.set()
-        self._writer = RunWriter(exporter.open_runs, threading.Event(), Pace(urgent))
+        self._writer = RunWriter(exporter.open_runs, threading.Event(), Pace(urgent), History(forget=False))
         self._spans = sum(count_of(path) for path in source.files())
         self._done = 0
         self._refused: dict[Path, list[ReadableSpan]] = {}
@@ -205,9 +203,8 @@ class _Delivery:
                 yield path, decode(path.read_bytes())
                 continue
             with path.open(encoding="utf-8") as lines:
-                for line in lines:
-                    if line.strip():
-                        yield None, decode_json(line)
+                for spans in decode_lines(lines):
+                    yield None, spans
 
     def _send(self, path: Path | None, spans: list[ReadableSpan]) -> None:
         refused: list[ReadableSpan] = []
@@ -278,62 +275,44 @@ class _Delivery:
 
     def _rebuild(self) -> None:
         """Build runs from spans alone: first all starts, then the examples, file by file, then all ends, in order."""
-        tree, models = self._writer.tree, Models()
-        tree.whole = False
+        tree = self._writer.tree
         structure: list[ReadableSpan] = []
-        phases: list[ReadableSpan] = []
         for _, spans in self._batches():
             for span in filter(is_ours, spans):
-                at = span.attributes or {}
-                if kind_of(span.name, at) is not None:
+                kind = kind_of(span)
+                if kind in (Kind.LM_CALL, Kind.EMBEDDING):
+                    tree.end(span)
+                elif kind not in (Kind.EXAMPLE, Kind.OTHER):
                     structure.append(span)
-                elif is_phase(span.name, at):
-                    phases.append(span)
-                else:
-                    models.add(at)
-        structure.sort(key=lambda span: span.start_time or 0)
-        for span in structure:
-            tree.start(span, self._known_parent(span))
+        for span in starts(structure):
+            tree.start(span, None)
         for run in tree.runs.values():
             run.tried = True  # it may be in MLflow already
-        ends = sorted([*phases, *structure], key=lambda span: span.end_time or 0)
+            if run.parent is None and run.above is not None:
+                run.outside = self._find(run.above)
         read: list[Path] = []
         for path, spans in self._batches():
             self._send(path, spans)
             for span in spans:
-                if is_ours(span) and is_example(span.name) and semconv.EVALUATION_ID in (span.attributes or {}):
-                    tree.end(span, {})
+                if is_ours(span) and kind_of(span) is Kind.EXAMPLE:
+                    tree.end(span)
                 if is_for_run(span):
                     self._find_run_of(span)
                     self._writer.deliver(span)
             self._settle()
             if path is not None:
                 read.append(path)
-        for span in ends:
-            tree.end(span, models.take(span))
+        for span in sorted(structure, key=lambda span: span.end_time or 0):
+            tree.end(span)
         self._writer.stop()
         self._settle()
         for path in read:
             self._finished(path)
 
-    def _known_parent(self, span: ReadableSpan) -> str | None:
-        """The id of the run above, if that is in MLflow already and not in the files."""
-        at = span.attributes or {}
-        above = at.get(semconv.OPTIMIZER_PARENT_RUN_ID)
-        if kind_of(span.name, at) != COMPILE:
-            number = at.get(semconv.TRIAL_NUMBER)
-            above = at.get(semconv.OPTIMIZER_RUN_ID)
-            if kind_of(span.name, at) != TRIAL and above is not None and number is not None:
-                above = f"{above}/{number}"
-        return None if above is None else self._find(str(above))
-
     def _find_run_of(self, span: ReadableSpan) -> None:
         """Look a run up that is in MLflow, but not in the files."""
-        at, tree = span.attributes or {}, self._writer.tree
-        evaluation = at.get(semconv.EVALUATION_ID)
-        if evaluation is not None and semconv.OPTIMIZER_RUN_ID not in at and self._find(f"evaluation/{evaluation}"):
-            tree.own_evaluations.add(str(evaluation))
-        key = tree.key_of(span)
+        trace = self._writer.tree.history.trace(span)
+        key = None if trace is None else key_of(trace)
         if key is not None:
             self._find(key)
 

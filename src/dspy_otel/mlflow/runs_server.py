@@ -11,8 +11,9 @@ from typing import Any, Final
 from urllib.parse import quote, urlsplit
 
 from dspy_otel.mlflow.base import ExportError, first_line
+from dspy_otel.mlflow.pending import Pending
+from dspy_otel.mlflow.runs import TAG_KEY, TAG_NAME, Dataset, Metric, Score, StoredRun
 from dspy_otel.mlflow.server import MLflowServer
-from dspy_otel.mlflow.wanted import TAG_KEY, TAG_NAME, Dataset, Metric, Run, Score, StoredRun, assessment_id
 
 _ARTIFACTS: Final = "mlflow-artifacts"
 
@@ -30,7 +31,7 @@ class ServerRuns:
     def __init__(self, server: MLflowServer) -> None:
         self._server = server
 
-    def create(self, run: Run, tags: Mapping[str, str]) -> tuple[str, str]:
+    def create(self, run: Pending, tags: Mapping[str, str]) -> tuple[str, str]:
         """Create a run; returns its id and the address of its artifacts."""
         experiment = self._server.experiment_id()
         if run.tried and (found := self.find(run.key)) is not None:
@@ -51,14 +52,14 @@ class ServerRuns:
         runs = self._post("runs/search", body).get("runs") or []
         return _run_of(runs[0]) if runs else None
 
-    def log(self, run: Run, metrics: Sequence[Metric], params: Mapping[str, str], tags: Mapping[str, str]) -> None:
+    def log(self, run: Pending, metrics: Sequence[Metric], params: Mapping[str, str], tags: Mapping[str, str]) -> None:
         """Write at most 100 parameters, 100 tags and 1,000 metrics in all 1,000 items."""
         points = [{"key": m.key, "value": m.value, "timestamp": m.time, "step": m.step} for m in metrics]
         self._post(
             "runs/log-batch", {"run_id": run.run_id, "metrics": points, "params": _pairs(params), "tags": _pairs(tags)}
         )
 
-    def datasets(self, run: Run, datasets: Sequence[Dataset]) -> None:
+    def datasets(self, run: Pending, datasets: Sequence[Dataset]) -> None:
         """Add dataset inputs."""
         inputs = [
             {"tags": [{"key": "mlflow.data.context", "value": dataset.context}], "dataset": dataset_fields(dataset)}
@@ -66,7 +67,7 @@ class ServerRuns:
         ]
         self._post("runs/log-inputs", {"run_id": run.run_id, "datasets": inputs})
 
-    def artifact(self, run: Run, path: str, text: str) -> None:
+    def artifact(self, run: Pending, path: str, text: str) -> None:
         """Store a text artifact.
 
         Raises:
@@ -83,7 +84,7 @@ class ServerRuns:
         if not response.ok:
             raise self._server.refusal(response)
 
-    def _artifact_by_client(self, run: Run, path: str, text: str) -> None:
+    def _artifact_by_client(self, run: Pending, path: str, text: str) -> None:
         try:
             from mlflow.tracking import MlflowClient
         except ImportError as error:
@@ -95,7 +96,7 @@ class ServerRuns:
             ) from error
         MlflowClient(tracking_uri=self._server.uri).log_text(run.run_id, text, path)
 
-    def end(self, run: Run, status: str, when: int) -> None:
+    def end(self, run: Pending, status: str, when: int) -> None:
         """Set a run's status and end."""
         self._post("runs/update", {"run_id": run.run_id, "status": status, "end_time": when})
 
@@ -110,7 +111,7 @@ class ServerRuns:
         if score.error is not None:
             feedback["error"] = {"error_code": score.error, "error_message": "The example failed."}
         assessment: dict[str, Any] = {
-            "assessment_id": assessment_id(score),
+            "assessment_id": score.id,
             "trace_id": score.trace_id,
             "assessment_name": score.name,
             "source": {"source_type": "CODE", "source_id": score.name},
@@ -130,7 +131,7 @@ class ServerRuns:
             # It may be there already, from an attempt whose answer got lost.
             if error.cause != "status 500":
                 raise
-            if self._server.rest("GET", f"{path}/{assessment_id(score)}", version="3.0") is None:
+            if self._server.rest("GET", f"{path}/{score.id}", version="3.0") is None:
                 raise
             return True
 

@@ -7,9 +7,10 @@ from collections.abc import Mapping, Sequence
 from typing import Final
 
 from dspy_otel.mlflow.base import ExportError, WantedExperiment, first_line
+from dspy_otel.mlflow.pending import Pending
+from dspy_otel.mlflow.runs import TAG_KEY, TAG_NAME, Dataset, Metric, Score, StoredRun
 from dspy_otel.mlflow.runs_server import dataset_fields, read_with_client, score_metadata
 from dspy_otel.mlflow.store import EmbeddedStore
-from dspy_otel.mlflow.wanted import TAG_KEY, TAG_NAME, Dataset, Metric, Run, Score, StoredRun, assessment_id
 
 _LASTING: Final = ("INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "RESOURCE_ALREADY_EXISTS")
 """Codes of MLflow's errors that the same call would get again."""
@@ -38,7 +39,7 @@ class EmbeddedRuns:
         self._client = MlflowClient(tracking_uri=uri)
         self._traces = TracingClient(uri)
 
-    def create(self, run: Run, tags: Mapping[str, str]) -> tuple[str, str]:
+    def create(self, run: Pending, tags: Mapping[str, str]) -> tuple[str, str]:
         """Create a run; returns its id and the address of its artifacts."""
         if run.tried and (found := self.find(run.key)) is not None:
             return found
@@ -51,7 +52,7 @@ class EmbeddedRuns:
         runs = self._client.search_runs([self._experiment_id], f"tags.`{TAG_KEY}` = '{key}'", max_results=1)
         return (runs[0].info.run_id, runs[0].info.artifact_uri) if runs else None
 
-    def log(self, run: Run, metrics: Sequence[Metric], params: Mapping[str, str], tags: Mapping[str, str]) -> None:
+    def log(self, run: Pending, metrics: Sequence[Metric], params: Mapping[str, str], tags: Mapping[str, str]) -> None:
         """Write at most 100 parameters, 100 tags and 1,000 metrics in all 1,000 items."""
         from mlflow.entities import Metric as Point
         from mlflow.entities import Param, RunTag
@@ -63,7 +64,7 @@ class EmbeddedRuns:
             [RunTag(key, value) for key, value in tags.items()],
         )
 
-    def datasets(self, run: Run, datasets: Sequence[Dataset]) -> None:
+    def datasets(self, run: Pending, datasets: Sequence[Dataset]) -> None:
         """Add dataset inputs."""
         from mlflow.entities import Dataset as Entity
         from mlflow.entities import DatasetInput, InputTag
@@ -74,11 +75,11 @@ class EmbeddedRuns:
         ]
         self._client.log_inputs(run.run_id, inputs)
 
-    def artifact(self, run: Run, path: str, text: str) -> None:
+    def artifact(self, run: Pending, path: str, text: str) -> None:
         """Store a text artifact."""
         self._client.log_text(run.run_id, text.encode("utf-8", "replace").decode(), path)
 
-    def end(self, run: Run, status: str, when: int) -> None:
+    def end(self, run: Pending, status: str, when: int) -> None:
         """Set a run's status and end."""
         self._client.set_terminated(run.run_id, status, when)
 
@@ -101,7 +102,7 @@ class EmbeddedRuns:
             metadata=score_metadata(score, run_id),
             span_id=score.span_id,
         )
-        feedback.assessment_id = assessment_id(score)
+        feedback.assessment_id = score.id
         try:
             self._traces.log_assessment(score.trace_id, feedback)
         except MlflowException as failure:

@@ -31,7 +31,7 @@ import platformdirs
 from opentelemetry.sdk.trace import ReadableSpan
 
 from dspy_otel.mlflow.base import only_process
-from dspy_otel.mlflow.otlp import decode, encode
+from dspy_otel.record.otlp import decode, encode
 
 ENV_SPOOL: Final = "OTEL_DSPY_SPOOL"
 ENV_SPOOL_LIMIT: Final = "OTEL_DSPY_SPOOL_LIMIT"

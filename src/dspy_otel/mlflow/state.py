@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import astuple
 from typing import Any, Final, NamedTuple
 
-from dspy_otel.mlflow.tree import Tree
-from dspy_otel.mlflow.wanted import Dataset, Metric, Run, Score
+from dspy_otel.mlflow.pending import Pending, PendingRuns
+from dspy_otel.mlflow.runs import Dataset, Metric, Score
 
 VERSION: Final = 1
 _PLAIN: Final = ("key", "kind", "name", "started", "tags", "params", "artifacts", "ended", "run_id", "artifact_uri")
-_LATER: Final = ("tables", "winner", "candidates")
+_LATER: Final = ("references", "candidates")
 
 
 class Left(NamedTuple):
@@ -27,20 +28,20 @@ class Left(NamedTuple):
     ids: dict[str, str]
 
 
-def dump(tree: Tree, left: Left) -> dict[str, Any]:
+def dump(tree: PendingRuns, left: Left) -> dict[str, Any]:
     """All of it, for :func:`load`."""
     return {
         "version": VERSION,
         "runs": [_dump_run(run) for run in tree.runs.values() if run.dirty],
         "links": left.links,
-        "scores": [list(score) for score in left.scores],
+        "scores": [list(astuple(score)) for score in left.scores],
         "ids": left.ids,
-        "metrics": tree.metric_names,
-        "evaluations": sorted(tree.own_evaluations),
+        "metrics": tree.history.metrics,
+        "evaluations": sorted(tree.history.own),
     }
 
 
-def load(state: Mapping[str, Any], tree: Tree) -> Left:
+def load(state: Mapping[str, Any], tree: PendingRuns) -> Left:
     """Put runs back into a tree that has none, and give the rest.
 
     Raises:
@@ -50,30 +51,30 @@ def load(state: Mapping[str, Any], tree: Tree) -> Left:
         raise ValueError(f"runs.json is of another version ({state.get('version')}) than this release reads")
     try:
         _load_runs(state["runs"], tree)
-        tree.metric_names.update(state["metrics"])
-        tree.own_evaluations.update(state["evaluations"])
+        tree.history.metrics.update(state["metrics"])
+        tree.history.own.update(dict.fromkeys(state["evaluations"]))
         scores = [Score(*score) for score in state["scores"]]
         return Left({key: list(ids) for key, ids in state["links"].items()}, scores, dict(state["ids"]))
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"runs.json is broken ({type(error).__name__}: {error})") from error
 
 
-def _dump_run(run: Run) -> dict[str, Any]:
+def _dump_run(run: Pending) -> dict[str, Any]:
     parent = run.parent
     return {
         **{name: getattr(run, name) for name in (*_PLAIN, *_LATER)},
-        "metrics": [list(metric) for metric in run.metrics],
-        "datasets": [list(dataset) for dataset in run.datasets],
+        "metrics": [list(astuple(metric)) for metric in run.metrics],
+        "datasets": [list(astuple(dataset)) for dataset in run.datasets],
         # A parent that is written may be forgotten: then its id is known, and is enough.
         "outside": run.outside if parent is None else parent.run_id,
         "parent": parent.key if parent is not None and parent.run_id is None else None,
     }
 
 
-def _load_runs(dumped: Iterable[Mapping[str, Any]], tree: Tree) -> None:
+def _load_runs(dumped: Iterable[Mapping[str, Any]], tree: PendingRuns) -> None:
     dumped = list(dumped)
     for one in dumped:
-        run = Run(one["key"], one["kind"], one["name"], None, one["outside"], one["started"])
+        run = Pending(one["key"], one["kind"], one["name"], None, one["outside"], one["started"])
         for name in (*_PLAIN[4:], *_LATER):
             setattr(run, name, one[name])
         run.ended = None if run.ended is None else (run.ended[0], run.ended[1])

@@ -1,6 +1,6 @@
 """Runs in MLflow while they happen: a span processor that hands compiles, trials and evaluations to one worker.
 
-The program's threads only put spans on a queue. The worker keeps a :class:`~dspy_otel.mlflow.tree.Tree` of
+The program's threads only put spans on a queue. The worker keeps a :class:`~dspy_otel.mlflow.pending.PendingRuns` of
 what should be in MLflow and brings MLflow up to it, some times a second at most; what fails is tried again with the
 next round, so that a server may be away for a while. Traces are linked to their runs, and scores put on traces, when
 the exporter has delivered the trace. What is left at the end of the program goes to the spool.
@@ -29,13 +29,11 @@ from dspy_otel.core.metrics import WithoutExemplars
 from dspy_otel.mlflow.base import first_line, say
 from dspy_otel.mlflow.delivery import Delivery, join, start_thread
 from dspy_otel.mlflow.exporter import MLflowSpanExporter
-from dspy_otel.mlflow.mapping import is_example, kind_of
 from dspy_otel.mlflow.pace import Pace
 from dspy_otel.mlflow.spool import Spool, SpoolError
-from dspy_otel.mlflow.tree import Models
-from dspy_otel.mlflow.wanted import TRIAL
 from dspy_otel.mlflow.writer import RunWriter
-from dspy_otel.report.collect import is_phase
+from dspy_otel.record.history import History
+from dspy_otel.record.spans import Kind, belongs, is_ours, kind_of
 from dspy_otel.version import __version__
 
 _logger = logging.getLogger(__name__)
@@ -54,6 +52,7 @@ _HANGS_AFTER: Final = 20.0
 _WORTH_A_LINE: Final = 500
 """From so many spans and scores on, the end of the program says that it takes a while."""
 _TRIES_AT_EXIT: Final = 2
+_WITH_RUN: Final = frozenset({Kind.COMPILE, Kind.TRIAL, Kind.EVALUATION})
 
 
 class RunTracker(SpanProcessor):
@@ -89,7 +88,7 @@ class RunTracker(SpanProcessor):
             spool=self._spool,
             pace=self._pace,
         )
-        self._models = Models()
+        self._history = History()
         self._lock = threading.Lock()
         self._wake = threading.Event()
         self._stop = threading.Event()
@@ -106,9 +105,9 @@ class RunTracker(SpanProcessor):
         if not self._exporter.wants_runs:
             return
         try:
-            kind = kind_of(span.name, span.attributes or {}) if is_ours(span) else None
-            if kind is not None:
-                self._put("start", span, None if kind == TRIAL else self._users_run())
+            kind = kind_of(span) if is_ours(span) else Kind.OTHER
+            if kind in _WITH_RUN:
+                self._put("start", span, None if kind is Kind.TRIAL else self._users_run())
         except Exception:
             _logger.debug("start of %r is not followed", span.name, exc_info=True)
 
@@ -123,20 +122,14 @@ class RunTracker(SpanProcessor):
             _logger.debug("end of %r is not followed", span.name, exc_info=True)
 
     def _note_end(self, span: ReadableSpan) -> None:
-        at = span.attributes or {}
-        if semconv.GEN_AI_OPERATION_NAME in at:
-            if semconv.OPTIMIZER_RUN_ID in at or semconv.EVALUATION_ID in at:
-                with self._lock:
-                    self._models.add(at)
-        elif is_example(span.name):
-            if len(self._events) < MAX_EVENTS:
-                self._put("end", span, {})
-            else:
-                self._left_out += 1
-        elif kind_of(span.name, at) is not None or is_phase(span.name, at):
-            with self._lock:
-                models = self._models.take(span)
-            self._put("end", span, models)
+        kind = kind_of(span)
+        if kind in (Kind.LM_CALL, Kind.EMBEDDING):
+            if belongs(span):
+                self._history.end(span)
+        elif kind is Kind.EXAMPLE and len(self._events) >= MAX_EVENTS:
+            self._left_out += 1
+        elif kind is not Kind.OTHER:
+            self._put("end", span, None)
 
     def sent(self, spans: Sequence[ReadableSpan]) -> None:
         """These spans are delivered: their traces can be linked and scored now."""
@@ -205,7 +198,7 @@ class RunTracker(SpanProcessor):
         self._delivery.leave()
         worker = self._worker
         if worker is None and self._events:
-            worker = RunWriter(self._exporter.open_runs, self._stop, self._pace)
+            worker = RunWriter(self._exporter.open_runs, self._stop, self._pace, self._history)
         written = [f"{self._delivery.done} spans"] if self._delivery.done else []
         left = [f"{self._delivery.kept} spans"] if self._delivery.kept else []
         lost = [f"{self._delivery.lost} spans"] if self._delivery.lost else []
@@ -274,7 +267,7 @@ class RunTracker(SpanProcessor):
 
     # --- in the worker ----------------------------------------------------------------------------------------------
     def _run(self) -> None:
-        worker = self._worker = RunWriter(self._exporter.open_runs, self._stop, self._pace)
+        worker = self._worker = RunWriter(self._exporter.open_runs, self._stop, self._pace, self._history)
         with suppress_instrumentation():  # what we send is not to be watched, and sent in turn
             while self._round(worker):
                 pass
@@ -314,29 +307,20 @@ class RunTracker(SpanProcessor):
                 elif what == "sent":
                     worker.deliver(span)
                 else:
-                    worker.tree.end(span, more)
+                    worker.tree.end(span)
             except Exception:
                 _logger.debug("%s of %r is not followed", what, span.name, exc_info=True)
         with contextlib.suppress(Exception):
             worker.tree.refresh()
 
 
-def is_ours(span: ReadableSpan) -> bool:
-    """Whether a span was made by this package."""
-    scope = span.instrumentation_scope
-    return scope is not None and scope.name == semconv.SCOPE_NAME
-
-
 def _has_a_run(span: ReadableSpan) -> bool:
-    return is_ours(span) and kind_of(span.name, span.attributes or {}) is not None
+    return is_ours(span) and kind_of(span) in _WITH_RUN
 
 
 def is_for_run(span: ReadableSpan) -> bool:
     """Whether a delivered span has its trace linked to a run, or scored."""
-    if not is_ours(span) or not (span.parent is None or is_example(span.name)):
-        return False
-    at = span.attributes or {}
-    return semconv.OPTIMIZER_RUN_ID in at or semconv.EVALUATION_ID in at
+    return is_ours(span) and (span.parent is None or kind_of(span) is Kind.EXAMPLE) and belongs(span)
 
 
 def exit_seconds() -> float:

@@ -20,12 +20,22 @@ from opentelemetry.sdk.trace import ReadableSpan
 
 from dspy_otel.mlflow.base import ExportError, first_line, say
 from dspy_otel.mlflow.delivery import start_thread
-from dspy_otel.mlflow.mapping import score_of_span
 from dspy_otel.mlflow.pace import Pace
+from dspy_otel.mlflow.pending import Pending, PendingRuns
+from dspy_otel.mlflow.runs import (
+    COMPILE,
+    TAG_NAME,
+    TAG_PARENT,
+    Dataset,
+    Metric,
+    Score,
+    StoredRun,
+    key_of,
+    score_of,
+    trace_id_of,
+)
 from dspy_otel.mlflow.state import Left, dump, load
-from dspy_otel.mlflow.tree import Tree
-from dspy_otel.mlflow.wanted import COMPILE, TAG_NAME, TAG_PARENT, Dataset, Metric, Run, Score, StoredRun
-from dspy_otel.report.collect import trace_id_of
+from dspy_otel.record.history import History
 from dspy_otel.version import __version__
 
 _logger = logging.getLogger(__name__)
@@ -55,22 +65,22 @@ class RunStore(Protocol):
 
     parallel: bool
 
-    def create(self, run: Run, tags: Mapping[str, str]) -> tuple[str, str]:
+    def create(self, run: Pending, tags: Mapping[str, str]) -> tuple[str, str]:
         """Create a run; returns its id and the address of its artifacts."""
 
     def find(self, key: str) -> tuple[str, str] | None:
         """Id of a run and the address of its artifacts, by its key."""
 
-    def log(self, run: Run, metrics: Sequence[Metric], params: Mapping[str, str], tags: Mapping[str, str]) -> None:
+    def log(self, run: Pending, metrics: Sequence[Metric], params: Mapping[str, str], tags: Mapping[str, str]) -> None:
         """Write metrics, parameters and tags."""
 
-    def datasets(self, run: Run, datasets: Sequence[Dataset]) -> None:
+    def datasets(self, run: Pending, datasets: Sequence[Dataset]) -> None:
         """Add dataset inputs."""
 
-    def artifact(self, run: Run, path: str, text: str) -> None:
+    def artifact(self, run: Pending, path: str, text: str) -> None:
         """Store a text artifact."""
 
-    def end(self, run: Run, status: str, when: int) -> None:
+    def end(self, run: Pending, status: str, when: int) -> None:
         """Set a run's status and end."""
 
     def link(self, run_id: str, trace_ids: Sequence[str]) -> None:
@@ -105,6 +115,7 @@ class RunWriter:
         connect: opens the store.
         stop: set when the program ends.
         pace: keeps out of a busy program's way.
+        history: reads the spans.
 
     Attributes:
         tree: what should be in MLflow.
@@ -113,8 +124,14 @@ class RunWriter:
         error: why the last round failed, if it did.
     """
 
-    def __init__(self, connect: Callable[[threading.Event], RunStore], stop: threading.Event, pace: Pace) -> None:
-        self.tree = Tree(versions())
+    def __init__(
+        self,
+        connect: Callable[[threading.Event], RunStore],
+        stop: threading.Event,
+        pace: Pace,
+        history: History | None = None,
+    ) -> None:
+        self.tree = PendingRuns(versions(), history)
         self._connect = connect
         self._stop = stop
         self._pace = pace
@@ -184,12 +201,13 @@ class RunWriter:
 
     def deliver(self, span: ReadableSpan) -> None:
         """Note a delivered root span or example: its trace belongs on a run, and may have a score."""
-        key = self.tree.key_of(span)
-        if key is None:
+        trace = self.tree.history.trace(span)
+        key = None if trace is None else key_of(trace)
+        if trace is None or key is None:
             return
-        if span.parent is None:
-            self._links.setdefault(key, []).append(trace_id_of(span))
-        score = score_of_span(span, key, self.tree.metric_of(span.attributes or {}))
+        if trace.root:
+            self._links.setdefault(key, []).append(trace_id_of(trace.trace_id))
+        score = score_of(trace)
         if score is not None:
             if len(self._scores) >= MAX_SCORES:
                 self._lost["scores"] += 1
@@ -224,7 +242,7 @@ class RunWriter:
     def stop(self) -> None:
         """The program ends: what still runs is killed."""
         try:
-            self.tree.stop(time.time_ns() // 1_000_000)
+            self.tree.stop(time.time_ns())
         except Exception:
             _logger.debug("open runs are not ended", exc_info=True)
 
@@ -258,7 +276,7 @@ class RunWriter:
         return [f"{count} {name}" for name, count in counts.items() if count]
 
     # --- runs -------------------------------------------------------------------------------------------------------
-    def _write_all(self, runs: list[Run]) -> None:
+    def _write_all(self, runs: list[Pending]) -> None:
         store = self._existing
         with _FirstError() as error:
             for run in runs:
@@ -278,7 +296,7 @@ class RunWriter:
             for run in runs:
                 self.tree.settle(run)
 
-    def _write(self, run: Run) -> bool:
+    def _write(self, run: Pending) -> bool:
         store = self._existing
         if run.over:
             run.name_others(self._ids)
@@ -308,7 +326,7 @@ class RunWriter:
                 if run.tags.get(name) == value:
                     del run.tags[name]
 
-    def _write_datasets(self, store: RunStore, run: Run) -> None:
+    def _write_datasets(self, store: RunStore, run: Pending) -> None:
         """One run after the other: MLflow fails when two calls bring it the same new dataset at the same time.
 
         Two programs may do that too: then the second attempt finds the dataset there.
@@ -321,7 +339,7 @@ class RunWriter:
         self._tolerating(store, what, store.datasets, run, run.datasets)
         run.datasets.clear()
 
-    def _create(self, store: RunStore, run: Run) -> None:
+    def _create(self, store: RunStore, run: Pending) -> None:
         if run.parent is not None and run.parent.run_id is None:
             self._create(store, run.parent)
         parent = run.outside if run.parent is None else run.parent.run_id

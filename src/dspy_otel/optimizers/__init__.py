@@ -13,7 +13,7 @@ from dspy_otel.core.telemetry import Telemetry
 from dspy_otel.operations.program import Programs
 from dspy_otel.optimizers import trackers
 from dspy_otel.optimizers.compile import CompileOperation
-from dspy_otel.optimizers.lineage import Optimization, optimization
+from dspy_otel.optimizers.lineage import optimization
 from dspy_otel.optimizers.tracker import Tracker, registered
 from dspy_otel.optimizers.trials import (
     CandidateEvaluation,
@@ -73,4 +73,4 @@ class Optimizers:
                 patch(self, patches)
 
 
-__all__ = ["Optimization", "Optimizers", "optimization"]
+__all__ = ["Optimizers", "optimization"]

@@ -4,38 +4,17 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from dataclasses import dataclass
 from typing import Any, Final
 
 from dspy_otel.operations.program import program_digest
 from dspy_otel.optimizers.run import Run, Scored
+from dspy_otel.record.model import Origin
 
 _MOST: Final = 4096
 _lock: Final = threading.Lock()
-_made: Final[OrderedDict[str, Optimization]] = OrderedDict()
+_made: Final[OrderedDict[str, Origin]] = OrderedDict()
 _given: Final[set[str]] = set()
 """Those among them that no run has made: each run that knows them has started from them."""
-
-
-@dataclass(frozen=True)
-class Optimization:
-    """Where a program came from.
-
-    Attributes:
-        run_id: ``dspy.optimizer.run.id`` of the compile that made it.
-        optimizer: the optimizer's class name.
-        program_id: ``dspy.program.id`` of the program.
-        trial: number of the trial that scored it, or ``None`` if none did (an optimizer without trials).
-        score: of that trial, on the optimizer's own scale.
-        winner: the compile returned it. Otherwise it was a candidate.
-    """
-
-    run_id: str
-    optimizer: str
-    program_id: str
-    trial: int | None
-    score: float | None
-    winner: bool
 
 
 def remember(run: Run, trial: Scored) -> None:
@@ -47,18 +26,18 @@ def remember(run: Run, trial: Scored) -> None:
     if known is not None and (known.winner or not trial.decides) and known.run_id == run.id:
         return
     best = run.trial_of(trial.candidate) or trial
-    _keep(run, Optimization(run.id, run.name, trial.candidate, best.number, best.score, False))
+    _keep(run, Origin(run.id, run.name, trial.candidate, best.number, best.score, False))
 
 
 def remember_winner(run: Run, program_id: str) -> Scored | None:
     """Note what a compile returned, and give the trial that scored it."""
     trial = run.trial_of(program_id)
     number, score = (trial.number, trial.score) if trial is not None else (None, None)
-    _keep(run, Optimization(run.id, run.name, program_id, number, score, True))
+    _keep(run, Origin(run.id, run.name, program_id, number, score, True))
     return trial
 
 
-def _keep(run: Run, optimization: Optimization) -> None:
+def _keep(run: Run, optimization: Origin) -> None:
     """Keep it, unless programs compile at each call, or the run only started from what another one has made."""
     if run.inference_time:
         return
@@ -75,7 +54,7 @@ def _keep(run: Run, optimization: Optimization) -> None:
             _given.discard(_made.popitem(last=False)[0])
 
 
-def optimization(program: Any) -> Optimization | None:
+def optimization(program: Any) -> Origin | None:
     """The optimization that made ``program``, by the program's state: a copy, or one loaded from a file, counts too.
 
     Args:

@@ -59,6 +59,10 @@ class History:
     Args:
         forget: whether an optimization is forgotten when it has ended. Without, one that is resumed later goes on
             with the trials it had: for spans that were written down, which are all there is.
+
+    Attributes:
+        own: ids of evaluations that stand for themselves.
+        metrics: names of the optimizations' metrics, by id.
     """
 
     def __init__(self, forget: bool = True) -> None:
@@ -67,8 +71,8 @@ class History:
         self._evaluations: dict[str, _RunningEvaluation] = {}
         self._strays: dict[tuple[str, int], Trial] = {}
         """Trials of optimizations that are not known."""
-        self._own: dict[str, None] = {}
-        self._metrics: dict[str, str] = {}
+        self.own: dict[str, None] = {}
+        self.metrics: dict[str, str] = {}
         self._models = _Models()
 
     # --- what happens -----------------------------------------------------------------------------------------------
@@ -145,9 +149,9 @@ class History:
         at = span.attributes or {}
         optimization, evaluation = at.get(semconv.OPTIMIZER_RUN_ID), at.get(semconv.EVALUATION_ID)
         trial = at.get(semconv.TRIAL_NUMBER)
-        own = evaluation is not None and (optimization is None or evaluation in self._own)
+        own = evaluation is not None and (optimization is None or evaluation in self.own)
         # Optimizers wrap the metric; its own name says more.
-        metric = self._metrics.get(str(optimization)) or at.get(semconv.EVALUATION_METRIC_NAME)
+        metric = self.metrics.get(str(optimization)) or at.get(semconv.EVALUATION_METRIC_NAME)
         part = read(span, Kind.EXAMPLE) if example else None
         return Trace(
             span.context.trace_id,
@@ -170,8 +174,8 @@ class History:
         running.over = False
         running.describe(record)
         if record.metric is not None:
-            self._metrics[record.id] = record.metric
-            _bound(self._metrics)
+            self.metrics[record.id] = record.metric
+            _bound(self.metrics)
         return [running.snapshot()]
 
     def _end_optimization(self, record: Optimization, span: ReadableSpan) -> list[Record]:
@@ -227,8 +231,8 @@ class History:
         record = dataclasses.replace(record, own=own)
         self._evaluations[record.id] = _RunningEvaluation(record)
         if trial is None or own:
-            self._own[record.id] = None
-            _bound(self._own)
+            self.own[record.id] = None
+            _bound(self.own)
             return [record]
         trial = dataclasses.replace(trial, evaluation=record.id, threads=record.threads, evaluated=record.size)
         running = self._optimizations.get(trial.optimization)
@@ -346,13 +350,13 @@ class _Running:
         if program is not None:
             self._remember(program)
             program = self._candidates.get(program.id, program) if program.state is None else program
-        validation = self.record.val
+        validation = self.record.val if self.record.parent is None else None
         whole = trial.kind in _ON_VALIDATION and validation is not None and trial.size == validation.size
         trial = dataclasses.replace(
             trial,
             spent=self._spent,
             program=program,
-            dataset=dataclasses.replace(validation, text=None) if validation is not None and whole else None,
+            dataset=validation if whole else None,
             examples_so_far=self._evaluated,
             accepted_so_far=self._verdicts.get(True),
             rejected_so_far=self._verdicts.get(False),

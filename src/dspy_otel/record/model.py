@@ -17,6 +17,9 @@ FINISHED: Final = "finished"
 FAILED: Final = "failed"
 INTERRUPTED: Final = "interrupted"
 
+PERCENT: Final = "percent"
+"""The scale of scores that are 0 to 100; others are the mean of the metric."""
+
 _INTERRUPTIONS: Final = frozenset({"KeyboardInterrupt", "SystemExit", "CancelledError", "GeneratorExit"})
 
 
@@ -92,8 +95,8 @@ def _combined(one: Usage, other: Usage, sign: int) -> Usage:
     for name in _TOTALS:
         a, b = getattr(one, name), getattr(other, name)
         if a is not None or b is not None:
-            a = (a or 0) + sign * (b or 0)
-            a = a if sign > 0 else round(max(a, 0), 12)
+            a = (a or 0.0) + sign * (b or 0.0)
+            a = a if sign > 0 else round(max(a, 0.0), 12)
         values[name] = a
     roles = {
         role: _combined(one.by_role.get(role, _NO_USAGE), other.by_role.get(role, _NO_USAGE), sign)
@@ -294,7 +297,7 @@ class Trial:
         changes: what distinguishes the candidate from its parent, as JSON.
         program: the candidate with its state, while the trial is new. Those in :attr:`Optimization.trials` go
             without: states are in :attr:`Optimization.candidates`.
-        dataset: the dataset that it was scored on as a whole, when that is known.
+        dataset: the dataset that it was scored on as a whole, when that is known; of outermost optimizations.
         evaluation: id of its own evaluation.
         threads, evaluated: threads and examples of that evaluation.
         examples_so_far, accepted_so_far, rejected_so_far: counts of the optimization when it ended.

@@ -132,7 +132,7 @@ def read_compile(span: ReadableSpan, at: Attributes) -> Optimization:
         attempt=_whole(at.get(semconv.OPTIMIZER_ATTEMPT)),
         resumed=at.get(semconv.OPTIMIZER_RESUMED) is True,
         outcome=str(at.get(semconv.OPTIMIZER_OUTCOME, RUNNING)),
-        failure=_failure(span, at),
+        failure=failure_of(span),
         scale=_text(at.get(semconv.OPTIMIZER_SCORE_SCALE)),
         baseline=number(at.get(semconv.OPTIMIZER_BASELINE_SCORE)),
         best=number(at.get(semconv.OPTIMIZER_BEST_SCORE)),
@@ -182,7 +182,7 @@ def read_trial(span: ReadableSpan, at: Attributes) -> Trial:
         phase=_text(at.get(semconv.OPTIMIZER_PHASE)),
         params=_under(semconv.TRIAL_PARAMS_PREFIX, at),
         usage=read_usage(at),
-        failure=_failure(span, at),
+        failure=failure_of(span),
         optimization=str(at[semconv.OPTIMIZER_RUN_ID]),
         optimizer=_text(at.get(semconv.OPTIMIZER_NAME)),
         program_name=_text(at.get(semconv.PROGRAM_NAME)),
@@ -209,7 +209,7 @@ def read_evaluation(span: ReadableSpan, at: Attributes) -> Evaluation:
         score=number(at.get(semconv.EVALUATION_SCORE)),
         failures=_whole(at.get(semconv.EVALUATION_FAILURES)),
         usage=read_usage(at),
-        failure=_failure(span, at),
+        failure=failure_of(span),
         service=_service(span),
         started=span.start_time,
         ended=span.end_time,
@@ -252,6 +252,13 @@ def read_usage(at: Attributes) -> Usage:
     return Usage.of(_under(semconv.USAGE_PREFIX, at))
 
 
+def failure_of(span: ReadableSpan) -> Failure | None:
+    """Why what a span stands for did not finish; None when it did, or still runs."""
+    if span.status.status_code is not StatusCode.ERROR:
+        return None
+    return Failure(str((span.attributes or {}).get(semconv.ERROR_TYPE) or "error"), span.status.description or None)
+
+
 def seconds_of(span: ReadableSpan) -> float:
     """How long a span took; 0 while it has not ended."""
     return 0.0 if span.start_time is None or span.end_time is None else (span.end_time - span.start_time) / 1e9
@@ -269,12 +276,6 @@ _READERS: Final[Mapping[Kind, Any]] = {
 
 
 # --- values ---------------------------------------------------------------------------------------------------------
-
-
-def _failure(span: ReadableSpan, at: Attributes) -> Failure | None:
-    if span.status.status_code is not StatusCode.ERROR:
-        return None
-    return Failure(str(at.get(semconv.ERROR_TYPE) or "error"), span.status.description or None)
 
 
 def _candidate(at: Attributes, id_key: str, state_key: str) -> Candidate | None:

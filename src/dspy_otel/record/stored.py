@@ -104,7 +104,7 @@ def trial_tags(record: Trial) -> Values:
 
 
 def trial_params(record: Trial) -> Values:
-    """What an optimizer chose for a candidate, how that was evaluated, and what the candidate is."""
+    """What an optimizer chose for a candidate, and how that was evaluated."""
     return {
         "candidate": record.candidate,
         "parents": list(record.parents) or None,
@@ -113,7 +113,6 @@ def trial_params(record: Trial) -> Values:
         "examples": record.evaluated,
         "score_before": record.before,
         "score_after": record.after,
-        **({} if record.program is None else program_params(record.program)),
     }
 
 
@@ -198,7 +197,7 @@ def phase_row(record: Phase) -> Values:
 
 
 def example_columns(examples: Iterable[Example]) -> list[str]:
-    """Columns of the table of examples: those that have something to say."""
+    """Columns of the table of examples: those that are known of any."""
     rows = list(examples)
     content = _CONTENT_COLUMNS if any(row.inputs is not None for row in rows) else ()
     known = [name for name in ("score", "feedback", "error") if any(getattr(row, name) is not None for row in rows)]

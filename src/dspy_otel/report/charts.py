@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from typing import Any, Final
 from xml.etree.ElementTree import Element
 
+from dspy_otel.record.model import Optimization, Trial
 from dspy_otel.report.markup import Child, tag
-from dspy_otel.report.model import Report, Trial, tokens
 
 WIDTH, HEIGHT = 560, 300
 _LEFT, _RIGHT, _TOP, _BOTTOM = 52, 26, 14, 40
@@ -33,28 +33,28 @@ def score_text(value: float | None, scale: str | None) -> str:
     return f"{value:.4g}%" if scale == "percent" else f"{value:.4g}"
 
 
-def by_trial(report: Report, label: Callable[[Trial], str]) -> Element | None:
+def by_trial(report: Optimization, label: Callable[[Trial], str]) -> Element | None:
     """Score against the number of the trial."""
     trials = report.trials
     highest = max((trial.number for trial in trials), default=1)
     return _chart(report, [(float(trial.number), trial) for trial in trials], label, "trial", _whole(highest))
 
 
-def by_spend(report: Report, label: Callable[[Trial], str]) -> Element | None:
+def by_spend(report: Optimization, label: Callable[[Trial], str]) -> Element | None:
     """Score against what had been spent when the trial ended: cost, or tokens when no call has a price."""
-    for what, spent in (
-        ("spent so far, USD", lambda trial: trial.spent.get("cost")),
-        ("tokens used so far", lambda trial: tokens(trial.spent)),
-        ("LM calls so far", lambda trial: trial.spent.get("lm_calls")),
+    for what, used in (
+        ("spent so far, USD", [trial.spent.cost for trial in report.trials]),
+        ("tokens used so far", [trial.spent.tokens for trial in report.trials]),
+        ("LM calls so far", [trial.spent.lm_calls for trial in report.trials]),
     ):
         # What is not known yet is nothing: the first calls may all have come from the cache.
-        points = [(spent(trial) or 0.0, trial) for trial in report.trials]
+        points = [(value or 0.0, trial) for value, trial in zip(used, report.trials, strict=True)]
         if any(value > 0 for value, _ in points):
             return _chart(report, points, label, what, ticks(0, max(value for value, _ in points)))
     return None
 
 
-def legend(report: Report) -> Element:
+def legend(report: Optimization) -> Element:
     """What the marks mean, for the kinds that occur."""
     present = {trial.kind for trial in report.trials if trial.score is not None}
     items: list[Child] = [
@@ -102,7 +102,7 @@ def _whole(highest: int) -> list[float]:
 
 
 def _chart(
-    report: Report,
+    report: Optimization,
     points: Sequence[tuple[float, Trial]],
     label: Callable[[Trial], str],
     what: str,

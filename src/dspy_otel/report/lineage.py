@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Final
 from xml.etree.ElementTree import Element
 
+from dspy_otel.record.model import Optimization
 from dspy_otel.report.charts import score_text
 from dspy_otel.report.markup import tag
-from dspy_otel.report.model import Report
 
 MAX_NODES: Final = 60
 _ACROSS, _DOWN, _MARGIN = 110, 34, 24
@@ -26,11 +26,11 @@ class Node:
     on_front: bool = False
 
 
-def nodes(report: Report) -> dict[str, Node]:
+def nodes(report: Optimization) -> dict[str, Node]:
     """Every candidate, in the order in which they came up; the initial program first."""
     found: dict[str, Node] = {}
-    if report.seed_id is not None:
-        found[report.seed_id] = Node(report.seed_id, ())
+    if report.initial_id is not None:
+        found[report.initial_id] = Node(report.initial_id, ())
     for trial in report.trials:
         if trial.candidate is None:
             continue
@@ -72,12 +72,12 @@ def ancestors(found: Mapping[str, Node], candidate: str | None) -> set[str]:
     return seen
 
 
-def graph(report: Report, names: Mapping[str, str]) -> Element | None:
+def graph(report: Optimization, names: Mapping[str, str]) -> Element | None:
     """The graph, or None when every candidate was made from the initial program: then there is nothing to see."""
     every = nodes(report)
     if max(depths(every).values(), default=0) < 2:
         return None
-    line = ancestors(every, report.best_id)
+    line = ancestors(every, report.returned_id)
     ranked = sorted(
         every.values(),
         key=lambda node: (node.id not in line, node.score is None, -(node.score or 0), node.accepted is False),
@@ -127,8 +127,8 @@ def _edge(start: tuple[float, float], end: tuple[float, float]) -> str:
     return f"M{a:.0f} {b:.0f}C{middle:.0f} {b:.0f} {middle:.0f} {d:.0f} {c:.0f} {d:.0f}"
 
 
-def _dot(report: Report, node: Node, at: tuple[float, float], names: Mapping[str, str]) -> Element:
-    kind = "seed" if node.id == report.seed_id else "rejected" if node.accepted is False else "kept"
+def _dot(report: Optimization, node: Node, at: tuple[float, float], names: Mapping[str, str]) -> Element:
+    kind = "seed" if node.id == report.initial_id else "rejected" if node.accepted is False else "kept"
     score = score_text(node.score, report.scale)
     said = f"{names.get(node.id, node.id)} ({node.id}), {score if node.score is not None else 'not scored in full'}"
     said += ", rejected" if node.accepted is False else ", on the Pareto front" if node.on_front else ""
@@ -137,7 +137,7 @@ def _dot(report: Report, node: Node, at: tuple[float, float], names: Mapping[str
     return tag(
         "g",
         tag("title", said),
-        tag("circle", cx=x, cy=y, r=12, class_="ring") if node.id == report.best_id else None,
+        tag("circle", cx=x, cy=y, r=12, class_="ring") if node.id == report.returned_id else None,
         tag("circle", cx=x, cy=y, r=7, class_=f"node {kind}{' front' if node.on_front else ''}"),
         tag("text", text, x=f"{at[0] + 9:.0f}", y=f"{at[1] - 9:.0f}"),
     )

@@ -5,14 +5,16 @@ from __future__ import annotations
 import datetime
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from importlib import resources
 from typing import Any, Final
 from xml.etree.ElementTree import Element
 
+from dspy_otel.record.model import RUNNING, Example, Optimization, Predictor, Trial, Usage, number
 from dspy_otel.report import charts, lineage
 from dspy_otel.report.charts import score_text
+from dspy_otel.report.examples import Compared, compared
 from dspy_otel.report.markup import Child, cut, document, tag
-from dspy_otel.report.model import RUNNING, TOKENS, Compared, Predictor, Report, Trial, number, tokens
 from dspy_otel.report.words import ADDED, REMOVED, differences
 from dspy_otel.version import __version__
 
@@ -39,10 +41,33 @@ _POLICY: Final = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'
 """The page needs nothing but its style. Should a text ever become markup, it can load and run nothing."""
 
 
-def render(report: Report) -> str:
-    """The report as a whole HTML file."""
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Where an optimization was read from, for links on the page.
+
+    Attributes:
+        runs: addresses of trials, by number.
+        trace_url: address of a trace, with ``{}`` for its id.
+        trace_name: how the id of a trace is written there, with ``{}`` for its 32 hexadecimal digits.
+        versions: of the software that recorded it.
+    """
+
+    runs: Mapping[int, str] = field(default_factory=dict)
+    trace_url: str | None = None
+    trace_name: str = "{}"
+    versions: Mapping[str, str] = field(default_factory=dict)
+
+
+def render(report: Optimization, source: Source | None = None) -> str:
+    """The report as a whole HTML file.
+
+    Args:
+        report: the optimization.
+        source: where it was read from.
+    """
+    source = source or Source()
     names = names_of(report)
-    title = f"{report.optimizer} on {report.program}"
+    title = f"{report.optimizer} on {report.program_name or 'program'}"
     head = tag(
         "head",
         tag("meta", charset="utf-8"),
@@ -57,43 +82,47 @@ def render(report: Report) -> str:
         _scores(report, names),
         _lineage(report, names),
         _programs(report, names),
-        _examples(report),
-        _trials(report, names),
+        _examples(report, source),
+        _trials(report, names, source),
         _usage(report),
-        _about(report),
+        _about(report, source),
     )
     return document(tag("html", head, body, lang="en"))
 
 
-def names_of(report: Report) -> dict[str, str]:
+def names_of(report: Optimization) -> dict[str, str]:
     """A short name for each candidate: ids are sixteen hexadecimal digits that nobody can tell apart."""
-    return {candidate: "seed" if candidate == report.seed_id else f"c{place}" for place, candidate in _placed(report)}
+    return {
+        candidate: "seed" if candidate == report.initial_id else f"c{place}" for place, candidate in _placed(report)
+    }
 
 
-def _placed(report: Report) -> Iterable[tuple[int, str]]:
+def _placed(report: Optimization) -> Iterable[tuple[int, str]]:
     found = list(lineage.nodes(report))
-    if report.best_id is not None and report.best_id not in found:
-        found.append(report.best_id)
-    return enumerate(found, 0 if report.seed_id in found[:1] else 1)
+    if report.returned_id is not None and report.returned_id not in found:
+        found.append(report.returned_id)
+    return enumerate(found, 0 if report.initial_id in found[:1] else 1)
 
 
 # --- sections -------------------------------------------------------------------------------------------------------
 
 
-def _header(report: Report, title: str) -> list[Child]:
+def _header(report: Optimization, title: str) -> list[Child]:
     outcome = {"finished": "good", "failed": "bad", "interrupted": "bad"}.get(report.outcome, "soft")
-    started = None if report.started is None else datetime.datetime.fromtimestamp(report.started, datetime.timezone.utc)
-    when = None if started is None else f"{started:%Y-%m-%d %H:%M:%S} UTC"
-    said = [when, None if report.run_id is None else f"run {report.run_id}"]
+    usage = report.usage or report.spent
+    when = None
+    if report.started is not None:
+        when = f"{datetime.datetime.fromtimestamp(report.started / 1e9, datetime.timezone.utc):%Y-%m-%d %H:%M:%S} UTC"
+    said = [when, f"run {report.id}" if report.id else None]
     note: list[Child] = []
-    if report.reason is not None:
-        note.append(tag("p", f"{report.outcome}: ", cut(report.reason, 2000), class_="warn"))
+    if report.failure is not None:
+        note.append(tag("p", f"{report.outcome}: ", cut(str(report.failure), 2000), class_="warn"))
     if not report.content:
         note.append(tag("p", NO_CONTENT, class_="warn"))
-    if report.usage.get("unpriced_calls") and "cost" not in report.usage:
+    if usage.unpriced_calls and usage.cost is None:
         note.append(tag("p", "No LM call has a known price: what was spent is told in tokens.", class_="note"))
-    elif report.usage.get("unpriced_calls"):
-        calls = f"{report.usage['unpriced_calls']:,.0f} of {report.usage.get('lm_calls', 0):,.0f} LM calls"
+    elif usage.unpriced_calls:
+        calls = f"{usage.unpriced_calls:,.0f} of {usage.lm_calls or 0:,.0f} LM calls"
         note.append(tag("p", f"{calls} have no known price: the cost is that of the others.", class_="note"))
     return [
         tag("h1", title, " ", tag("span", report.outcome, class_=f"badge {outcome}")),
@@ -103,7 +132,7 @@ def _header(report: Report, title: str) -> list[Child]:
     ]
 
 
-def _tiles(report: Report) -> Iterable[Element]:
+def _tiles(report: Optimization) -> Iterable[Element]:
     winner = report.winning
     best = "best score" if winner is None else f"best score, trial {winner.number}"
     yield _tile(score_text(report.baseline, report.scale), "baseline")
@@ -112,29 +141,27 @@ def _tiles(report: Report) -> Iterable[Element]:
         sign = "+" if report.gain > 0 else ""
         unit = "gain, points" if report.scale == "percent" else "gain"
         yield _tile(f"{sign}{report.gain:.4g}", unit, "good" if report.gain > 0 else "bad" if report.gain < 0 else None)
-    done, planned = len(report.trials), report.counts.get("planned")
+    done, planned, usage = len(report.trials), report.planned, report.usage or report.spent
     yield _tile(f"{done} of {planned}" if planned and planned > done else str(done), "trials")
-    if "accepted" in report.counts or "rejected" in report.counts:
-        yield _tile(
-            f"{report.counts.get('accepted', 0)} / {report.counts.get('rejected', 0)}", "proposals accepted / rejected"
-        )
-    if report.counts.get("examples"):
-        yield _tile(f"{report.counts['examples']:,}", "examples evaluated")
-    if "lm_calls" in report.usage:
-        yield _tile(f"{report.usage['lm_calls']:,.0f}", "LM calls")
-    if (used := tokens(report.usage)) is not None:
-        yield _tile(_short_count(used), "tokens")
-    if "cost" in report.usage:
-        yield _tile(_money(report.usage["cost"]), "cost")
+    if report.accepted is not None or report.rejected is not None:
+        yield _tile(f"{report.accepted or 0} / {report.rejected or 0}", "proposals accepted / rejected")
+    if report.evaluated:
+        yield _tile(f"{report.evaluated:,}", "examples evaluated")
+    if usage.lm_calls is not None:
+        yield _tile(f"{usage.lm_calls:,.0f}", "LM calls")
+    if usage.tokens is not None:
+        yield _tile(_short_count(usage.tokens), "tokens")
+    if usage.cost is not None:
+        yield _tile(_money(usage.cost), "cost")
     if report.started is not None and report.ended is not None:
-        yield _tile(_duration(report.ended - report.started), "duration")
+        yield _tile(_duration((report.ended - report.started) / 1e9), "duration")
 
 
 def _tile(value: str, name: str, class_: str | None = None) -> Element:
     return tag("div", tag("b", value, class_=class_), tag("span", name), class_="tile")
 
 
-def _scores(report: Report, names: Mapping[str, str]) -> list[Child]:
+def _scores(report: Optimization, names: Mapping[str, str]) -> list[Child]:
     def label(trial: Trial) -> str:
         said = f"trial {trial.number}, {trial.kind}: {score_text(trial.score, report.scale)}"
         said += "" if trial.size is None else f" on {trial.size} examples"
@@ -154,7 +181,7 @@ def _scores(report: Report, names: Mapping[str, str]) -> list[Child]:
     ]
 
 
-def _lineage(report: Report, names: Mapping[str, str]) -> list[Child]:
+def _lineage(report: Optimization, names: Mapping[str, str]) -> list[Child]:
     graph = lineage.graph(report, names)
     if graph is None:
         return []
@@ -164,28 +191,32 @@ def _lineage(report: Report, names: Mapping[str, str]) -> list[Child]:
     return [tag("h2", "Lineage"), tag("p", said, class_="note"), graph]
 
 
-def _programs(report: Report, names: Mapping[str, str]) -> list[Child]:
-    seed = report.programs.get(report.seed_id or "")
-    if seed is None or len(report.programs) < 2:
+def _programs(report: Optimization, names: Mapping[str, str]) -> list[Child]:
+    initial = report.candidates.get(report.initial_id or "")
+    if initial is None or len(report.candidates) < 2:
         return []
+    seed = initial.predictors
     found: list[Child] = [tag("h2", "What changed in the program")]
-    best = report.programs.get(report.best_id or "")
+    returned = report.candidates.get(report.returned_id or "")
+    best = None if returned is None else returned.predictors
     spent = 0
-    if report.best_id == report.seed_id:
+    if report.returned_id == report.initial_id:
         found.append(tag("p", "The initial program is what was returned: no candidate was better."))
     elif best is not None:
         spent += _characters(best)
-        name = names.get(report.best_id or "", "")
+        name = names.get(report.returned_id or "", "")
         found.append(tag("p", f"The returned program ({name}) against the initial one. ", _key(), class_="note"))
         found += _changes(seed, best)
     shown = 0
     others: list[Child] = []
     for candidate, note in _ranked(report, names):
-        program = report.programs.get(candidate)
-        if program is None or candidate in (report.seed_id, report.best_id):
+        if candidate not in report.candidates or candidate in (report.initial_id, report.returned_id):
             continue
+        if shown >= MAX_CANDIDATES:
+            break
+        program = report.candidates[candidate].predictors
         spent += _characters(program)
-        if shown >= MAX_CANDIDATES or spent > MAX_TEXTS:
+        if spent > MAX_TEXTS:
             break
         shown += 1
         others.append(
@@ -198,45 +229,46 @@ def _programs(report: Report, names: Mapping[str, str]) -> list[Child]:
     if others:
         found.append(tag("h3", "Other candidates, against the initial program"))
         found += others
-    left = len(set(report.programs) - {report.seed_id, report.best_id}) - shown
+    left = len(set(report.candidates) - {report.initial_id, report.returned_id}) - shown
     if left > 0:
         found.append(tag("p", f"{left} more candidates are not shown.", class_="note"))
     return found
 
 
-def _examples(report: Report) -> list[Child]:
-    if not report.compared:
+def _examples(report: Optimization, source: Source) -> list[Child]:
+    every = compared(report)
+    if not every:
         return []
-    better = sorted((one for one in report.compared if one.gain > 0), key=lambda one: -one.gain)
-    worse = sorted((one for one in report.compared if one.gain < 0), key=lambda one: one.gain)
-    same = len(report.compared) - len(better) - len(worse)
+    better = sorted((one for one in every if one.gain > 0), key=lambda one: -one.gain)
+    worse = sorted((one for one in every if one.gain < 0), key=lambda one: one.gain)
+    same = len(every) - len(better) - len(worse)
     said = [
         tag("b", f"{len(better)} improved", class_="good"),
         ", ",
         tag("b", f"{len(worse)} regressed", class_="bad"),
-        f", {same} stayed the same, of {len(report.compared)} that both programs were scored on.",
+        f", {same} stayed the same, of {len(every)} that both programs were scored on.",
     ]
     return [
         tag("h2", "Examples"),
         tag("p", said),
-        _example_table(report, "Regressed", worse),
-        _example_table(report, "Improved", better),
+        _example_table(source, "Regressed", worse),
+        _example_table(source, "Improved", better),
     ]
 
 
-def _example_table(report: Report, title: str, found: Sequence[Compared]) -> list[Child]:
+def _example_table(source: Source, title: str, found: Sequence[Compared]) -> list[Child]:
     if not found:
         return []
     shown = found[:MAX_EXAMPLES]
-    content = any(one.inputs is not None for one in shown)
-    feedback = any(side.get("feedback") is not None for one in shown for side in (one.before, one.after))
+    content = any(one.after.inputs is not None for one in shown)
+    feedback = any(side.feedback is not None for one in shown for side in (one.before, one.after))
     columns = ["example", *(("inputs", "expected") if content else ()), "initial program", "best program"]
     rows = []
     for one in shown:
-        cells: list[Child] = [tag("td", "-" if one.index is None else one.index, class_="nw")]
+        cells: list[Child] = [tag("td", "-" if one.after.index is None else one.after.index, class_="nw")]
         if content:
-            cells += [tag("td", _value(one.inputs)), tag("td", _value(one.expected))]
-        cells += [tag("td", _side(report, side, content, feedback)) for side in (one.before, one.after)]
+            cells += [tag("td", _value(one.after.inputs)), tag("td", _value(one.after.expected))]
+        cells += [tag("td", _side(source, side, content, feedback)) for side in (one.before, one.after)]
         rows.append(tag("tr", cells))
     more = f"{len(found) - len(shown)} more are not shown." if len(found) > len(shown) else None
     return [
@@ -246,32 +278,33 @@ def _example_table(report: Report, title: str, found: Sequence[Compared]) -> lis
     ]
 
 
-def _side(report: Report, side: Mapping[str, Any], content: bool, feedback: bool) -> list[Child]:
-    score, trace = side.get("score"), side.get("trace_id")
+def _side(source: Source, side: Example, content: bool, feedback: bool) -> list[Child]:
+    score = number(side.score)
     found: list[Child] = [tag("b", "failed" if score is None else f"{score:.4g}")]
-    if score is None and side.get("error") is not None:
-        found.append(f" {cut(str(side['error']), 80)}")
-    if content and side.get("prediction") is not None:
-        found += [" ", _value(side["prediction"])]
-    if feedback and side.get("feedback") is not None:
-        found.append(tag("div", cut(str(side["feedback"]), MAX_VALUE), class_="soft"))
-    if trace is not None:
-        code = tag("code", cut(str(trace), 60))
-        address = None if report.trace_url is None else report.trace_url.replace("{}", str(trace))
+    if score is None and side.error is not None:
+        found.append(f" {cut(str(side.error), 80)}")
+    if content and side.prediction is not None:
+        found += [" ", _value(side.prediction)]
+    if feedback and side.feedback is not None:
+        found.append(tag("div", cut(str(side.feedback), MAX_VALUE), class_="soft"))
+    if side.trace_id is not None:
+        trace = source.trace_name.replace("{}", f"{side.trace_id:032x}")
+        code = tag("code", cut(trace, 60))
+        address = None if source.trace_url is None else source.trace_url.replace("{}", trace)
         found.append(tag("div", code if address is None else _link(address, code), class_="soft"))
     return found
 
 
-def _trials(report: Report, names: Mapping[str, str]) -> list[Child]:
+def _trials(report: Optimization, names: Mapping[str, str], source: Source) -> list[Child]:
     if not report.trials:
         return []
-    shown = report.trials[:MAX_TRIALS]
+    shown = list(report.trials[:MAX_TRIALS])
     if (winner := report.winning) is not None and winner not in shown:
         shown[-1] = winner
     verdicts = any(trial.accepted is not None or trial.reason for trial in shown)
     phases = len({trial.phase for trial in shown}) > 1
-    priced = any("cost" in trial.usage for trial in shown)
-    used = any(tokens(trial.usage) is not None for trial in shown)
+    priced = any(trial.usage.cost is not None for trial in shown)
+    used = any(trial.usage.tokens is not None for trial in shown)
     columns = ["trial", "kind", *(["phase"] if phases else []), "candidate", "made from", "score", "best", "examples"]
     columns += [
         *(["verdict"] if verdicts else []),
@@ -288,17 +321,17 @@ def _trials(report: Report, names: Mapping[str, str]) -> list[Child]:
     rows = []
     for trial in shown:
         cells: dict[str, Child] = {
-            "trial": _trial_name(report, trial),
+            "trial": _trial_name(report, trial, source),
             "kind": trial.kind,
             "phase": trial.phase,
             "candidate": _candidate(names, trial.candidate),
             "made from": [[_candidate(names, parent), " "] for parent in trial.parents],
-            "score": tag("span", trial.error, class_="bad") if trial.error else score_text(trial.score, report.scale),
+            "score": score_text(trial.score, report.scale) if trial.failure is None else _failure(trial),
             "best": None if trial.best is None else score_text(trial.best, report.scale),
             "examples": trial.size,
             "verdict": _verdict(trial),
-            "tokens": None if (total := tokens(trial.usage)) is None else f"{total:,.0f}",
-            "cost": None if "cost" not in trial.usage else _money(trial.usage["cost"]),
+            "tokens": None if trial.usage.tokens is None else f"{trial.usage.tokens:,.0f}",
+            "cost": None if trial.usage.cost is None else _money(trial.usage.cost),
             "choices": [_chip(name, value) for name, value in list(trial.params.items())[:20]],
         }
         row = [tag("td", cells[name], class_="n" if name in numeric else classes.get(name)) for name in columns]
@@ -311,9 +344,13 @@ def _trials(report: Report, names: Mapping[str, str]) -> list[Child]:
     ]
 
 
-def _trial_name(report: Report, trial: Trial) -> Child:
+def _failure(trial: Trial) -> Element | None:
+    return None if trial.failure is None else tag("span", trial.failure.type, class_="bad")
+
+
+def _trial_name(report: Optimization, trial: Trial, source: Source) -> Child:
     name = f"{trial.number}" + (" (winner)" if trial.number == report.winner else "")
-    address = report.source.get(trial.number)
+    address = source.runs.get(trial.number)
     return tag("span", name, class_="nw") if address is None else _link(address, name)
 
 
@@ -328,18 +365,11 @@ def _verdict(trial: Trial) -> list[Child]:
     return [said, scores, reason]
 
 
-def _usage(report: Report) -> list[Child]:
-    roles = sorted({name.partition(".")[0] for name in report.usage if "." in name})
-    by_role = [
-        (
-            role,
-            None,
-            {name.partition(".")[2]: value for name, value in report.usage.items() if name.startswith(f"{role}.")},
-        )
-        for role in roles
-    ]
+def _usage(report: Optimization) -> list[Child]:
+    usage = report.usage or report.spent
+    by_role = [(role, None, usage.by_role[role]) for role in sorted(usage.by_role)]
     by_phase = [(phase.name, phase.seconds or None, phase.usage) for phase in report.phases]
-    total = [("all", None, report.usage)]
+    total = [("all", None, usage)]
     found: list[Child] = []
     if by_role:
         found.append(tag("div", tag("h3", "By role"), _usage_table("role", [*by_role, *total]), class_="wide"))
@@ -348,21 +378,24 @@ def _usage(report: Report) -> list[Child]:
     return [tag("h2", "Usage"), tag("div", found, class_="pair")] if found else []
 
 
-def _usage_table(first: str, rows: Sequence[tuple[str, float | None, Mapping[str, float]]]) -> Element:
-    names = [name for name in ("lm_calls", "cache_hits", *TOKENS, "cost") if any(name in row[2] for row in rows)]
-    titles = {
-        "lm_calls": "LM calls",
-        "cache_hits": "from cache",
-        "input_tokens": "tokens in",
-        "output_tokens": "tokens out",
-    }
+_USAGE_COLUMNS: Final = {
+    "lm_calls": "LM calls",
+    "cache_hits": "from cache",
+    "input_tokens": "tokens in",
+    "output_tokens": "tokens out",
+    "cost": "cost",
+}
+
+
+def _usage_table(first: str, rows: Sequence[tuple[str, float | None, Usage]]) -> Element:
+    names = [name for name in _USAGE_COLUMNS if any(getattr(row[2], name) is not None for row in rows)]
     timed = any(row[1] is not None for row in rows)
-    columns = [first, *(titles.get(name, name) for name in names), *(["time"] if timed else [])]
+    columns = [first, *(_USAGE_COLUMNS[name] for name in names), *(["time"] if timed else [])]
     made = []
     for name, seconds, used in rows:
         cells = [tag("td", cut(name, 80), class_="nw")]
         for key in names:
-            value = used.get(key)
+            value = getattr(used, key)
             text = None if value is None else _money(value) if key == "cost" else f"{value:,.0f}"
             cells.append(tag("td", text, class_="n"))
         if timed:
@@ -371,14 +404,17 @@ def _usage_table(first: str, rows: Sequence[tuple[str, float | None, Mapping[str
     return _table(columns, made, set(columns[1:]))
 
 
-def _about(report: Report) -> list[Child]:
+def _about(report: Optimization, source: Source) -> list[Child]:
     found: list[Child] = [tag("h2", "Settings")]
-    found.append(tag("div", [_chip(name, value) for name, value in sorted(report.params.items())[:200]]))
-    for role, size, digest in report.datasets:
-        found.append(tag("p", f"{role}: {size:,} examples", "" if digest is None else [" ", tag("code", digest)]))
-    if report.best_id is not None:
-        found.append(tag("p", "returned program: ", tag("code", report.best_id)))
-    versions = ", ".join(f"{name} {version}" for name, version in report.versions.items()) or f"dspy-otel {__version__}"
+    settings = {**report.params, **{f"{role}.model": ", ".join(names) for role, names in report.models.items()}}
+    found.append(tag("div", [_chip(name, value) for name, value in sorted(settings.items())[:200]]))
+    for dataset in report.datasets:
+        role = {"val": "validation"}.get(dataset.role, dataset.role)
+        digest = [] if dataset.digest is None else [" ", tag("code", dataset.digest)]
+        found.append(tag("p", f"{role}: {dataset.size:,} examples", digest))
+    if report.returned_id is not None:
+        found.append(tag("p", "returned program: ", tag("code", report.returned_id)))
+    versions = ", ".join(f"{name} {version}" for name, version in source.versions.items()) or f"dspy-otel {__version__}"
     found.append(tag("p", versions, class_="note"))
     return found
 
@@ -390,16 +426,18 @@ def _changes(seed: Mapping[str, Predictor], program: Mapping[str, Predictor]) ->
     found: list[Child] = []
     same = []
     for name, predictor in list(program.items())[:50]:
-        before = seed.get(name, Predictor("", []))
-        known = {_json(demo) for demo in before.demos}
-        added = [demo for demo in predictor.demos if _json(demo) not in known]
-        removed = len(before.demos) - sum(_json(demo) in known for demo in predictor.demos)
-        if before.instructions == predictor.instructions and not added and removed <= 0:
+        before = seed.get(name, Predictor(None))
+        demos, demos_before = predictor.demos or (), before.demos or ()
+        known = {_json(demo) for demo in demos_before}
+        added = [demo for demo in demos if _json(demo) not in known]
+        removed = len(demos_before) - sum(_json(demo) in known for demo in demos)
+        text, text_before = predictor.instructions or "", before.instructions or ""
+        if text_before == text and not added and removed <= 0:
             same.append(name)
             continue
         found.append(tag("h3", cut(name, MAX_VALUE)))
-        if before.instructions != predictor.instructions:
-            found.append(_text_changes(before.instructions, predictor.instructions))
+        if text_before != text:
+            found.append(_text_changes(text_before, text))
         else:
             found.append(tag("p", "Instructions as before.", class_="note"))
         if added:
@@ -433,7 +471,7 @@ def _demo(demo: Any) -> Child:
     return tag("dl", [[tag("dt", cut(str(name), 80)), tag("dd", _plain(value))] for name, value in fields[:30]])
 
 
-def _ranked(report: Report, names: Mapping[str, str]) -> list[tuple[str, str]]:
+def _ranked(report: Optimization, names: Mapping[str, str]) -> list[tuple[str, str]]:
     """Candidates with what was found of them, those with the best comparable scores first."""
     nodes = lineage.nodes(report)
     order = sorted(nodes.values(), key=lambda node: (node.score is None, -(node.score or 0), node.accepted is False))
@@ -490,7 +528,10 @@ def _link(address: str, text: Child) -> Element:
 
 
 def _characters(program: Mapping[str, Predictor]) -> int:
-    return sum(min(len(one.instructions), MAX_TEXT) + len(_json(one.demos[:MAX_DEMOS])) for one in program.values())
+    return sum(
+        min(len(one.instructions or ""), MAX_TEXT) + len(_json((one.demos or ())[:MAX_DEMOS]))
+        for one in program.values()
+    )
 
 
 def _money(value: float) -> str:

@@ -12,9 +12,10 @@ from rich.table import Table
 from rich.text import Text
 from rich.tree import Tree
 
-from dspy_otel import semconv
-from dspy_otel.cli.demo.telemetry import Recorder, attribute, ids_of, is_lm_call
+from dspy_otel.cli.demo.telemetry import Recorder, ids_of
 from dspy_otel.cli.demo.trials import trial_tables
+from dspy_otel.record.model import Evaluation, Example, LMCall
+from dspy_otel.record.spans import Kind, failure_of, kind_of, read
 
 
 class NoteColumn(ProgressColumn):
@@ -48,7 +49,7 @@ def trace_tree(spans: Sequence[ReadableSpan]) -> Tree | None:
     traces: dict[int, list[ReadableSpan]] = defaultdict(list)
     for span in spans:
         traces[ids_of(span)[0]].append(span)
-    shown = max((t for t in traces.values() if any(map(is_lm_call, t))), key=len, default=None)
+    shown = max((t for t in traces.values() if Kind.LM_CALL in map(kind_of, t)), key=len, default=None)
     if shown is None:
         return None
     children: dict[int | None, list[ReadableSpan]] = defaultdict(list)
@@ -100,13 +101,13 @@ def parts_table(recorder: Recorder, parts: Sequence[str]) -> Table:
 
 def optimizer_tables(recorder: Recorder, part: str) -> list[Table]:
     """The trials of one optimizer, and of others inside it; without trial spans, its evaluations."""
-    return trial_tables(recorder.of(part)) or [evaluations_table(recorder, part)]
+    return trial_tables(recorder.trials(part)) or [evaluations_table(recorder, part)]
 
 
 def evaluations_table(recorder: Recorder, part: str) -> Table:
     """Every evaluation of one optimizer, in order. Only those of full size count for the best score so far."""
     evaluations = recorder.evaluations(part)
-    full = max((evaluation.size for evaluation in evaluations), default=0)
+    full = _full_size(evaluations)
     table = Table(title=part, title_justify="left", title_style="bold")
     table.add_column("#", justify="right")
     table.add_column("kind")
@@ -114,10 +115,11 @@ def evaluations_table(recorder: Recorder, part: str) -> Table:
         table.add_column(column, justify="right")
     best: float | None = None
     for number, evaluation in enumerate(evaluations, 1):
-        row = [str(number), "full" if evaluation.size == full else "minibatch", str(evaluation.size)]
-        better = evaluation.size == full and (best is None or evaluation.score > best)
-        best = evaluation.score if better else best
-        row += [f"{evaluation.score:.1f}", f"{best:.1f}" if better and best is not None else ""]
+        row = [str(number), "full" if evaluation.size == full else "minibatch", str(evaluation.size or 0)]
+        score = evaluation.score or 0.0
+        better = evaluation.size == full and (best is None or score > best)
+        best = score if better else best
+        row += [f"{score:.1f}", f"{best:.1f}" if better and best is not None else ""]
         table.add_row(*row, style="green" if better else None)
     return table
 
@@ -132,24 +134,26 @@ def report(recorder: Recorder, parts: Sequence[str], optimizers: Sequence[str]) 
 
 def _full_scores(recorder: Recorder, part: str) -> list[float]:
     evaluations = recorder.evaluations(part)
-    full = max((evaluation.size for evaluation in evaluations), default=0)
-    return [evaluation.score for evaluation in evaluations if evaluation.size == full]
+    full = _full_size(evaluations)
+    return [one.score for one in evaluations if one.size == full and one.score is not None]
+
+
+def _full_size(evaluations: Sequence[Evaluation]) -> int | None:
+    return max((one.size for one in evaluations if one.size is not None), default=None)
 
 
 def _label(span: ReadableSpan) -> str:
     words = [f"{span.name}  [dim]{_milliseconds(span):.1f} ms[/]"]
-    tokens = [
-        attribute(span, key, None) for key in (semconv.GEN_AI_USAGE_INPUT_TOKENS, semconv.GEN_AI_USAGE_OUTPUT_TOKENS)
-    ]
-    if None not in tokens:
-        words.append(f"[cyan]{tokens[0]} > {tokens[1]} tokens[/]")
-    if attribute(span, semconv.LM_CACHE_HIT, False):
-        words.append("[yellow]from cache[/]")
-    for key in (semconv.EXAMPLE_SCORE, semconv.EVALUATION_SCORE):
-        if (score := attribute(span, key, None)) is not None:
-            words.append(f"[green]score {score:g}[/]")
-    if not span.status.is_ok:
-        words.append(f"[red]{attribute(span, semconv.ERROR_TYPE, 'error')}[/]")
+    part = read(span, kind_of(span))
+    if isinstance(part, LMCall):
+        if part.input_tokens is not None and part.output_tokens is not None:
+            words.append(f"[cyan]{part.input_tokens} > {part.output_tokens} tokens[/]")
+        if part.cache_hit:
+            words.append("[yellow]from cache[/]")
+    if isinstance(part, (Example, Evaluation)) and part.score is not None:
+        words.append(f"[green]score {part.score:g}[/]")
+    if (failure := failure_of(span)) is not None:
+        words.append(f"[red]{failure.type}[/]")
     return "  ".join(words)
 
 

@@ -5,27 +5,17 @@ from __future__ import annotations
 import os
 import threading
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterator
 
 from opentelemetry import trace
 from opentelemetry.sdk.trace import ReadableSpan, SpanProcessor, TracerProvider
 
 import dspy_otel
-from dspy_otel import semconv
+from dspy_otel.record.model import Evaluation, LMCall, Trial
+from dspy_otel.record.spans import Kind, Part, kind_of, read
 
 EXPERIMENT = "dspy-otel demo"
 """Name of the MLflow experiment the demo writes to."""
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """One recorded evaluation: its place in time (ns), number of examples and score (0 to 100)."""
-
-    start: int
-    size: int
-    score: float
 
 
 class Recorder(SpanProcessor):
@@ -48,25 +38,27 @@ class Recorder(SpanProcessor):
 
     def evaluations(self, part: str) -> list[Evaluation]:
         """The scored evaluations of one part, oldest first."""
-        found = [
-            Evaluation(span.start_time or 0, attribute(span, semconv.EVALUATION_SIZE, 0), score)
-            for span in self.of(part)
-            if span.name.startswith(semconv.SPAN_EVALUATE + " ")
-            and (score := attribute(span, semconv.EVALUATION_SCORE, None)) is not None
-        ]
-        return sorted(found, key=lambda evaluation: evaluation.start)
+        found = [one for one in self._read(part, Kind.EVALUATION) if isinstance(one, Evaluation)]
+        return sorted((one for one in found if one.score is not None), key=lambda one: one.started or 0)
+
+    def trials(self, part: str) -> list[Trial]:
+        """The trials of one part, in the order in which they ended."""
+        return [one for one in self._read(part, Kind.TRIAL) if isinstance(one, Trial)]
 
     def totals(self, part: str | None = None) -> Counter[str]:
         """Counts of one part, or of all: `spans`, `traces`, `lm_calls`, `cache_hits`, and both kinds of tokens."""
         spans = self.of(part)
         totals: Counter[str] = Counter(spans=len(spans), traces=len({ids_of(span)[0] for span in spans}))
-        for span in spans:
-            if is_lm_call(span):
+        for call in self._read(part, Kind.LM_CALL):
+            if isinstance(call, LMCall):
                 totals["lm_calls"] += 1
-                totals["cache_hits"] += attribute(span, semconv.LM_CACHE_HIT, False) is True
-                totals["input_tokens"] += attribute(span, semconv.GEN_AI_USAGE_INPUT_TOKENS, 0)
-                totals["output_tokens"] += attribute(span, semconv.GEN_AI_USAGE_OUTPUT_TOKENS, 0)
+                totals["cache_hits"] += call.cache_hit
+                totals["input_tokens"] += call.input_tokens or 0
+                totals["output_tokens"] += call.output_tokens or 0
         return totals
+
+    def _read(self, part: str | None, kind: Kind) -> Iterator[Part | None]:
+        return (read(span, kind) for span in self.of(part) if kind_of(span) is kind)
 
 
 def set_up_telemetry(recorder: Recorder, tracking_uri: str, content: bool) -> Callable[[], None]:
@@ -99,14 +91,3 @@ def ids_of(span: ReadableSpan) -> tuple[int, int]:
     """A span's trace id and span id."""
     context = span.get_span_context()
     return (context.trace_id, context.span_id) if context else (0, 0)
-
-
-def attribute(span: ReadableSpan, key: str, default: Any) -> Any:
-    """A span's attribute, or `default`."""
-    return (span.attributes or {}).get(key, default)
-
-
-def is_lm_call(span: ReadableSpan) -> bool:
-    """Whether a span is one call of a language model."""
-    operation = attribute(span, semconv.GEN_AI_OPERATION_NAME, None)
-    return operation in {semconv.OPERATION_CHAT, semconv.OPERATION_TEXT_COMPLETION}

@@ -11,18 +11,21 @@ from typing import Any
 import pytest
 
 from dspy_otel import cli, program_id, semconv
-from dspy_otel.report import Report, render, reports
-from dspy_otel.report.otlp import read_spans
+from dspy_otel.record.history import optimizations
+from dspy_otel.record.model import Optimization
+from dspy_otel.record.otlp import decode_lines
+from dspy_otel.report import render
+from dspy_otel.report.examples import compared
 from tests.optimizers.common import RUNS, compile_span, quietly, scripted_lm, trials
 
 OPTIMIZERS = ["MIPROv2", "GEPA", "SIMBA", "COPRO", "BootstrapFewShotWithRandomSearch", "BetterTogether"]
 
 
-def optimize(telemetry: Any, optimizer: str, **options: Any) -> tuple[Any, Report]:
+def optimize(telemetry: Any, optimizer: str, **options: Any) -> tuple[Any, Optimization]:
     lm = scripted_lm()
     telemetry.instrument(**{"capture_content": "span_only", **options})
     program, _ = quietly(RUNS[optimizer], lm)
-    found = reports(telemetry.exporter.get_finished_spans())
+    found = optimizations(telemetry.exporter.get_finished_spans())
     return program, next(report for report in found if report.optimizer == optimizer)
 
 
@@ -36,38 +39,37 @@ def test_it_tells_what_the_spans_say(telemetry: Any, optimizer: str) -> None:
         said[semconv.OPTIMIZER_BASELINE_SCORE],
         said[semconv.OPTIMIZER_BEST_SCORE],
     )
-    assert report.best_id == program_id(program)
+    assert report.returned_id == program_id(program)
     assert report.winning is not None
-    assert report.winning.candidate == report.best_id
+    assert report.winning.candidate == report.returned_id
 
     # Usage: the phases together are the whole, role by role, and nothing is counted twice.
-    for name, value in report.usage.items():
-        assert sum(phase.usage.get(name, 0) for phase in report.phases) == pytest.approx(value), name
-    spent = [trial.spent["cost"] for trial in sorted(report.trials, key=lambda trial: trial.spent["cost"])]
-    assert spent[-1] <= report.usage["cost"] + 1e-9
+    for name, value in report.usage.flat().items():
+        assert sum(phase.usage.flat().get(name, 0) for phase in report.phases) == pytest.approx(value), name
+    assert max(trial.spent.cost for trial in report.trials) <= report.usage.cost + 1e-9
 
     # Programs: the returned one as it is.
-    best = report.programs[report.best_id]
+    best = report.candidates[report.returned_id].predictors
     assert {name: one.instructions for name, one in best.items()} == {
         name: predictor.signature.instructions for name, predictor in program.named_predictors()
     }
     # Examples: those of the baseline and the winner, and their mean difference is the gain.
-    if report.compared:
+    if examples := compared(report):
         scale = 100 if report.scale == "percent" else 1
-        mean = sum(one.gain for one in report.compared) / len(report.compared)
+        mean = sum(one.gain for one in examples) / len(examples)
         assert mean * scale == pytest.approx(report.best - report.baseline, abs=0.01)
     else:
-        assert report.winning.candidate == report.seed_id
+        assert report.winning.candidate == report.initial_id
     assert render(report).count("<svg") >= 2
 
 
 def test_without_traces_of_examples_it_tells_all_that_is_not_about_them(telemetry: Any) -> None:
     _, report = optimize(telemetry, "MIPROv2", optimization_traces="none", capture_content="no_content")
-    assert report.compared == []
-    assert report.programs == {}
+    assert compared(report) == []
+    assert report.candidates == {}
     assert not report.content
-    assert sum(phase.usage["lm_calls"] for phase in report.phases) == report.usage["lm_calls"] > 0
-    assert report.trials[-1].spent["lm_calls"] == report.usage["lm_calls"]
+    assert sum(phase.usage.lm_calls or 0 for phase in report.phases) == report.usage.lm_calls > 0
+    assert report.trials[-1].spent.lm_calls == report.usage.lm_calls
     assert "no content" not in render(report)
     assert "CAPTURE_MESSAGE_CONTENT=span_only" in render(report)
 
@@ -96,7 +98,7 @@ def test_a_file_of_spans_gives_the_same_report(telemetry: Any, tmp_path: Path, c
     path = tmp_path / "spans.json"
     path.write_text(otlp_json(telemetry.exporter.get_finished_spans()))
     with path.open() as lines:
-        (again,) = reports(read_spans(lines))
+        (again,) = optimizations(span for spans in decode_lines(lines) for span in spans)
     assert again == report
     output = tmp_path / "out.html"
     assert cli.main(["report", "--spans", str(path), "-o", str(output)]) == 0

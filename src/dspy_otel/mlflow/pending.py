@@ -1,0 +1,168 @@
+"""What MLflow lacks: runs as :mod:`.runs` gives them, added up, less what has been written. One thread at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from opentelemetry.sdk.trace import ReadableSpan
+
+from dspy_otel.mlflow.runs import EVALUATION, TAG_NAME, Dataset, Metric, Run, runs_of
+from dspy_otel.record.history import History
+from dspy_otel.record.model import Optimization, Record, Trial
+from dspy_otel.record.spans import Kind, kind_of
+
+
+@dataclass(eq=False)
+class Pending:
+    """One MLflow run: what is not yet written of it, and what MLflow has said.
+
+    Attributes:
+        key, kind, name, parent, outside, started: as in :class:`~dspy_otel.mlflow.runs.Run`.
+        above: key of its parent, known here or not.
+        tags, params, metrics, datasets, artifacts: not yet written.
+        references, candidates: likewise; as in :class:`~dspy_otel.mlflow.runs.Run`.
+        ended: status and time in milliseconds, once it has ended and MLflow has not been told.
+        run_id, artifact_uri: from MLflow, once it exists there.
+        tried: its creation has been tried, perhaps with success.
+        over: it has ended.
+        seen: what has been here before, written or not.
+    """
+
+    key: str
+    kind: str
+    name: str
+    parent: Pending | None
+    outside: str | None
+    started: int
+    above: str | None = None
+    tags: dict[str, str] = field(default_factory=dict)
+    params: dict[str, str] = field(default_factory=dict)
+    metrics: list[Metric] = field(default_factory=list)
+    datasets: list[Dataset] = field(default_factory=list)
+    artifacts: dict[str, str] = field(default_factory=dict)
+    references: dict[str, str] = field(default_factory=dict)
+    candidates: list[Mapping[str, Any]] = field(default_factory=list)
+    ended: tuple[str, int] | None = None
+    run_id: str | None = None
+    artifact_uri: str = ""
+    tried: bool = False
+    over: bool = False
+    seen: dict[tuple[str, str], Any] = field(default_factory=dict)
+
+    @property
+    def dirty(self) -> bool:
+        """Whether MLflow lacks something of it."""
+        return self.run_id is None or bool(
+            self.tags or self.params or self.metrics or self.datasets or self.artifacts or self.ended
+        )
+
+    def add(self, run: Run) -> None:
+        """Take over what a run should have and has not had before."""
+        self.metrics += run.metrics
+        for name, value in run.tags.items():
+            if self._is_new("tag", name, value):
+                self.tags[name] = value
+        for name, value in run.params.items():
+            if ("param", name) not in self.seen and self._is_new("param", name, None):
+                self.params[name] = value
+        for dataset in run.datasets:
+            if self._is_new("dataset", dataset.context, dataset.digest):
+                self.datasets.append(dataset)
+        for path, text in run.artifacts.items():
+            if self._is_new("artifact", path, hash(text)):
+                self.artifacts[path] = text
+        self.references.update(run.references)
+        self.candidates += run.candidates
+        if run.status is not None and run.ended is not None:
+            self.over, self.ended = True, (run.status, run.ended)
+
+    def name_others(self, ids: Mapping[str, str]) -> None:
+        """Say which runs its trials are: they have ids by now, so far as they exist."""
+        run = Run(self.key, self.kind, references=self.references, candidates=tuple(self.candidates))
+        self.add(run.resolved(ids))
+        self.references, self.candidates = {}, []
+
+    def _is_new(self, kind: str, name: str, value: Any) -> bool:
+        if (kind, name) in self.seen and self.seen[kind, name] == value:
+            return False
+        self.seen[kind, name] = value
+        return True
+
+
+class PendingRuns:
+    """All runs that are not yet in MLflow as they should be.
+
+    Args:
+        versions: tags that every run carries.
+        history: reads the spans.
+
+    Attributes:
+        history: it.
+        runs: by key.
+    """
+
+    def __init__(self, versions: Mapping[str, str], history: History | None = None) -> None:
+        self.history = history or History()
+        self.runs: dict[str, Pending] = {}
+        self._versions = versions
+        self._known: dict[str, Pending] = {}
+        self._live: dict[int, ReadableSpan] = {}
+
+    def start(self, span: ReadableSpan, outside: str | None) -> None:
+        """A span has started; ``outside`` is the id of the user's own active MLflow run, if there is one."""
+        if kind_of(span) is Kind.COMPILE and span.context is not None and span.end_time is None:
+            self._live[span.context.span_id] = span
+        self._take(self.history.start(span), outside)
+
+    def refresh(self) -> None:
+        """Take over what running compiles have said since they started: most parameters come after the start."""
+        for span in self._live.values():
+            if span.end_time is None:
+                self._take(self.history.start(span))
+
+    def end(self, span: ReadableSpan) -> None:
+        """A span has ended."""
+        if span.context is not None:
+            self._live.pop(span.context.span_id, None)
+        self._take(self.history.end(span))
+
+    def stop(self, when: int) -> None:
+        """The program ends: whatever still runs is killed."""
+        self.refresh()
+        self._take(self.history.stop(when))
+        self._live.clear()
+        self._known.clear()
+
+    def settle(self, run: Pending) -> None:
+        """Forget a run that is over and in MLflow, unless something may still be added to it."""
+        if run.over and not run.dirty:
+            self.runs.pop(run.key, None)
+
+    def _take(self, changed: Iterable[Record], outside: str | None = None) -> None:
+        for record in changed:
+            for run in runs_of(record, self._versions, outside):
+                self._add(run)
+            if isinstance(record, Optimization) and record.ended is not None:
+                for key in [key for key in self._known if key == record.id or key.startswith(f"{record.id}/")]:
+                    del self._known[key]
+            elif isinstance(record, Trial) and record.ended is not None and record.examples_so_far is None:
+                self._known.pop(f"{record.optimization}/{record.number}", None)
+
+    def _add(self, run: Run) -> None:
+        known = self._known.get(run.key)
+        if run.name is not None and (known is None or (known.over and run.status is None)):
+            parent = self._known.get(run.parent or "")
+            outside = None if parent is not None else run.outside
+            known = Pending(run.key, run.kind, run.name, parent, outside, run.started or 0, run.parent)
+            self._known[run.key] = known
+        if known is None:
+            return
+        if run.name is not None and run.name != known.name:
+            known.name = run.name
+            known.tags[TAG_NAME] = run.name
+        known.add(run)
+        self.runs[run.key] = known
+        if run.kind == EVALUATION and known.over:
+            del self._known[run.key]

@@ -1,0 +1,688 @@
+"""Records to the runs that should exist in MLflow. Pure: no input or output, no state.
+
+:func:`runs_of` is the contract. It gets one record that has changed, and gives what MLflow should have because of it:
+
+* A :class:`Run` is known by its key. Several of one key add up: a tag or an artifact of the same name is replaced, a
+  parameter keeps its first value (MLflow refuses to change one), metric points and datasets are sets. So all of it
+  may be given and written twice without harm, and who brings MLflow up to it writes the difference.
+* The first of a key has a ``name`` and a ``started``; one that adds to another (a trial's point on the curve of its
+  optimization) has None there. If no run of its key is known, it is dropped.
+* ``parent`` is the key of another run. If that is not known either, the run is a step of ``outside``, if there is one.
+* A run is over when ``status`` is there. Others of the same key may still come: the winner gets another name when its
+  optimization ends.
+* ``references`` and ``candidates`` name other runs by key. :meth:`Run.resolved` puts MLflow's ids in their place,
+  once those runs exist.
+
+One trial gives its own run, and points for one other: what it costs does not grow with the number of trials. Only the
+end of an optimization looks at all of them.
+
+Traces belong to runs too: :func:`key_of` says to which, :func:`score_of` what their metric said.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+import logging
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from dspy_otel.record import model, stored
+from dspy_otel.record.model import (
+    Candidate,
+    Evaluation,
+    Example,
+    Failure,
+    Optimization,
+    Record,
+    Trace,
+    Trial,
+    Usage,
+    load_json,
+    number,
+)
+from dspy_otel.report import Source, render
+
+_logger = logging.getLogger(__name__)
+
+FINISHED, FAILED, KILLED = "FINISHED", "FAILED", "KILLED"
+_STATUSES: Final = {model.FAILED: FAILED, model.INTERRUPTED: KILLED}
+COMPILE, TRIAL, EVALUATION = "compile", "trial", "evaluation"
+
+BEST_PROGRAM: Final = "best_model.json"
+"""The name DSPy's tutorial on optimizer tracking and MLflow's autologging give the optimized program."""
+TRIAL_PROGRAM: Final = "model.json"
+INITIAL_PROGRAM: Final = "initial_model.json"
+EVALUATION_TABLE: Final = "evaluation_table.json"
+CANDIDATE_TABLE: Final = "candidates.json"
+PHASE_TABLE: Final = "phases.json"
+CHANGES: Final = "changes.json"
+REPORT: Final = "report.html"
+
+MAX_PARAM: Final = 6000
+MAX_TAG: Final = 8000
+MAX_KEY: Final = 250
+"""Longest values and names, in characters, that MLflow takes (``mlflow/utils/validation.py``, 3.17.2)."""
+
+TAG_KIND: Final = "dspy.run.kind"
+TAG_KEY: Final = "dspy.run.key"
+"""Names a run before MLflow has: by it, a run is found again whose creation was answered by a broken connection."""
+TAG_CONTENT: Final = "dspy.content"
+TAG_WINNER: Final = "dspy.winner"
+TAG_WINNER_RUN: Final = "dspy.winner.run_id"
+TAG_NAME: Final = "mlflow.runName"
+TAG_PARENT: Final = "mlflow.parentRunId"
+TAG_NOTE: Final = "mlflow.note.content"
+TAG_TABLES: Final = "mlflow.loggedArtifacts"
+
+HOW_TO_GET_CONTENT: Final = (
+    "off: programs, instructions, demos, dataset rows and predictions are recorded with "
+    "OTEL_INSTRUMENTATION_GENAI_CAPTURE_MESSAGE_CONTENT=span_only"
+)
+TRACE_ID: Final = "tr-{}"
+"""How MLflow writes the id of a trace."""
+
+_STEPS: Final = ("step", "iteration", "depth", "strategy")
+"""Choices that say where in an optimization a trial is."""
+_RUN_ID: Final = "run_id"
+
+
+# --- what should be there -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """One point of a metric's curve; ``time`` in milliseconds since 1970."""
+
+    key: str
+    value: float
+    time: int
+    step: int
+
+
+@dataclass(frozen=True, slots=True)
+class Dataset:
+    """A dataset input of a run; ``columns`` are field names with MLflow types, known with content on only."""
+
+    name: str
+    digest: str
+    context: str
+    size: int
+    columns: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """What one MLflow run should have, as far as one record says. How several add up, the module says.
+
+    Attributes:
+        key: our name for it.
+        kind: ``compile``, ``trial`` or ``evaluation``.
+        name: as the user sees it.
+        parent: key of the run that it is a step of.
+        outside: id of a run of the user's own that it is a step of, when it has no parent.
+        started: milliseconds since 1970.
+        tags, params, metrics, datasets: within MLflow's limits.
+        artifacts: texts by path.
+        references: tags whose value is the id of another run, given by its key.
+        candidates: rows of the table of trials, each with the key of its trial's run in place of the id.
+        status: once it is over.
+        ended: milliseconds since 1970.
+    """
+
+    key: str
+    kind: str
+    name: str | None = None
+    parent: str | None = None
+    outside: str | None = None
+    started: int | None = None
+    tags: Mapping[str, str] = field(default_factory=dict)
+    params: Mapping[str, str] = field(default_factory=dict)
+    metrics: tuple[Metric, ...] = ()
+    datasets: tuple[Dataset, ...] = ()
+    artifacts: Mapping[str, str] = field(default_factory=dict)
+    references: Mapping[str, str] = field(default_factory=dict)
+    candidates: tuple[Mapping[str, Any], ...] = ()
+    status: str | None = None
+    ended: int | None = None
+
+    def resolved(self, ids: Mapping[str, str]) -> Run:
+        """The run with ids in place of keys; what names a run that does not exist is left out.
+
+        Args:
+            ids: of runs, by key.
+        """
+        tags = {tag: ids[key] for tag, key in self.references.items() if key in ids}
+        artifacts = dict(self.artifacts)
+        if self.candidates:
+            columns = [*stored.TRIAL_COLUMNS, _RUN_ID]
+            rows = [{**row, _RUN_ID: ids.get(row[_RUN_ID])} for row in self.candidates]
+            artifacts[CANDIDATE_TABLE] = table(columns, ([row[column] for column in columns] for row in rows))
+        return dataclasses.replace(self, tags={**self.tags, **tags}, artifacts=artifacts, references={}, candidates=())
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """What the metric said of one example, for the trace of that example.
+
+    Attributes:
+        key: of the run that it belongs to.
+        trace_id: as MLflow writes it.
+        span_id: of the example's span, in 16 hexadecimal digits, when that is not the root of its trace.
+        name: of the metric.
+        value: None when the program or the metric raised: ``error`` says what then.
+        rationale: the metric's feedback.
+        error: what was raised.
+        row: place of the example in its dataset.
+    """
+
+    key: str
+    trace_id: str
+    span_id: str | None
+    name: str
+    value: float | None
+    rationale: str | None
+    error: str | None
+    row: int | None
+
+    @property
+    def id(self) -> str:
+        """Its id in MLflow. It follows from the score, so that one that is sent twice is not stored twice."""
+        text = f"{self.trace_id}/{self.span_id}/{self.name}"
+        return f"a-{hashlib.sha256(text.encode('utf-8', 'replace')).hexdigest()[:32]}"
+
+
+@dataclass(frozen=True, slots=True)
+class StoredRun:
+    """A run as MLflow has it."""
+
+    run_id: str
+    artifact_uri: str
+    started: int
+    tags: Mapping[str, str]
+    metrics: Mapping[str, float]
+    params: Mapping[str, str] = field(default_factory=dict)
+    experiment_id: str = ""
+    status: str = ""
+    ended: int | None = None
+
+
+# --- records to runs ------------------------------------------------------------------------------------------------
+
+
+def runs_of(record: Record, versions: Mapping[str, str], outside: str | None = None) -> list[Run]:
+    """What MLflow should have because of a record.
+
+    Args:
+        record: as it is now.
+        versions: tags that every run carries.
+        outside: id of the user's own active MLflow run when this began, if there was one.
+    """
+    if isinstance(record, Optimization):
+        return _of_optimization(record, versions, outside)
+    if isinstance(record, Trial):
+        return _of_trial(record, versions, outside)
+    if isinstance(record, Evaluation):
+        return _of_evaluation(record, versions, outside)
+    return []  # phases are in the tables of their optimization
+
+
+def key_of(trace: Trace) -> str | None:
+    """The key of the run that a trace belongs to; None for no run."""
+    if trace.evaluation is not None:
+        return evaluation_key(trace.evaluation)
+    if trace.optimization is None:
+        return None
+    return trace.optimization if trace.trial is None else trial_key(trace.optimization, trace.trial)
+
+
+def trace_id_of(trace_id: int) -> str:
+    """A trace's id as MLflow writes it."""
+    return TRACE_ID.replace("{}", f"{trace_id:032x}")
+
+
+def score_of(trace: Trace) -> Score | None:
+    """The verdict on an example, or None when there is none (a straggler's second answer)."""
+    key, example = key_of(trace), trace.example
+    if key is None or example is None or (example.score is None and example.error is None):
+        return None
+    value, error = number(example.score), example.error
+    if value is None and error is None:
+        error = f"score is {example.score}"
+    return Score(
+        key,
+        trace_id_of(trace.trace_id),
+        None if trace.span_id is None else f"{trace.span_id:016x}",
+        trace.metric or "score",
+        value,
+        None if example.feedback is None else as_text(example.feedback),
+        None if error is None else as_text(error),
+        example.index,
+    )
+
+
+def trial_key(optimization: str, trial: int) -> str:
+    """The key of a trial's run."""
+    return f"{optimization}/{trial}"
+
+
+def evaluation_key(evaluation: str) -> str:
+    """The key of the run of an evaluation that stands for itself."""
+    return f"evaluation/{evaluation}"
+
+
+# --- optimizations --------------------------------------------------------------------------------------------------
+
+
+def _of_optimization(record: Optimization, versions: Mapping[str, str], outside: str | None) -> list[Run]:
+    artifacts: dict[str, str] = {}
+    tags = {**_common(record, COMPILE, record.id, versions), **stored.optimization_tags(record)}
+    datasets: list[Dataset] = []
+    if record.parent is None:  # an optimization inside another works on the same rows: they are logged once
+        for dataset in record.datasets:
+            datasets.append(_dataset(record.program_name or record.optimizer, dataset))
+            _put_rows(dataset, artifacts, tags)
+        if record.initial_id in record.candidates:
+            _put_program(INITIAL_PROGRAM, record.candidates[str(record.initial_id)], artifacts, tags)
+    run = Run(
+        record.id,
+        COMPILE,
+        name=as_text(" ".join(part for part in (record.optimizer, record.program_name) if part)),
+        parent=record.parent,
+        outside=outside,
+        started=milliseconds(record.started),
+        tags=_tags(tags),
+        params=_params(stored.optimization_params(record)),
+        datasets=tuple(datasets),
+        artifacts=artifacts,
+    )
+    return [run] if record.ended is None else _of_result(record, run, tags, artifacts, versions)
+
+
+def _of_result(
+    record: Optimization, run: Run, tags: dict[str, Any], artifacts: dict[str, str], versions: Mapping[str, str]
+) -> list[Run]:
+    """The runs of an optimization that is over: its own, and the winner's, which is named as such."""
+    when, step = milliseconds(record.ended), max((trial.number for trial in record.trials), default=0)
+    points = (
+        # The best score under its children's name too: MLflow's table of runs compares by name.
+        *_points({"score": record.best}, when, step),
+        *_points(stored.optimization_metrics(record), when, step),
+        *_points(record.usage.flat(), when, step),
+    )
+    best = record.returned
+    if best is not None and best.state is None:
+        best = record.candidates.get(best.id)
+    if best is not None:
+        _put_program(BEST_PROGRAM, best, artifacts, tags)
+    elif not record.candidates and not _cut_short(record.failure):
+        tags[TAG_CONTENT] = HOW_TO_GET_CONTENT
+    candidates: list[Mapping[str, Any]] = []
+    # Without some of its trials, which were lost, a table of them would not be true.
+    if record.resumed or len(record.trials) >= (record.done or 0):
+        candidates = [
+            {**stored.trial_row(trial), _RUN_ID: trial_key(record.id, trial.number)} for trial in record.trials
+        ]
+        if record.phases:
+            rows = (list(stored.phase_row(phase).values()) for phase in record.phases)
+            artifacts[PHASE_TABLE] = table(stored.PHASE_COLUMNS, rows)
+    _name_tables(artifacts, tags, (CANDIDATE_TABLE,) if candidates else ())
+    if record.parent is None or record.trials:  # steps of others that scored nothing need no report
+        _put_report(record, run, artifacts, versions)
+    winner = record.winning
+    status = _STATUSES.get(record.outcome) or _status(record.failure)
+    tags[TAG_NOTE] = _note(status, record.failure, _summary(record))
+    over = dataclasses.replace(
+        run,
+        tags=_tags(tags),
+        metrics=points,
+        artifacts=artifacts,
+        references={} if winner is None else {TAG_WINNER_RUN: trial_key(record.id, winner.number)},
+        candidates=tuple(candidates),
+        status=status,
+        ended=when,
+    )
+    return [over] if winner is None else [over, _of_winner(record.id, winner)]
+
+
+def _of_winner(optimization: str, trial: Trial) -> Run:
+    what, comma, where = trial_name(trial).partition(", ")
+    name = f"{what} (winner){comma}{where}"
+    return Run(trial_key(optimization, trial.number), TRIAL, tags=_tags({TAG_NAME: name, TAG_WINNER: True}))
+
+
+def _put_report(record: Optimization, run: Run, artifacts: dict[str, str], versions: Mapping[str, str]) -> None:
+    software = {name.removesuffix(".version"): value for name, value in versions.items() if name.endswith(".version")}
+    try:
+        artifacts[REPORT] = render(record, Source(trace_name=TRACE_ID, versions=software))
+    except Exception as error:
+        _logger.warning("The report of %s could not be made (%s).", run.name, type(error).__name__)
+        _logger.debug("no report", exc_info=True)
+
+
+def _summary(record: Optimization) -> str | None:
+    """One sentence about the result."""
+    if record.best is None:
+        return None
+    text = f"Best score **{record.best:g}**"
+    if record.winner is not None:
+        text += f" (trial {record.winner})"
+    if record.baseline is not None:
+        text += f", baseline {record.baseline:g}"
+    return f"{text}, {record.done or 0} trials. More in {REPORT}, under Artifacts."
+
+
+# --- trials ---------------------------------------------------------------------------------------------------------
+
+
+def _of_trial(record: Trial, versions: Mapping[str, str], outside: str | None) -> list[Run]:
+    key = trial_key(record.optimization, record.number)
+    tags = {**_common(record, TRIAL, key, versions), **stored.trial_tags(record)}
+    name = as_text(trial_name(record))
+    params = stored.trial_params(record)
+    run = Run(
+        key,
+        TRIAL,
+        name=name,
+        parent=record.optimization,
+        outside=outside,
+        started=milliseconds(record.started),
+        tags=_tags(tags),
+        params=_params(params),
+    )
+    if record.ended is None:
+        return [run]
+    when = milliseconds(record.ended)
+    artifacts: dict[str, str] = {}
+    if record.program is not None and record.program.state is not None:
+        _put_program(TRIAL_PROGRAM, record.program, artifacts, tags)
+        params = {**stored.program_params(record.program), **params}
+    if record.changes is not None:
+        artifacts[CHANGES] = record.changes
+    status = _status(record.failure)
+    scores = {"score": record.score, f"score.{record.kind}": record.score, "best_score": record.best}
+    over = dataclasses.replace(
+        run,
+        tags=_tags({**tags, TAG_NAME: name, TAG_NOTE: _note(status, record.failure)}),
+        params=_params(params),
+        metrics=(*_points(scores, when, record.number), *_points(_narrow(record.usage), when, record.number)),
+        datasets=()
+        if record.dataset is None
+        else (_dataset(record.program_name or record.optimizer or "", record.dataset),),
+        artifacts=artifacts,
+        status=status,
+        ended=when,
+    )
+    return [over] if record.examples_so_far is None else [over, _curves(record, when)]
+
+
+def _curves(record: Trial, when: int) -> Run:
+    """A trial's points on the curves of its optimization."""
+    values = {
+        f"score.{record.kind}": record.score,
+        "best_score": record.best,
+        "examples_evaluated": record.examples_so_far,
+        **record.spent.flat(),
+        "accepted": record.accepted_so_far,
+        "rejected": record.rejected_so_far,
+    }
+    return Run(record.optimization, COMPILE, metrics=_points(values, when, record.number))
+
+
+def trial_name(record: Trial) -> str:
+    """A trial's number, kind and verdict first, for tables are narrow; then the step of the optimizer it is part of."""
+    name = f"trial {record.number} {record.kind}".rstrip()
+    if record.accepted is not None:
+        name += " accepted" if record.accepted else " rejected"
+    chosen = [
+        str(value) if part == "strategy" else f"{part} {value}"
+        for part in _STEPS
+        if (value := record.params.get(part)) is not None
+    ]
+    return ", ".join([name, *([" ".join(chosen)] if chosen else [])])
+
+
+def _narrow(usage: Usage) -> dict[str, float]:
+    """Usage by role only when there is more than one: MLflow's table has a column for each name."""
+    return usage.flat() if len(usage.by_role) > 1 else dataclasses.replace(usage, by_role={}).flat()
+
+
+# --- evaluations ----------------------------------------------------------------------------------------------------
+
+
+def _of_evaluation(record: Evaluation, versions: Mapping[str, str], outside: str | None) -> list[Run]:
+    if not record.own:
+        return [] if record.ended is None else [_of_trials_evaluation(record)]
+    key, parent = evaluation_key(record.id), record.optimization
+    if parent is not None and record.trial is not None:
+        parent = trial_key(parent, record.trial)
+    tags = {**_common(record, EVALUATION, key, versions), **stored.evaluation_tags(record)}
+    run = Run(
+        key,
+        EVALUATION,
+        name=as_text(f"Evaluate {record.program_name or ''}".rstrip()),
+        parent=parent,
+        outside=outside,
+        started=milliseconds(record.started),
+        tags=_tags(tags),
+        params=_params(stored.evaluation_params(record)),
+    )
+    if record.ended is None:
+        return [run]
+    when = milliseconds(record.ended)
+    artifacts: dict[str, str] = {}
+    datasets: tuple[Dataset, ...] = ()
+    _put_examples(record, artifacts, tags)
+    if not _cut_short(record.failure):
+        digest = digest_of(record.examples)
+        if digest is not None:
+            columns = _columns_of_examples(record.examples)
+            name = f"{(record.program_name or 'Evaluate').rpartition(' ')[2]} eval"
+            datasets = (Dataset(name, digest, "eval", len(record.examples), columns),)
+        if record.examples and all(example.inputs is None for example in record.examples):
+            tags[TAG_CONTENT] = HOW_TO_GET_CONTENT
+    status = _status(record.failure)
+    tags[TAG_NOTE] = _note(status, record.failure)
+    results = {"failures": record.failures or None, "score": record.score, **record.usage.flat()}
+    return [
+        dataclasses.replace(
+            run,
+            tags=_tags(tags),
+            metrics=_points(results, when),
+            datasets=datasets,
+            artifacts=artifacts,
+            status=status,
+            ended=when,
+        )
+    ]
+
+
+def _of_trials_evaluation(record: Evaluation) -> Run:
+    """What an evaluation adds to the run of the trial that it is the evaluation of."""
+    tags: dict[str, Any] = {}
+    artifacts: dict[str, str] = {}
+    _put_examples(record, artifacts, tags)
+    points = _points({"failures": record.failures or None}, milliseconds(record.ended))
+    key = trial_key(record.optimization or "", record.trial or 0)
+    return Run(key, TRIAL, tags=_tags(tags), metrics=points, artifacts=artifacts)
+
+
+def _put_examples(record: Evaluation, artifacts: dict[str, str], tags: dict[str, Any]) -> None:
+    if not record.examples:
+        return
+    columns = stored.example_columns(record.examples)
+    rows = (
+        [
+            value if column != "trace_id" or value is None else trace_id_of(value)
+            for column in columns
+            for value in (getattr(example, column),)
+        ]
+        for example in record.examples
+    )
+    artifacts[EVALUATION_TABLE] = table(columns, rows)
+    _name_tables(artifacts, tags)
+    if record.without_content:
+        tags["dspy.evaluation_table"] = f"{record.without_content} rows without content (size)"
+
+
+def digest_of(examples: Sequence[Example]) -> str | None:
+    """A dataset's digest from its examples' ids, as that of a validation set is made; None when an id is missing."""
+    ids = [example.id for example in examples]
+    if not ids or None in ids:
+        return None
+    return hashlib.sha256(json.dumps(ids).encode("ascii")).hexdigest()[:16]
+
+
+# --- parts ----------------------------------------------------------------------------------------------------------
+
+
+def _common(
+    record: Optimization | Trial | Evaluation, kind: str, key: str, versions: Mapping[str, str]
+) -> dict[str, Any]:
+    return {**versions, TAG_KIND: kind, TAG_KEY: key, "service.name": record.service}
+
+
+def _cut_short(failure: Failure | None) -> bool:
+    """Whether the program ended before: what there is of results is not all."""
+    return failure is not None and failure.type is None
+
+
+def _status(failure: Failure | None) -> str:
+    return FINISHED if failure is None else KILLED if failure.interrupted else FAILED
+
+
+def _note(status: str, failure: Failure | None, summary: str | None = None) -> str | None:
+    """What a run's page says above all else: MLflow has no other place for the reason of a failure."""
+    reason = None if failure is None else f"**{status}**: {failure}"
+    return "\n\n".join(part for part in (reason, summary) if part) or None
+
+
+def _put_program(path: str, program: Candidate, artifacts: dict[str, str], tags: dict[str, Any]) -> None:
+    """Add a program. One that lost something is named so that nobody loads it unaware."""
+    if program.state is None:
+        return
+    if not program.complete:
+        path = path.replace(".json", ".incomplete.json")
+        tags["dspy.program.state"] = f"{path}: cut at a limit, or with parts masked or redacted"
+    artifacts[path] = program.state
+
+
+def _put_rows(dataset: model.Dataset, artifacts: dict[str, str], tags: dict[str, Any]) -> None:
+    rows = dataset.rows
+    if rows is None:
+        return
+    names = [name for name, _ in columns_of(rows)]
+    artifacts[f"{dataset.role}set.json"] = table(names, ([row.get(name) for name in names] for row in rows))
+    _name_tables(artifacts, tags)
+    if len(rows) < dataset.size:
+        tags[stored.dataset_tag(dataset.role)] = f"{len(rows)} of {dataset.size} (content limit)"
+
+
+def _name_tables(artifacts: Mapping[str, str], tags: dict[str, Any], more: Iterable[str] = ()) -> None:
+    """Tell MLflow which artifacts to show as tables."""
+    tables = (f"{role}set.json" for role in ("train", "val"))
+    paths = [*(path for path in (*tables, EVALUATION_TABLE, PHASE_TABLE) if path in artifacts), *more]
+    tags[TAG_TABLES] = json.dumps([{"path": path, "type": "table"} for path in paths]) if paths else None
+
+
+def _dataset(name: str, dataset: model.Dataset) -> Dataset:
+    """A dataset input. DSPy's datasets are lists and have no name: they get the program's."""
+    columns = () if dataset.text is None else _columns_of_text(dataset.text)
+    return Dataset(
+        f"{name.rpartition(' ')[2]} {dataset.role}", str(dataset.digest), dataset.role, dataset.size, columns
+    )
+
+
+@functools.lru_cache(maxsize=4)
+def _columns_of_text(text: str) -> tuple[tuple[str, str], ...]:
+    """Every trial on the validation set has that for an input: its rows are looked at once."""
+    loaded = load_json(text)
+    return columns_of(row for row in loaded if isinstance(row, dict)) if isinstance(loaded, list) else ()
+
+
+def _columns_of_examples(examples: Iterable[Example]) -> tuple[tuple[str, str], ...]:
+    parts = (part for example in examples for part in (example.inputs, example.expected))
+    return columns_of(part for part in parts if isinstance(part, dict))
+
+
+def columns_of(rows: Iterable[Mapping[str, Any]]) -> tuple[tuple[str, str], ...]:
+    """Field names of dataset rows, with MLflow's types."""
+    types = {bool: "boolean", int: "long", float: "double", str: "string"}
+    found: dict[str, str] = {}
+    for row in rows:
+        for name, value in row.items():
+            if name not in found:
+                found[name] = types.get(type(value), "string")
+    return tuple(found.items())
+
+
+# --- MLflow's forms and limits --------------------------------------------------------------------------------------
+
+
+def _tags(values: Mapping[str, Any]) -> dict[str, str]:
+    return {key[:MAX_KEY]: cut(as_text(value), MAX_TAG) for key, value in values.items() if value is not None}
+
+
+def _params(values: Mapping[str, Any]) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for key, value in values.items():
+        if value is not None:
+            found.setdefault(safe_key(key), cut(as_text(value), MAX_PARAM))
+    return found
+
+
+def _points(values: Mapping[str, Any], when: int, step: int = 0) -> tuple[Metric, ...]:
+    """Values that are no number are left out: NaN and infinity cannot be sent as JSON."""
+    found = ((key, number(value)) for key, value in values.items())
+    return tuple(Metric(safe_key(key), value, when, step) for key, value in found if value is not None)
+
+
+def table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """An artifact that MLflow shows as a table, in the form of its ``log_table``."""
+    return strict_json({"columns": list(columns), "data": [list(row) for row in rows]})
+
+
+def as_text(value: Any) -> str:
+    """A value as a parameter or tag."""
+    if isinstance(value, str):
+        return value.encode("utf-8", "replace").decode()  # MLflow refuses half a character, and all that comes with it
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, (list, tuple, dict)):
+        return as_text(json.dumps(value, ensure_ascii=False, default=str))
+    return str(value)
+
+
+def strict_json(value: Any) -> str:
+    """JSON that browsers take too: without NaN and infinity."""
+    try:
+        return json.dumps(value, ensure_ascii=False, allow_nan=False)
+    except ValueError:
+        return json.dumps(_finite(value), ensure_ascii=False, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(part) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(part) for part in value]
+    return str(value) if isinstance(value, float) and number(value) is None else value
+
+
+def cut(text: str, limit: int) -> str:
+    """At most ``limit`` characters; says so when that is not all."""
+    return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+def safe_key(key: str) -> str:
+    """A name MLflow takes: letters, digits and ``_-. /:`` only."""
+    return "".join(c if (c.isalnum() and c.isascii()) or c in "_-. /:" else "_" for c in key)[:MAX_KEY]
+
+
+def milliseconds(nanoseconds: int | None) -> int:
+    """OpenTelemetry's time as MLflow's; now, when it is not known."""
+    return (time.time_ns() if nanoseconds is None else nanoseconds) // 1_000_000
