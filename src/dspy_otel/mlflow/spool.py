@@ -132,8 +132,8 @@ class Place:
     def refusal(self) -> str | None:
         """Why its content must not be trusted, or ``None``: it says where credentials and files go.
 
-        A directory that is a link, or belongs to another user, may have been put there by somebody else; so may a
-        link or a stranger's file in it.
+        A directory that is a link, belongs to another user, or is open to others may have been put there by somebody
+        else; so may a link or another user's file in it. Ours are the owner's alone.
         """
         try:
             for path in (self.path, *self.path.iterdir()):
@@ -142,6 +142,8 @@ class Place:
                     return f"{path.name} is a link"
                 if hasattr(os, "getuid") and found.st_uid != os.getuid():
                     return f"{path.name} belongs to another user"
+                if os.name == "posix" and path is self.path and found.st_mode & 0o077:
+                    return f"others may read or write it: if it is yours, chmod 700 {path}"
         except OSError as error:
             return error.strerror or str(error)
         return None

@@ -310,11 +310,11 @@ class RunWriter:
                 run.ended = None
         return True
 
-    def _write_artifact(self, store: RunStore, run: Run, path: str, text: str) -> None:
+    def _write_artifact(self, store: RunStore, run: Pending, path: str, text: str) -> None:
         self._tolerating(store, path, store.artifact, run, path, text)
         del run.artifacts[path]
 
-    def _write_values(self, store: RunStore, run: Run) -> None:
+    def _write_values(self, store: RunStore, run: Pending) -> None:
         while run.tags or run.params or run.metrics:
             metrics = run.metrics[:_METRICS_AT_ONCE]
             params, tags = _some(run.params, _TAGS_AT_ONCE), _some(run.tags, _TAGS_AT_ONCE)
