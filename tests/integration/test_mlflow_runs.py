@@ -309,9 +309,8 @@ def test_a_run_is_there_while_it_runs_and_a_failure_has_its_reason(store: Store)
         while not seen and time.monotonic() < until:
             if store.client.get_experiment_by_name(store.experiment) is not None:
                 seen.update({run.info.run_name: run.info.status for run in store.runs().values()})
-                seen["report"] = read_optimization(
-                    experiment=store.experiment, tracking_uri=store.uri
-                ).optimization.outcome
+                found = read_optimization(experiment=store.experiment, tracking_uri=store.uri)
+                seen["outcome"] = found.optimization.outcome
             time.sleep(0.2)
         raise ValueError("no verdict today")
 

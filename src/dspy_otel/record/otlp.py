@@ -45,10 +45,12 @@ def decode_lines(lines: Iterable[str]) -> Iterator[list[ReadableSpan]]:
     for place, line in enumerate(lines, 1):
         if line.strip():
             try:
-                request = json_format.ParseDict(
-                    _with_base64(json.loads(line)), ExportTraceServiceRequest(), ignore_unknown_fields=True
-                )
-                yield list(_spans(request))
+                loaded = json.loads(line)
+                if not isinstance(loaded, dict):
+                    raise TypeError("no object")
+                message = ExportTraceServiceRequest()
+                json_format.ParseDict(_with_base64(loaded), message, ignore_unknown_fields=True)
+                yield list(_spans(message))
             except Exception as error:
                 raise ValueError(f"line {place} is no OTLP JSON ({type(error).__name__})") from error
 

@@ -1,0 +1,185 @@
+"""Records to the runs that should be in MLflow: the contract of ``mlflow/runs.py``."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any
+
+import pytest
+
+from dspy_otel.mlflow.runs import Run, key_of, runs_of, score_of
+from dspy_otel.record.model import (
+    Candidate,
+    Dataset,
+    Evaluation,
+    Example,
+    Failure,
+    Optimization,
+    Phase,
+    Trace,
+    Trial,
+    Usage,
+)
+
+ROWS = json.dumps([{"q": "1", "n": 2}, {"q": "3", "n": 4}])
+STATE = json.dumps({"qa": {"signature": {"instructions": "Answer."}, "demos": []}})
+VAL = Dataset("val", 2, "digest", ROWS)
+TRIAL = Trial(
+    2,
+    "full",
+    "c2",
+    ("c1",),
+    score=75.0,
+    best=75.0,
+    accepted=True,
+    params={"step": 3},
+    usage=Usage(lm_calls=4, by_role={"task": Usage(lm_calls=4)}),
+    spent=Usage(lm_calls=9),
+    optimization="r",
+    optimizer="Best",
+    program_name="QA",
+    dataset=VAL,
+    program=Candidate("c2", STATE),
+    examples_so_far=6,
+    accepted_so_far=1,
+    started=1_000_000,
+    ended=2_000_000,
+)
+OVER = Optimization(
+    id="r",
+    optimizer="Best",
+    program_name="QA",
+    outcome="finished",
+    baseline=50.0,
+    best=75.0,
+    winner=2,
+    done=1,
+    initial=Candidate("c1", STATE),
+    returned=Candidate("c2"),
+    candidates={"c1": Candidate("c1", STATE), "c2": Candidate("c2", STATE, altered=True)},
+    train=Dataset("train", 3, "other", ROWS),
+    val=VAL,
+    trials=(dataclasses.replace(TRIAL, program=None),),
+    phases=(Phase("trials", usage=Usage(lm_calls=4)),),
+    started=1_000_000,
+    ended=3_000_000,
+)
+
+
+def points(run: Run) -> dict[str, float]:
+    return {point.key: point.value for point in run.metrics}
+
+
+def test_a_trial_gives_its_own_run_and_points_for_one_other() -> None:
+    own, curves = runs_of(TRIAL, {"dspy.version": "1"}, "users")
+    assert (own.key, own.parent, own.outside, own.name) == ("r/2", "r", "users", "trial 2 full accepted, step 3")
+    assert (own.started, own.ended, own.status) == (1, 2, "FINISHED")
+    assert points(own) == {"score": 75, "score.full": 75, "best_score": 75, "lm_calls": 4}
+    assert own.params["qa.instructions"] == "Answer."
+    assert own.artifacts == {"model.json": STATE}
+    (dataset,) = own.datasets
+    assert (dataset.name, dataset.columns) == ("QA val", (("q", "string"), ("n", "long")))
+    assert (curves.key, curves.name, curves.status) == ("r", None, None)
+    assert points(curves) == {
+        "score.full": 75,
+        "best_score": 75,
+        "examples_evaluated": 6,
+        "lm_calls": 9,
+        "accepted": 1,
+    }
+    assert (curves.tags, curves.params, curves.artifacts) == ({}, {}, {})
+    assert {point.step for run in (own, curves) for point in run.metrics} == {2}
+
+
+def test_it_is_pure() -> None:
+    for record in (TRIAL, OVER, Evaluation("e", ended=1)):
+        assert runs_of(record, {}) == runs_of(record, {})
+
+
+def test_a_run_that_has_begun_says_what_it_is_and_nothing_of_results() -> None:
+    (trial,) = runs_of(dataclasses.replace(TRIAL, ended=None, examples_so_far=None), {})
+    (compile_,) = runs_of(dataclasses.replace(OVER, ended=None, outcome="running", winner=None), {})
+    for run in (trial, compile_):
+        assert (run.status, run.ended, run.metrics) == (None, None, ())
+    assert set(compile_.artifacts) == {"trainset.json", "valset.json", "initial_model.json"}
+    assert compile_.tags["dspy.dataset.train.rows"] == "2 of 3 (content limit)"
+
+
+def test_an_optimization_that_is_over_names_its_trials_runs() -> None:
+    over, winner = runs_of(OVER, {})
+    assert (winner.key, winner.tags["mlflow.runName"]) == ("r/2", "trial 2 full accepted (winner), step 3")
+    assert "candidates.json" not in over.artifacts
+    found = over.resolved({"r/2": "id2"})
+    assert found.tags["dspy.winner.run_id"] == "id2"
+    table = json.loads(found.artifacts["candidates.json"])
+    assert [dict(zip(table["columns"], row, strict=True))["run_id"] for row in table["data"]] == ["id2"]
+    assert "best_model.incomplete.json" in found.artifacts
+    assert [one["path"] for one in json.loads(found.tags["mlflow.loggedArtifacts"])] == [
+        *("trainset.json", "valset.json", "phases.json", "candidates.json")
+    ]
+    assert found.tags["mlflow.note.content"].startswith("Best score **75** (trial 2), baseline 50, 1 trials.")
+    lost = over.resolved({})
+    assert "dspy.winner.run_id" not in lost.tags
+    assert json.loads(lost.artifacts["candidates.json"])["data"][0][-1] is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "there"),
+    [({}, True), ({"done": 2}, False), ({"done": 2, "resumed": True}, True)],
+    ids=["all trials", "some were lost", "some are of another process"],
+)
+def test_a_table_of_trials_that_would_lack_some_is_left_out(changes: dict[str, Any], there: bool) -> None:
+    over = runs_of(dataclasses.replace(OVER, **changes), {})[0].resolved({})
+    assert ("candidates.json" in over.artifacts) is there
+    assert ("phases.json" in over.artifacts) is there
+
+
+def test_an_optimization_inside_another_has_no_datasets_and_no_report_of_its_own() -> None:
+    (run,) = runs_of(dataclasses.replace(OVER, parent="p", trials=(), winner=None), {})
+    assert run.parent == "p"
+    assert run.datasets == ()
+    assert set(run.artifacts) == {"best_model.incomplete.json"}
+
+
+@pytest.mark.parametrize(
+    ("failure", "status", "note"),
+    [
+        (None, "FINISHED", None),
+        (Failure("ValueError", "why"), "FAILED", "**FAILED**: ValueError: why"),
+        (Failure("asyncio.CancelledError"), "KILLED", "**KILLED**: asyncio.CancelledError"),
+        (Failure(None, "The program ended."), "KILLED", "**KILLED**: The program ended."),
+    ],
+)
+def test_status_and_reason(failure: Failure | None, status: str, note: str | None) -> None:
+    (run,) = runs_of(Evaluation("e", failure=failure, ended=1), {})
+    assert (run.status, run.tags.get("mlflow.note.content")) == (status, note)
+
+
+def test_an_evaluation_of_a_trial_adds_to_the_trials_run() -> None:
+    examples = (Example(0, "a", score=1.0, trace_id=255), Example(1, "b", error="ValueError", trace_id=256))
+    record = Evaluation("e", "r", 2, own=False, failures=1, examples=examples, without_content=1)
+    assert runs_of(record, {}) == []
+    (run,) = runs_of(dataclasses.replace(record, ended=1), {})
+    assert (run.key, run.name, run.status, points(run)) == ("r/2", None, None, {"failures": 1})
+    table = json.loads(run.artifacts["evaluation_table.json"])
+    assert table["columns"] == ["index", "id", "score", "error", "trace_id"]
+    assert table["data"][0] == [0, "a", 1.0, None, "tr-" + "0" * 30 + "ff"]
+    (own,) = runs_of(dataclasses.replace(record, own=True, ended=1), {})
+    assert (own.key, own.parent) == ("evaluation/e", "r/2")
+    assert own.tags["dspy.content"].startswith("off: ")
+    assert [dataset.size for dataset in own.datasets] == [2]
+
+
+@pytest.mark.parametrize(
+    ("places", "key"),
+    [(("r", 2, None), "r/2"), (("r", None, None), "r"), (("r", 2, "e"), "evaluation/e"), ((None, None, None), None)],
+)
+def test_a_trace_belongs_to_one_run(places: tuple[Any, ...], key: str | None) -> None:
+    trace = Trace(1, None, True, *places, metric="exact", example=Example(3, score=float("nan")))
+    assert key_of(trace) == key
+    score = score_of(trace)
+    assert (None if score is None else score.key) == key
+    if score is not None:
+        assert (score.name, score.value, score.error, score.row) == ("exact", None, "score is nan", 3)
+        assert score.id == score_of(trace).id  # type: ignore[union-attr]
