@@ -293,7 +293,6 @@ class Trial:
         spent: of all LM calls of the optimization when it ended.
         failure: why it has no score.
         optimization, optimizer, program_name: ids and names of what it is part of.
-        program_id: as ``candidate``.
         changes: what distinguishes the candidate from its parent, as JSON.
         program: the candidate with its state, while the trial is new. Those in :attr:`Optimization.trials` go
             without: states are in :attr:`Optimization.candidates`.
@@ -326,7 +325,6 @@ class Trial:
     optimization: str = ""
     optimizer: str | None = None
     program_name: str | None = None
-    program_id: str | None = None
     changes: str | None = None
     program: Candidate | None = None
     dataset: Dataset | None = None

@@ -186,7 +186,6 @@ def read_trial(span: ReadableSpan, at: Attributes) -> Trial:
         optimization=str(at[semconv.OPTIMIZER_RUN_ID]),
         optimizer=_text(at.get(semconv.OPTIMIZER_NAME)),
         program_name=_text(at.get(semconv.PROGRAM_NAME)),
-        program_id=_text(at.get(semconv.PROGRAM_ID)),
         changes=_text(at.get(semconv.CANDIDATE_DIFF)),
         program=_candidate(at, semconv.CANDIDATE_ID, semconv.PROGRAM_STATE),
         service=_service(span),

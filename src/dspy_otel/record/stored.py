@@ -90,7 +90,7 @@ def trial_tags(record: Trial) -> Values:
         semconv.OPTIMIZER_RUN_ID: record.optimization,
         semconv.OPTIMIZER_PHASE: record.phase,
         semconv.PROGRAM_NAME: record.program_name,
-        semconv.PROGRAM_ID: record.program_id,
+        semconv.PROGRAM_ID: record.candidate,
         semconv.TRIAL_NUMBER: record.number,
         semconv.TRIAL_KIND: record.kind or None,
         semconv.TRIAL_IS_BEST: record.is_best,
