@@ -26,8 +26,9 @@ from rich.console import Console
 import dspy_otel
 from dspy_otel.cli.demo.lm import embedded_lm
 from dspy_otel.cli.demo.task import ColourFamily, load_examples, same_family, same_family_with_feedback
-from dspy_otel.cli.demo.telemetry import Recorder, attribute
+from dspy_otel.cli.demo.telemetry import Recorder
 from dspy_otel.cli.demo.trials import trial_tables
+from dspy_otel.record.history import optimizations
 
 THREADS = 4
 FEW: dict[str, Any] = {"max_bootstrapped_demos": 2, "max_labeled_demos": 3}
@@ -165,13 +166,20 @@ def main() -> None:
     provider.force_flush()
 
     console = Console()
-    for table in trial_tables(recorder.of()):
+    for table in trial_tables(recorder.trials()):
         console.print(table)
-    compiled = next(span for span in recorder.of() if span.name == f"compile {options.optimizer}")
-    for key in ("baseline_score", "best_score", "gain", "trials.done", "examples.evaluated", "winner.trial"):
-        value = attribute(compiled, f"dspy.optimizer.{key}", None)
+    result = next(one for one in optimizations(recorder.of()) if one.optimizer == options.optimizer)
+    values = {
+        "baseline_score": result.baseline,
+        "best_score": result.best,
+        "gain": result.gain,
+        "trials": result.done,
+        "examples evaluated": result.evaluated,
+        "winner": result.winner,
+    }
+    for name, value in values.items():
         if value is not None:
-            console.print(f"{key}: {value}")
+            console.print(f"{name}: {value}")
     console.print("made by:", dspy_otel.optimization(program))
 
 

@@ -41,8 +41,8 @@ class Recorder(SpanProcessor):
         found = [one for one in self._read(part, Kind.EVALUATION) if isinstance(one, Evaluation)]
         return sorted((one for one in found if one.score is not None), key=lambda one: one.started or 0)
 
-    def trials(self, part: str) -> list[Trial]:
-        """The trials of one part, in the order in which they ended."""
+    def trials(self, part: str | None = None) -> list[Trial]:
+        """The trials of one part, or all of them, in the order in which they ended."""
         return [one for one in self._read(part, Kind.TRIAL) if isinstance(one, Trial)]
 
     def totals(self, part: str | None = None) -> Counter[str]:
