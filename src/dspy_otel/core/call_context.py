@@ -105,7 +105,6 @@ class CallContext:
         "inherited",
         "kind",
         "links",
-        "notes",
         "override_of",
         "owner",
         "parent",
@@ -131,7 +130,6 @@ class CallContext:
         self.parent = parent
         self.state = state
         self.span: Span | None = None
-        self.notes: dict[str, Any] = {}
         self.role_after: str | None = None
         self.override_of: type | None = None
         self.failed: Recorded | None = None

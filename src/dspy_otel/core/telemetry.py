@@ -7,7 +7,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable
-from typing import Any, Final, TypeVar
+from typing import Any, Final
 
 from opentelemetry import _logs, metrics, trace
 from opentelemetry._logs import NoOpLogger
@@ -21,11 +21,10 @@ from dspy_otel.content.encoder import Content
 from dspy_otel.core.attributes import Attributes
 from dspy_otel.core.call_context import current_call_context, suppressed, without_call_context
 from dspy_otel.core.id_generator import with_system_ids
-from dspy_otel.core.internal_errors import failed, guard
+from dspy_otel.core.internal_errors import guard
 from dspy_otel.core.metrics import Metrics
 from dspy_otel.version import __version__
 
-_Result = TypeVar("_Result")
 _CONTENT: Final = guard("content")
 
 
@@ -113,14 +112,6 @@ class Telemetry:
     def enabled(self) -> bool:
         """Whether to record right now: switched on, and not inside ``suppress_instrumentation()``."""
         return self.active and not suppressed(get_current())
-
-    def safely(self, where: str, default: _Result, function: Callable[..., _Result], *arguments: Any) -> _Result:
-        """``function(*arguments)``; if that fails, ``default`` and one warning naming ``where``."""
-        try:
-            return function(*arguments)
-        except Exception as error:
-            failed(where, error)
-            return default
 
     def put_content(self, attributes: Attributes, key: str, value: Any) -> None:
         """Add ``value`` as JSON text under ``key``, if content may be on spans. Failing content is left out."""

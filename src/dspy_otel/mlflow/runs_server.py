@@ -78,11 +78,8 @@ class ServerRuns:
             self._artifact_by_client(run, path, text)
             return
         place = quote(f"{address.path.strip('/')}/{path}")
-        response = self._server.request(
-            "PUT", f"/api/2.0/mlflow-artifacts/artifacts/{place}", data=text.encode("utf-8", "replace")
-        )
-        if not response.ok:
-            raise self._server.refusal(response)
+        path = f"/api/2.0/mlflow-artifacts/artifacts/{place}"
+        self._server.object_of(self._server.request("PUT", path, data=text.encode("utf-8", "replace")))
 
     def _artifact_by_client(self, run: Pending, path: str, text: str) -> None:
         try:

@@ -224,6 +224,14 @@ class MLflowServer:
         response = self.request(method, f"/api/{version}/mlflow/{path}", **kwargs)
         if _error_code(response) == "RESOURCE_DOES_NOT_EXIST":
             return None
+        return self.object_of(response)
+
+    def object_of(self, response: requests.Response) -> dict[str, Any]:
+        """The JSON object of an answer.
+
+        Raises:
+            ExportError: a refusal, or an answer that is not MLflow's.
+        """
         try:
             answer = response.json()
         except ValueError as error:

@@ -183,7 +183,15 @@ class Programs:
 def _describe(root: Any) -> Program:
     modules = named_modules(root)
     paths = {id(module): path for path, module in modules}
-    return Program(type(root).__name__, guard("program id")(program_digest)(root), paths, origins(modules))
+    return Program(type(root).__name__, _id_of(root), paths, origins(modules))
+
+
+@guard("program id")
+def _id_of(root: Any) -> str | None:
+    try:
+        return program_digest(root)
+    except RecursionError:  # It contains itself: DSPy can neither name its predictors nor save it.
+        return None
 
 
 def _field_names(signature: Any) -> str:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 from dspy_otel import semconv
 from dspy_otel.core.attributes import Attributes
 from dspy_otel.core.call_context import CallContext, current_call_context
+from dspy_otel.core.internal_errors import guard
 from dspy_otel.core.operation import Call, Operation, Start, openinference
 from dspy_otel.core.usage import Totals
 from dspy_otel.operations.program import Programs
@@ -81,7 +82,7 @@ class CompileOperation(Operation):
         given = self._given(instance, bound_arguments(instance, args, kwargs))
         attributes: Attributes = {semconv.OPTIMIZER_NAME: name, **self._initial(run, given)}
         run.tracker = self.tracker_for(instance)(run, instance, given)
-        if self.telemetry.safely("optimizer's run file", None, self._resume, run) is not None:
+        if guard("optimizer's run file")(self._resume)(run) is not None:
             attributes.update(run.attempt.start_attributes())  # type: ignore[union-attr]
         context.role = run.tracker.role
         inherited = {key: value for key, value in context.inherited.items() if key not in _OF_ONE_RUN}
@@ -131,7 +132,8 @@ class CompileOperation(Operation):
         new = {name: value for name, value in more.items() if value is not None and given.get(name) is None}
         given.update(new)
         attributes = self._initial(run, given)
-        self.telemetry.safely("optimizer", None, run.tracker.arguments_known)
+        with guard("optimizer"):
+            run.tracker.arguments_known()
         if context.span is not None and context.span.is_recording():
             attributes.update(self._about(run, context.owner, new, described=not attributes))
             context.span.set_attributes(attributes)
@@ -143,7 +145,8 @@ class CompileOperation(Operation):
         if attempt is not None:
             attempt.resume(run)
             run.attempt = attempt
-            self.telemetry.safely("killed attempt", None, attempt.speak_for_the_killed, self.telemetry)
+            with guard("killed attempt"):
+                attempt.speak_for_the_killed(self.telemetry)
         return attempt
 
     def open(
@@ -157,22 +160,29 @@ class CompileOperation(Operation):
         call = super().open(instance, args, kwargs, override_of)
         if call is not None:
             Run.enter(1)
-            self.telemetry.safely("compile", None, say_now, call)
+            with guard("compile"):
+                say_now(call)
             run: Run = call.context.state.run
             if run.attempt is not None:
-                self.telemetry.safely("optimizer's run file", None, run.attempt.opened, call)
+                with guard("optimizer's run file"):
+                    run.attempt.opened(call)
                 run.save()
-            self.telemetry.safely("optimizer", None, run.tracker.begin)
-            self.telemetry.safely("optimizer", None, run.tracker.arguments_known)
+            with guard("optimizer"):
+                run.tracker.begin()
+            with guard("optimizer"):
+                run.tracker.arguments_known()
             if self.display is not None and not run.inference_time:
-                self.telemetry.safely("progress display", None, self.display.begin, run)
+                with guard("progress display"):
+                    self.display.begin(run)
         return call
 
     def close(self, call: Call, result: Any, error: BaseException | None) -> None:
-        self.telemetry.safely("optimizer", None, call.context.state.run.tracker.end)
+        with guard("optimizer"):
+            call.context.state.run.tracker.end()
         super().close(call, result, error)
         if self.display is not None:
-            self.telemetry.safely("progress display", None, self.display.end, call.context.state.run)
+            with guard("progress display"):
+                self.display.end(call.context.state.run)
         Run.enter(-1)
 
     def detail(self, call: Call) -> Attributes:

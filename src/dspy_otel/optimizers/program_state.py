@@ -10,6 +10,7 @@ from dspy_otel import semconv
 from dspy_otel.content import introspection
 from dspy_otel.content.encoder import Content
 from dspy_otel.core.attributes import Attributes
+from dspy_otel.core.internal_errors import guard
 from dspy_otel.core.telemetry import Telemetry
 
 MOST: Final = 256 * 1024
@@ -78,7 +79,7 @@ def put_state(telemetry: Telemetry, attributes: Attributes, program: Any, key: s
     """
     if telemetry.config.content_on_spans:
         nothing: Attributes = {}
-        attributes.update(telemetry.safely("program state", nothing, _state_attributes, telemetry, program, key))
+        attributes.update(guard("program state")(_state_attributes)(telemetry, program, key) or nothing)
 
 
 def _state_attributes(telemetry: Telemetry, program: Any, key: str) -> Attributes:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final
 from dspy_otel import semconv
 from dspy_otel.core.attributes import Attributes
 from dspy_otel.core.call_context import CallContext, enclosing_state
+from dspy_otel.core.internal_errors import guard
 from dspy_otel.core.telemetry import Telemetry
 from dspy_otel.core.usage import Totals
 
@@ -197,7 +198,8 @@ class Run:
     def save(self) -> None:
         """Write down how far the run has come, if it can be taken up again."""
         if self.attempt is not None:
-            self.telemetry.safely("optimizer's run file", None, self.attempt.save, self)
+            with guard("optimizer's run file"):
+                self.attempt.save(self)
 
     def report_spending(self) -> None:
         """Bring the metrics of LM calls and cost up to date. A nested run's are its root's."""

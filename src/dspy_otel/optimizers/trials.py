@@ -78,7 +78,7 @@ class PhaseOperation(Operation):
             @functools.wraps(original)
             def wrapper(*args: Any, **kwargs: Any) -> Any:
                 run = current_run(self)
-                phase = None if run is None else self.telemetry.safely("phase", None, describe, run, args, kwargs)
+                phase = None if run is None else guard("phase")(describe)(run, args, kwargs)
                 call = None if phase is None else self.open(phase, (), {})
                 if run is None or phase is None or call is None:
                     return original(*args, **kwargs)
@@ -88,7 +88,8 @@ class PhaseOperation(Operation):
                     self.fail(call, error)
                     raise
                 if finish is not None:
-                    self.telemetry.safely("phase", None, finish, run, phase, result)
+                    with guard("phase"):
+                        finish(run, phase, result)
                 self.close(call, result, None)
                 return result
 
@@ -204,7 +205,7 @@ class CandidateEvaluation(EnclosedOperation, EvaluateOperation):
         if run is None:
             return None
         about = self._describe(instance, args, kwargs)
-        kind = self.telemetry.safely("optimizer", None, run.tracker.evaluation, about)
+        kind = guard("optimizer")(run.tracker.evaluation)(about)
         if isinstance(kind, Phase):
             return self.phases.open(kind, (), {})
         if not isinstance(kind, Trial):
@@ -244,15 +245,17 @@ class CandidateEvaluation(EnclosedOperation, EvaluateOperation):
         if run is not None and error is None:
             rows = getattr(result, "results", None)
             if isinstance(rows, (list, tuple)):
-                self.telemetry.safely("optimizer", None, run.add_examples, len(rows))
+                with guard("optimizer"):
+                    run.add_examples(len(rows))
         super().close(call, result, error)
 
     def close_enclosing(self, enclosing: Call, result: Any, error: BaseException | None) -> None:
         trial, run = enclosing.instance, run_of(enclosing.context)
         if isinstance(trial, Trial) and run is not None:
-            trial.score = self.telemetry.safely("optimizer", None, run.tracker.score, result, error)
+            trial.score = guard("optimizer")(run.tracker.score)(result, error)
             if error is None:
-                self.telemetry.safely("optimizer", None, run.tracker.scored, trial, result)
+                with guard("optimizer"):
+                    run.tracker.scored(trial, result)
                 if trial.awaits_verdict:
                     # The span stays open, for the verdict; nothing more happens inside it.
                     detach(enclosing.token)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 from dspy_otel import semconv
 from dspy_otel.content import introspection, redaction
 from dspy_otel.core.attributes import Attributes
-from dspy_otel.core.internal_errors import warn_once
+from dspy_otel.core.internal_errors import guard, warn_once
 from dspy_otel.core.operation import Call
 from dspy_otel.optimizers.run import MEAN, Run
 from dspy_otel.optimizers.tracker import Evaluation, Phase, Tracker, Trial, mean_of, tracks
@@ -314,7 +314,7 @@ class Observer:
         if method is None:
             raise AttributeError(name)
         tracker = self._plan
-        return lambda event: tracker.run.telemetry.safely(f"GEPA {name}", None, method, tracker, event)
+        return lambda event: guard(f"GEPA {name}")(method)(tracker, event)
 
 
 def patch(optimizers: Optimizers, patches: Patches) -> None:
@@ -325,7 +325,7 @@ def patch(optimizers: Optimizers, patches: Patches) -> None:
         def optimize(*args: Any, **kwargs: Any) -> Any:
             tracker = optimizers.running(GEPATracker)
             if tracker is not None:
-                kwargs = optimizers.telemetry.safely("GEPA", kwargs, observing, tracker, kwargs)
+                kwargs = guard("GEPA")(observing)(tracker, kwargs) or kwargs
             return original(*args, **kwargs)
 
         return optimize

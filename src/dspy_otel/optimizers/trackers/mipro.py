@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from dspy_otel import semconv
 from dspy_otel.core.attributes import Attributes
+from dspy_otel.core.internal_errors import guard
 from dspy_otel.optimizers.run import Run
 from dspy_otel.optimizers.tracker import Evaluation, Phase, Tracker, tracks
 from dspy_otel.patching import Patches, resolve
@@ -60,7 +61,8 @@ def patch(optimizers: Optimizers, patches: Patches) -> None:
         @functools.wraps(original)
         def wrapper(self_: Any, *args: Any, **kwargs: Any) -> Any:
             result = original(self_, *args, **kwargs)
-            optimizers.telemetry.safely("MIPROv2 trial", None, _note, optimizers, self_, args, kwargs)
+            with guard("MIPROv2 trial"):
+                _note(optimizers, self_, args, kwargs)
             return result
 
         return wrapper

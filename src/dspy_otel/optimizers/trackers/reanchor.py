@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 from dspy_otel import semconv
 from dspy_otel.content.encoder import Content
 from dspy_otel.core.attributes import Attributes
+from dspy_otel.core.internal_errors import guard
 from dspy_otel.optimizers.run import MEAN
 from dspy_otel.optimizers.tracker import Evaluation, Tracker, mean_of, tracks
 from dspy_otel.patching import Patches, resolve
@@ -62,7 +63,7 @@ def patch(optimizers: Optimizers, patches: Patches) -> None:
             except BaseException as error:
                 optimizers.evaluate.close(call, None, error)
                 raise
-            optimizers.evaluate.close(call, optimizers.telemetry.safely("ReAnchor", None, _result, values), None)
+            optimizers.evaluate.close(call, guard("ReAnchor")(_result)(values), None)
             return values
 
         return scores

@@ -16,6 +16,7 @@ from dspy_otel import semconv
 from dspy_otel.core.attributes import Attributes
 from dspy_otel.core.call_context import current_call_context
 from dspy_otel.core.errors import hide_frames
+from dspy_otel.core.internal_errors import guard
 from dspy_otel.core.operation import Call, detach
 from dspy_otel.optimizers.run import MEAN, CompileState, Run
 from dspy_otel.optimizers.tracker import Evaluation, Phase, Tracker, Trial, mean_of, tracks
@@ -182,7 +183,6 @@ class _Observed:
 def patch(optimizers: Optimizers, patches: Patches) -> None:
     """Steps, what each pair runs, and the evaluations as a whole."""
     _strategies.optimizers = optimizers
-    telemetry = optimizers.telemetry
     module = resolve("dspy.teleprompt.simba")
 
     def tracker() -> SIMBATracker | None:
@@ -193,7 +193,8 @@ def patch(optimizers: Optimizers, patches: Patches) -> None:
         def prepare_models_for_resampling(*args: Any, **kwargs: Any) -> Any:
             current = tracker()
             if current is not None:
-                telemetry.safely("SIMBA step", None, current.new_step)
+                with guard("SIMBA step"):
+                    current.new_step()
             return original(*args, **kwargs)
 
         return prepare_models_for_resampling
@@ -204,7 +205,7 @@ def patch(optimizers: Optimizers, patches: Patches) -> None:
             function = original(program, metric, *args, **kwargs)
             if tracker() is None:
                 return function
-            return telemetry.safely("SIMBA program", function, _Observed, function, program, metric)
+            return guard("SIMBA program")(_Observed)(function, program, metric) or function
 
         return wrap_program
 
@@ -220,26 +221,30 @@ def patch(optimizers: Optimizers, patches: Patches) -> None:
         def evaluate_observed(self_: Any, *args: Any, **kwargs: Any) -> Any:
             current = tracker()
             pairs = args[0] if args and isinstance(args[0], list) else None
-            if current is not None and pairs == [] and telemetry.safely("SIMBA evaluation", None, _in_compile):
+            if current is not None and pairs == [] and guard("SIMBA evaluation")(_in_compile)():
                 # Every strategy has failed: there is no candidate to score.
-                telemetry.safely("SIMBA evaluation", None, current.evaluated, [])
+                with guard("SIMBA evaluation"):
+                    current.evaluated([])
             if current is None or not pairs or not isinstance(pairs[0][0], _Observed):
                 return original(self_, *args, **kwargs)
-            about = telemetry.safely("SIMBA evaluation", None, current.phase)
+            about = guard("SIMBA evaluation")(current.phase)()
             phase = None if about is None else optimizers.phases.open(about, (), {})
             none: list[_Group] = []
-            groups = telemetry.safely("SIMBA evaluation", none, _open_groups, optimizers, current, pairs, self_)
+            groups = guard("SIMBA evaluation")(_open_groups)(optimizers, current, pairs, self_) or none
             try:
                 results = original(self_, *args, **kwargs)
             except BaseException as error:
-                telemetry.safely("SIMBA evaluation", None, _close_groups, optimizers, groups, None, error)
+                with guard("SIMBA evaluation"):
+                    _close_groups(optimizers, groups, None, error)
                 if phase is not None:
                     optimizers.phases.close(phase, None, error)
                 raise
-            telemetry.safely("SIMBA evaluation", None, _close_groups, optimizers, groups, results, None)
+            with guard("SIMBA evaluation"):
+                _close_groups(optimizers, groups, results, None)
             if phase is not None:
                 optimizers.phases.close(phase, results, None)
-            telemetry.safely("SIMBA evaluation", None, _evaluated, current, groups)
+            with guard("SIMBA evaluation"):
+                _evaluated(current, groups)
             return results
 
         return __call__
