@@ -451,7 +451,7 @@ def functions() -> dict[str, tuple[Any, str]]:
                     continue
                 if inspect.isfunction(value):
                     places[f"{short}.{name}"] = (module, name)
-                elif inspect.isclass(value):
+                elif inspect.isclass(value) and not getattr(value, "_is_protocol", False):
                     for method, function in vars(value).items():
                         if isinstance(function, (types.FunctionType, property, classmethod, staticmethod)):
                             places[f"{short}.{name}.{method}"] = (value, method)
