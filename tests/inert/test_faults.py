@@ -413,7 +413,7 @@ MACHINERY = {
     *("core.internal_errors.failed", "core.internal_errors.warn_once", "core.internal_errors.reset_warnings"),
     *(f"core.internal_errors.guard.{method}" for method in ("__init__", "__enter__", "__exit__", "__call__")),
     *("core.operation.detach", "core.operation._return_to"),
-    "optimizers.enclosing.EnclosedOperation.open",
+    *("optimizers.enclosing.EnclosedOperation.open", "optimizers.enclosing.EnclosedOperation._open_inside"),
     *("core.operation.Operation.open", "core.operation.Operation.close", "core.operation.Operation.fail"),
     *("core.operation.safe_open", "core.operation.safe_close", "core.operation._continue"),
     *("core.operation.Operation.__reduce__", "core.operation._NothingToRecord.__reduce__"),
@@ -682,10 +682,11 @@ def resumed() -> Any:
 
 
 NEVER_CALLED = re.compile(
-    r"optimizers\.(finetune|reanchor|progress|memory)\.|interpreter|typed|_CountedStream|_counted_stream"
+    r"optimizers\.(trackers\.)?(finetune|reanchor|progress)\.|interpreter|typed|_CountedStream|_counted_stream"
     r"|record_(chunk|retry)|count_chunk|_suppression_keys|simba\._in_compile|older_dspy\.|on_merge_rejected"
-    r"|formatting_without|propagation\._typed|Asking\.of|\.__init__$|\.Telemetry\.(_make|_after_fork|__)"
-    r"|is_trace_id_random|parent_of_process|gepa\.(Silent|Old)GEPATracker|gepa\._takes|\.(Operation|Tracker|Blob|SpanFactory)\.\w+$|_Pending|_moment|moment$"
+    r"|formatting_without|propagation\._typed|\.DeferredSpan\.|Asking\.of|\.__init__$|\.Telemetry\.(_make|_after_fork|__)"
+    r"|is_trace_id_random|parent_of_process|gepa\.(Silent|Old)GEPATracker|gepa\._takes"
+    r"|\.((Enclosed)?Operation|Tracker|Blob|SpanFactory)\.\w+$|_Pending|_moment|moment$"
     r"|\.Walker\.(text|integer|real|other|entry|cut|stop)$|_Canonical\.cut"
 )
 """Not in a scenario here: other versions of DSPy, GEPA or the SDK, a terminal, a stream, fine-tuning, what runs at

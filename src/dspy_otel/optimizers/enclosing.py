@@ -5,10 +5,8 @@ from __future__ import annotations
 import functools
 from typing import Any, Final
 
-from opentelemetry.context import get_current
-
 from dspy_otel.core.internal_errors import guard
-from dspy_otel.core.operation import Call, Operation
+from dspy_otel.core.operation import Call, Operation, safe_open
 from dspy_otel.optimizers.run import Run
 
 _ENCLOSING: Final = guard("span around an optimizer's call")
@@ -30,6 +28,12 @@ class EnclosedOperation(Operation, safe=True):
     ) -> Call | None:
         if not Run.live:
             return super().open(instance, args, kwargs, override_of)
+        return self._open_inside(instance, args, kwargs, override_of)
+
+    @safe_open
+    def _open_inside(
+        self, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any], override_of: type | None = None
+    ) -> Call | None:
         return self.open_both(instance, args, kwargs, override_of)[1]
 
     def open_both(
@@ -37,7 +41,6 @@ class EnclosedOperation(Operation, safe=True):
     ) -> tuple[Call | None, Call | None]:
         """Like :meth:`open`. Gives the call around this one as well, if there is one."""
         enclosing: Call | None = None
-        outside = get_current()
         with _ENCLOSING:
             if self.telemetry.enabled():
                 enclosing = self.enclose(instance, args, kwargs)
@@ -47,6 +50,5 @@ class EnclosedOperation(Operation, safe=True):
         if call is None:
             enclosing.operation.close(enclosing, None, None)
             return None, None
-        call.outside = outside
         call.on_closed = functools.partial(self.close_enclosing, enclosing)
         return enclosing, call
