@@ -49,7 +49,7 @@ def test_kafka_spreads_traces_over_gateways_and_keeps_each_whole(tmp_path: Path)
                 root.end()
 
         send(20)
-        stack.enter_context(running(kafka, 120))
+        stack.enter_context(running(kafka))
         gateways: list[Collector] = []
         for number, receiver in enumerate(receivers):
             directory = tmp_path / f"gateway{number}"

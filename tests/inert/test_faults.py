@@ -212,8 +212,11 @@ class Numbers(IdGenerator):
     generate_span_id = generate_trace_id = boom
 
 
+_NEVER = threading.Event()
+
+
 def hang(_: Any) -> SpanExportResult:
-    time.sleep(100 * STALLED)
+    _NEVER.wait()
     return SpanExportResult.SUCCESS
 
 
@@ -296,9 +299,7 @@ TRACER_FAULTS: dict[str, Callable[[], TracerProvider]] = {
 def test_faulty_tracing(fault: str, warnings: list[str]) -> None:
     expected = bare()
     dspy_otel.instrument(tracer_provider=TRACER_FAULTS[fault](), capture_content="span_and_event")
-    started = time.monotonic()
-    assert_unharmed(warnings, expected)
-    assert time.monotonic() - started < 10 * STALLED, "it waited for the exporter"
+    assert_unharmed(warnings, expected)  # an exporter that hangs does so for ever: whoever waits for it never gets here
 
 
 def _faulty_reader() -> Any:

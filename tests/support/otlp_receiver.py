@@ -12,7 +12,7 @@ from __future__ import annotations
 import gzip
 import threading
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -24,8 +24,6 @@ from opentelemetry.proto.collector.logs.v1 import logs_service_pb2, logs_service
 from opentelemetry.proto.collector.metrics.v1 import metrics_service_pb2, metrics_service_pb2_grpc
 from opentelemetry.proto.collector.trace.v1 import trace_service_pb2, trace_service_pb2_grpc
 from opentelemetry.proto.common.v1.common_pb2 import AnyValue
-
-from tests.support.waiting import STALLED
 
 Signal = Literal["traces", "metrics", "logs"]
 Transport = Literal["grpc", "http"]
@@ -146,14 +144,6 @@ class OtlpReceiver:
             for scope in resource.scope_logs
             for record in scope.log_records
         ]
-
-    def wait_for(self, condition: Callable[[], object]) -> bool:
-        """Wait until ``condition()`` holds, as long as requests arrive, and say whether it came to hold."""
-        with self._arrived:
-            while not condition():
-                if not self._arrived.wait(STALLED):
-                    return bool(condition())
-        return True
 
     def _spans(self) -> Iterator[ReceivedSpan]:
         for request in self.requests("traces"):

@@ -43,7 +43,7 @@ def wait_for(
             found = condition()
             state: Any = found if progress is None else progress()
         except ignored as error:
-            found, state = None, repr(error)  # type: ignore[assignment]
+            found, state = None, type(error)  # type: ignore[assignment]
         if found:
             return found
         now = time.monotonic()

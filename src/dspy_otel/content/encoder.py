@@ -34,7 +34,7 @@ from dspy_otel.content.introspection import (
     name_of,
     slot,
 )
-from dspy_otel.content.truncation import MARK, MARK_SIZE, MIN_LIMIT, MORE, encode, fit, size_of, utf8
+from dspy_otel.content.truncation import MARK, MARK_SIZE, MIN_LIMIT, MORE, encode, fit, repaired, size_of
 from dspy_otel.content.walker import Walker
 
 MAX_DEPTH: Final = 16
@@ -454,13 +454,13 @@ class Content:
         # Four bytes is the most a character takes.
         if 4 * len(text) > self.limit and size_of(text) > self.limit:
             text = encode(fit(plain, self.limit))
-        return utf8(text)
+        return repaired(text)
 
     def text(self, value: Any) -> str:
         """One piece of text (a string as it is, anything else as JSON), of at most ``limit`` bytes."""
         if not issubclass(type(value), str):
             return self.json(value)
-        text = utf8(_ContentWalker(self).show(value, self.limit))
+        text = repaired(_ContentWalker(self).show(value, self.limit))
         data = text.encode("utf-8")
         if len(data) <= self.limit:
             return text

@@ -92,8 +92,10 @@ def _fit_text(text: str, room: int) -> str:
     return shown + MARK.format(cut, "characters") if cut else shown
 
 
-def utf8(text: str) -> str:
-    """``text`` with lone surrogates replaced (OTLP carries UTF-8 only), and pairs joined."""
+def repaired(text: str) -> str:
+    """``text`` with half characters (lone surrogates) replaced: OTLP carries UTF-8 only, and one costs its batch."""
+    if text.isascii():
+        return text
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:

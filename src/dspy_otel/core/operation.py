@@ -29,7 +29,7 @@ from opentelemetry.trace import (
 )
 
 from dspy_otel import semconv
-from dspy_otel.core.attributes import Attributes
+from dspy_otel.core.attributes import Attributes, repair, sendable
 from dspy_otel.core.call_context import CallContext, current_call_context, inside, suppressed
 from dspy_otel.core.errors import Recorded, error_type, exception_attributes, hide_frames
 from dspy_otel.core.internal_errors import failed
@@ -235,8 +235,10 @@ class Operation:
         call.on_closed = None
         call.closed = False
         call.token = None
+        # The one place where names and values enter a span, with the end of the call: whoever gave them.
+        repair(start.attributes)
         call.span = (telemetry.tracer if context.deferred is None else context.deferred).start_span(
-            start.name,
+            sendable(start.name),
             outside,
             start.kind,
             start.attributes,
@@ -287,6 +289,7 @@ class Operation:
                 failed(f"result of {self.kind}", problem)
         try:
             if call.attributes:
+                repair(call.attributes)
                 call.span.set_attributes(call.attributes)
             if call.identity is not None and getattr(call.span, "dropped_attributes", None):
                 call.span.set_attributes(call.identity)  # what is set a second time becomes the newest
@@ -319,6 +322,7 @@ class Operation:
         if recorded is not None and recorded.is_(error, self.kind):
             return
         attributes = exception_attributes(error, content)
+        repair(attributes)
         message = attributes.get(semconv.EXCEPTION_MESSAGE)
         if isinstance(message, str):
             span.set_status(Status(StatusCode.ERROR, message))

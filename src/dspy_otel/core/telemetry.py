@@ -18,7 +18,7 @@ from opentelemetry.trace import ProxyTracer, Span, Tracer, TracerProvider
 from dspy_otel import semconv
 from dspy_otel.config import Config
 from dspy_otel.content.encoder import Content
-from dspy_otel.core.attributes import Attributes
+from dspy_otel.core.attributes import Attributes, repair
 from dspy_otel.core.call_context import current_call_context, suppressed, without_call_context
 from dspy_otel.core.id_generator import with_system_ids
 from dspy_otel.core.internal_errors import guard
@@ -127,6 +127,7 @@ class Telemetry:
 
     def emit_event(self, name: str, attributes: Attributes, context: Context) -> None:
         """Emit a log event that belongs to the span in ``context``."""
+        repair(attributes)
         # As a record: SDKs before 1.38 do not take its parts as arguments.
         kept = without_call_context(context)  # until the record is exported
         self.logger.emit(
@@ -136,4 +137,5 @@ class Telemetry:
     def add_event(self, span: Span | None, name: str, attributes: Attributes) -> None:
         """Add a span event, if the span is still open and recorded."""
         if span is not None and span.is_recording():
+            repair(attributes)
             span.add_event(name, attributes)
