@@ -18,19 +18,19 @@ def test_half_a_character_in_names_and_values_is_replaced_on_the_way_into_a_span
     def look_up(query: str) -> str:
         raise LookupError(f"nothing for {query} {HALF}")
 
-    def metric(example: Any, prediction: Any, trace: Any = None) -> float:
-        return 1.0
+    class Named:
+        __name__ = f"metric {HALF}"
 
-    metric.__name__ = f"metric {HALF}"
-    program = type(
-        f"Program {HALF}", (dspy.Module,), {"forward": lambda self, question: self.inner(question=question)}
-    )()
+        def __call__(self, example: Any, prediction: Any, trace: Any = None) -> float:
+            return 1.0
+
+    program = type("Program", (dspy.Module,), {"forward": lambda self, question: self.inner(question=question)})()
     program.inner = dspy.Predict("question -> answer")
     tool = dspy.Tool(look_up)  # pydantic refuses half a character in its name
     with dspy.context(lm=DummyLM([{"answer": f"Bern {HALF}"}] * 2)):
         program(question=HALF)
         rows = [dspy.Example(question=HALF, answer="a").with_inputs("question")]
-        dspy.Evaluate(devset=rows, metric=metric, num_threads=1, display_progress=False)(program)
+        dspy.Evaluate(devset=rows, metric=Named(), num_threads=1, display_progress=False)(program)
         with pytest.raises(LookupError):
             tool(query="q")
     spans = telemetry.spans
