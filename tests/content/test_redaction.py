@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import base64
 import json
+import re
+import subprocess
+import sys
+import time
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dspy_otel.content import redaction
+from dspy_otel.content import redaction, secret_rules
 from dspy_otel.content.encoder import Content
+from tests.content import secrets_corpus
 
 BODY = "aB3dE5fG7hJ9kL1mN3pQ5rS7tU9vW1xY3zA5bC7d"
 HEX = "0123456789abcdef0123456789abcdef"
@@ -220,16 +225,163 @@ def test_masking_never_fails_and_masked_text_stays_as_it_is(text: str) -> None:
     assert redaction.mask(once) == once
 
 
-def test_the_cost_of_masking_grows_with_the_text_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Texts made to be slow for patterns take no more than their share of steps."""
-    calls: list[Any] = []
-    judge = redaction._secret_in_run
-    monkeypatch.setattr(redaction, "_secret_in_run", lambda *args: calls.append(1) or judge(*args))
-    for text in ("a" * 20 + " ", "eyJ" + "a" * 12 + ".", "://a:", "password=", "sk-" + "-" * 15, "Bearer "):
-        calls.clear()
-        many = text * (65536 // len(text))
-        redaction.mask(many)
-        assert len(calls) <= len(many) // 15
+SLOW = [
+    *(
+        "a" * 20 + " ",
+        "eyJ" + "a" * 12 + ".",
+        "eyJ-",
+        "eyJ" + "a" * 8,
+        "://a:",
+        "://a:b",
+        "password=",
+        "password: ",
+        "sk-",
+    ),
+    *(
+        "sk-" + "-" * 15,
+        "sk-" + "a" * 15,
+        "Bearer ",
+        "bearer a",
+        "-",
+        "--",
+        " --key ",
+        "_",
+        "key=",
+        "key: a1",
+        '"key", "',
+    ),
+    *(
+        "'secret', ",
+        '\\"',
+        '\\\\"',
+        "name: key, value: ",
+        "<key>",
+        "</",
+        "-----BEGIN PRIVATE KEY-----",
+        "basic ",
+        " -u a",
+    ),
+    *(
+        "AKIA" + "A" * 16,
+        "cookie: a=",
+        "authorization: ",
+        "api key ",
+        "value=",
+        "value: ",
+        "A" * 40 + "/",
+        ": ",
+        "=",
+        "'",
+        "é",
+    ),
+    *(
+        "s-s4t2ud-",
+        "PuTTY-User-Key-File-",
+        "pat." + "a" * 22,
+        "1" * 15 + "|",
+        "M" + "a" * 23 + ".",
+        "@",
+        "://" + "a1" * 8,
+    ),
+]
+
+
+@pytest.mark.parametrize("text", SLOW)
+def test_the_cost_of_masking_grows_with_the_text_only(text: str) -> None:
+    """Texts made to be slow for expressions: sixteen times the text is 16 times the work, and would be 256 if it grew
+    with the square."""
+
+    def cost(length: int) -> float:
+        many, times = text * (length // len(text)), []
+        for _ in range(3):
+            start = time.process_time()
+            redaction.mask(many)
+            times.append(time.process_time() - start)
+        return min(times)
+
+    cost(1000)  # compiles
+    assert cost(128_000) < 80 * max(cost(8000), 0.0002)
+
+
+def test_secrets_in_text_are_masked() -> None:
+    corpus = secrets_corpus.texts()
+    missed = [secret.shape for secret in corpus if secret.secret in redaction.mask(secret.content)]
+    assert len(corpus) > 300
+    assert len(missed) <= len(corpus) // 50, missed
+
+
+def by_name(value: Any) -> Any:
+    """``value`` as callers mask it that know names and pairs."""
+    if isinstance(value, dict):
+        own = redaction.named(value)
+        return {
+            key: redaction.MASK if key == own or redaction.hides(key, item) else by_name(item)
+            for key, item in value.items()
+        }
+    if isinstance(value, (list, tuple)):
+        if len(value) == 2 and redaction.hides_pair(*value):
+            return [by_name(value[0]), redaction.MASK]
+        return [by_name(item) for item in value]
+    return redaction.mask(value) if isinstance(value, str) else value
+
+
+def test_secrets_under_names_are_masked() -> None:
+    corpus = secrets_corpus.values()
+    missed = [secret.shape for secret in corpus if secret.secret in repr(by_name(secret.content))]
+    assert len(corpus) >= 100
+    assert not missed
+
+
+def test_ordinary_values_stand_under_names_and_beside_them() -> None:
+    for value in (
+        [
+            ("password", "username"),
+            ["token", "the"],
+            ["secret", "santa"],
+            ("key", 17),
+            (["password"], 2),
+            ("a", "b"),
+        ],
+        {"name": "city", "value": "Paris"},
+        {"name": "api_key", "value": None},
+        {"key": 3, "value": "password"},
+        {"name": "token", "value": "the"},
+    ):
+        assert json.dumps(by_name(value)) == json.dumps(value)
+
+
+def test_ordinary_texts_are_left_alone() -> None:
+    texts = list(secrets_corpus.ordinary())
+    assert len(texts) == 10_000
+    masked = [text for text in texts if redaction.mask(text) != text]
+    assert len(masked) <= 10, masked[:3]
+
+
+def test_nothing_is_compiled_or_imported_before_it_is_needed() -> None:
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            "import sys, dspy_otel.content.redaction; print('dspy_otel.content.secret_rules' in sys.modules)",
+        ],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.strip() == "False"
+
+
+def test_every_row_of_the_table_can_be_found() -> None:
+    """What :class:`Key` and :class:`Shape` promise: no long needles, none that hides behind another row's."""
+    needles = [needle for key in secret_rules.KEYS for needle in key.needles]
+    assert len(needles) == len(set(needles))
+    for needle in needles:
+        run = re.search(r"[\w\-]*\Z", needle).group()
+        assert len(needle) - len(run) <= redaction._LONGEST_NEEDLE, needle
+    shapes = (*secret_rules.SHAPES, *secret_rules.URLS)
+    for pattern in (*(key.pattern for key in secret_rules.KEYS), *(shape.pattern for shape in shapes)):
+        assert not re.search(r"\(\?(?:[=!]|<[=!])", pattern), "RE2 has no lookaround"
+        assert re.compile(pattern).groups <= 2
 
 
 def test_secret_settings_are_known_from_then_on_wherever_they_hide() -> None:

@@ -1,4 +1,9 @@
-"""Keys, tokens and passwords are masked wherever they hide, whatever is switched on."""
+"""Keys, tokens and passwords are masked wherever they hide, whatever is switched on.
+
+They are found by their look, by the name they stand under (:mod:`dspy_otel.content.secret_rules` is the table of both),
+and by their value, where it is known. The cost of looking is linear: a text is read a few times by functions written in
+C, and an expression runs only where one of those has found the beginning of a key or the name of a secret.
+"""
 
 from __future__ import annotations
 
@@ -7,28 +12,28 @@ import json
 import os
 import re
 import time
-from collections.abc import Callable, Mapping
-from itertools import islice
-from typing import Any, Final
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import accumulate, islice, product
+from typing import Any, Final, NamedTuple
 
 MASK: Final = "[masked]"
 
 
 class _Pattern:
-    """A regular expression that is compiled when it is first used: importing must be cheap."""
+    """A regular expression over ASCII bytes, compiled when it is first used: there are many, and few are ever used."""
 
-    search: Callable[..., re.Match[str] | None]
-    match: Callable[..., re.Match[str] | None]
-    sub: Callable[..., str]
+    search: Callable[..., re.Match[bytes] | None]
+    match: Callable[..., re.Match[bytes] | None]
+    finditer: Callable[..., Iterator[re.Match[bytes]]]
 
     def __init__(self, source: str, flags: int = 0) -> None:
         self._source = source
         self._flags = flags
 
     def __getattr__(self, name: str) -> Any:
-        if name not in ("search", "match", "sub"):
+        if name not in ("search", "match", "finditer"):
             raise AttributeError(name)
-        method = getattr(re.compile(self._source, self._flags), name)
+        method = getattr(re.compile(self._source.encode("ascii"), self._flags), name)
         setattr(self, name, method)  # found directly from now on
         return method
 
@@ -37,20 +42,14 @@ class _Pattern:
 # Names are compared in snake case: `X-Api-Key`, `apiKey` and `API_KEY` are all `api_key`.
 _ACRONYM: Final = re.compile(r"(?<=[A-Z])(?=[A-Z][a-z])|(?<=[a-z0-9])(?=[A-Z])")
 _SEPARATORS: Final = re.compile(r"[^a-z0-9]+")
-_SECRET_NAME: Final = re.compile(
-    r"(?:^|_)(?:"
-    r"api_?keys?|access_?key(?:_id)?|secret_?key|private_?key|subscription_key|signing_key|encryption_key|account_key|"
-    r"auth|authorization|authentication_token|x_auth|basic_auth|"
-    r"(?:client_|app_|shared_|webhook_|consumer_)?secrets?|secret_(?:access_key|token|id|value)|"
-    r"password|passwd|passphrase|pwd|credentials?|set_cookie|cookies?|bearer|jwt|"
-    r"(?:access|auth|refresh|session|security|bearer|hf|hub|github|gitlab|slack|api|id|ad|csrf|oauth|personal_access)"
-    r"_token"
-    r")$"
-)
+_NO_PART: Final = frozenset({"b64", "base64"})
+_MOST_PARTS: Final = 4
 # `token` alone is a word of language models too: under such a name, only what looks like a credential is masked.
-_DOUBTFUL_NAME: Final = re.compile(r"(?:^|_)(?:token|key|session|signature|dsn|connection_string)$")
 _CREDENTIAL: Final = re.compile(r"(?=[^0-9]*[0-9])(?=[^A-Za-z]*[A-Za-z])[\x21-\x7e]{16,}")
+_WORD: Final = re.compile(r"[a-z][a-z_\-]*")
 _LONGEST_NAME: Final = 128
+_NAMING: Final = ("name", "key", "header", "field", "parameter", "param", "variable", "property", "Name", "Key")
+_NAMED: Final = ("value", "val", "content", "Value")
 
 # --- by look -----------------------------------------------------------------------------------------------------
 _RUN: Final = 15
@@ -59,41 +58,19 @@ _RUN_BYTES: Final = b"x" * _RUN
 _RUN_TABLE: Final = bytes(
     120 if byte < 128 and (chr(byte).isalnum() or chr(byte) in "_-") else 32 for byte in range(256)
 )
-_KEY: Final = _Pattern(
-    r"(?<![A-Za-z0-9])(?:"
-    r"[srp]k-(?!learn)[\w\-]{12,}|[sr]k_(?:live|test)_\w{10,}|csk-\w{12,}|"
-    r"A(?:KIA|SIA|GPA|ROA|IDA)[0-9A-Z]{16}|AIza[\w\-]{30,}|"
-    r"gh[pousr]_\w{16,}|github_pat_\w{16,}|gl(?:pat|rt|dt)-[\w\-]{12,}|"
-    r"hf_[A-Za-z0-9]{12,}|gsk_[A-Za-z0-9]{12,}|xai-\w{12,}|nvapi-[\w\-]{12,}|pplx-\w{12,}|r8_\w{12,}|fw_\w{16,}|jina_\w{16,}|"
-    r"tvly-[\w\-]{10,}|"
-    r"lsv2_\w{12,}|dapi[0-9a-f]{32}|npm_\w{30,}|pypi-[\w\-]{16,}|xox[abeoprs]-[\w\-]{10,}|xapp-[\w\-]{10,}|"
-    r"whsec_\w{12,}|shpat_\w{12,}|dop_v1_\w{12,}|AGE-SECRET-KEY-\w{12,}"
-    r")"
-)
-_DOTTED: Final = _Pattern(
-    # A JWT, also one that the end of the text cuts off; Google's OAuth tokens; SendGrid's keys.
-    r"eyJ[\w\-]{8,}(?:\.[\w\-]{8,}(?:\.[\w\-]*)?|\.?[\w\-]*\Z)|ya29\.[\w\-.]{12,}|SG\.[\w\-]{16,}\.[\w\-]{16,}"
-)
-_ASSIGNED: Final = _Pattern(
-    r"""(?:api[_\- ]?key|subscription-key|access[_\- ]?key|account[_\- ]?key|secret|token|authorization|password|sig)"""
-    r"""\\?["']?\s?[:=]\s?\\?["']?(?:[A-Za-z]+\s)?\Z""",
+_LONGEST_NEEDLE: Final = 12
+"""How far before a run a key may begin whose first letters are not part of it (``SG.``)."""
+
+# --- by name, in text --------------------------------------------------------------------------------------------
+_AROUND_NAME: Final = b" \t\\\"'`[]!"
+_NAME_BEFORE: Final = _Pattern(r"(?:[\s\S]*[^A-Za-z0-9_.\- ])?([A-Za-z0-9_.\- ]{2,})")
+_NAME_WINDOW: Final = 80
+_NAMING_WINDOW: Final = 160
+_LONGEST_WORD: Final = 20
+_NAMING_BEFORE: Final = _Pattern(
+    r"[\s\S]*\b(?:name|key|header|field|parameter|param|variable|property|id)[\\\"']{0,4}\s{0,4}[:=]\s{0,4}[\\\"']{0,4}"
+    r"([\w.\-]{2,64})[\\\"']{0,4}[,\s]{0,40}[\\\"']{0,4}(?:value|val)\Z",
     re.IGNORECASE,
-)
-_TOKEN: Final = _Pattern(r"[\w\-.~+/]+=*")
-# Each beside a cheap `in` that decides whether it is worth running; each begins with literal text, which is fast.
-_PATTERNS: Final = tuple(
-    (needle, _Pattern(pattern), replacement)
-    for needle, pattern, replacement in (
-        ("earer ", r"earer (?=\S*[0-9=~+_]|\S*[a-z][A-Z])[\w\-.~+/]{8,}=*", f"earer {MASK}"),
-        ("asic ", r"asic (?=\S*[0-9=]|\S*[a-z][A-Z])[A-Za-z0-9+/\-_]{12,}=*", f"asic {MASK}"),
-        (
-            "PRIVATE KEY",
-            r"PRIVATE KEY(?: BLOCK)?-----[\s\S]*?(?:-----END [A-Z ]{0,32}PRIVATE KEY(?: BLOCK)?-----|\Z)",
-            f"PRIVATE KEY-----{MASK}",
-        ),
-        ("://", r"://[^\s/:@\"'<>]{0,128}:[^\s/@\"'<>]{1,256}@", f"://{MASK}@"),
-        ("assword", r"assword((?:\\?[\"'])?[:=]\\?[\"']?|\\?[\"']: ?\\?[\"'])[^\s\"'&;,\\]{4,}", rf"assword\1{MASK}"),
-    )
 )
 
 # --- by value ----------------------------------------------------------------------------------------------------
@@ -105,16 +82,53 @@ _LONGEST_JSON: Final = 16_384
 _known: dict[str, None] = {}
 _PAUSE: Final = 1.0
 _environment_seen = (float("-inf"), 0)
-_LOGIN: Final = _Pattern(r"https?://[^\s/:@]{0,128}:([^\s/@]{1,256})@")
+_LOGIN: Final = re.compile(r"https?://[^\s/:@]{0,128}:([^\s/@]{1,256})@")
 _NESTED: Final = 4
 _MOST_SETTINGS: Final = 1000
+
+
+class _Names(NamedTuple):
+    """The table's names without separators, with their kind: of values, and in text."""
+
+    of_values: dict[str, int]
+    in_text: dict[str, int]
+
+
+@functools.lru_cache(maxsize=1)
+def _names() -> _Names:
+    from dspy_otel.content.secret_rules import NAMES, Where
+
+    names = _Names({}, {})
+    for row in NAMES:
+        words = {word.replace("_", ""): int(row.kind) for word in row.words}
+        if row.where is not Where.TEXT:
+            names.of_values.update(words)
+        if row.where is not Where.NAME:
+            names.in_text.update(words)
+    return names
+
+
+def _kind(name: str, names: dict[str, int]) -> int:
+    parts = [part for part in _SEPARATORS.split(_ACRONYM.sub("_", name).lower()) if part]
+    while len(parts) > 1 and (parts[-1].isdigit() or parts[-1] in _NO_PART):
+        parts.pop()
+    if not parts:
+        return 0
+    parts[-1] = parts[-1].rstrip("0123456789") or parts[-1]
+    parts = parts[-_MOST_PARTS:]
+    return next((kind for first in range(len(parts)) if (kind := names.get("".join(parts[first:]), 0))), 0)
 
 
 @functools.lru_cache(maxsize=2048)
 def _name_kind(name: str) -> int:
     """2: holds a secret; 1: might hold one; 0: does not."""
-    plain = _SEPARATORS.sub("_", _ACRONYM.sub("_", name).lower()).strip("_")
-    return 2 if _SECRET_NAME.search(plain) else 1 if _DOUBTFUL_NAME.search(plain) else 0
+    return _kind(name, _names().of_values)
+
+
+@functools.lru_cache(maxsize=512)
+def _text_kind(name: bytes) -> int:
+    """The kind of a name that was found in a text; 0: no secret stands under it."""
+    return _kind(name.decode("ascii"), _names().in_text)
 
 
 def is_secret_name(name: str) -> bool:
@@ -133,6 +147,38 @@ def hides(name: str, value: Any) -> bool:
     if not kind or value is None or (type(value) is str and not value):
         return False
     return kind == 2 or (kind == 1 and type(value) is str and _CREDENTIAL.fullmatch(value, 0, 4096) is not None)
+
+
+def hides_pair(name: Any, value: Any) -> bool:
+    """Whether ``value`` must be masked because it stands beside its name: ``("Authorization", "Bearer ...")``.
+
+    A pair of two plain words (``["password", "username"]``) is a list of names, not a name and its value.
+
+    Args:
+        name: the first of two items; ``str`` or, as in ASGI's headers, ``bytes``. Anything else names nothing.
+        value: the second.
+    """
+    if type(name) is bytes and len(name) <= _LONGEST_NAME:
+        name = name.decode("latin-1")
+    if type(name) is not str or not hides(name, value):
+        return False
+    return not (type(value) is str and len(value) <= _LONGEST_NAME and _WORD.fullmatch(value))
+
+
+def named(fields: Mapping[str, Any]) -> str | None:
+    """The key whose value must be masked because another entry names it: ``{"name": "api_key", "value": "..."}``.
+
+    Args:
+        fields: a dictionary whose keys are all exactly ``str``: others could run code of the user's when compared.
+    """
+    for key in _NAMED:
+        if key in fields:
+            value = fields[key]
+            for naming in _NAMING:
+                name = fields.get(naming)
+                if type(name) is str and hides(name, value):
+                    return key
+    return None
 
 
 def remember(value: Any) -> None:
@@ -204,6 +250,73 @@ def lookahead() -> int:
     return max(_LONGEST, *map(len, tuple(_known))) if _known else _LONGEST
 
 
+class _Rules(NamedTuple):
+    """The table, ready for use."""
+
+    heads: _Pattern
+    keys: dict[bytes, tuple[tuple[_Pattern, _Pattern | None], ...]]
+    runs: tuple[tuple[int, _Pattern], ...]
+    shapes: tuple[tuple[bytes, tuple[_Pattern, ...]], ...]
+    urls: tuple[_Pattern, ...]
+    flag: _Pattern
+    element: _Pattern
+    values: dict[int, tuple[_Pattern, ...]]
+    tails: frozenset[bytes]
+    last_words: tuple[bytes, ...]
+
+
+@functools.lru_cache(maxsize=1)
+def _rules() -> _Rules:
+    from dspy_otel.content.secret_rules import ELEMENT, FLAG, KEYS, NAMES, SHAPES, URLS, VALUES, Where
+
+    by_needle: dict[str, list[tuple[_Pattern, _Pattern | None]]] = {}
+    for key in KEYS:
+        for needle in key.needles:
+            before = _Pattern(rf"(?:{key.before})\Z") if key.before else None
+            by_needle.setdefault(needle, []).append((_Pattern(re.escape(needle) + key.pattern), before))
+    by_first: dict[str, list[str]] = {}
+    for needle in sorted(by_needle, key=len, reverse=True):
+        by_first.setdefault(needle[0], []).append(re.escape(needle[1:]))
+    heads = "|".join(f"{re.escape(first)}(?:{'|'.join(rest)})" for first, rest in by_first.items())
+    # Where one needle begins another, the rows of both may apply.
+    keys = {
+        needle.encode(): tuple(rule for other, rules in by_needle.items() if needle.startswith(other) for rule in rules)
+        for needle in by_needle
+    }
+    words = [word for row in NAMES if row.where is not Where.NAME for word in row.words]
+    last_words = {"value", "val", *(word.rpartition("_")[2] for word in words if not word.endswith("_id"))}
+    for word in words:
+        if word.endswith("_id"):  # Too short to tell anything: with the word before.
+            last_words |= {f"{word.split('_')[-2]}{separator}id" for separator in ("", "_", "-", ".")}
+    return _Rules(
+        _Pattern(f"(?<![A-Za-z0-9])(?:{heads})"),
+        keys,
+        tuple(
+            (back, _Pattern("|".join(shape.pattern for shape in SHAPES if not shape.needle and shape.back == back)))
+            for back in dict.fromkeys(shape.back for shape in SHAPES if not shape.needle)
+        ),
+        tuple(
+            (needle.encode(), tuple(_Pattern(shape.pattern) for shape in SHAPES if shape.needle == needle))
+            for needle in dict.fromkeys(shape.needle for shape in SHAPES if shape.needle)
+        ),
+        tuple(_Pattern(shape.pattern) for shape in URLS),
+        _Pattern(FLAG),
+        _Pattern(ELEMENT),
+        {row.kind: tuple(_Pattern(pattern, re.IGNORECASE) for pattern in row.patterns) for row in VALUES},
+        _in_any_case({word[-3:] for word in last_words}),
+        tuple(word.encode() for word in sorted(last_words)),
+    )
+
+
+def _in_any_case(words: Iterable[str]) -> frozenset[bytes]:
+    """Each word in every mixture of small and capital letters: cheaper than to make a whole text small."""
+    return frozenset(
+        "".join(letters).encode()
+        for word in words
+        for letters in product(*((letter, letter.upper()) for letter in word))
+    )
+
+
 def mask(text: str) -> str:
     """``text`` without the secrets that can be recognised in it."""
     if len(text) < _MIN_LENGTH:
@@ -211,10 +324,16 @@ def mask(text: str) -> str:
     for known in tuple(_known):
         if known in text:
             text = text.replace(known, MASK)
-    for needle, pattern, replacement in _PATTERNS:
-        if needle in text:
-            text = pattern.sub(replacement, text)
-    return _mask_runs(text) if len(text) >= _RUN else text
+    spans = _secrets(text)
+    if not spans:
+        return text
+    pieces: list[str] = []
+    done = 0
+    for start, end in sorted(spans):
+        if start >= done:
+            pieces += (text[done:start], MASK)
+        done = max(done, end)
+    return "".join((*pieces, text[done:]))
 
 
 def suspect(text: str) -> bool:
@@ -223,52 +342,137 @@ def suspect(text: str) -> bool:
     Args:
         text: the texts, a line break between each two: one look at all of them.
     """
-    if _known and any(known in text for known in tuple(_known)):
-        return True
-    for needle, pattern, _ in _PATTERNS:
-        if needle in text and pattern.search(text):
-            return True
-    runs = text.encode("ascii", "replace").translate(_RUN_TABLE)
-    start = runs.find(_RUN_BYTES)
-    while start >= 0:
-        end = runs.find(b" ", start)
-        end = len(text) if end < 0 else end
-        # A JWT may be cut where its own text ends.
-        if text.startswith("eyJ", start) or _secret_in_run(text, start, end) is not None:
-            return True
-        start = runs.find(_RUN_BYTES, end)
-    return False
+    return any(known in text for known in tuple(_known)) or bool(_secrets(text))
 
 
-def _mask_runs(text: str) -> str:
-    """Mask keys among the long unbroken runs of ``text``: much cheaper than a search for each prefix."""
-    runs = text.encode("ascii", "replace").translate(_RUN_TABLE)
-    start = runs.find(_RUN_BYTES)
-    if start < 0:
-        return text
-    pieces: list[str] = []
+def _secrets(text: str) -> list[tuple[int, int]]:
+    """Where secrets are in ``text``: in no order, and they may overlap."""
+    # One byte for each character, so that positions are the same; a whole text is searched much faster so.
+    raw = text.encode("ascii", "replace")
+    rules = _rules()
+    found: list[tuple[int, int]] = []
+    for needle, patterns in rules.shapes:
+        # One character is found much faster than two, and most texts lack it.
+        if needle[:1] in raw and needle[-1:] in raw and needle in raw:
+            for pattern in patterns:
+                found += map(_inner, pattern.finditer(raw))
+    if b":" in raw or b"=" in raw:
+        squeezed = raw.translate(None, _AROUND_NAME)
+        _under_names(raw, squeezed, b":", rules, found)
+        _under_names(raw, squeezed, b"=", rules, found)
+    if b"/" in raw and b":" in raw:
+        _in_urls(raw, rules, found)
+    # The second of two texts in quotes, where the first is a name.
+    if b'"' in raw:
+        _under_names(raw, raw, b'",', rules, found)
+    if b"'" in raw:
+        _under_names(raw, raw, b"',", rules, found)
+    if b"\\" in raw:  # JSON in JSON
+        _under_names(raw, raw, b'\\",', rules, found)
+    if b"<" in raw and b"</" in raw:
+        found += ((m.end(1), m.end() - 2) for m in rules.element.finditer(raw) if _text_kind(m[2]) >= 2)
+    if b"-" in raw and b" --" in raw:
+        found += ((m.end(1), m.end()) for m in rules.flag.finditer(raw) if _text_kind(m[2]))
+    _in_runs(raw, rules, found)
+    return found
+
+
+def _inner(match: re.Match[bytes]) -> tuple[int, int]:
+    """Where the secret is in a match: after the first group and before the second, if there are any."""
+    start, end = match.span()
+    groups = match.re.groups
+    if groups:
+        start = max(match.end(1), start)
+        if groups > 1 and match.start(2) >= 0:
+            end = match.start(2)
+    return start, end
+
+
+def _under_names(raw: bytes, squeezed: bytes, sign: bytes, rules: _Rules, found: list[tuple[int, int]]) -> None:
+    """Values of assignments, headers, query strings, JSON and pairs: what stands behind each name and ``sign``.
+
+    Args:
+        raw: the text.
+        squeezed: the text, maybe without what may stand between a name and the sign. It has as many signs.
+        sign: what follows a name.
+        rules: what to look for.
+        found: where to note secrets.
+    """
+    tails, words = rules.tails, rules.last_words
+    hits = [
+        index
+        for index, piece in enumerate(squeezed.split(sign))
+        if piece[-3:] in tails and piece[-_LONGEST_WORD:].lower().endswith(words)
+    ]
+    if not hits:
+        return
+    ends = list(accumulate(map(len, raw.split(sign))))
     done = 0
+    for index in hits:
+        position = ends[index] + index * len(sign)
+        # A name inside a value that is masked already is part of it: looking again would cost the square of the length.
+        if done <= position < len(raw) and (secret := _under_name(raw, position, rules)) is not None:
+            found.append(secret)
+            done = secret[1]
+
+
+def _in_urls(raw: bytes, rules: _Rules, found: list[tuple[int, int]]) -> None:
+    start = raw.find(b"://")
+    while start >= 0:
+        for pattern in rules.urls:
+            match = pattern.match(raw, start)
+            if match is not None:
+                found.append(_inner(match))
+        start = raw.find(b"://", start + 3)
+
+
+def _under_name(raw: bytes, position: int, rules: _Rules) -> tuple[int, int] | None:
+    """Where the secret is that stands under the name before the sign at ``position``."""
+    window = raw[max(position - _NAME_WINDOW, 0) : position].rstrip(_AROUND_NAME)
+    name = _NAME_BEFORE.match(window)
+    if name is None:
+        return None
+    kind = _text_kind(name[1])
+    if not kind and window[-3:].lower() in (b"lue", b"val"):
+        end = max(position - _NAME_WINDOW, 0) + len(window)
+        naming = _NAMING_BEFORE.match(raw, max(end - _NAMING_WINDOW, 0), end)
+        kind = _text_kind(naming[1]) if naming is not None else 0
+    for pattern in rules.values.get(kind, ()):
+        match = pattern.match(raw, position)
+        if match is not None:
+            return _inner(match)
+    return None
+
+
+def _in_runs(raw: bytes, rules: _Rules, found: list[tuple[int, int]]) -> None:
+    """Keys among the long unbroken runs: much cheaper than a search for each of their beginnings."""
+    runs = raw.translate(_RUN_TABLE)
+    start = runs.find(_RUN_BYTES)
     while start >= 0:
         end = runs.find(b" ", start)
-        end = len(text) if end < 0 else end
-        span = _secret_in_run(text, start, end)
-        if span is not None and span[1] > done:
-            pieces += (text[done : max(span[0], done)], MASK)
-            done = end = max(span[1], done)
+        if end < 0:
+            end = len(raw)
+        end = _in_run(raw, start, end, rules, found)
         start = runs.find(_RUN_BYTES, end)
-    return text if not pieces else "".join((*pieces, text[done:]))
 
 
-def _secret_in_run(text: str, start: int, end: int) -> tuple[int, int] | None:
-    """Where in the unbroken run from ``start`` to ``end``, and what belongs to it, a secret is."""
-    found = _KEY.search(text, start, end)
-    if found is not None:
-        return found.span()
-    for first in (start, start - 3, start - 5):
-        dotted = _DOTTED.match(text, first) if first >= 0 else None
-        if dotted is not None:
-            return dotted.span()
-    if _ASSIGNED.search(text[max(start - 48, 0) : start]) and _CREDENTIAL.match(text, start, end):
-        token = _TOKEN.match(text, start)
-        return token.span() if token is not None else None
-    return None
+def _in_run(raw: bytes, start: int, end: int, rules: _Rules, found: list[tuple[int, int]]) -> int:
+    """Keys in one run, or that begin shortly before it; gives where to go on."""
+    for back, pattern in rules.runs:
+        match = pattern.match(raw, start - back) if start >= back else None
+        if match is not None:
+            found.append(_inner(match))
+            return match.end()
+    head = rules.heads.search(raw, max(start - _LONGEST_NEEDLE, 0), end)
+    while head is not None:
+        first = head.start()
+        for pattern, before in rules.keys[head[0]]:
+            match = pattern.match(raw, first)
+            if match is not None and (before is None or before.search(raw, max(first - 20, 0), first)):
+                found.append(match.span())
+                if match.end() >= end:
+                    return match.end()
+                first = match.end() - 1
+                break
+        head = rules.heads.search(raw, first + 1, end)
+    return end
