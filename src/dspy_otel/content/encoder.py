@@ -285,6 +285,20 @@ class _ContentWalker(Walker):
             items.sort()  # Each process has an order of its own for those.
         return self.sequence(value, items, base.__len__(value), depth)
 
+    def mapping(self, owner: Any, entries: dict[Any, Any], depth: int) -> Any:
+        result = super().mapping(owner, entries, depth)
+        if type(result) is dict and (key := redaction.named(result)) is not None:
+            result[key] = _MASKED  # {"name": "api_key", "value": ...}
+        return result
+
+    def sequence(self, owner: Any, items: Any, length: int, depth: int) -> Any:
+        if length != 2 or type(items) not in (list, tuple) or len(items) != 2 or not redaction.hides_pair(*items):
+            return super().sequence(owner, items, length, depth)
+        result = super().sequence(owner, (items[0], None), length, depth)
+        if type(result) is list and len(result) == 2:
+            result[1] = _MASKED  # ("Authorization", ...)
+        return result
+
     def entry(self, result: dict[str, Any], key: Any, item: Any, depth: int) -> None:
         if type(key) is str and len(key) <= _MAX_KEY:
             name = key
