@@ -104,7 +104,11 @@ def _with_digit(least: int, letters: str = r"A-Za-z_\-", word: str = r"\w\-") ->
 _UUID: Final = r"[0-9a-fA-F]{8}-(?:[0-9a-fA-F]{4}-){3}[0-9a-fA-F]{12}"
 
 KEYS: Final = (
-    Key("OpenAI, Anthropic, OpenRouter, DeepSeek, Langfuse and others", ("sk-", "rk-", "pk-", "csk-"), _with_digit(12)),
+    Key(
+        "OpenAI, Anthropic, OpenRouter, DeepSeek, Langfuse and others",
+        ("sk-", "rk-", "pk-", "csk-"),
+        f"(?:{_with_digit(12)}|[A-Za-z]{{20,}})",
+    ),
     Key("Stripe, Clerk", ("sk_live_", "sk_test_", "sk_prod_", "rk_live_", "rk_test_", "rk_prod_"), r"\w{10,}"),
     Key("ElevenLabs", ("sk_",), r"[0-9a-f]{40,}"),
     Key(
