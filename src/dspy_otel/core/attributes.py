@@ -21,13 +21,17 @@ def repair(attributes: Attributes) -> None:
 
     Half a character in one value would cost its whole batch in OTLP, and NUL in a SQL store.
     """
+    values = attributes.values()
+    # One look at all of them: most are ASCII. This runs twice for each span.
+    together = "".join([value for value in values if value.__class__ is str])
+    whole = together.isascii() and "\0" not in together
+    if whole and not [None for value in values if value.__class__ is list or value.__class__ is tuple]:
+        return
     for key, value in attributes.items():
-        kind = type(value)
-        if kind is str:
-            if not value.isascii() or "\0" in value:  # type: ignore[union-attr, operator]
-                attributes[key] = sendable(value)  # type: ignore[arg-type]
-        elif kind is list or kind is tuple:
-            attributes[key] = [sendable(each) if type(each) is str else each for each in value]  # type: ignore[union-attr, assignment]
+        if isinstance(value, str):
+            attributes[key] = sendable(value)
+        elif isinstance(value, (list, tuple)):
+            attributes[key] = [sendable(each) if isinstance(each, str) else each for each in value]
 
 
 def sendable(text: str) -> str:
