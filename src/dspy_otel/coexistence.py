@@ -27,7 +27,7 @@ _INSTRUMENTORS: Final = (
 _MOST_WRAPPERS: Final = 32
 
 
-class Neighbours:
+class OtherInstrumentations:
     """Watches for other instrumentations, which may be switched on before ours or at any time after it."""
 
     def __init__(self) -> None:

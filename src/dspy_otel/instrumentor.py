@@ -12,7 +12,7 @@ from typing import Any, Final
 from opentelemetry.instrumentation.instrumentor import BaseInstrumentor  # type: ignore[attr-defined]
 from wrapt import register_post_import_hook
 
-from dspy_otel.coexistence import Neighbours
+from dspy_otel.coexistence import OtherInstrumentations
 from dspy_otel.config import Config
 from dspy_otel.content import redaction
 from dspy_otel.core.errors import formatting_without_our_frames
@@ -117,12 +117,12 @@ class DSPyInstrumentor(BaseInstrumentor):  # type: ignore[misc]
 
 def before_each_program(content: bool) -> Callable[[], None]:
     """What is checked before each outermost call, because it may have changed since the last one."""
-    neighbours = guard("other instrumentations")(Neighbours().check)
+    others = guard("other instrumentations")(OtherInstrumentations().check)
     exporters = guard("exporters")(OwnJitter().replace)
     refresh = guard("secrets of the environment")(redaction.refresh_environment)
 
     def check() -> None:
-        neighbours()
+        others()
         exporters()
         if content:
             refresh()

@@ -1,4 +1,4 @@
-"""What an optimization was told: the parameters of an optimizer's constructor and of ``compile()``, as attributes."""
+"""The parameters of an optimization: those of an optimizer's constructor and of ``compile()``, as attributes."""
 
 from __future__ import annotations
 

@@ -71,7 +71,7 @@ class PhaseOperation(Operation):
 
         Args:
             describe: gives the phase, from the run and the method's arguments (its instance first).
-            finish: told what the method returned, before the phase ends.
+            finish: called with what the method returned, before the phase ends.
         """
 
         def decorate(original: Callable[..., Any]) -> Callable[..., Any]:

@@ -283,7 +283,7 @@ def trial_number(tags: Mapping[str, str]) -> int:
 
 
 def read_trial_row(row: Mapping[str, Any]) -> Trial:
-    """A trial, from its row of the table of trials. Its tokens are not told apart there."""
+    """A trial, from its row of the table of trials. The table has the sum of its tokens only."""
     chosen, error = row.get("params"), row.get("error")
     return Trial(
         number=int(row["number"]),

@@ -44,7 +44,7 @@ def compare(before: Iterable[Example], after: Iterable[Example]) -> list[Compare
 
 
 def _by_example(examples: Iterable[Example]) -> dict[tuple[str | int, int], Example]:
-    """Examples by their id, or else their place; equal examples are told apart by their order."""
+    """Examples by their id, or else their place; equal examples are distinguished by their order."""
     found: dict[tuple[str | int, int], Example] = {}
     seen: dict[str | int, int] = {}
     for example in examples:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @tracks("COPRO")
 class COPROTracker(Tracker):
-    """Depth is told by the proposals so far: one for each predictor at each depth."""
+    """The depth follows from the proposals so far: one for each predictor at each depth."""
 
     def __init__(self, run: Run, instance: Any, arguments: Mapping[str, Any]) -> None:
         super().__init__(run, instance, arguments)

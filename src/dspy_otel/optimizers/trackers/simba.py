@@ -1,6 +1,6 @@
 """SIMBA: each step samples trajectories, builds candidates with a strategy, and scores them on the same minibatch.
 
-It evaluates through ``dspy.Parallel``, so the trials are told from the pairs that it hands over.
+It evaluates through ``dspy.Parallel``, so its trials are recognised by the pairs that it hands over.
 """
 
 from __future__ import annotations
