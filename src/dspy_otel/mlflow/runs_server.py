@@ -79,7 +79,9 @@ class ServerRuns:
             return
         place = quote(f"{address.path.strip('/')}/{path}")
         path = f"/api/2.0/mlflow-artifacts/artifacts/{place}"
-        self._server.object_of(self._server.request("PUT", path, data=text.encode("utf-8", "replace")))
+        response = self._server.request("PUT", path, data=text.encode("utf-8", "replace"))
+        if response.content or not response.ok:  # MLflow answers an upload with nothing; a login page is something
+            self._server.object_of(response)
 
     def _artifact_by_client(self, run: Pending, path: str, text: str) -> None:
         try:
