@@ -431,9 +431,9 @@ MACHINERY = {
     *("optimizers.tracker.tracks", "optimizers.tracker.registered", "optimizers.trackers.load"),
 }
 AT_TIMES = re.compile(
-    r"\.redaction\.(\w*environment\w*|_Pattern\.__getattr__)$|is_secret_name$|OwnJitter|given_ids|__missing__$"
+    r"\.redaction\.(\w*environment\w*|_Pattern\.__(getattr|init)__|_in_any_case|_kind|_names|_rules)$|is_secret_name$|OwnJitter|given_ids|__missing__$"
 )
-"""Called when something has changed since the last time, which may not be so at the next."""
+"""Called when something has changed since the last time, or once in a process: which may not be so at the next."""
 
 AT_INSTRUMENT = ("wrap", "around", "watch", "patch", "guarded", "__init_subclass__", "with_system_ids", "as_evaluation")
 """What makes the wrappers; what is made there is tested."""
@@ -688,6 +688,7 @@ NEVER_CALLED = re.compile(
     r"|formatting_without|propagation\._typed|\.DeferredSpan\.|Asking\.of|\.__init__$|\.Telemetry\.(_make|_after_fork|__)"
     r"|is_trace_id_random|parent_of_process|gepa\.(Silent|Old)GEPATracker|gepa\._takes"
     r"|\.((Enclosed)?Operation|Tracker|Blob|SpanFactory)\.\w+$|_Pending|_moment|moment$"
+    r"|secret_rules\._with_digit|redaction\._inner"
     r"|\.Walker\.(text|integer|real|other|entry|cut|stop)$|_Canonical\.cut"
 )
 """Not in a scenario here: other versions of DSPy, GEPA or the SDK, a terminal, a stream, fine-tuning, what runs at
