@@ -552,7 +552,7 @@ FEATURES: tuple[Feature, ...] = (
     *(
         Feature(
             f"dspy.predict.{place}",
-            "what an agent's LM is told of a tool's error, looked up when it runs",
+            "what an agent's LM is shown of a tool's error, looked up when it runs",
             "core/errors.py",
             "nothing; on Python 3.10 our frames would show in it",
             takes(first),

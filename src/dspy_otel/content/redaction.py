@@ -121,7 +121,7 @@ def _kind(name: str, names: dict[str, int]) -> int:
 
 @functools.lru_cache(maxsize=2048)
 def _name_kind(name: str) -> int:
-    """2: holds a secret; 1: might hold one; 0: does not."""
+    """2: the name of a secret; 1: perhaps of one; 0: of something else."""
     return _kind(name, _names().of_values)
 
 

@@ -52,9 +52,9 @@ def fit(value: Any, room: int) -> Any:
     least = [min(size, MIN_LIMIT) + around for size, around in zip(sizes, fixed, strict=True)]
     kept, cut = len(items), 0
     if sum(least) > room:
-        # What an earlier cut said is added to what this one says.
-        said = _MARKED_ITEMS.fullmatch(items[-1]) if more and isinstance(items[-1], str) else None
-        cut = int(said.group(1)) - 1 if said is not None else 0
+        # The number that an earlier cut has left in its mark is added.
+        earlier = _MARKED_ITEMS.fullmatch(items[-1]) if more and isinstance(items[-1], str) else None
+        cut = int(earlier.group(1)) - 1 if earlier is not None else 0
         room -= MARK_SIZE
         kept = sum(total <= room for total in accumulate(least))
     left = room - sum(fixed[:kept])

@@ -31,7 +31,9 @@ def repair(attributes: Attributes) -> None:
         if isinstance(value, str):
             attributes[key] = sendable(value)
         elif isinstance(value, (list, tuple)):
-            attributes[key] = [sendable(each) if isinstance(each, str) else each for each in value]
+            mended = [sendable(each) if isinstance(each, str) else each for each in value]
+            if mended != list(value):
+                attributes[key] = mended
 
 
 def sendable(text: str) -> str:

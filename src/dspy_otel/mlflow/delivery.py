@@ -287,7 +287,7 @@ class Delivery:
         Args:
             error: of the attempt.
             spans: that were to be sent.
-            works: MLflow has just taken others, or refused these for what they are.
+            works: MLflow has just taken others, so that an error which otherwise passes is about these.
         """
         explained = error if isinstance(error, ExportError) else None
         cause = type(error).__name__ if explained is None else explained.cause
@@ -304,8 +304,8 @@ class Delivery:
         if len(spans) > 1:
             # One span that MLflow refuses takes all of its request with it.
             half = len(spans) // 2
-            first = self._one_half(spans[:half])
-            return self._one_half(spans[half:]) and first
+            first = self._one_half(spans[:half], passing)
+            return self._one_half(spans[half:], passing) and first
         if self._put_aside(spans):
             self._report(f"refused: {cause}", f"MLflow refuses a span: {why} It is set aside in the spool.")
         else:
@@ -324,11 +324,11 @@ class Delivery:
                 return True
         return False
 
-    def _one_half(self, spans: list[ReadableSpan]) -> bool:
+    def _one_half(self, spans: list[ReadableSpan], works: bool) -> bool:
         try:
             self._send(spans)
         except Exception as error:
-            return self._failed(error, spans, works=True)
+            return self._failed(error, spans, works)
         self._succeeded(spans)
         return True
 
@@ -337,8 +337,8 @@ class Delivery:
             return False
         try:
             self.spool.set_aside(spans)
-        except SpoolError as error:
-            self._report("spool", f"Spans cannot be set aside: {error}.")
+        except Exception as error:  # The disk, or a span that nothing can encode: the thread has to go on.
+            self._report("spool", f"Spans cannot be set aside: {first_line(error)}.")
             return False
         return True
 

@@ -31,6 +31,7 @@ import platformdirs
 from opentelemetry.sdk.trace import ReadableSpan
 
 from dspy_otel.mlflow.base import only_process
+from dspy_otel.mlflow.translate import sendable_span
 from dspy_otel.record.otlp import decode, encode
 
 ENV_SPOOL: Final = "OTEL_DSPY_SPOOL"
@@ -272,6 +273,7 @@ class Spool:
         Raises:
             SpoolError: nothing could be written.
         """
+        spans = [sendable_span(span) for span in spans]
         body = encode(spans)
         dropped = 0
         with self._lock, self._alone() as held:
@@ -292,7 +294,7 @@ class Spool:
         Raises:
             SpoolError: nothing could be written.
         """
-        body = encode(spans)
+        body = encode([sendable_span(span) for span in spans])
         with self._lock, self._alone() as held:
             place = self._open()
             if held + len(body) > self._limit:

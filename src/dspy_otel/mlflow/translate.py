@@ -17,14 +17,17 @@ from __future__ import annotations
 
 import json
 import logging
+import operator
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
-from opentelemetry.sdk.trace import ReadableSpan
+from opentelemetry.sdk.trace import Event, ReadableSpan
+from opentelemetry.trace import Status
 from opentelemetry.util.types import AttributeValue
 
 from dspy_otel import semconv
+from dspy_otel.core.attributes import repair, sendable
 
 _logger = logging.getLogger(__name__)
 
@@ -106,7 +109,33 @@ def translate(spans: Sequence[ReadableSpan]) -> list[ReadableSpan]:
         own spans moves to MLflow's keys instead of being sent twice; spans of other instrumentations only ever gain
         a type, and a trace name when they are a root.
     """
-    return [_translate_or_keep(span) for span in spans]
+    return [_translate_or_keep(sendable_span(span)) for span in spans]
+
+
+def sendable_span(span: ReadableSpan) -> ReadableSpan:
+    """A span that OTLP can carry and a SQL store keep: the same one, or a copy with its broken texts repaired.
+
+    Spans of ours are repaired when they are made. Others may be named after a file whose name is not UTF-8, and one
+    of them would cost its whole batch.
+    """
+    attributes: dict[str, Any] = dict(span.attributes or {})
+    repair(attributes)
+    name, description = sendable(span.name), span.status.description
+    status = span.status if description is None else Status(span.status.status_code, sendable(description))
+    events = []
+    for event in span.events:
+        about: dict[str, Any] = dict(event.attributes or {})
+        repair(about)
+        unchanged = event.name == sendable(event.name) and about == (event.attributes or {})
+        events.append(event if unchanged else Event(sendable(event.name), about, event.timestamp))
+    if (
+        name == span.name
+        and attributes == (span.attributes or {})
+        and status.description == description
+        and all(map(operator.is_, events, span.events))
+    ):
+        return span
+    return _copy(span, attributes, name, events, status)
 
 
 def _translate_or_keep(span: ReadableSpan) -> ReadableSpan:
@@ -343,18 +372,24 @@ def _dump(value: Any) -> str:
     return text.encode("utf-8", "replace").decode("utf-8")
 
 
-def _copy(span: ReadableSpan, attributes: Mapping[str, AttributeValue]) -> ReadableSpan:
+def _copy(
+    span: ReadableSpan,
+    attributes: Mapping[str, AttributeValue],
+    name: str | None = None,
+    events: Sequence[Event] | None = None,
+    status: Status | None = None,
+) -> ReadableSpan:
     return ReadableSpan(
-        name=span.name,
+        name=span.name if name is None else name,
         context=span.context,
         parent=span.parent,
         resource=span.resource,
         attributes=attributes,
-        events=span.events,
+        events=span.events if events is None else events,
         links=span.links,
         kind=span.kind,
         instrumentation_scope=span.instrumentation_scope,
-        status=span.status,
+        status=span.status if status is None else status,
         start_time=span.start_time,
         end_time=span.end_time,
     )
