@@ -38,10 +38,9 @@ start() { # NAME COMMAND...: in the background, its own log
   "$@" >"$logs/$name.log" 2>&1 &
   pids[$name]=$!
 }
-answers() { # NAME URL: wait until it does
-  for _ in $(seq 600); do
+answers() { # NAME URL: wait until it does, or has ended
+  while kill -0 "${pids[$1]}" 2>/dev/null; do
     if curl -fsS -o /dev/null "$2" 2>/dev/null; then printf '  %-11s %s\n' "$1" "$3" && return; fi
-    if ! kill -0 "${pids[$1]}" 2>/dev/null; then break; fi
     sleep 0.3
   done
   echo "$1 did not start; see $logs/$1.log" >&2

@@ -9,6 +9,7 @@ import sys
 import pytest
 
 from dspy_otel import cli
+from tests.support.waiting import run
 
 
 def test_missing_packages_are_one_clear_error(monkeypatch, capsys):
@@ -52,13 +53,13 @@ def test_the_command_line_itself_loads_nothing_heavy():
 @pytest.mark.slow
 def test_a_quick_demo_records_into_mlflow(tmp_path):
     pytest.importorskip("mlflow")
-    run = [sys.executable, "-m", "dspy_otel.cli", "demo", "--quick"]
-    done = subprocess.run(run, capture_output=True, text=True, cwd=tmp_path, timeout=240, check=False)
+    command = [sys.executable, "-m", "dspy_otel.cli", "demo", "--quick"]
+    done = run(command, cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     for expected in ("One trace", "example ColourFamily", "chat colour-words", "MIPROv2", "GEPA", "best so far"):
         assert expected in done.stdout
-    command = "mlflow ui --backend-store-uri sqlite:///demo-mlflow/mlflow.db --workers 1 --port 5000"
-    assert done.stdout.rstrip().endswith(command)
+    shown_command = "mlflow ui --backend-store-uri sqlite:///demo-mlflow/mlflow.db --workers 1 --port 5000"
+    assert done.stdout.rstrip().endswith(shown_command)
     assert "Traceback" not in done.stderr
     with sqlite3.connect(tmp_path / "demo-mlflow/mlflow.db") as store:
         (traces,) = store.execute("select count(*) from trace_info").fetchone()
@@ -71,8 +72,8 @@ def test_a_quick_demo_records_into_mlflow(tmp_path):
 @pytest.mark.slow
 def test_a_model_that_does_not_answer_is_one_clear_error(tmp_path):
     pytest.importorskip("mlflow")
-    run = [sys.executable, "-m", "dspy_otel.cli", "demo", "--model", "no-such-provider/model"]
-    done = subprocess.run(run, capture_output=True, text=True, cwd=tmp_path, timeout=120, check=False)
+    command = [sys.executable, "-m", "dspy_otel.cli", "demo", "--model", "no-such-provider/model"]
+    done = run(command, cwd=tmp_path)
     assert done.returncode == 1
     assert "The model gave no answer" in done.stdout
     assert "Traceback" not in done.stderr

@@ -14,6 +14,7 @@ from typing import Any
 from dspy_otel.cli.demo.brain import complete
 from dspy_otel.cli.demo.prompt import Message
 from tests.support.openai_server import Reply, openai_server
+from tests.support.waiting import STALLED
 from tests.switching.process import OTHERS
 
 _TROUBLE = re.compile(r"(?P<what>unreadable|fails) (?P<when>once|always)(?: \d+)?")
@@ -53,6 +54,7 @@ def start_workload(openai: str, endpoint: str, *parts: str, environment: Mapping
         "OTEL_PYTHON_DISABLED_INSTRUMENTATIONS": OTHERS,
         "OTEL_BSP_SCHEDULE_DELAY": "500",
         "OTEL_METRIC_EXPORT_INTERVAL": "1000",
+        "OTEL_EXPORTER_OTLP_TIMEOUT": f"{STALLED:.0f}",
         "OTEL_INSTRUMENTATION_GENAI_CAPTURE_MESSAGE_CONTENT": "span_and_event",
         "PYTHONPATH": os.pathsep.join(sys.path),
         "TQDM_DISABLE": "1",

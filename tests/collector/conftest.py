@@ -19,6 +19,7 @@ from tests.collector.brain import brain_server, start_workload
 from tests.collector.stack import COLLECTOR, ROOT, get, own_metric, program, wait_for
 from tests.support.mlflow_server import free_port
 from tests.support.otlp_receiver import attributes_of
+from tests.support.waiting import finish, wait_for_exit
 
 PORTS = (
     *("COLLECTOR_GRPC_PORT", "COLLECTOR_HTTP_PORT", "COLLECTOR_PROMETHEUS_PORT", "COLLECTOR_TELEMETRY_PORT"),
@@ -146,13 +147,13 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
         stack.started = time.time()
         with brain_server() as server:
             workload = start_workload(server, f"http://127.0.0.1:{stack.ports['COLLECTOR_GRPC_PORT']}")
-            output, _ = workload.communicate(timeout=480)
+            done = finish(workload)
         stack.ended = time.time()
-        assert workload.returncode == 0, output[-3000:]
+        assert done.returncode == 0, done.stdout[-3000:]
         wait_for(lambda: says("ready;"), "all servers of run.sh")
         if "  prometheus" in stack.output:
             wait_for(lambda: stack.scraped == stack.written, "metrics of all spans")
         yield stack
     finally:
         process.send_signal(signal.SIGTERM)
-        process.wait(60)
+        wait_for_exit(process, "run.sh")

@@ -46,7 +46,7 @@ def wait_for(condition: Callable[[], Any], what: str, progress: Callable[[], Any
 def get(url: str, **parameters: Any) -> Any:
     """The JSON that a GET request is answered with."""
     query = "?" + urlencode(parameters, doseq=True) if parameters else ""
-    with urllib.request.urlopen(url + query, timeout=30) as answer:
+    with urllib.request.urlopen(url + query, timeout=waiting.STALLED) as answer:
         return json.load(answer)
 
 
@@ -81,7 +81,7 @@ class Process:
     def _answers(self) -> bool:
         if self.process.poll() is not None:
             pytest.fail(f"{self.command[0]} ended:\n{self.log.read_text(errors='replace')[-3000:]}")
-        with urllib.request.urlopen(self.ready, timeout=5):
+        with urllib.request.urlopen(self.ready, timeout=waiting.STALLED):
             return True
 
     def stop(self, with_signal: int = signal.SIGTERM) -> None:
@@ -129,7 +129,7 @@ class Collector(Process):
 
 def own_metric(url: str, metric: str, containing: str = "") -> float:
     """The sum of a metric on a page for Prometheus, over the series whose labels contain a text."""
-    with urllib.request.urlopen(url, timeout=10) as answer:
+    with urllib.request.urlopen(url, timeout=waiting.STALLED) as answer:
         lines = answer.read().decode().splitlines()
     found = [line for line in lines if line.startswith((metric + "{", metric + " ")) and containing in line]
     return sum(float(line.rsplit(" ", 1)[1]) for line in found)
@@ -188,7 +188,7 @@ class Kafka(Process):
 
     def _answers(self) -> bool:
         host, port = self.brokers.split(":")
-        with socket.create_connection((host, int(port)), 5):
+        with socket.create_connection((host, int(port)), waiting.STALLED):
             return True
 
 

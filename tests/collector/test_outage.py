@@ -19,39 +19,42 @@ from opentelemetry.trace import Status, StatusCode
 
 from tests.collector.stack import Collector, Jaeger, own_metric, running, wait_for
 from tests.support.otlp_receiver import OtlpReceiver
+from tests.support.waiting import STALLED
 
 pytestmark = pytest.mark.integration
 
-SECONDS = 20
-"""How long the load lasts; the backend is away for all of it, the Collector is killed in the middle."""
+TRACES = 1000
+"""The backend is away for all of this load, 20 seconds or more; the Collector is killed in the middle."""
 
 
 class Load:
     """Traces of three spans at a steady rate, sent by the SDK as a program sends its own. `sent` are their ids."""
 
-    def __init__(self, endpoint: str, rate: float) -> None:
+    def __init__(self, endpoint: str, rate: float = 50) -> None:
         provider = TracerProvider(resource=Resource({"service.name": "load"}))
-        exporter = OTLPSpanExporter(endpoint, insecure=True, timeout=30)  # retries for that long
-        provider.add_span_processor(BatchSpanProcessor(exporter, schedule_delay_millis=200))
+        exporter = OTLPSpanExporter(endpoint, insecure=True, timeout=STALLED)  # retries for that long
+        queue = BatchSpanProcessor(exporter, max_queue_size=100_000, schedule_delay_millis=200)
+        provider.add_span_processor(queue)
         self.provider, self.rate, self.sent = provider, rate, set[str]()
 
-    def run(self, seconds: float) -> None:
-        """Make traces for some seconds, then hand over what is left."""
-        tracer, until = self.provider.get_tracer("load"), time.monotonic() + seconds
-        while time.monotonic() < until:
+    def run(self, traces: int) -> None:
+        """Make some traces, then hand over what is left."""
+        tracer = self.provider.get_tracer("load")
+        for _ in range(traces):
             with tracer.start_as_current_span("invoke_workflow App") as root:
                 for name in ("Predict answer", "chat gpt-4o-mini"):
                     with tracer.start_as_current_span(name, attributes={"input.value": secrets.token_hex(200)}) as span:
                         self.sent.add(f"{span.get_span_context().span_id:016x}")
             self.sent.add(f"{root.get_span_context().span_id:016x}")
             time.sleep(1 / self.rate)
+        self.provider.force_flush(int(STALLED * 1000))
         self.provider.shutdown()
 
 
 @contextmanager
-def under(load: Load, seconds: float) -> Iterator[None]:
+def under(load: Load, traces: int) -> Iterator[None]:
     """Run a load beside the block, and wait for its end."""
-    thread = threading.Thread(target=load.run, args=(seconds,))
+    thread = threading.Thread(target=load.run, args=(traces,))
     thread.start()
     yield
     thread.join()
@@ -63,14 +66,14 @@ def test_a_backend_that_is_down_and_a_killed_collector_lose_no_span(tmp_path: Pa
     collector = Collector(tmp_path, files, {"JAEGER_OTLP": jaeger.otlp})
     collector.start()
     try:
-        load = Load(collector.grpc, rate=50)
-        with under(load, SECONDS):
-            time.sleep(SECONDS / 2)
-            assert collector.number("otelcol_exporter_queue_size", "jaeger") > 0
+        load = Load(collector.grpc)
+        with under(load, TRACES):
+            wait_for(lambda: len(load.sent) > TRACES, "a third of the load")
+            wait_for(lambda: collector.number("otelcol_exporter_queue_size", "jaeger") > 0, "a queue for Jaeger")
             collector.kill()
             time.sleep(1)
             collector.start()
-        assert len(load.sent) > SECONDS * 50  # three for each trace, less what a busy machine takes away
+        assert len(load.sent) == 3 * TRACES
         with running(jaeger):
 
             def arrived() -> set[str]:
@@ -105,7 +108,8 @@ def test_tail_sampling_keeps_what_matters_and_a_share_of_the_rest(tmp_path: Path
         }
         with running(Collector(tmp_path, ("base", "sampling", "content", "phoenix"), settings)) as collector:
             provider = TracerProvider()
-            provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(collector.grpc, insecure=True)))
+            exporter = OTLPSpanExporter(collector.grpc, insecure=True, timeout=STALLED)
+            provider.add_span_processor(BatchSpanProcessor(exporter))
             tracer, number = provider.get_tracer("sampling"), 200
             for kind, about in kinds.items():
                 for _ in range(number):
@@ -126,8 +130,9 @@ def test_tail_sampling_keeps_what_matters_and_a_share_of_the_rest(tmp_path: Path
                 return sum(span.attributes.get("kind") == kind for span in receiver.spans("invoke_workflow"))
 
             always = [kind for kind in kinds if kind not in ("plain", "good example")]
-            wait_for(lambda: all(kept(kind) == number for kind in always) and kept("plain"), "the sampled traces")
-            time.sleep(3)
+            decided = functools.partial(collector.number, "otelcol_processor_tail_sampling_global_count_traces_sampled")
+            wait_for(lambda: decided() == number * len(kinds), "a decision on every trace")
+            wait_for(lambda: len(receiver.spans()) == 2 * decided('sampled="true"'), "the sampled traces")
             assert {kind: kept(kind) for kind in always} == dict.fromkeys(always, number)
             assert 10 <= kept("plain") <= 70  # 20 % of 200: more than 5 standard deviations on each side
             # Either share may keep a good example: 40 % and 20 % of the rest of it at most.
@@ -139,18 +144,23 @@ def test_tail_sampling_keeps_what_matters_and_a_share_of_the_rest(tmp_path: Path
 def test_what_a_killed_collector_loses_while_tail_sampling_decides(tmp_path: Path) -> None:
     """The price of sampling.yaml, as it says there: what waits in memory, and nothing else."""
     with OtlpReceiver() as receiver:
-        settings = {"DECISION_WAIT": "5s", "KEEP_REST_PERCENT": "100", "PHOENIX_ENDPOINT": receiver.http}
+        settings = {"DECISION_WAIT": "2s", "KEEP_REST_PERCENT": "100", "PHOENIX_ENDPOINT": receiver.http}
         collector = Collector(tmp_path, ("base", "sampling", "content", "phoenix"), settings)
         collector.start()
         try:
-            early, late = Load(collector.grpc, rate=20), Load(collector.grpc, rate=20)
-            early.run(3)
+            early, late, last = (Load(collector.grpc) for _ in range(3))
+            early.run(60)
             wait_for(lambda: {span.id for span in receiver.spans()} == early.sent, "the decided traces")
-            late.run(2)
-            collector.kill()
+            collector.stop()
+            collector.environment["DECISION_WAIT"] = "1h"
             collector.start()
-            time.sleep(8)
-            assert {span.id for span in receiver.spans()} == early.sent
+            late.run(40)
+            collector.kill()
+            collector.environment["DECISION_WAIT"] = "2s"
+            collector.start()
+            last.run(20)
+            wait_for(lambda: {span.id for span in receiver.spans()} >= last.sent, "the traces after the late ones")
+            assert {span.id for span in receiver.spans()} == early.sent | last.sent
         finally:
             collector.stop()
 
@@ -163,7 +173,8 @@ def test_spans_that_arrive_at_once_are_all_counted(tmp_path: Path) -> None:
 
         def program(number: int) -> None:
             provider = TracerProvider(shutdown_on_exit=False)
-            provider.add_span_processor(SimpleSpanProcessor(OTLPSpanExporter(collector.grpc, insecure=True)))
+            exporter = OTLPSpanExporter(collector.grpc, insecure=True, timeout=STALLED)
+            provider.add_span_processor(SimpleSpanProcessor(exporter))
             tracer = provider.get_tracer("counting")
             for _ in range(each):  # a request for each
                 tracer.start_span("chat m").end()

@@ -15,6 +15,7 @@ from opentelemetry.trace import Status, StatusCode, set_span_in_context
 from tests.collector.brain import brain_server, start_workload
 from tests.collector.stack import COLLECTOR, Collector, Jaeger, Kafka, Rotel, running, wait_for
 from tests.support.otlp_receiver import OtlpReceiver
+from tests.support.waiting import STALLED, finish
 
 pytestmark = pytest.mark.integration
 
@@ -34,7 +35,8 @@ def test_kafka_spreads_traces_over_gateways_and_keeps_each_whole(tmp_path: Path)
         tracers = []
         for agent in agents:
             provider = TracerProvider()
-            provider.add_span_processor(SimpleSpanProcessor(OTLPSpanExporter(agent.grpc, insecure=True)))
+            exporter = OTLPSpanExporter(agent.grpc, insecure=True, timeout=STALLED)
+            provider.add_span_processor(SimpleSpanProcessor(exporter))
             tracers.append(provider.get_tracer("relay"))
         failed = set()
 
@@ -50,6 +52,10 @@ def test_kafka_spreads_traces_over_gateways_and_keeps_each_whole(tmp_path: Path)
 
         send(20)
         stack.enter_context(running(kafka))
+        # Both spans of each trace are in Kafka before a gateway takes the first one.
+        for agent in agents:
+            sent = functools.partial(agent.number, "otelcol_exporter_sent_spans", 'exporter="kafka"')
+            wait_for(lambda sent=sent: sent() == 20, "the first traces in Kafka")
         gateways: list[Collector] = []
         for number, receiver in enumerate(receivers):
             directory = tmp_path / f"gateway{number}"
@@ -96,8 +102,8 @@ def test_rotel_hands_a_real_run_to_jaeger_and_to_a_collector(tmp_path: Path) -> 
             stack.enter_context(running(rotel))
             quiet = {"OTEL_METRICS_EXPORTER": "none", "OTEL_LOGS_EXPORTER": "none"}
             workload = start_workload(brain, rotel.grpc, "evaluation", environment=quiet)
-            output, _ = workload.communicate(timeout=180)
-            assert workload.returncode == 0, output[-2000:]
+            done = finish(workload)
+            assert done.returncode == 0, done.stdout[-2000:]
 
         names = ["evaluate ColourFamily"] * 2 + ["example ColourFamily"] * 16
         wait_for(lambda: len(receiver.spans("e")) == 18, "the run in the receiver behind the Collector")

@@ -13,6 +13,7 @@ from opentelemetry.sdk.trace import TracerProvider
 
 from dspy_otel.config import Config
 from dspy_otel.core.telemetry import Telemetry
+from tests.support.waiting import STALLED, wait_for_event
 
 
 def test_no_thread_makes_a_span_before_the_provider_is_known() -> None:
@@ -50,16 +51,16 @@ def test_a_process_forked_meanwhile_waits_for_nobody() -> None:
 
     def slowly(provider: Any) -> None:
         begun.set()
-        go_on.wait(30)
+        go_on.wait()
 
     telemetry = Telemetry(Config(), TracerProvider(shutdown_on_exit=False), on_provider=slowly)
     first = threading.Thread(target=lambda: telemetry.tracer)
     first.start()
-    begun.wait(30)
+    wait_for_event(begun, "the thread that makes the tracer")
     child = os.fork()
     if child == 0:
         go_on.set()
-        signal.alarm(10)  # ends a child that waits
+        signal.alarm(int(STALLED))  # ends a child that waits
         assert telemetry.tracer is not None
         os._exit(0)
     go_on.set()

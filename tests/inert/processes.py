@@ -49,7 +49,7 @@ class Starts(dspy.Module):
             process.start()
         answer = Chain()(question=question)
         for process in started:
-            process.join(240)
+            process.join()
         return dspy.Prediction(answer=answer, statuses=[process.exitcode for process in started])
 
 

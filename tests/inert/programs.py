@@ -16,7 +16,6 @@ import re
 import signal
 import sys
 import threading
-import time
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -30,7 +29,7 @@ from hypothesis import strategies as st
 from opentelemetry import context as otel_context
 
 from tests.support.older import DSPY
-from tests.support.waiting import STALLED
+from tests.support.waiting import Stalled, wait_for
 
 # --- what a program is made of -----------------------------------------------------------------------------------
 
@@ -520,12 +519,10 @@ def live_threads() -> set[threading.Thread]:
 
 def until(condition: Callable[[], bool]) -> bool:
     """Whether the condition comes to hold. DSPy does not wait for its worker threads to end."""
-    end = time.monotonic() + STALLED
-    while not condition():
-        if time.monotonic() > end:
-            return False
-        time.sleep(0.002)
-    return True
+    try:
+        return wait_for(condition, "a condition", pause=0.002)
+    except Stalled:
+        return False
 
 
 def start(shape: Shape, program: Any, values: dict[str, Any]) -> Any:

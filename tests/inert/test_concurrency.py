@@ -9,7 +9,6 @@ import logging
 import os
 import random
 import re
-import subprocess
 import sys
 import threading
 from collections import Counter
@@ -34,6 +33,7 @@ from dspy_otel.operations.embedding import ASKING
 from dspy_otel.operations.evaluation import ExampleRun
 from tests.inert.programs import Oracle, until
 from tests.support.otlp_receiver import OtlpReceiver
+from tests.support.waiting import run, wait_for
 from tests.switching.process import ROOT, environment
 
 
@@ -177,16 +177,22 @@ def test_switching_on_and_off_under_way(telemetry: Any) -> None:
     threads = [threading.Thread(target=work, args=(number,)) for number in range(8)]
     for thread in threads:
         thread.start()
-    for _ in range(12):
-        telemetry.instrument(capture_content="span_only")
-        stop.wait(0.05)
-        dspy_otel.uninstrument()
-        stop.wait(0.01)
-    stop.set()
+
+    def some_calls(number: int) -> None:
+        enough = len(done) + number
+        wait_for(lambda: errors or len(done) >= enough, "calls under way", pause=0.002)
+
+    try:
+        for _ in range(12):
+            telemetry.instrument(capture_content="span_only")
+            some_calls(10)
+            dspy_otel.uninstrument()
+            some_calls(2)
+    finally:
+        stop.set()
     for thread in threads:
         thread.join()
     assert errors == []
-    assert len(done) > 50
     spans = telemetry.spans
     assert spans
     known = {span.context.span_id for span in spans}
@@ -352,14 +358,7 @@ def test_exporters_are_alive_in_child_processes(method: str, tmp_path: Path) -> 
             OTEL_INSTRUMENTATION_GENAI_CAPTURE_MESSAGE_CONTENT="span_and_event",
             MLFLOW_TRACKING_URI=f"sqlite:///{tmp_path}/mlflow.db",
         )
-        done = subprocess.run(
-            [sys.executable, str(WORKER), method],
-            cwd=tmp_path,
-            env=settings,
-            capture_output=True,
-            text=True,
-            timeout=400,
-        )
+        done = run([sys.executable, str(WORKER), method], cwd=tmp_path, env=settings)
         assert done.returncode == 0, done.stderr[-4000:]
         found = receiver.spans()
         metrics = receiver.metric_names()
@@ -383,10 +382,10 @@ def test_exporters_are_alive_in_child_processes(method: str, tmp_path: Path) -> 
 
     client = MlflowClient(tracking_uri=f"sqlite:///{tmp_path}/mlflow.db")
     runs = client.search_runs(["0"])
-    assert {run.info.status for run in runs} == {"FINISHED"}
-    assert len(runs) == 3, [run.info.run_name for run in runs]
-    for run in runs:
-        assert len(client.search_traces(locations=["0"], run_id=run.info.run_id)) >= 2
+    assert {each.info.status for each in runs} == {"FINISHED"}
+    assert len(runs) == 3, [each.info.run_name for each in runs]
+    for each in runs:
+        assert len(client.search_traces(locations=["0"], run_id=each.info.run_id)) >= 2
     assert told["statuses"] == [0, 0]
 
 
@@ -440,11 +439,8 @@ def test_the_interpreter_ends_while_programs_run(tmp_path: Path) -> None:
 
 
 def run_at_shutdown(code: str, folder: Path, **settings: str) -> Any:
-    return subprocess.run(
+    return run(
         [sys.executable, "-c", code],
         cwd=folder,
         env=environment(PYTHONPATH=os.pathsep.join((str(ROOT / "src"), str(ROOT))), **settings),
-        capture_output=True,
-        text=True,
-        timeout=120,
     )

@@ -16,7 +16,6 @@ import socket
 import sys
 import tempfile
 import threading
-import time
 import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -41,10 +40,9 @@ from opentelemetry.sdk.trace.sampling import Sampler
 import dspy_otel
 from dspy_otel.core import internal_errors, operation
 from tests.inert import hostile
-from tests.inert.programs import Oracle, build, exception, freeze, metric
+from tests.inert.programs import Oracle, build, exception, freeze, metric, until
 from tests.optimizers import common, test_inert
 from tests.support.spans import Recorder
-from tests.support.waiting import STALLED
 
 pytestmark = pytest.mark.injects_faults
 
@@ -116,10 +114,8 @@ def observe() -> list[Any]:
         step(lambda: oracle("a prompt"))
         step(lambda: oracle(messages=[{"role": "user", "content": [{"type": "text", "text": "t"}]}], n=2))
     seen += [oracle.seen, random.getstate()]
-    settled = time.monotonic() + STALLED  # before DSPy 3.2, one thread is a pool that ends in its own time
-    while threading.active_count() > threads + 2 and time.monotonic() < settled:
-        time.sleep(0.01)
-    assert threading.active_count() <= threads + 2, threading.enumerate()
+    # Before DSPy 3.2, one thread is a pool that ends in its own time.
+    assert until(lambda: threading.active_count() <= threads + 2), threading.enumerate()
     return seen
 
 

@@ -7,7 +7,6 @@ import gc
 import importlib
 import inspect
 import random
-import subprocess
 import sys
 import threading
 import weakref
@@ -25,6 +24,7 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 
 import dspy_otel
 from tests.inert.programs import Failing, LoudTree, Oracle, Shape, build, metric, until
+from tests.support.waiting import run
 
 
 class Box:
@@ -247,9 +247,7 @@ class Mine(dspy.Module):
     assert program(question="q") == "q!"
     assert [span.name for span in telemetry.spans] == ["invoke_workflow Mine"]
     data = cloudpickle.dumps(program)
-    done = subprocess.run(
-        [sys.executable, "-c", BY_VALUE, data.hex()], capture_output=True, text=True, timeout=120, check=False
-    )
+    done = run([sys.executable, "-c", BY_VALUE, data.hex()])
     assert done.stdout.split() == ["Mine", "q!"], done.stderr
 
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import threading
-import time
 
 import dspy
 import numpy as np
 import pytest
 
 from tests.operations.common import dummy
+from tests.support.waiting import wait_for
 
 ROWS = [
     dspy.Example(question=f"question {n}", answer="right" if n else "wrong").with_inputs("question") for n in range(3)
@@ -197,22 +197,21 @@ def test_stragglers_do_not_corrupt(telemetry, monkeypatch):
         def forward(self, question):
             calls.append(question)
             if question == "question 2" and calls.count(question) == 1:
-                release.wait(10)
+                release.wait()
             return dspy.Prediction(answer="right")
 
     original = ParallelExecutor.__init__
+    # Only the last one left is slow, however long the other two take.
+    slow = {"timeout": 0.1, "straggler_limit": 1}
     monkeypatch.setattr(
-        ParallelExecutor, "__init__", lambda self, *args, **kwargs: original(self, *args, **{**kwargs, "timeout": 0.1})
+        ParallelExecutor, "__init__", lambda self, *args, **kwargs: original(self, *args, **{**kwargs, **slow})
     )
     telemetry.instrument()
     with telemetry.tracer.start_as_current_span("application"):
         result = evaluate(Slow(), num_threads=4)
     assert result.score == pytest.approx(66.67)
     release.set()
-    for _ in range(100):
-        if len(telemetry.named("example")) == 4:
-            break
-        time.sleep(0.02)
+    wait_for(lambda: len(telemetry.named("example")) == 4, "the span of the slow example")
     spans = telemetry.named("example")
     assert sorted(span.attributes["dspy.example.index"] for span in spans) == [0, 1, 2, 2]
     (again,) = [span for span in spans if span.attributes.get("dspy.example.resubmitted")]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import subprocess
 import sys
 import threading
 from collections import defaultdict
@@ -31,6 +30,7 @@ from tests.optimizers.common import (
     scripted_lm,
     trials,
 )
+from tests.support.waiting import run
 
 OWN = "dspy.optimizer."
 
@@ -531,13 +531,10 @@ for program in (loaded, dspy.load({str(tmp_path / "whole")!r}, allow_pickle=True
 print(*(span.attributes["dspy.program.id"] for span in recorder.named("invoke_workflow")))
 """
     root = Path(__file__).parent.parent.parent
-    process = subprocess.run(
+    process = run(
         [sys.executable, "-c", script],
         cwd=root,
         env={**os.environ, "PYTHONPATH": f"{root / 'src'}{os.pathsep}{root}"},
-        capture_output=True,
-        text=True,
-        timeout=120,
     )
     assert process.returncode == 0, process.stderr[-2000:]
     assert process.stdout.split() == [made.program_id] * 2

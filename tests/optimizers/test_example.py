@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from tests.support.waiting import run
 
 pytest.importorskip("rich")
 ROOT = Path(__file__).parent.parent.parent
@@ -17,13 +18,10 @@ ROOT = Path(__file__).parent.parent.parent
     ("name", "row"), [("BetterTogether", "strategy=p -> w"), ("BootstrapFewShotWithRandomSearch", "seed=-3")]
 )
 def test_the_example_shows_trials(name: str, row: str) -> None:
-    process = subprocess.run(
+    process = run(
         [sys.executable, "examples/optimize.py", name],
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": str(ROOT / "src"), "COLUMNS": "150"},
-        capture_output=True,
-        text=True,
-        timeout=120,
     )
     assert process.returncode == 0, process.stderr[-2000:]
     assert row in process.stdout

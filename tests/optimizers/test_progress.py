@@ -16,6 +16,7 @@ import pytest
 from dspy_otel.optimizers import progress
 from tests.optimizers import common
 from tests.optimizers.common import quietly, scripted_lm
+from tests.support.waiting import finish
 
 ROOT = Path(__file__).parent.parent.parent
 SCRIPT = """
@@ -58,7 +59,7 @@ def run(name: str, *, terminal: bool, **environment: str) -> tuple[str, str]:
         if not part:
             break
         written += part
-    stdout = process.communicate(timeout=60)[0]
+    stdout = finish(process).stdout
     assert process.returncode == 0, written.decode()[-2000:]
     os.close(ours)
     return stdout, re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", written.decode())

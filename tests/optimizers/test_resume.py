@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,19 +13,17 @@ import pytest
 
 from dspy_otel.optimizers.resume import FILE
 from tests.optimizers.common import compile_span, quietly, run_gepa_digits, trials
+from tests.support.waiting import run
 
 ROOT = Path(__file__).parent.parent.parent
 PREFIX = "dspy.optimizer."
 
 
 def start(folder: Path, lines: Path, kill_after: int, around: bool = False) -> None:
-    process = subprocess.run(
+    process = run(
         [sys.executable, "-m", "tests.optimizers.killed", str(folder), str(lines), str(kill_after), "around" * around],
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": f"{ROOT / 'src'}{os.pathsep}{ROOT}"},
-        capture_output=True,
-        text=True,
-        timeout=120,
     )
     assert process.returncode == (-signal.SIGKILL if kill_after else 0), process.stderr[-2000:]
 

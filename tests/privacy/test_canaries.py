@@ -6,7 +6,6 @@ import json
 import logging
 import os
 import sqlite3
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +17,7 @@ from tests.privacy import scenario
 from tests.support.canaries import Canaries
 from tests.support.openai_server import openai_server
 from tests.support.otlp_receiver import OtlpReceiver
+from tests.support.waiting import run
 from tests.switching.process import ROOT, environment
 
 PLACES = scenario.PLACES
@@ -87,9 +87,7 @@ def test_everything_that_leaves_the_process(content: str, protocol: str, tmp_pat
             "MLFLOW_TRACKING_PASSWORD": scenario.key("MLflow password"),
         }
         command = [sys.executable, "-m", "tests.privacy.scenario", str(tmp_path / "program"), str(work / "ours.log")]
-        done = subprocess.run(
-            command, cwd=work, env=environment(**settings), capture_output=True, text=True, timeout=400, check=False
-        )
+        done = run(command, cwd=work, env=environment(**settings))
         assert done.returncode == 0, done.stderr[-4000:]
         sent = [request.message.SerializeToString() for request in receiver.received]
         names = receiver.span_names()

@@ -65,7 +65,7 @@ class FaultProxy:
                     self.answer(proxy.status, b"proxy says no", "text/plain")
                     return
                 upstream = urlsplit(proxy.upstream)
-                connection = http.client.HTTPConnection(upstream.hostname or "", upstream.port, timeout=60)
+                connection = http.client.HTTPConnection(upstream.hostname or "", upstream.port)
                 headers = {key: value for key, value in self.headers.items() if key.lower() != "host"}
                 connection.request(self.command, self.path, body, headers)
                 response = connection.getresponse()

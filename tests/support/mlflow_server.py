@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from tests.support.waiting import wait_for
+from tests.support.waiting import STALLED, wait_for
 
 
 def free_port() -> int:
@@ -75,7 +75,7 @@ def _wait_until_ready(url: str, process: subprocess.Popen[bytes], log_path: Path
     def ready() -> bool:
         if process.poll() is not None:
             raise RuntimeError(f"mlflow server did not start:\n{log_path.read_text(errors='replace')[-4000:]}")
-        with urllib.request.urlopen(url + "/health", timeout=5) as answer:
+        with urllib.request.urlopen(url + "/health", timeout=STALLED) as answer:
             return bool(answer.status == 200)
 
     wait_for(ready, f"mlflow server, see {log_path}", lambda: log_path.stat().st_size, ignored=(OSError,), pause=0.3)

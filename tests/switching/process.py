@@ -15,6 +15,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.waiting import run, wait_for_exit
+
 APP = Path(__file__).with_name("app.py")
 ROOT = Path(__file__).parents[2]
 
@@ -81,7 +83,7 @@ def running(*arguments: str, cwd: Path, **settings: str) -> Iterator[None]:
         try:
             yield
             process.terminate()
-            ended = process.wait(60)
+            ended = wait_for_exit(process, " ".join(arguments))
             output.seek(0)
             assert ended == 0, output.read()[-4000:]
         finally:
@@ -95,8 +97,6 @@ def _path() -> str:
 
 
 def _run(command: list[str], cwd: Path | None, settings: dict[str, str]) -> Finished:
-    done = subprocess.run(
-        command, env=environment(**settings), cwd=cwd, capture_output=True, text=True, timeout=120, check=False
-    )
+    done = run(command, env=environment(**settings), cwd=cwd)
     assert done.returncode == 0, done.stderr[-4000:]
     return Finished(done.stdout, done.stderr)

@@ -120,7 +120,7 @@ async def test_tasks_and_coroutines(telemetry: Recorder):
     thread = threading.Thread(target=loop.run_forever)
     thread.start()
     try:
-        assert asyncio.run_coroutine_threadsafe(bound(number=7), loop).result(10) == 7
+        assert asyncio.run_coroutine_threadsafe(bound(number=7), loop).result() == 7
     finally:
         loop.call_soon_threadsafe(loop.stop)
         thread.join()

@@ -17,7 +17,7 @@ from opentelemetry import baggage, context
 
 from tests.support.openai_server import OpenAIServer
 from tests.support.spans import Recorder
-from tests.support.waiting import STALLED, wait_for
+from tests.support.waiting import LONGEST, wait_for
 from tests.switching.test_neighbours import needs
 
 pytestmark = [
@@ -35,7 +35,7 @@ class Greeter(dspy.Module):
         super().__init__()
         self.reply = dspy.Predict("question -> answer")
         self.inside: set[str] = set()
-        self.end = time.monotonic() + STALLED
+        self.end = time.monotonic() + LONGEST
 
     def alone(self, question: str) -> bool:
         self.inside.add(question)
@@ -118,7 +118,7 @@ def test_two_requests_at_once_keep_their_spans_and_names_apart(telemetry: Record
 
     def ask(who: str) -> str:
         asked = Request(f"{address}/{kind}?question={who}", headers={"x-session": f"s-{who}", "x-user": f"u-{who}"})
-        with urlopen(asked, timeout=2 * STALLED) as answer:
+        with urlopen(asked, timeout=LONGEST) as answer:
             return json.loads(answer.read())
 
     with ThreadPoolExecutor(2) as clients:
