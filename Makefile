@@ -53,8 +53,7 @@ format: $(VENV)/.lint ## let ruff mend style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-hooks: $(VENV)/.lint ## run style and types before each commit (pre-commit)
-	@$(INSTALL) pre-commit
+hooks: $(VENV)/.hooks ## run style and types before each commit (pre-commit)
 	$(BIN)/pre-commit install
 
 matrix: ## the fast tests on an old DSPy and Python, and on the newest
@@ -108,6 +107,10 @@ $(VENV)/.neighbours: $(VENV)/.test
 
 $(VENV)/.lint: $(VENV)/.demo
 	@$(INSTALL) --group lint --group test
+	@touch $@
+
+$(VENV)/.hooks: $(VENV)/.lint
+	@$(INSTALL) --group hooks
 	@touch $@
 
 $(VENV)/.bench: $(VENV)/.demo

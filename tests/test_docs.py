@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -55,7 +56,26 @@ def test_prose_is_at_most_120_characters_wide(page: Path) -> None:
     assert not long
 
 
+def anchors(page: Path) -> set[str]:
+    """The anchors that GitHub makes of a page's headings; `-1`, `-2`, ... tell equal ones apart."""
+    found: Counter[str] = Counter()
+    code = False
+    text = page.read_text(encoding="utf-8")
+    for line in text.splitlines():
+        code ^= line.startswith("```")
+        if not code and (heading := re.match(r"#{1,6} +(.*?)(?: +#+)? *$", line)):
+            words = re.sub(r"!?\[([^\]]*)\]\([^)]*\)", r"\1", heading[1])  # a link stands there as its text
+            found[re.sub(r"[^\w\- ]", "", words.lower()).replace(" ", "-")] += 1
+    numbered = {f"{slug}-{number}" for slug, times in found.items() for number in range(1, times)}
+    return {*found, *numbered, *re.findall(r'<a (?:id|name)="([^"]+)"', text)}
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_between_pages_lead_somewhere(page: Path) -> None:
-    targets = re.findall(r"\]\((?!https?:|mailto:|#)([^)#\s]+)", page.read_text(encoding="utf-8"))
-    assert not [target for target in targets if not (page.parent / target).exists()]
+    links = re.findall(r"\]\((?!https?:|mailto:)([^)#\s]*)#?([^)\s]*)\)", page.read_text(encoding="utf-8"))
+    wrong = []
+    for target, anchor in links:
+        there = page.parent / target if target else page
+        if not there.exists() or (anchor and there.suffix == ".md" and anchor not in anchors(there)):
+            wrong.append(f"{target}#{anchor}")
+    assert not wrong
