@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from dspy_otel.record.model import Origin
     from dspy_otel.setup import configure
 
-# Loaded when first asked for: a program that leaves instrumentation off pays for none of it.
+# Loaded on first use: a program that leaves instrumentation off pays for none of it.
 _PLACES: Final = {
     "Config": ("config", "Config"),
     "DSPyInstrumentor": ("instrumentor", "DSPyInstrumentor"),
@@ -37,7 +37,7 @@ _PLACES: Final = {
 }
 
 
-if not TYPE_CHECKING:  # It would make any name one of ours, to a type checker.
+if not TYPE_CHECKING:  # A type checker would take any name for one of ours.
 
     def __getattr__(name: str) -> Any:
         if name not in _PLACES:

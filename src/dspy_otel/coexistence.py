@@ -1,4 +1,4 @@
-"""Other instrumentations of DSPy in the same process: named, with what doubles, and with what they take away."""
+"""Other instrumentations of DSPy in the same process: warnings about doubled spans and lost wrappers."""
 
 from __future__ import annotations
 
@@ -37,17 +37,17 @@ class OtherInstrumentations:
         self._ours: Any = None
 
     def check(self) -> None:
-        """Warn once about each one that is active, and once if one has taken ours away.
+        """Warn once about each one that is active, and once if one has removed our wrappers.
 
-        Cheap enough for each outermost call.
+        It is cheap enough for each outermost call.
         """
         self._check_modules()
         self._check_entry()
 
     def _check_entry(self) -> None:
-        """Warn once when the entry point of modules is one that ours stood for.
+        """Warn once when the entry point of modules is a function that our wrapper replaced.
 
-        OpenInference's ``uninstrument()`` does that: it puts back what is below all wrappers, whoever made them.
+        OpenInference's ``uninstrument()`` does that: it puts back the function below all wrappers, ours included.
         """
         if self._space is None:
             owner = getattr(sys.modules.get("dspy.primitives.module"), "Module", None)
@@ -58,9 +58,9 @@ class OtherInstrumentations:
         self._entry = entry
         if self._ours is None:
             self._ours = entry  # The first check comes right after our patches.
-        elif any(entry is each for each in _stood_for(self._ours)):  # a proxy is equal to what it stands for
+        elif any(entry is each for each in _wrapped_by(self._ours)):  # not ==: a proxy is equal to what it wraps
             warn_once(
-                ("neighbour", "removed"),
+                ("other instrumentation", "removed"),
                 "dspy.Module.__call__ is no longer ours, as after another instrumentation's uninstrument(): modules "
                 "are not recorded. dspy_otel.uninstrument() and dspy_otel.instrument() bring them back",
             )
@@ -68,16 +68,16 @@ class OtherInstrumentations:
     def _check_modules(self) -> None:
         """Warn once about each one that is active.
 
-        Nothing can be switched on that is not imported, and a program soon stops importing: only when the number of
-        modules has changed since the last check is there anything to do.
+        An instrumentation must be imported to be switched on, and a program soon stops importing. So nothing is done
+        unless the number of modules has changed since the last check.
         """
         modules = len(sys.modules)
         if modules == self._modules:
             return
         self._modules = modules
-        for name, doubles in active_neighbours().items():
+        for name, doubles in active_instrumentations().items():
             warn_once(
-                ("neighbour", name),
+                ("other instrumentation", name),
                 "%s is active too: %s will show twice. Switch one of the two off (ours by "
                 "dspy_otel.uninstrument(), or OTEL_PYTHON_DISABLED_INSTRUMENTATIONS=dspy_otel with "
                 "opentelemetry-instrument)",
@@ -86,15 +86,15 @@ class OtherInstrumentations:
             )
 
 
-def _stood_for(function: Any) -> list[Any]:
-    """The functions that a wrapper stands for, outermost first."""
+def _wrapped_by(function: Any) -> list[Any]:
+    """The functions that a wrapper wraps, outermost first."""
     found: list[Any] = []
     while len(found) < _MOST_WRAPPERS and (function := getattr(function, "__wrapped__", None)) is not None:
         found.append(function)
     return found
 
 
-def active_neighbours() -> dict[str, str]:
+def active_instrumentations() -> dict[str, str]:
     """Each other DSPy instrumentation that is switched on, with what it doubles. Imports nothing."""
     found = {
         package: doubles

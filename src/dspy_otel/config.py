@@ -37,8 +37,8 @@ _CONTENT_MODES: Final[Mapping[str, CaptureContent]] = {
     "true": "span_only",
     "false": "no_content",
 }
-_TRACE_MODES: Final[Mapping[str, EvaluationTraces]] = {"linked": "linked", "nested": "nested"}
-_VOLUMES: Final[Mapping[str, OptimizationTraces]] = {
+_EVALUATION_TRACES: Final[Mapping[str, EvaluationTraces]] = {"linked": "linked", "nested": "nested"}
+_OPTIMIZATION_TRACES: Final[Mapping[str, OptimizationTraces]] = {
     "all": "all",
     "failed_and_best": "failed_and_best",
     "none": "none",
@@ -56,7 +56,7 @@ _BOOLEANS: Final = {
 
 
 class _Unusable(ValueError):
-    """A setting's value cannot be used; the message says what would be."""
+    """A setting's value cannot be used; the message says which values can."""
 
 
 def _choice(choices: Mapping[str, Any]) -> Callable[[Any], Any]:
@@ -122,10 +122,10 @@ class Config:
     adapter_spans: bool = _setting(False, ENV_ADAPTER_SPANS, _boolean)
     """Spans for an adapter's format and parse. Off: parse failures and fallbacks are events on the Predict span."""
 
-    evaluation_traces: EvaluationTraces = _setting("linked", ENV_EVALUATION_TRACES, _choice(_TRACE_MODES))
+    evaluation_traces: EvaluationTraces = _setting("linked", ENV_EVALUATION_TRACES, _choice(_EVALUATION_TRACES))
     """``linked``: each evaluated example is a trace of its own, linked both ways. ``nested``: one tree."""
 
-    optimization_traces: OptimizationTraces = _setting("all", ENV_OPTIMIZATION_TRACES, _choice(_VOLUMES))
+    optimization_traces: OptimizationTraces = _setting("all", ENV_OPTIMIZATION_TRACES, _choice(_OPTIMIZATION_TRACES))
     """Which examples that an optimization evaluates leave a trace. Trials, totals and metrics are always complete."""
 
     openinference: bool = _setting(True, ENV_OPENINFERENCE, _boolean)
@@ -154,7 +154,7 @@ class Config:
 
     @classmethod
     def check(cls, arguments: Iterable[str]) -> None:
-        """Nothing, if each of ``arguments`` names a setting.
+        """Check that each of ``arguments`` names a setting.
 
         Raises:
             TypeError: for one that does not (a mistake in code, not in configuration).

@@ -28,7 +28,7 @@ Around: TypeAlias = Callable[[Any, _Arguments, _Keywords], "Leave | None"]
 
 _ABSENT: Final = object()
 _MARK: Final = "__dspy_otel__"
-"""Attribute of every wrapper of ours: itself, the function it stands for, whose patch it is, what to put back."""
+"""Attribute of every wrapper of ours: itself, the function it wraps, the number of its patches, what to put back."""
 
 
 def resolve(module: str, qualname: str = "") -> Any:
@@ -73,8 +73,8 @@ class _Replaced:
 class Patches:
     """The replacements in force. Restoring walks them backwards.
 
-    What a class had before is kept by the wrapper that took its place, and here only by a weak reference: a class
-    that is made at run time goes when nobody else needs it.
+    The wrapper keeps what its class had before; this object has only a weak reference to that. So a class that is made
+    at run time can be garbage-collected.
     """
 
     _number: int = field(default_factory=lambda: next(_numbers))
@@ -85,7 +85,7 @@ class Patches:
         """Replace ``owner.name`` by ``make(original)``.
 
         Args:
-            owner: class or module. ``None`` stands for one that this DSPy does not have.
+            owner: class or module. ``None`` means one that this DSPy does not have.
             name: attribute of it.
             make: given the original function, gives its replacement.
             loses: what telemetry lacks without this patch; for a warning, once, if it cannot be made.
@@ -192,7 +192,7 @@ class Patches:
         undo[place] = weakref.ref(replaced, lambda _: undo.pop(place, None))
 
     def restore(self) -> None:
-        """Put every original back. What somebody else has wrapped since is left in place, and our part goes quiet."""
+        """Put every original back. A wrapper that others put around ours stays, and ours then passes calls through."""
         while self._undo:
             replaced = self._undo.popitem()[1]()
             owner = replaced.owner() if replaced is not None else None

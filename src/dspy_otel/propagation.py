@@ -1,4 +1,4 @@
-"""Carry the context into threads and processes, and take over what other processes hand on."""
+"""Carry the context into threads and processes, and read the context that other processes hand on."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from dspy_otel.operations.parallel import bind
 _INHERITED_PREFIX: Final = "dspy."
 MAX_INHERITED: Final = 16
 MAX_VALUE: Final = 256
-"""Characters. Inherited attributes are ids and numbers; whatever else comes under their names is cut."""
+"""Most characters of an inherited attribute. Those are ids and numbers; a longer text under such a name is cut."""
 
 _ROLES: Final = frozenset(
     {semconv.ROLE_TASK, semconv.ROLE_JUDGE, semconv.ROLE_PROPOSER, semconv.ROLE_REFLECTION, semconv.ROLE_TEACHER}
@@ -37,7 +37,7 @@ def inject(carrier: MutableMapping[str, str] | None = None) -> dict[str, str]:
     of LM calls. Upper-case its names, and it is the environment that a subprocess takes its parent from.
 
     Args:
-        carrier: filled too, if given (headers of a message, say).
+        carrier: filled too, if given: headers of a message, for example.
 
     Returns:
         A new dictionary, picklable and JSON-serializable; empty if there is nothing to carry.
@@ -55,8 +55,8 @@ def attach(carrier: Mapping[str, str]) -> Iterator[Context]:
     """Work in the context that :func:`inject` wrote, until the ``with`` block ends.
 
     Args:
-        carrier: what ``inject()`` gave. Without a valid ``traceparent`` the block starts traces of its own; anything
-            else in it, of whatever type, does no harm.
+        carrier: what ``inject()`` gave. Without a valid ``traceparent`` the block starts traces of its own; other
+            entries, of any type, are ignored.
     """
     context = otel_context.get_current()
     with guard("attach()"):
@@ -117,7 +117,7 @@ def read_context(carrier: Any, context: Context) -> Context:
 
 
 def _typed(key: str, text: str) -> AttributeValue:
-    """Baggage is text only: counters become numbers once more."""
+    """A value of baggage, which is text only, as an attribute: counters become numbers."""
     if key.endswith((".number", ".index", ".size")) and text.isascii() and text.isdigit() and len(text) < 19:
         return int(text)
     return text

@@ -1,4 +1,4 @@
-"""``configure()``: providers and exporters for people who have none yet."""
+"""``configure()``: providers and exporters for programs that have none."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ _GROUPS: Final = {
 _PROTOCOLS: Final = ("grpc", "http/protobuf")
 _SDK_MISSING: Final = "dspy_otel.configure() needs the OpenTelemetry SDK: pip install 'dspy-otel[otlp]'"
 
-_Make = Callable[[], Any]
-"""Makes an exporter. Made only for a signal that has no provider yet."""
+_Factory = Callable[[], Any]
+"""Makes an exporter. It is called only for a signal that has no provider yet."""
 
 
 def configure(
@@ -42,15 +42,14 @@ def configure(
     Without any destination among the arguments, the environment decides: ``OTEL_TRACES_EXPORTER``,
     ``OTEL_METRICS_EXPORTER`` and ``OTEL_LOGS_EXPORTER``, if any of them is set (a signal without its own is then off);
     else ``MLFLOW_TRACKING_URI`` (traces) and ``OTEL_EXPORTER_OTLP_ENDPOINT`` (all three), if set; else OTLP to
-    ``localhost``. A provider that somebody has set already is never replaced: its signal is left alone, and a warning
-    says so.
+    ``localhost``. A provider that is already set is never replaced: its signal is left alone, with a warning.
 
     Args:
         service_name: ``service.name`` of what is recorded; default, from ``OTEL_SERVICE_NAME`` or
             ``OTEL_RESOURCE_ATTRIBUTES``.
         otlp: an OTLP endpoint (``http://localhost:4318`` or ``http://localhost:4317``), or ``True`` for the one in
             the environment. Takes all three signals. Port 4317 means gRPC, unless ``OTEL_EXPORTER_OTLP_PROTOCOL``
-            says otherwise.
+            has another protocol.
         mlflow: an MLflow tracking URI (``http://...`` or ``sqlite:///...``), or ``True`` for the one in the
             environment. Takes traces.
         experiment: name of the MLflow experiment; made if it is missing.
@@ -61,7 +60,7 @@ def configure(
         The instrumentor, for ``uninstrument()``.
 
     Raises:
-        RuntimeError: when the OpenTelemetry SDK, or the exporter that was asked for, is not installed; the message
+        RuntimeError: when the OpenTelemetry SDK, or an exporter that is needed, is not installed; the message
             says what to install.
         TypeError: for an unknown option.
     """
@@ -89,9 +88,9 @@ def _installed(module: str) -> bool:
 
 def _destinations(
     otlp: str | bool | None, mlflow: str | bool | None, experiment: str | None, console: bool
-) -> dict[str, list[_Make]]:
-    """What makes the exporters of each signal. An exporter that is not installed is an error already here."""
-    found: dict[str, list[_Make]] = {signal: [] for signal in _GROUPS}
+) -> dict[str, list[_Factory]]:
+    """Factories of each signal's exporters. An exporter that is not installed is an error already here."""
+    found: dict[str, list[_Factory]] = {signal: [] for signal in _GROUPS}
     if not (otlp or mlflow or console):
         named = {signal: _names(os.environ.get(f"OTEL_{signal.upper()}_EXPORTER", "")) for signal in _GROUPS}
         if any(named.values()):
@@ -114,16 +113,16 @@ def _names(variable: str) -> list[str]:
     return [part.strip() for part in variable.split(",") if part.strip()]
 
 
-def _by_name(signal: str, name: str, experiment: str | None) -> _Make:
+def _by_name(signal: str, name: str, experiment: str | None) -> _Factory:
     if name == "otlp":
         return _otlp(signal, None)
     if signal == "traces" and name in ("mlflow", "dspy_mlflow"):
         return _mlflow(None, experiment)
-    make: _Make = _load(signal, name)
+    make: _Factory = _load(signal, name)
     return make
 
 
-def _mlflow(uri: str | None, experiment: str | None) -> _Make:
+def _mlflow(uri: str | None, experiment: str | None) -> _Factory:
     needed = ["requests", "opentelemetry.exporter.otlp.proto.common"]
     if not (uri or os.environ.get("MLFLOW_TRACKING_URI", "")).startswith(("http:", "https:")):
         needed += ["mlflow", "sqlalchemy"]  # a store of its own, without a server
@@ -135,8 +134,8 @@ def _mlflow(uri: str | None, experiment: str | None) -> _Make:
     return lambda: MLflowSpanExporter(tracking_uri=uri, experiment=experiment)
 
 
-def _otlp(signal: str, endpoint: str | None) -> _Make:
-    """OTLP by gRPC or HTTP/protobuf, as the environment, else the port of the endpoint, says. Default: HTTP."""
+def _otlp(signal: str, endpoint: str | None) -> _Factory:
+    """OTLP by gRPC or HTTP/protobuf: the environment decides, or else the port of the endpoint. Default: HTTP."""
     if endpoint is not None and "://" not in endpoint:
         endpoint = f"http://{endpoint}"
     if _protocol(signal, endpoint) == "grpc":
@@ -177,7 +176,7 @@ def _load(signal: str, name: str) -> Any:
     raise RuntimeError(f"no {signal} exporter named {name!r} is installed: {hint}")
 
 
-def _set_up(destinations: dict[str, list[_Make]], service_name: str | None) -> None:
+def _set_up(destinations: dict[str, list[_Factory]], service_name: str | None) -> None:
     from opentelemetry.sdk._logs import LoggerProvider
     from opentelemetry.sdk._logs.export import BatchLogRecordProcessor
     from opentelemetry.sdk.metrics import MeterProvider
@@ -205,7 +204,7 @@ def _set_up(destinations: dict[str, list[_Make]], service_name: str | None) -> N
 
 
 def _free(signal: str, current: Any) -> bool:
-    """Whether no provider is set for a signal yet. The API's own stand-in until then is a proxy."""
+    """Whether no provider is set for a signal yet. Until then, the API has a proxy there."""
     kind = type(current)
     if kind.__module__.startswith("opentelemetry.") and kind.__name__.lstrip("_").startswith("Proxy"):
         return True

@@ -254,7 +254,7 @@ def test_what_belongs_to_something_unknown_does_no_harm() -> None:
     ended = Spans(History()).compile()
     ended.end()
     assert spans.history.end(ended) == []
-    assert not spans.history._strays
+    assert not spans.history._orphans
     for name in ("trial", "compile X", "evaluate P", "example P", "search", "chat m", "nothing of ours"):
         with spans.tracer.start_as_current_span(name) as span:
             assert spans.history.start(span) == []

@@ -11,20 +11,20 @@ from importlib.util import find_spec
 from dspy_otel.cli import replay, report
 from dspy_otel.version import __version__
 
-_NEEDED = {
+_PACKAGES_OF_DEMO = {
     "dspy": "dspy",
     "mlflow": "mlflow",
     "opentelemetry.sdk": "opentelemetry-sdk",
     "optuna": "optuna",
     "rich": "rich",
 }
-_NEEDED_TO_READ = {
+_PACKAGES_OF_REPORT = {
     "opentelemetry.sdk": "opentelemetry-sdk",
     "opentelemetry.exporter.otlp.proto.http": "opentelemetry-exporter-otlp-proto-http",
     "requests": "requests",
     "packaging": "packaging",
 }
-"""For a server; a store without one needs MLflow, and says so."""
+"""Packages for a server. A store without one needs MLflow, and raises an error that says so."""
 _KEYS = {
     "openai": ("OPENAI_API_KEY",),
     "anthropic": ("ANTHROPIC_API_KEY",),
@@ -33,7 +33,7 @@ _KEYS = {
     "mistral": ("MISTRAL_API_KEY",),
     "openrouter": ("OPENROUTER_API_KEY",),
 }
-"""Where each hosted provider's key is looked for; other providers are left to speak for themselves."""
+"""Variables that each hosted provider reads its key from; other providers raise errors of their own."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -66,13 +66,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.command == "replay":
         return replay.run(options)
     if options.command == "report":
-        modules = ["opentelemetry.sdk"] if options.spans is not None else list(_NEEDED_TO_READ)
-        needed = [_NEEDED_TO_READ[module] for module in modules if not _installed(module)]
+        modules = ["opentelemetry.sdk"] if options.spans is not None else list(_PACKAGES_OF_REPORT)
+        needed = [_PACKAGES_OF_REPORT[module] for module in modules if not _installed(module)]
         if needed:
             return _refuse(f"the report needs {', '.join(needed)}. Install it with: pip install 'dspy-otel[mlflow]'")
         return report.run_report(options)
 
-    missing = [package for module, package in _NEEDED.items() if not _installed(module)]
+    missing = [package for module, package in _PACKAGES_OF_DEMO.items() if not _installed(module)]
     if missing:
         return _refuse(f"the demo needs {', '.join(missing)}. Install it with: pip install 'dspy-otel[demo]'")
     keys = _KEYS.get((options.model or "").split("/")[0], ())

@@ -1,4 +1,4 @@
-"""``dspy-otel replay``: deliver what programs could not send to MLflow."""
+"""``dspy-otel replay``: deliver to MLflow what programs could not send."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("source", nargs="*", type=Path, metavar="DIR|FILE", help="default: the spool of all programs")
     parser.add_argument("--to", metavar="URI", help="an MLflow other than the one it was meant for")
     parser.add_argument("--experiment", metavar="NAME|ID", help="another experiment")
-    parser.add_argument("--list", action="store_true", help="say what is there and deliver nothing")
+    parser.add_argument("--list", action="store_true", help="list the contents and deliver nothing")
 
 
 def run(options: argparse.Namespace) -> int:

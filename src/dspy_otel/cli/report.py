@@ -38,7 +38,7 @@ def run_report(options: argparse.Namespace) -> int:
     """Make the report, and print where it is. Returns the exit status."""
     from dspy_otel.report import render
 
-    logging.disable(logging.WARNING)  # MLflow's, of no use here
+    logging.disable(logging.WARNING)  # MLflow logs much that is of no use here
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     os.environ.setdefault("LITELLM_LOCAL_MODEL_COST_MAP", "True")  # else an import may wait for a download
     try:
@@ -71,9 +71,9 @@ def _of_spans(options: argparse.Namespace) -> tuple[str, Optimization, Source | 
 
     with options.spans.open(encoding="utf-8") as lines:
         found = optimizations(span for spans in decode_lines(lines) for span in spans)
-    asked_for = [one for one in found if options.run in (None, one.id)]
-    if not asked_for:
+    chosen = [one for one in found if options.run in (None, one.id)]
+    if not chosen:
         known = f": it has {', '.join(one.id for one in found)}" if found else ""
         what = "finished optimization" if options.run is None else f"optimization {options.run}"
         raise LookupError(f"{options.spans} has no {what}{known}.")
-    return asked_for[-1].id, asked_for[-1], None
+    return chosen[-1].id, chosen[-1], None

@@ -1,7 +1,7 @@
 """Our own spans read back, once, into typed and immutable records.
 
 * :mod:`.model` - the records: optimizations, their phases, trials and candidates; evaluations, examples, usage;
-* :mod:`.spans` - one span to one record: the only place that knows which attribute says what;
+* :mod:`.spans` - one span to one record: the only place that reads attributes;
 * :mod:`.history` - spans as they start and end to records that are complete: trials with what had been spent,
   evaluations with their examples;
 * :mod:`.otlp` - files of OTLP to spans, and back;

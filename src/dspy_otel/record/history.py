@@ -1,4 +1,4 @@
-"""Spans, as they start and end, to records: an incremental reader that keeps what runs, and says what has changed.
+"""Spans, as they start and end, to records: an incremental reader that keeps what runs, and gives what has changed.
 
 Used while a program runs (MLflow's worker), and for spans that were written down (a report from a file, ``replay``).
 """
@@ -54,14 +54,14 @@ class History:
     """Records of all optimizations and evaluations whose spans it is given.
 
     One thread at a time; only LM calls may be given by several, beside that. A span that ends must have been given
-    when it started, unless it is a phase, an example or an LM call: what belongs to something unknown is left out.
+    when it started, unless it is a phase, an example or an LM call: parts of an unknown optimization are left out.
 
     Args:
         forget: whether an optimization is forgotten when it has ended. Without, one that is resumed later goes on
             with the trials it had: for spans that were written down, which are all there is.
 
     Attributes:
-        own: ids of evaluations that stand for themselves.
+        own: ids of evaluations that are not a trial's.
         metrics: names of the optimizations' metrics, by id.
     """
 
@@ -69,13 +69,13 @@ class History:
         self._forget = forget
         self._optimizations: dict[str, _Running] = {}
         self._evaluations: dict[str, _RunningEvaluation] = {}
-        self._strays: dict[tuple[str, int], Trial] = {}
-        """Trials of optimizations that are not known."""
+        self._orphans: dict[tuple[str, int], Trial] = {}
+        """Trials whose optimization is not known."""
         self.own: dict[str, None] = {}
         self.metrics: dict[str, str] = {}
         self._models = _Models()
 
-    # --- what happens -----------------------------------------------------------------------------------------------
+    # --- events -----------------------------------------------------------------------------------------------------
     def start(self, span: ReadableSpan) -> list[Record]:
         """A span has started, or has got more attributes since: an optimization's parameters come after its start.
 
@@ -96,7 +96,7 @@ class History:
         """A span has ended.
 
         Returns:
-            What has changed: first what the span is of.
+            What has changed; first the record that the span is of.
         """
         kind = kind_of(span)
         part = read(span, kind)
@@ -129,18 +129,18 @@ class History:
             evaluation.finished(dataclasses.replace(evaluation.record, failure=failure, ended=when))
             for evaluation in self._evaluations.values()
         ]
-        trials = [*self._strays.values(), *(t for o in self._optimizations.values() for t in o.started.values())]
+        trials = [*self._orphans.values(), *(t for o in self._optimizations.values() for t in o.started.values())]
         found += [dataclasses.replace(trial, failure=failure, ended=when) for trial in trials]
         for running in reversed(self._optimizations.values()):
             if not running.over:
                 record = running.snapshot()
                 found.append(dataclasses.replace(record, outcome=INTERRUPTED, failure=failure, ended=when))
         self._evaluations.clear()
-        self._strays.clear()
+        self._orphans.clear()
         self._optimizations.clear()
         return found
 
-    # --- what a trace belongs to ------------------------------------------------------------------------------------
+    # --- traces -----------------------------------------------------------------------------------------------------
     def trace(self, span: ReadableSpan) -> Trace | None:
         """What the trace of an ended root span, or of an example, belongs to; None for any other span."""
         example = kind_of(span) is Kind.EXAMPLE
@@ -150,7 +150,7 @@ class History:
         optimization, evaluation = at.get(semconv.OPTIMIZER_RUN_ID), at.get(semconv.EVALUATION_ID)
         trial = at.get(semconv.TRIAL_NUMBER)
         own = evaluation is not None and (optimization is None or evaluation in self.own)
-        # Optimizers wrap the metric; its own name says more.
+        # Optimizers wrap the metric; the name of the user's own is more useful.
         metric = self.metrics.get(str(optimization)) or at.get(semconv.EVALUATION_METRIC_NAME)
         part = read(span, Kind.EXAMPLE) if example else None
         return Trace(
@@ -197,7 +197,7 @@ class History:
     def _start_trial(self, trial: Trial) -> list[Record]:
         running = self._optimizations.get(trial.optimization)
         if running is None:
-            self._strays[trial.optimization, trial.number] = trial
+            self._orphans[trial.optimization, trial.number] = trial
         else:
             running.started[trial.number] = trial
         return [trial]
@@ -208,7 +208,7 @@ class History:
             return None
         running = self._optimizations.get(optimization)
         if running is None:
-            return self._strays.get((optimization, number))
+            return self._orphans.get((optimization, number))
         return running.started.get(number) or running.trials.get(number)
 
     def _end_trial(self, trial: Trial, span: ReadableSpan) -> list[Record]:
@@ -221,7 +221,7 @@ class History:
         running = self._optimizations.get(trial.optimization)
         if running is not None:
             return [running.end_trial(trial, span)]
-        del self._strays[trial.optimization, trial.number]
+        del self._orphans[trial.optimization, trial.number]
         return [trial]
 
     # --- evaluations ------------------------------------------------------------------------------------------------
@@ -237,7 +237,7 @@ class History:
         trial = dataclasses.replace(trial, evaluation=record.id, threads=record.threads, evaluated=record.size)
         running = self._optimizations.get(trial.optimization)
         if running is None:
-            self._strays[trial.optimization, trial.number] = trial
+            self._orphans[trial.optimization, trial.number] = trial
         else:
             (running.started if trial.number in running.started else running.trials)[trial.number] = trial
         return [trial, record]
@@ -309,7 +309,7 @@ class _Running:
         self._verdicts: dict[bool, int] = {}
 
     def describe(self, record: Optimization) -> None:
-        """Take over what its span says."""
+        """Take over the record of its span."""
         self.record = record
         for program in (record.initial, record.returned):
             if program is not None:
@@ -329,7 +329,7 @@ class _Running:
         )
 
     def end_phase(self, phase: Phase, span: ReadableSpan) -> Phase:
-        """A phase has ended once more."""
+        """A phase has ended, maybe not for the first time."""
         return self._add(phase.name, self._own(phase.usage, span), 1, phase.seconds)
 
     def end_step(self, step: Optimization, span: ReadableSpan) -> Phase:

@@ -173,7 +173,7 @@ class Dataset:
     def rows(self) -> list[dict[str, Any]] | None:
         """The examples, as far as the content limit let them through. Parsed at each call."""
         loaded = load_json(self.text)
-        # A mark that says how many were cut is no row.
+        # The marker with the number of rows that were cut is not a row.
         return [row for row in loaded if isinstance(row, dict)] if isinstance(loaded, list) else None
 
 
@@ -221,7 +221,7 @@ class Failure:
 
     @property
     def interrupted(self) -> bool:
-        """Whether somebody stopped it: it did not fail by itself."""
+        """Whether it was stopped from outside, and did not fail by itself."""
         return self.type is None or self.type.rpartition(".")[2] in _INTERRUPTIONS
 
     def __str__(self) -> str:
@@ -346,7 +346,7 @@ class Evaluation:
     Attributes:
         id: ``dspy.evaluation.id``.
         optimization, trial: what it is part of, if anything.
-        own: it stands for itself; otherwise it is the evaluation of its trial.
+        own: it is not the evaluation of a trial.
         program_name, program_id: of the program that is evaluated.
         metric: name of the metric.
         size, threads: examples and threads.
@@ -466,7 +466,7 @@ class Optimization:
 
     @property
     def content(self) -> bool:
-        """Whether content was recorded, as far as one can tell."""
+        """Whether content was recorded, as far as the spans show."""
         return bool(self.candidates) or not self.trials
 
     @property
@@ -492,7 +492,7 @@ class Trace:
         trace_id: of the trace.
         span_id: of the example's span; None when that is the root: then the whole trace is the example's.
         root: it is a trace of its own.
-        optimization, trial, evaluation: what it belongs to. The evaluation only if that stands for itself.
+        optimization, trial, evaluation: what it belongs to. The evaluation only if it is not a trial's.
         metric: name of the metric that scored the example.
         example: it, if it is one.
     """
@@ -543,7 +543,7 @@ def number(value: Any) -> float | None:
 
 
 def load_json(value: Any) -> Any:
-    """What a text of JSON stands for; any other text as it is."""
+    """The value of a text of JSON; any other value as it is."""
     if not isinstance(value, str):
         return value
     try:

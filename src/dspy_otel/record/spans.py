@@ -1,7 +1,7 @@
 """One span to one record: the only place where attributes of our spans are read back.
 
-:func:`kind_of` says what a span is, and :func:`read` what it says. Nothing here looks at more than one span;
-:mod:`.history` puts them together.
+:func:`kind_of` gives the kind of a span, and :func:`read` its record. Nothing here looks at more than one span;
+:mod:`.history` combines them.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from dspy_otel.record.model import (
 
 
 class Kind(enum.Enum):
-    """What a span is, for who reads it back."""
+    """The kind of a span, for readers of spans."""
 
     COMPILE = "compile"
     PHASE = "phase"
@@ -45,7 +45,7 @@ class Kind(enum.Enum):
 
 
 Part: TypeAlias = Optimization | Phase | Trial | Evaluation | Example | LMCall
-"""What one span says of itself."""
+"""The record of one span alone."""
 
 _NAMES: Final = {
     semconv.SPAN_COMPILE: (Kind.COMPILE, semconv.OPTIMIZER_RUN_ID),
@@ -80,7 +80,7 @@ def is_ours(span: ReadableSpan) -> bool:
 
 
 def kind_of(span: ReadableSpan) -> Kind:
-    """What a span is. Cheap enough to be asked for every span."""
+    """The kind of a span. It is cheap enough to be called for every span."""
     at = span.attributes or {}
     operation = at.get(semconv.GEN_AI_OPERATION_NAME)
     if operation is not None:
@@ -102,7 +102,7 @@ def belongs(span: ReadableSpan) -> bool:
 
 
 def read(span: ReadableSpan, kind: Kind) -> Part | None:
-    """What a span says of itself.
+    """The record of one span alone.
 
     Args:
         span: that has started, or has ended.
@@ -252,7 +252,7 @@ def read_usage(at: Attributes) -> Usage:
 
 
 def failure_of(span: ReadableSpan) -> Failure | None:
-    """Why what a span stands for did not finish; None when it did, or still runs."""
+    """Why the operation of a span did not finish; None when it did, or still runs."""
     if span.status.status_code is not StatusCode.ERROR:
         return None
     return Failure(str((span.attributes or {}).get(semconv.ERROR_TYPE) or "error"), span.status.description or None)

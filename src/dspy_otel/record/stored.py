@@ -1,7 +1,7 @@
 """Records as a backend keeps them, and back: tags, parameters, metrics and rows of tables, all by name.
 
-A tag has the name of the attribute that it comes from. Values that are None are for the caller to leave out. Both ways
-stand here, so that what is written is what is read; how a backend writes a value as text is its own business.
+A tag has the name of the attribute that it comes from. The caller leaves out values that are None. Both directions
+are here, so that they agree; each backend decides how it writes a value as text.
 """
 
 from __future__ import annotations
@@ -210,7 +210,7 @@ def example_columns(examples: Iterable[Example]) -> list[str]:
 def read_optimization(
     tags: Mapping[str, str], params: Mapping[str, str], metrics: Mapping[str, float], trials: Iterable[Trial] = ()
 ) -> Optimization:
-    """An optimization, without phases, candidates and examples; how it ended is for the caller to know.
+    """An optimization, without phases, candidates and examples; the caller knows how it ended.
 
     Args:
         tags: of the optimization.

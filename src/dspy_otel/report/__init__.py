@@ -2,7 +2,7 @@
 
 * :mod:`.page` - the record of an optimization to HTML; :mod:`.charts`, :mod:`.lineage` and :mod:`.words` - its charts,
   its graph of candidates and its differences of texts; :mod:`.markup` - elements, with everything escaped;
-* :mod:`.examples` - what became of each example.
+* :mod:`.examples` - the result of each example.
 
 Nothing here reads or writes anything, and nothing imports DSPy or MLflow.
 """

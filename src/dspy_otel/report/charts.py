@@ -14,12 +14,12 @@ WIDTH, HEIGHT = 560, 300
 _LEFT, _RIGHT, _TOP, _BOTTOM = 52, 26, 14, 40
 MAX_POINTS: Final = 1500
 _HUGE: Final = 1e100
-"""Scores beyond are not drawn: nobody means them."""
+"""Larger scores are not drawn: one would make all others look equal."""
 
 KINDS: Final = {
     "baseline": "the initial program",
     "full": "all examples",
-    "validation": "all examples, once more",
+    "validation": "all examples, a second time",
     "minibatch": "some examples",
     "sample": "rollouts to learn from",
 }
@@ -47,7 +47,7 @@ def by_spend(report: Optimization, label: Callable[[Trial], str]) -> Element | N
         ("tokens used so far", [trial.spent.tokens for trial in report.trials]),
         ("LM calls so far", [trial.spent.lm_calls for trial in report.trials]),
     ):
-        # What is not known yet is nothing: the first calls may all have come from the cache.
+        # An unknown total counts as zero: the first calls may all have come from the cache.
         points = [(value or 0.0, trial) for value, trial in zip(used, report.trials, strict=True)]
         if any(value > 0 for value, _ in points):
             return _chart(report, points, label, what, ticks(0, max(value for value, _ in points)))
@@ -72,7 +72,7 @@ def legend(report: Optimization) -> Element:
 
 
 def mark(kind: str, x: float, y: float) -> Element:
-    """The mark of a trial: a form and a colour for each kind, so that neither is needed to tell them apart."""
+    """The mark of a trial: a form and a colour for each kind, so that either is enough to distinguish them."""
     shapes = {
         "baseline": f"M{x:.1f} {y - 6:.1f}l6 6l-6 6l-6 -6z",
         "validation": f"M{x:.1f} {y - 5.5:.1f}l5.5 10h-11z",
@@ -140,7 +140,7 @@ def _chart(
     )
     if line:
         parts.append(tag("path", d=line, class_="best"))
-    # What stands out comes last, on top; when there are too many points, the small ones go.
+    # The winner and the large marks come last, on top; when there are too many points, the small ones are left out.
     order = {"sample": 0, "minibatch": 1}
     drawn.sort(key=lambda point: (point[2].number == report.winner, order.get(point[2].kind, 2)))
     for x, score, trial in drawn[-MAX_POINTS:]:
@@ -151,8 +151,8 @@ def _chart(
         parts.append(tag("g", tag("title", label(trial)), dot))
         if trial.number == report.winner:
             parts.append(tag("circle", cx=f"{at[0]:.1f}", cy=f"{at[1]:.1f}", r=9, class_="ring"))
-    said = f"Scores of {len(drawn)} trials against {what}"
-    return tag("svg", parts, viewBox=f"0 0 {WIDTH} {HEIGHT}", role="img", aria_label=said, class_="chart")
+    description = f"Scores of {len(drawn)} trials against {what}"
+    return tag("svg", parts, viewBox=f"0 0 {WIDTH} {HEIGHT}", role="img", aria_label=description, class_="chart")
 
 
 def _at(point: tuple[float, Trial]) -> tuple[float, int]:

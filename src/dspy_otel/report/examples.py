@@ -1,4 +1,4 @@
-"""What became of each example: the initial program against the best one."""
+"""The result of each example: the initial program against the best one."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Compared:
 
     @property
     def gain(self) -> float:
-        """How much better the best program did; no score counts less than any score."""
+        """How much better the best program did; a failed example counts less than any score."""
         before, after = number(self.before.score), number(self.after.score)
         if before is None or after is None:
             return (after is not None) - (before is not None)
@@ -26,14 +26,15 @@ class Compared:
 
 def compared(optimization: Optimization) -> list[Compared]:
     """The examples that both the baseline and the winner were scored on; the best trial so far while there is none."""
-    kept = optimization.examples
-    baseline = next((one.number for one in optimization.trials if one.kind == "baseline" and one.number in kept), None)
+    examples = optimization.examples
+    baselines = [trial.number for trial in optimization.trials if trial.kind == "baseline"]
+    baseline = next((number for number in baselines if number in examples), None)
     winner = optimization.winner
     if winner is None:
-        winner = next((number for number in kept if number != baseline), None)
-    if baseline is None or winner is None or winner == baseline or winner not in kept:
+        winner = next((number for number in examples if number != baseline), None)
+    if baseline is None or winner is None or winner == baseline or winner not in examples:
         return []
-    return compare(kept[baseline], kept[winner])
+    return compare(examples[baseline], examples[winner])
 
 
 def compare(before: Iterable[Example], after: Iterable[Example]) -> list[Compared]:

@@ -83,7 +83,7 @@ def graph(report: Optimization, names: Mapping[str, str]) -> Element | None:
         key=lambda node: (node.id not in line, node.score is None, -(node.score or 0), node.accepted is False),
     )
     kept = {node.id for node in ranked[:MAX_NODES]}
-    for node in ranked[: MAX_NODES // 2]:  # a candidate without its parents says little
+    for node in ranked[: MAX_NODES // 2]:  # a candidate is of little use without its parents
         if len(kept) < MAX_NODES * 2:
             kept |= ancestors(every, node.id)
     found = {name: node for name, node in every.items() if name in kept}
@@ -113,9 +113,9 @@ def graph(report: Optimization, names: Mapping[str, str]) -> Element | None:
     dots = [_dot(report, found[name], at[name], names) for name in found]
     width = _MARGIN * 2 + (len(layers) - 1) * _ACROSS + 70
     size = {"width": width, "height": _MARGIN * 2 + (tallest - 1) * _DOWN}
-    said = f"{len(found)} candidates and what they were made from"
+    description = f"{len(found)} candidates and what they were made from"
     picture = tag(
-        "svg", edges, dots, viewBox=f"0 0 {size['width']} {size['height']}", role="img", aria_label=said, **size
+        "svg", edges, dots, viewBox=f"0 0 {size['width']} {size['height']}", role="img", aria_label=description, **size
     )
     left_out = len(every) - len(found)
     note = tag("p", f"{left_out} candidates with lower scores are not drawn.", class_="note") if left_out else None
@@ -130,13 +130,13 @@ def _edge(start: tuple[float, float], end: tuple[float, float]) -> str:
 def _dot(report: Optimization, node: Node, at: tuple[float, float], names: Mapping[str, str]) -> Element:
     kind = "seed" if node.id == report.initial_id else "rejected" if node.accepted is False else "kept"
     score = score_text(node.score, report.scale)
-    said = f"{names.get(node.id, node.id)} ({node.id}), {score if node.score is not None else 'not scored in full'}"
-    said += ", rejected" if node.accepted is False else ", on the Pareto front" if node.on_front else ""
+    title = f"{names.get(node.id, node.id)} ({node.id}), {score if node.score is not None else 'not scored in full'}"
+    title += ", rejected" if node.accepted is False else ", on the Pareto front" if node.on_front else ""
     x, y = f"{at[0]:.0f}", f"{at[1]:.0f}"
     text = names.get(node.id, node.id) + ("" if node.score is None else f" {score}")
     return tag(
         "g",
-        tag("title", said),
+        tag("title", title),
         tag("circle", cx=x, cy=y, r=12, class_="ring") if node.id == report.returned_id else None,
         tag("circle", cx=x, cy=y, r=7, class_=f"node {kind}{' front' if node.on_front else ''}"),
         tag("text", text, x=f"{at[0] + 9:.0f}", y=f"{at[1] - 9:.0f}"),

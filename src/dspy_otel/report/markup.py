@@ -11,7 +11,7 @@ Child = Any
 """Text, an element, None, or an iterable of these."""
 
 _UNSAFE: Final = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ufffe\uffff\ud800-\udfff]")
-"""Control characters, those that turn the direction of what follows, and halves of characters: no file takes these."""
+"""Control characters, those that turn the direction of text, and halves of characters: not allowed in a file."""
 
 
 def tag(name: str, /, *children: Child, **attributes: Any) -> Element:
@@ -19,8 +19,8 @@ def tag(name: str, /, *children: Child, **attributes: Any) -> Element:
 
     Args:
         name: such as ``div``.
-        *children: what it holds; None is left out.
-        **attributes: a trailing ``_`` is dropped and ``_`` stands for ``-``; None is left out.
+        *children: its text and elements; None is left out.
+        **attributes: a trailing ``_`` is dropped and ``_`` becomes ``-``; None is left out.
     """
     element = Element(name)
     for key, value in attributes.items():
@@ -50,14 +50,14 @@ def put(element: Element, child: Child) -> None:
 
 
 def clean(value: Any) -> str:
-    """A value as text that any HTML file can hold."""
+    """A value as text without characters that are not allowed in HTML."""
     if isinstance(value, float):
         return f"{value:g}"
     return _UNSAFE.sub("\N{REPLACEMENT CHARACTER}", str(value))
 
 
 def cut(text: str, limit: int) -> str:
-    """At most ``limit`` characters; says so when that is not all."""
+    """A text of at most ``limit`` characters; an ellipsis marks a cut."""
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
 

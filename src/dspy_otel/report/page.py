@@ -1,4 +1,4 @@
-"""A report as one HTML file. What it shows is bounded, whatever the optimization was."""
+"""A report as one HTML file, of bounded size for an optimization of any size."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ NO_CONTENT: Final = (
     'OTEL_INSTRUMENTATION_GENAI_CAPTURE_MESSAGE_CONTENT=span_only, or capture_content="span_only", to have them here.'
 )
 _POLICY: Final = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
-"""The page needs nothing but its style. Should a text ever become markup, it can load and run nothing."""
+"""The page needs nothing but its style. If a text ever became markup, it could load and run nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +91,7 @@ def render(report: Optimization, source: Source | None = None) -> str:
 
 
 def names_of(report: Optimization) -> dict[str, str]:
-    """A short name for each candidate: ids are sixteen hexadecimal digits that nobody can tell apart."""
+    """A short name for each candidate: ids are sixteen hexadecimal digits, which are hard to distinguish."""
     return {
         candidate: "seed" if candidate == report.initial_id else f"c{place}" for place, candidate in _placed(report)
     }
@@ -113,22 +113,22 @@ def _header(report: Optimization, title: str) -> list[Child]:
     when = None
     if report.started is not None:
         when = f"{datetime.datetime.fromtimestamp(report.started / 1e9, datetime.timezone.utc):%Y-%m-%d %H:%M:%S} UTC"
-    said = [when, f"run {report.id}" if report.id else None]
-    note: list[Child] = []
+    subtitle = [when, f"run {report.id}" if report.id else None]
+    notices: list[Child] = []
     if report.failure is not None:
-        note.append(tag("p", f"{report.outcome}: ", cut(str(report.failure), 2000), class_="warn"))
+        notices.append(tag("p", f"{report.outcome}: ", cut(str(report.failure), 2000), class_="warn"))
     if not report.content:
-        note.append(tag("p", NO_CONTENT, class_="warn"))
+        notices.append(tag("p", NO_CONTENT, class_="warn"))
     if usage.unpriced_calls and usage.cost is None:
-        note.append(tag("p", "No LM call has a known price: what was spent is told in tokens.", class_="note"))
+        notices.append(tag("p", "No LM call has a known price: spending is shown in tokens.", class_="note"))
     elif usage.unpriced_calls:
         calls = f"{usage.unpriced_calls:,.0f} of {usage.lm_calls or 0:,.0f} LM calls"
-        note.append(tag("p", f"{calls} have no known price: the cost is that of the others.", class_="note"))
+        notices.append(tag("p", f"{calls} have no known price: the cost is that of the other calls.", class_="note"))
     return [
         tag("h1", title, " ", tag("span", report.outcome, class_=f"badge {outcome}")),
-        tag("p", " · ".join(part for part in said if part), class_="soft"),
+        tag("p", " · ".join(part for part in subtitle if part), class_="soft"),
         tag("div", _tiles(report), class_="tiles"),
-        note,
+        notices,
     ]
 
 
@@ -163,21 +163,21 @@ def _tile(value: str, name: str, class_: str | None = None) -> Element:
 
 def _scores(report: Optimization, names: Mapping[str, str]) -> list[Child]:
     def label(trial: Trial) -> str:
-        said = f"trial {trial.number}, {trial.kind}: {score_text(trial.score, report.scale)}"
-        said += "" if trial.size is None else f" on {trial.size} examples"
-        said += "" if trial.candidate is None else f", candidate {names.get(trial.candidate, trial.candidate)}"
-        return said + {True: ", accepted", False: ", rejected", None: ""}[trial.accepted]
+        text = f"trial {trial.number}, {trial.kind}: {score_text(trial.score, report.scale)}"
+        text += "" if trial.size is None else f" on {trial.size} examples"
+        text += "" if trial.candidate is None else f", candidate {names.get(trial.candidate, trial.candidate)}"
+        return text + {True: ", accepted", False: ", rejected", None: ""}[trial.accepted]
 
     drawn = [chart for chart in (charts.by_trial(report, label), charts.by_spend(report, label)) if chart is not None]
     if not drawn:
         return []
     kinds = {trial.kind for trial in report.trials}
-    apart = "Scores on some examples are not comparable with those on all of them, and do not count for the best."
+    caution = "Scores on some examples are not comparable with those on all of them, and do not count for the best."
     return [
         tag("h2", "Scores"),
         tag("div", drawn, class_="pair"),
         charts.legend(report),
-        tag("p", apart, class_="note") if kinds & {"minibatch", "sample"} else None,
+        tag("p", caution, class_="note") if kinds & {"minibatch", "sample"} else None,
     ]
 
 
@@ -185,10 +185,10 @@ def _lineage(report: Optimization, names: Mapping[str, str]) -> list[Child]:
     graph = lineage.graph(report, names)
     if graph is None:
         return []
-    said = "From the initial program (seed), left, to the winner (ringed); hollow: rejected."
+    caption = "From the initial program (seed), left, to the winner (ringed). Hollow: rejected."
     front = any(trial.on_front for trial in report.trials)
-    said += " A violet rim: on the Pareto front." if front else ""
-    return [tag("h2", "Lineage"), tag("p", said, class_="note"), graph]
+    caption += " Violet rim: on the Pareto front." if front else ""
+    return [tag("h2", "Lineage"), tag("p", caption, class_="note"), graph]
 
 
 def _programs(report: Optimization, names: Mapping[str, str]) -> list[Child]:
@@ -201,7 +201,7 @@ def _programs(report: Optimization, names: Mapping[str, str]) -> list[Child]:
     best = None if returned is None else returned.predictors
     spent = 0
     if report.returned_id == report.initial_id:
-        found.append(tag("p", "The initial program is what was returned: no candidate was better."))
+        found.append(tag("p", "The initial program was returned: no candidate was better."))
     elif best is not None:
         spent += _characters(best)
         name = names.get(report.returned_id or "", "")
@@ -236,21 +236,21 @@ def _programs(report: Optimization, names: Mapping[str, str]) -> list[Child]:
 
 
 def _examples(report: Optimization, source: Source) -> list[Child]:
-    every = compared(report)
-    if not every:
+    both = compared(report)
+    if not both:
         return []
-    better = sorted((one for one in every if one.gain > 0), key=lambda one: -one.gain)
-    worse = sorted((one for one in every if one.gain < 0), key=lambda one: one.gain)
-    same = len(every) - len(better) - len(worse)
-    said = [
+    better = sorted((one for one in both if one.gain > 0), key=lambda one: -one.gain)
+    worse = sorted((one for one in both if one.gain < 0), key=lambda one: one.gain)
+    same = len(both) - len(better) - len(worse)
+    summary = [
         tag("b", f"{len(better)} improved", class_="good"),
         ", ",
         tag("b", f"{len(worse)} regressed", class_="bad"),
-        f", {same} stayed the same, of {len(every)} that both programs were scored on.",
+        f", {same} stayed the same, of {len(both)} that both programs were scored on.",
     ]
     return [
         tag("h2", "Examples"),
-        tag("p", said),
+        tag("p", summary),
         _example_table(source, "Regressed", worse),
         _example_table(source, "Improved", better),
     ]
@@ -357,12 +357,12 @@ def _trial_name(report: Optimization, trial: Trial, source: Source) -> Child:
 def _verdict(trial: Trial) -> list[Child]:
     if trial.accepted is None:
         return [] if trial.reason is None else [cut(trial.reason, MAX_VALUE)]
-    said = tag("span", "accepted" if trial.accepted else "rejected", class_="good" if trial.accepted else "bad")
+    verdict = tag("span", "accepted" if trial.accepted else "rejected", class_="good" if trial.accepted else "bad")
     scores = ""
     if trial.after is not None:
         scores = f" {trial.after:.4g}" if trial.before is None else f" {trial.before:.4g} → {trial.after:.4g}"
     reason = None if trial.reason is None else tag("div", cut(trial.reason, MAX_VALUE), class_="soft")
-    return [said, scores, reason]
+    return [verdict, scores, reason]
 
 
 def _usage(report: Optimization) -> list[Child]:
@@ -391,7 +391,7 @@ def _usage_table(first: str, rows: Sequence[tuple[str, float | None, Usage]]) ->
     names = [name for name in _USAGE_COLUMNS if any(getattr(row[2], name) is not None for row in rows)]
     timed = any(row[1] is not None for row in rows)
     columns = [first, *(_USAGE_COLUMNS[name] for name in names), *(["time"] if timed else [])]
-    made = []
+    lines = []
     for name, seconds, used in rows:
         cells = [tag("td", cut(name, 80), class_="nw")]
         for key in names:
@@ -400,8 +400,8 @@ def _usage_table(first: str, rows: Sequence[tuple[str, float | None, Usage]]) ->
             cells.append(tag("td", text, class_="n"))
         if timed:
             cells.append(tag("td", None if seconds is None else _duration(seconds), class_="n"))
-        made.append(tag("tr", cells))
-    return _table(columns, made, set(columns[1:]))
+        lines.append(tag("tr", cells))
+    return _table(columns, lines, set(columns[1:]))
 
 
 def _about(report: Optimization, source: Source) -> list[Child]:
@@ -478,12 +478,12 @@ def _ranked(report: Optimization, names: Mapping[str, str]) -> list[tuple[str, s
     found = []
     for node in order:
         made = " and ".join(names.get(parent, parent) for parent in node.parents[:5])
-        said = [
+        parts = [
             "" if node.score is None else score_text(node.score, report.scale),
             {True: "accepted", False: "rejected", None: ""}[node.accepted],
             f"made from {made}" if made and made != "seed" else "",
         ]
-        found.append((node.id, ", ".join(part for part in said if part)))
+        found.append((node.id, ", ".join(part for part in parts if part)))
     return found
 
 
