@@ -1,0 +1,219 @@
+"""The contract of a way into MLflow, and what both ways share."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final, NamedTuple, Protocol
+
+from dspy_otel.mlflow.retry import ExportError, Verdict
+from dspy_otel.mlflow.runs import Dataset, Metric, Score, StoredRun
+
+OLDEST_MLFLOW: Final = "3.14"
+"""First release whose OTLP endpoint keeps trace tags and resource attributes (compared over the wheels)."""
+LINKS_AT_ONCE: Final = 100
+"""MLflow's ``MAX_TRACE_LINKS_PER_REQUEST``."""
+MAX_ARTIFACT: Final = 256 * 1024 * 1024
+"""Most bytes of an artifact that is read back."""
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Spans, and what belongs to their traces.
+
+    Attributes:
+        body: an OTLP request in protobuf.
+        links: ids of traces by the id of the run that they belong to.
+        scores: with the id of their run, if that is known.
+    """
+
+    body: bytes
+    links: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    scores: Sequence[tuple[Score, str | None]] = ()
+
+
+class CreatedRun(NamedTuple):
+    """A run that is there, and where its artifacts are."""
+
+    run_id: str
+    artifact_uri: str
+
+
+class Backend(Protocol):
+    """One experiment of one MLflow.
+
+    Every method that writes may be called again with the same arguments, and then changes nothing: spans are known by
+    their ids, runs by the tag with their key, metric points by value, time and step, scores by their own id. So who
+    does not know whether a call got through repeats it.
+
+    Every method raises :class:`~dspy_otel.mlflow.retry.ExportError` and nothing else; its verdict says what to do.
+
+    One thread at a time may use a backend, but for :meth:`assess` of a backend that is ``parallel``, and for
+    :attr:`answered` and :meth:`hurry`, which any thread may.
+
+    Attributes:
+        parallel: whether scores are written by several threads with profit.
+        answered: how often it has answered so far, refusals included: whether it is slow or away.
+    """
+
+    parallel: bool
+    answered: int
+
+    def deliver(self, batch: Batch) -> bool:
+        """Write spans, links and scores together, all or nothing; False when this has to be done one by one."""
+
+    def send(self, body: bytes) -> None:
+        """Write spans, all or nothing: an OTLP request in protobuf."""
+
+    def link(self, run_id: str, trace_ids: Sequence[str]) -> None:
+        """Put at most ``LINKS_AT_ONCE`` traces on a run. They need not be there yet."""
+
+    def assess(self, score: Score, run_id: str | None) -> None:
+        """Put a score on a trace, which must be there."""
+
+    def create_run(
+        self, key: str, tags: Mapping[str, str], started: int, experiment_id: str | None = None, *, known: bool = False
+    ) -> CreatedRun:
+        """Make a run.
+
+        Args:
+            key: our name for it.
+            tags: at most 100, its name and key among them.
+            started: milliseconds since 1970.
+            experiment_id: where, if not in the backend's own experiment.
+            known: it may be there already: look first.
+        """
+
+    def find_run(self, key: str, experiment_id: str | None = None) -> CreatedRun | None:
+        """A run by its key."""
+
+    def log(
+        self, run_id: str, metrics: Sequence[Metric], params: Mapping[str, str], tags: Mapping[str, str]
+    ) -> None:
+        """Write at most 100 parameters, 100 tags and in all 1,000 items. A parameter never gets another value."""
+
+    def add_datasets(self, run_id: str, datasets: Sequence[Dataset]) -> None:
+        """Add dataset inputs. Two calls at once may fail when they bring the same new dataset; a second attempt helps."""
+
+    def put_artifact(self, run: CreatedRun, path: str, text: str) -> None:
+        """Store a text artifact, in place of one that may be there."""
+
+    def end_run(self, run_id: str, status: str, when: int) -> None:
+        """Set a run's status and end (milliseconds since 1970)."""
+
+    def find_runs(self, run_id: str | None, condition: str, experiment_id: str | None = None) -> list[StoredRun]:
+        """The run with an id, or those of an experiment that match a search condition (the newest 1,000)."""
+
+    def read_artifact(self, run: CreatedRun, path: str) -> str | None:
+        """A text artifact; None when the run has none under that path."""
+
+    def hurry(self, until: float) -> None:
+        """The program ends: no request may take longer than ``until`` (monotonic clock)."""
+
+    def close(self) -> None:
+        """Release connections."""
+
+    def after_fork(self) -> None:
+        """In a forked child: give up connections that the parent process still uses."""
+
+
+# --- experiments ----------------------------------------------------------------------------------------------------
+
+
+class FoundExperiment(NamedTuple):
+    """An experiment as MLflow knows it."""
+
+    experiment_id: str
+    lifecycle_stage: str
+
+
+def resolve_experiment(
+    named: tuple[str, bool | None],
+    create: bool,
+    by_id: Callable[[str], FoundExperiment | None],
+    by_name: Callable[[str], FoundExperiment | None],
+    make: Callable[[str], str],
+) -> str:
+    """The id of an experiment, created when it is a name that does not exist.
+
+    Args:
+        named: name or id, and whether it is an id.
+        create: make one that does not exist.
+        by_id, by_name, make: MLflow's look-ups; ``make`` raises when the name is taken.
+
+    Raises:
+        ExportError: an id that does not exist, a name that does not when it is not to be created, or an experiment
+            that was deleted.
+    """
+    value, is_id = named
+    found = None
+    if is_id or (is_id is None and value.isdigit()):
+        found = by_id(value)
+        if found is None and is_id:
+            raise ExportError("experiment", f"MLflow has no experiment with id {value} (MLFLOW_EXPERIMENT_ID).", away=True)
+    if found is None:
+        found = by_name(value)
+    if found is None and not create:
+        raise ExportError("experiment", f"MLflow has no experiment {value!r}.", away=True, permanent=True)
+    if found is None:
+        try:
+            return make(value)
+        except ExportError as error:
+            found = None if error.away else by_name(value)  # another process may have made it since
+            if found is None:
+                raise
+    if found.lifecycle_stage == "deleted":
+        raise ExportError(
+            "experiment",
+            f"MLflow experiment {value!r} is deleted: restore it "
+            f"(mlflow experiments restore -x {found.experiment_id}) or choose another.",
+            away=True,
+        )
+    return found.experiment_id
+
+
+# --- forms ----------------------------------------------------------------------------------------------------------
+
+
+def dataset_fields(dataset: Dataset) -> dict[str, str]:
+    """A dataset as MLflow's entity. DSPy's are lists in memory: there is no place to load them from again."""
+    columns = [{"type": kind, "name": name, "required": False} for name, kind in dataset.columns]
+    return {
+        "name": dataset.name,
+        "digest": dataset.digest,
+        "source_type": "code",
+        "source": json.dumps({"tags": {}}),
+        "schema": json.dumps({"mlflow_colspec": columns}) if columns else "",
+        "profile": json.dumps({"num_rows": dataset.size}),
+    }
+
+
+def score_metadata(score: Score, run_id: str | None) -> dict[str, str]:
+    """What an assessment says beside its value; the run's page shows the scores that name it."""
+    metadata = {} if run_id is None else {"mlflow.assessment.sourceRunId": run_id}
+    if score.row is not None:
+        metadata["dspy.example.index"] = str(score.row)
+    return metadata
+
+
+def read_with_client(client: Any, run_id: str, path: str) -> str | None:
+    """A text artifact through MLflow's client, or None when there is none."""
+    import tempfile
+    from pathlib import Path
+
+    if path not in {item.path for item in client.list_artifacts(run_id)}:
+        return None
+    with tempfile.TemporaryDirectory() as directory:
+        return Path(client.download_artifacts(run_id, path, directory)).read_text(encoding="utf-8")
+
+
+def first_line(error: BaseException) -> str:
+    """Type and first line of an error: SQLAlchemy's go on with statements and parameters, which are content."""
+    lines = str(error).splitlines()
+    return f"{type(error).__name__}: {lines[0][:300] if lines else ''}"
+
+
+def refusal(cause: str, message: str) -> ExportError:
+    """An item that MLflow will never take."""
+    return ExportError(cause, message, Verdict.REFUSED)

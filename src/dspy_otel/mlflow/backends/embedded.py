@@ -1,0 +1,378 @@
+"""An embedded MLflow SQL store (``sqlite:///`` and the like), in this process, without a server.
+
+MLflow has no public way in for finished OpenTelemetry spans. What its own OTLP endpoint does with a request is done
+here in process: decode each span with ``Span.from_otel_proto`` and hand the list to the store's ``log_spans``
+(read in MLflow 3.17.2, ``mlflow/server/otel_api.py``). So a trace looks the same as one that went through a server.
+
+A batch's spans, links and scores are written in one transaction: a commit is what costs most in sqlite. That works on
+a copy of MLflow's store object whose calls share one session; where a version of MLflow does not allow it, each call
+is made on its own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import hashlib
+import logging
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Final, TypeVar
+
+from packaging.version import Version
+
+from dspy_otel.mlflow.backends import base
+from dspy_otel.mlflow.backends.base import OLDEST_MLFLOW, Batch, CreatedRun, FoundExperiment, resolve_experiment
+from dspy_otel.mlflow.retry import ExportError, Verdict, clean
+from dspy_otel.mlflow.runs import TAG_KEY, TAG_NAME, Dataset, Metric, Score, StoredRun
+from dspy_otel.mlflow.target import Target, public_uri
+from dspy_otel.mlflow.translate import CHAT_USAGE, LLM_COST
+
+_logger = logging.getLogger(__name__)
+_Result = TypeVar("_Result")
+
+_LASTING: Final = ("INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "RESOURCE_ALREADY_EXISTS")
+"""Codes of MLflow's errors that the same call would get again."""
+_OPEN_SECONDS: Final = 300.0
+"""Most that another process may take to make the store. A new one runs some fifty migrations."""
+_IDS_AT_ONCE: Final = 500
+
+
+class EmbeddedBackend:
+    """One SQL store and one experiment in it, through MLflow's client; a missing database is made, by one process.
+
+    Args:
+        target: where.
+
+    Raises:
+        ExportError: MLflow is missing, too old, not the full package, or cannot open the store.
+    """
+
+    parallel = False
+    """Sqlite has one writer."""
+
+    def __init__(self, target: Target) -> None:
+        uri = target.uri
+        self.name = clean(public_uri(uri))
+        self.answered = 0
+        self._until = float("inf")
+        self._together = True
+        _check_mlflow()
+        with _alone(uri):
+            try:
+                from mlflow.tracing.client import TracingClient
+                from mlflow.tracking import MlflowClient
+
+                self._client: Any = MlflowClient(tracking_uri=uri)
+                self._traces: Any = TracingClient(uri)
+                self._experiment_id = resolve_experiment(
+                    target.named_experiment, target.create, self._by_id, self._by_name, self._make
+                )
+            except ExportError:
+                raise
+            except Exception as error:
+                message = f"MLflow cannot open {self.name}: {clean(base.first_line(error))}"
+                raise ExportError("store", message, away=True) from error
+
+    # --- spans ------------------------------------------------------------------------------------------------------
+    def deliver(self, batch: Batch) -> bool:
+        """Write all in one transaction."""
+        store = self._traces.store
+        if not self._together or not hasattr(store, "ManagedSessionMaker"):
+            return False
+        try:
+            spans = _to_mlflow(batch.body)
+            with store.ManagedSessionMaker(read_only=False) as session:
+                shared = copy.copy(store)
+                shared.ManagedSessionMaker = _sharing(session)
+                shared.log_spans(self._experiment_id, spans)
+                for run_id, trace_ids in batch.links.items():
+                    for start in range(0, len(trace_ids), base.LINKS_AT_ONCE):
+                        shared.link_traces_to_run(list(trace_ids[start : start + base.LINKS_AT_ONCE]), run_id)
+                self._add_scores(session, batch.scores)
+        except Exception as error:
+            _logger.debug("not in one transaction: %s", base.first_line(error))
+            return False
+        self.answered += 1
+        return True
+
+    def _add_scores(self, session: Any, scores: Sequence[tuple[Score, str | None]]) -> None:
+        """Add scores as ``create_assessment`` of MLflow's store does, for all at once."""
+        from mlflow.store.tracking.dbmodels.models import SqlAssessments, SqlTraceInfo
+
+        session.flush()
+        for start in range(0, len(scores), _IDS_AT_ONCE):
+            some = {score.id: (score, run_id) for score, run_id in scores[start : start + _IDS_AT_ONCE]}
+            there = session.query(SqlAssessments.assessment_id).filter(SqlAssessments.assessment_id.in_(list(some)))
+            for (known,) in there:
+                some.pop(known)
+            ids = {score.trace_id for score, _ in some.values()}
+            traces = {
+                trace.request_id: trace
+                for trace in session.query(SqlTraceInfo).filter(SqlTraceInfo.request_id.in_(list(ids)))
+            }
+            for score, run_id in some.values():
+                row = SqlAssessments.from_mlflow_entity(_feedback(score, run_id))
+                trace = traces[score.trace_id]
+                for column, value in (("experiment_id", trace.experiment_id), ("trace_timestamp_ms", trace.timestamp_ms)):
+                    if hasattr(SqlAssessments, column):
+                        setattr(row, column, value)
+                session.add(row)
+
+    def send(self, body: bytes) -> None:
+        """Write spans in one transaction."""
+        self._call("write", lambda: self._traces.log_spans(self._experiment_id, _to_mlflow(body)))
+
+    def link(self, run_id: str, trace_ids: Sequence[str]) -> None:
+        """Put traces on a run."""
+        self._call("link", lambda: self._client.link_traces_to_run(list(trace_ids), run_id))
+
+    def assess(self, score: Score, run_id: str | None) -> None:
+        """Put a score on a trace."""
+
+        def write() -> None:
+            try:
+                self._traces.log_assessment(score.trace_id, _feedback(score, run_id))
+            except Exception:
+                # It may be there already, from an attempt that was cut short.
+                with contextlib.suppress(Exception):
+                    self._traces.get_assessment(score.trace_id, score.id)
+                    return
+                raise
+
+        self._call("score", write)
+
+    # --- runs -------------------------------------------------------------------------------------------------------
+    def create_run(
+        self, key: str, tags: Mapping[str, str], started: int, experiment_id: str | None = None, *, known: bool = False
+    ) -> CreatedRun:
+        """Make a run, or find it."""
+        place = experiment_id or self._experiment_id
+        if known and (found := self.find_run(key, place)) is not None:
+            return found
+        made = self._call("run", lambda: self._client.create_run(place, started, dict(tags), tags[TAG_NAME]))
+        return CreatedRun(made.info.run_id, made.info.artifact_uri)
+
+    def find_run(self, key: str, experiment_id: str | None = None) -> CreatedRun | None:
+        """A run by its key."""
+        places = [experiment_id or self._experiment_id]
+        search = self._client.search_runs
+        runs = self._call("run", lambda: search(places, f"tags.`{TAG_KEY}` = '{key}'", max_results=1))
+        return CreatedRun(runs[0].info.run_id, runs[0].info.artifact_uri) if runs else None
+
+    def log(
+        self, run_id: str, metrics: Sequence[Metric], params: Mapping[str, str], tags: Mapping[str, str]
+    ) -> None:
+        """Write metrics, parameters and tags."""
+        from mlflow.entities import Metric as Point
+        from mlflow.entities import Param, RunTag
+
+        points = [Point(metric.key, metric.value, metric.time, metric.step) for metric in metrics]
+        named = [Param(key, value) for key, value in params.items()]
+        tagged = [RunTag(key, value) for key, value in tags.items()]
+        self._call("values", lambda: self._client.log_batch(run_id, points, named, tagged))
+
+    def add_datasets(self, run_id: str, datasets: Sequence[Dataset]) -> None:
+        """Add dataset inputs."""
+        from mlflow.entities import Dataset as Entity
+        from mlflow.entities import DatasetInput, InputTag
+
+        inputs = [
+            DatasetInput(Entity(**base.dataset_fields(dataset)), [InputTag("mlflow.data.context", dataset.context)])
+            for dataset in datasets
+        ]
+        self._call("datasets", lambda: self._client.log_inputs(run_id, inputs))
+
+    def put_artifact(self, run: CreatedRun, path: str, text: str) -> None:
+        """Store a text artifact."""
+        whole = text.encode("utf-8", "replace").decode()
+        self._call("artifact", lambda: self._client.log_text(run.run_id, whole, path))
+
+    def end_run(self, run_id: str, status: str, when: int) -> None:
+        """Set a run's status and end."""
+        self._call("end", lambda: self._client.set_terminated(run_id, status, when))
+
+    def find_runs(self, run_id: str | None, condition: str, experiment_id: str | None = None) -> list[StoredRun]:
+        """The run with an id, or those that match."""
+        if run_id is None:
+            place, search = experiment_id or self._experiment_id, self._client.search_runs
+            found = self._call("runs", lambda: search([place], condition, max_results=1000))
+        else:
+            try:
+                found = [self._call("run", lambda: self._client.get_run(run_id))]
+            except ExportError as error:
+                if error.verdict is Verdict.LATER:
+                    raise
+                found = []
+        return [
+            StoredRun(
+                run.info.run_id,
+                run.info.artifact_uri,
+                run.info.start_time,
+                run.data.tags,
+                run.data.metrics,
+                run.data.params,
+                run.info.experiment_id,
+                run.info.status,
+                run.info.end_time,
+            )
+            for run in found
+        ]
+
+    def read_artifact(self, run: CreatedRun, path: str) -> str | None:
+        """A text artifact."""
+        return self._call("artifact", lambda: base.read_with_client(self._client, run.run_id, path))
+
+    # --- the store --------------------------------------------------------------------------------------------------
+    def hurry(self, until: float) -> None:
+        """After that, nothing is begun any more."""
+        self._until = until
+
+    def close(self) -> None:
+        """Nothing: MLflow shares one store per URI in a process, and others may use it."""
+
+    def after_fork(self) -> None:
+        """Forget the parent's database connections without closing them under it."""
+        engine = getattr(self._traces.store, "engine", None)
+        if engine is not None:
+            engine.dispose(close=False)
+
+    def _call(self, cause: str, call: Callable[[], _Result]) -> _Result:
+        """Make a call of MLflow's client; an error says whether the same call would fail again."""
+        if time.monotonic() > self._until:
+            raise ExportError("slow", f"MLflow's store {self.name}: no time is left.", away=True)
+        try:
+            result = call()
+        except ExportError:
+            raise
+        except Exception as error:
+            lasting = getattr(error, "error_code", None) in _LASTING
+            message = f"MLflow cannot write to {self.name}: {clean(base.first_line(error))}"
+            raise ExportError(cause, message, Verdict.SPLIT if lasting else Verdict.LATER) from error
+        self.answered += 1
+        return result
+
+    def _by_id(self, experiment_id: str) -> FoundExperiment | None:
+        from mlflow.exceptions import MlflowException
+
+        try:
+            experiment = self._client.get_experiment(experiment_id)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+            return None
+        return FoundExperiment(experiment.experiment_id, experiment.lifecycle_stage)
+
+    def _by_name(self, name: str) -> FoundExperiment | None:
+        experiment = self._client.get_experiment_by_name(name)
+        return FoundExperiment(experiment.experiment_id, experiment.lifecycle_stage) if experiment else None
+
+    def _make(self, name: str) -> str:
+        try:
+            return str(self._client.create_experiment(name))
+        except Exception as error:
+            message = f"MLflow did not create {name!r}: {clean(base.first_line(error))}"
+            raise ExportError("experiment", message) from error
+
+
+def _sharing(session: Any) -> Callable[..., Any]:
+    """What stands in for a store's maker of sessions: all get the same one, which its owner commits."""
+
+    @contextmanager
+    def make(read_only: bool = True) -> Iterator[Any]:
+        yield session
+        session.flush()
+
+    return make
+
+
+@contextmanager
+def _alone(uri: str) -> Iterator[None]:
+    """One process at a time opens a store: MLflow's migrations of a new one do not stand two."""
+    import filelock
+    import platformdirs
+
+    name = hashlib.sha256(uri.encode("utf-8", "replace")).hexdigest()[:32] + ".lock"
+    user = getattr(os, "getuid", lambda: 0)()
+    lock: Any = None
+    for place in (
+        Path(platformdirs.user_state_dir("dspy-otel", appauthor=False)) / "locks",
+        Path(tempfile.gettempdir()) / f"dspy-otel-locks-{user}",
+    ):
+        with contextlib.suppress(OSError, filelock.Timeout):
+            place.mkdir(mode=0o700, parents=True, exist_ok=True)
+            if place.is_symlink() or (os.name == "posix" and place.stat().st_uid != user):
+                continue
+            lock = filelock.FileLock(place / name, timeout=_OPEN_SECONDS)
+            lock.acquire()
+            break
+    try:
+        yield
+    finally:
+        if lock is not None:
+            lock.release()
+
+
+def _check_mlflow() -> None:
+    install = "pip install 'dspy-otel[mlflow]'"
+    try:
+        import mlflow
+    except ImportError as error:
+        message = f"An embedded MLflow store needs the mlflow package: {install}."
+        raise ExportError("mlflow missing", message, away=True, permanent=True) from error
+    if Version(mlflow.__version__) < Version(OLDEST_MLFLOW):
+        message = f"MLflow {mlflow.__version__} is too old for an embedded store; {OLDEST_MLFLOW} or newer is needed."
+        raise ExportError("mlflow old", message, away=True, permanent=True)
+    try:
+        import sqlalchemy  # noqa: F401
+    except ImportError as error:
+        message = f"mlflow-skinny and mlflow-tracing have no SQL store: {install}."
+        raise ExportError("mlflow skinny", message, away=True, permanent=True) from error
+
+
+def _to_mlflow(body: bytes) -> list[Any]:
+    """The spans of an OTLP request as MLflow's entities, as its own OTLP endpoint makes them."""
+    from mlflow.entities import Span
+    from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+
+    entities = [
+        Span.from_otel_proto(span, resource=resource_spans.resource)
+        for resource_spans in ExportTraceServiceRequest.FromString(body).resource_spans
+        for scope_spans in resource_spans.scope_spans
+        for span in scope_spans.spans
+    ]
+    for entity in entities:
+        _leave_unpriced(entity)
+    return entities
+
+
+def _leave_unpriced(span: Any) -> None:
+    """Keep the store from pricing a call of ours that DSPy could not price.
+
+    It would import LiteLLM into the user's program, which takes seconds and asks the network for prices. An empty
+    cost is read as given, and shown as none.
+    """
+    attributes = getattr(getattr(span, "_span", None), "_attributes", None)  # as MLflow's endpoint sets service.name
+    if isinstance(attributes, MutableMapping) and CHAT_USAGE in attributes:
+        attributes.setdefault(LLM_COST, "")
+
+
+def _feedback(score: Score, run_id: str | None) -> Any:
+    from mlflow.entities import AssessmentError, AssessmentSource, Feedback
+
+    feedback = Feedback(
+        name=score.name,
+        value=score.value,
+        error=None if score.error is None else AssessmentError(score.error, "The example failed."),
+        rationale=score.rationale,
+        source=AssessmentSource("CODE", score.name),
+        metadata=base.score_metadata(score, run_id),
+        span_id=score.span_id,
+        trace_id=score.trace_id,
+    )
+    feedback.assessment_id = score.id
+    return feedback

@@ -1,0 +1,468 @@
+"""An MLflow server over HTTP: OTLP for spans, MLflow's REST API for the rest. MLflow itself is not needed.
+
+Plain ``requests``, not MLflow's client: importing MLflow takes seconds and 100 MB, and a program that only talks to a
+server does not need it. Not ``OTLPSpanExporter`` either: it always adds ``OTEL_EXPORTER_OTLP_HEADERS`` and the OTLP
+certificates to what it sends, which would hand the credentials of another backend to this server, it logs each retry,
+and it does not show the server's explanation of a refusal.
+"""
+
+from __future__ import annotations
+
+import base64
+import configparser
+import datetime
+import gzip
+import json
+import logging
+import os
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+from urllib.parse import quote, unquote, urlsplit
+
+import requests
+from packaging.version import InvalidVersion, Version
+
+from dspy_otel.mlflow.backends import base
+from dspy_otel.mlflow.backends.base import Batch, CreatedRun, FoundExperiment, resolve_experiment
+from dspy_otel.mlflow.retry import Answer, ExportError, Verdict, clean, explain, judge
+from dspy_otel.mlflow.runs import TAG_KEY, TAG_NAME, Dataset, Metric, Score, StoredRun
+from dspy_otel.mlflow.target import Target, public_uri
+
+_logger = logging.getLogger(__name__)
+
+OLDEST_MLFLOW: Final = base.OLDEST_MLFLOW
+FIRST_BATCH_SECONDS: Final = 300.0
+"""For a request with spans until the server has answered one. It imports LiteLLM for the first span that it prices,
+which takes 5 to 60 s, more on a loaded machine. An attribute that spares it would show a cost of 0, which is not true.
+"""
+_CONNECT_SECONDS: Final = 5.0
+_MAX_ANSWER: Final = 32 * 1024 * 1024
+_MAX_REFUSAL: Final = 64 * 1024
+_CHUNK: Final = 64 * 1024
+_LOOPBACK: Final = frozenset({"localhost", "127.0.0.1", "::1"})
+_TLS_OFF: Final = frozenset({"true", "1"})  # how MLflow reads its boolean variables
+_ARTIFACTS: Final = "mlflow-artifacts"
+_GONE: Final = "RESOURCE_DOES_NOT_EXIST"
+_NO_ENDPOINT: Final = frozenset({404, 405, 501})
+
+
+class RestBackend:
+    """One server and one experiment in it. The first call that needs the experiment checks the version and finds it.
+
+    Args:
+        target: where.
+    """
+
+    parallel = True
+    """A server answers several requests at once: a score takes 80 ms over one connection, 20 over eight."""
+
+    def __init__(self, target: Target) -> None:
+        uri = target.uri
+        self._uri = public_uri(uri)
+        self.name = clean(self._uri)
+        self._target = target
+        self._user = _user_of(uri)
+        self._experiment_id: str | None = None
+        self._compress = urlsplit(uri).hostname not in _LOOPBACK
+        self._session = requests.Session()
+        self._until = float("inf")
+        self._batches = 0
+        self.answered = 0
+
+    # --- spans ------------------------------------------------------------------------------------------------------
+    def deliver(self, batch: Batch) -> bool:
+        """A server has no call that takes all at once."""
+        return False
+
+    def send(self, body: bytes) -> None:
+        """Post spans to ``/v1/traces``."""
+        headers = {"Content-Type": "application/x-protobuf", "x-mlflow-experiment-id": self.experiment_id()}
+        if self._compress:
+            body = gzip.compress(body, compresslevel=5)
+            headers["Content-Encoding"] = "gzip"
+        seconds = self._target.timeout if self._batches else max(self._target.timeout, FIRST_BATCH_SECONDS)
+        answer = self._request("POST", "/v1/traces", headers=headers, data=body, seconds=seconds)
+        verdict = judge(answer, ours=_is_otlp(answer))
+        self._batches += 1
+        if verdict is Verdict.DELIVERED:
+            return
+        if answer.error_code == _GONE:
+            self._experiment_id = None  # deleted while we ran: it is looked up again
+            raise ExportError("experiment", f"{self.name}: the experiment is gone.", away=True)
+        if answer.status in _NO_ENDPOINT:
+            raise ExportError(
+                "endpoint",
+                f"{self.name} takes no OpenTelemetry traces ({answer.status} {answer.text}). "
+                f"It needs MLflow {OLDEST_MLFLOW} or newer with a SQL store.",
+                away=True,
+            )
+        raise explain(answer, verdict, self.name)
+
+    def link(self, run_id: str, trace_ids: Sequence[str]) -> None:
+        """Put traces on a run."""
+        self._post("traces/link-to-run", {"trace_ids": list(trace_ids), "run_id": run_id})
+
+    def assess(self, score: Score, run_id: str | None) -> None:
+        """Put a score on a trace."""
+        now = datetime.datetime.now(datetime.timezone.utc).isoformat().replace("+00:00", "Z")
+        feedback: dict[str, Any] = {"value": score.value}
+        if score.error is not None:
+            feedback["error"] = {"error_code": score.error, "error_message": "The example failed."}
+        assessment: dict[str, Any] = {
+            "assessment_id": score.id,
+            "trace_id": score.trace_id,
+            "assessment_name": score.name,
+            "source": {"source_type": "CODE", "source_id": score.name},
+            "create_time": now,
+            "last_update_time": now,
+            "feedback": feedback,
+            "metadata": base.score_metadata(score, run_id),
+        }
+        if score.rationale is not None:
+            assessment["rationale"] = score.rationale
+        if score.span_id is not None:
+            assessment["span_id"] = score.span_id
+        path = f"traces/{score.trace_id}/assessments"
+        try:
+            found = self._rest("POST", path, version="3.0", json={"assessment": assessment})
+        except ExportError as error:
+            # It may be there already, from an attempt whose answer got lost.
+            if error.away or self._rest("GET", f"{path}/{score.id}", version="3.0") is None:
+                raise
+            return
+        if found is None:
+            raise base.refusal("trace", f"MLflow at {self.name} has no trace {score.trace_id} to put a score on.")
+
+    # --- runs -------------------------------------------------------------------------------------------------------
+    def create_run(
+        self, key: str, tags: Mapping[str, str], started: int, experiment_id: str | None = None, *, known: bool = False
+    ) -> CreatedRun:
+        """Make a run, or find it."""
+        place = experiment_id or self.experiment_id()
+        if known and (found := self.find_run(key, place)) is not None:
+            return found
+        body = {"experiment_id": place, "run_name": tags[TAG_NAME], "start_time": started, "tags": _pairs(tags)}
+        return _created(self._post("runs/create", body)["run"])
+
+    def find_run(self, key: str, experiment_id: str | None = None) -> CreatedRun | None:
+        """A run by its key."""
+        place = experiment_id or self.experiment_id()
+        body = {"experiment_ids": [place], "filter": f"tags.`{TAG_KEY}` = '{key}'", "max_results": 1}
+        runs = self._post("runs/search", body).get("runs") or []
+        return _created(runs[0]) if runs else None
+
+    def log(
+        self, run_id: str, metrics: Sequence[Metric], params: Mapping[str, str], tags: Mapping[str, str]
+    ) -> None:
+        """Write metrics, parameters and tags."""
+        points = [{"key": m.key, "value": m.value, "timestamp": m.time, "step": m.step} for m in metrics]
+        body = {"run_id": run_id, "metrics": points, "params": _pairs(params), "tags": _pairs(tags)}
+        self._post("runs/log-batch", body)
+
+    def add_datasets(self, run_id: str, datasets: Sequence[Dataset]) -> None:
+        """Add dataset inputs."""
+        inputs = [
+            {
+                "dataset": base.dataset_fields(dataset),
+                "tags": [{"key": "mlflow.data.context", "value": dataset.context}],
+            }
+            for dataset in datasets
+        ]
+        self._post("runs/log-inputs", {"run_id": run_id, "datasets": inputs})
+
+    def put_artifact(self, run: CreatedRun, path: str, text: str) -> None:
+        """Store a text artifact."""
+        place = _artifact_path(run, path)
+        if place is None:
+            self._with_client(lambda client: client.log_text(run.run_id, text, path), path)
+            return
+        answer = self._request("PUT", place, data=text.encode("utf-8", "replace"))
+        verdict = judge(answer, ours=_is_json(answer))
+        if verdict is not Verdict.DELIVERED:
+            raise explain(answer, verdict, self.name, path)
+
+    def end_run(self, run_id: str, status: str, when: int) -> None:
+        """Set a run's status and end."""
+        self._post("runs/update", {"run_id": run_id, "status": status, "end_time": when})
+
+    def find_runs(self, run_id: str | None, condition: str, experiment_id: str | None = None) -> list[StoredRun]:
+        """The run with an id, or those that match."""
+        if run_id is not None:
+            answer = self._rest("GET", "runs/get", params={"run_id": run_id})
+            return [] if answer is None else [_stored(answer["run"])]
+        place = experiment_id or self.experiment_id()
+        body = {"experiment_ids": [place], "filter": condition, "max_results": 1000}
+        return [_stored(run) for run in self._post("runs/search", body).get("runs") or []]
+
+    def read_artifact(self, run: CreatedRun, path: str) -> str | None:
+        """A text artifact."""
+        place = _artifact_path(run, path)
+        if place is None:
+            found = self._with_client(lambda client: base.read_with_client(client, run.run_id, path), path)
+            return None if found is None else str(found)
+        answer = self._request("GET", place, limit=base.MAX_ARTIFACT)
+        if answer.status == 404:
+            return None
+        if not answer.ok:
+            raise explain(answer, judge(answer, ours=False), self.name, path)
+        return answer.body.decode("utf-8")
+
+    # --- the connection ---------------------------------------------------------------------------------------------
+    def experiment_id(self) -> str:
+        """The id of the experiment, found or made by the first call."""
+        if self._experiment_id is None:
+            self._check_version()
+            self._experiment_id = resolve_experiment(
+                self._target.named_experiment,
+                self._target.create,
+                lambda one: _experiment(self._rest("GET", "experiments/get", params={"experiment_id": one})),
+                lambda one: _experiment(self._rest("GET", "experiments/get-by-name", params={"experiment_name": one})),
+                lambda one: str(self._post("experiments/create", {"name": one})["experiment_id"]),
+            )
+        return self._experiment_id
+
+    def hurry(self, until: float) -> None:
+        """No request may take longer."""
+        self._until = until
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._session.close()
+
+    def after_fork(self) -> None:
+        """Drop the connections shared with the parent process."""
+        self._session = requests.Session()
+
+    def _check_version(self) -> None:
+        answer = self._request("GET", "/version")
+        try:
+            old = answer.ok and Version(answer.body[:100].decode("ascii").strip()) < Version(OLDEST_MLFLOW)
+        except (InvalidVersion, UnicodeDecodeError):  # a proxy's own page: the other answers will show it
+            return
+        if old:
+            _logger.warning(
+                "The MLflow server at %s has version %s, which is older than %s: traces lack their names and tags, "
+                "runs and scores may be incomplete. Upgrade the server.",
+                self.name,
+                answer.text,
+                OLDEST_MLFLOW,
+            )
+
+    def _post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
+        answer = self._rest("POST", path, json=body)
+        if answer is None:
+            raise base.refusal("gone", f"MLflow at {self.name} says the run or experiment does not exist any more.")
+        return answer
+
+    def _rest(self, method: str, path: str, *, version: str = "2.0", **kwargs: Any) -> dict[str, Any] | None:
+        """Call MLflow's REST API; None when what is asked for does not exist."""
+        answer = self._request(method, f"/api/{version}/mlflow/{path}", **kwargs)
+        if answer.error_code == _GONE:
+            return None
+        verdict = judge(answer, ours=_is_json(answer))
+        if verdict is not Verdict.DELIVERED:
+            raise explain(answer, verdict, self.name, path.partition("/")[0])
+        loaded: dict[str, Any] = json.loads(answer.body)
+        return loaded
+
+    def _request(
+        self,
+        method: str,
+        path: str,
+        *,
+        headers: Mapping[str, str] | None = None,
+        limit: int = _MAX_ANSWER,
+        seconds: float | None = None,
+        **kwargs: Any,
+    ) -> Answer:
+        """Send one request with MLflow's credentials and TLS settings; the answer, whatever its status."""
+        left = max(0.5, min(seconds or self._target.timeout, self._until - time.monotonic()))
+        try:
+            response = self._session.request(
+                method,
+                self._uri + path,
+                headers={**_workspace(), **(headers or {})},
+                auth=self._authorize,
+                timeout=(min(_CONNECT_SECONDS, left), left),
+                # A redirected POST would arrive as a GET without its body.
+                allow_redirects=False,
+                stream=True,
+                **_tls(),
+                **kwargs,
+            )
+            answer = _read(response, limit, time.monotonic() + left)
+        except requests.ReadTimeout as error:
+            if not self.answered:
+                raise self._unreachable(error) from error
+            raise ExportError("slow", f"MLflow at {self.name} is slow: no answer in {left:.0f} s.", away=True) from error
+        except (requests.ConnectionError, requests.Timeout) as error:
+            raise self._unreachable(error) from error
+        except Exception as error:  # a malformed URI, a missing certificate file, half an answer, ...
+            kind = type(error).__name__
+            raise ExportError("request", f"MLflow at {self.name}: {kind}.", away=True) from error
+        self.answered += 1
+        return answer
+
+    def _unreachable(self, error: Exception) -> ExportError:
+        return ExportError(
+            "unreachable",
+            f"MLflow at {self.name} cannot be reached ({type(error).__name__}): is the server running, and is "
+            "MLFLOW_TRACKING_URI right?",
+            away=True,
+        )
+
+    def _authorize(self, request: requests.PreparedRequest) -> requests.PreparedRequest:
+        # As an auth callable, so that ~/.netrc cannot replace the header. Read each time: tokens get renewed.
+        if header := self._user or _authorization():
+            request.headers["Authorization"] = header
+        return request
+
+    def _with_client(self, call: Any, path: str) -> Any:
+        """Where a server leaves artifacts to its clients."""
+        try:
+            from mlflow.tracking import MlflowClient
+        except ImportError as error:
+            raise base.refusal(
+                "artifacts",
+                "This server leaves artifacts to its clients, and only MLflow's own can write there: "
+                "pip install mlflow-skinny.",
+            ) from error
+        try:
+            return call(MlflowClient(tracking_uri=self._target.uri))
+        except Exception as error:
+            raise ExportError("artifact", f"{path}: {clean(base.first_line(error))}.") from error
+
+
+def _read(response: requests.Response, limit: int, until: float) -> Answer:
+    """An answer, of bounded size and within bounded time; the connection is kept when all of it was read."""
+    if response.status_code >= 300:
+        limit = min(limit, _MAX_REFUSAL)
+    parts: list[bytes] = []
+    size = 0
+    whole = False
+    try:
+        while size <= limit and time.monotonic() < until:
+            part = response.raw.read1(_CHUNK, decode_content=True) if hasattr(response.raw, "read1") else response.raw.read(_CHUNK, decode_content=True)
+            if not part:
+                whole = True
+                break
+            parts.append(part)
+            size += len(part)
+    finally:
+        if not whole:
+            response.close()
+    if not whole and response.ok:
+        raise requests.ConnectionError("an answer that does not end")
+    body = b"".join(parts)
+    kind = response.headers.get("Content-Type", "")
+    location = response.headers.get("Location")
+    return Answer(
+        response.status_code,
+        kind,
+        body,
+        None if response.ok else _error_code(body),
+        None if location is None else public_uri(location),
+        response.headers.get("Retry-After"),
+    )
+
+
+def _is_otlp(answer: Answer) -> bool:
+    """Whether an answer to spans is that of an OTLP receiver: nothing, or its message in protobuf or JSON."""
+    return not answer.body.strip() or _is_json(answer) or "protobuf" in answer.kind
+
+
+def _is_json(answer: Answer) -> bool:
+    try:
+        return isinstance(json.loads(answer.body), dict)
+    except ValueError:
+        return False
+
+
+def _error_code(body: bytes) -> str | None:
+    try:
+        loaded = json.loads(body)
+    except ValueError:
+        return None
+    return str(loaded["error_code"]) if isinstance(loaded, dict) and "error_code" in loaded else None
+
+
+def _user_of(uri: str) -> str | None:
+    """The header for a user name and password in the address, as MLflow's client sends it (by ``requests``)."""
+    parts = urlsplit(uri)
+    if parts.username is None:
+        return None
+    text = f"{unquote(parts.username)}:{unquote(parts.password or '')}"
+    try:
+        return "Basic " + base64.b64encode(text.encode("latin-1")).decode()
+    except UnicodeEncodeError:
+        return "Basic " + base64.b64encode(text.encode()).decode()
+
+
+def _authorization() -> str | None:
+    """The Authorization header as MLflow's client builds it: user and password before token."""
+    username, password = os.environ.get("MLFLOW_TRACKING_USERNAME"), os.environ.get("MLFLOW_TRACKING_PASSWORD")
+    if not (username and password):
+        config = configparser.ConfigParser(interpolation=None)
+        try:
+            config.read(os.path.expanduser("~/.mlflow/credentials"), encoding="utf-8")
+        except (configparser.Error, OSError, UnicodeDecodeError):
+            _logger.debug("~/.mlflow/credentials cannot be read", exc_info=True)
+        username = username or config.get("mlflow", "mlflow_tracking_username", fallback=None)
+        password = password or config.get("mlflow", "mlflow_tracking_password", fallback=None)
+    if username and password:
+        return "Basic " + base64.b64encode(f"{username}:{password}".encode()).decode()
+    if token := os.environ.get("MLFLOW_TRACKING_TOKEN"):
+        return "Bearer " + token
+    return None
+
+
+def _tls() -> dict[str, Any]:
+    if os.environ.get("MLFLOW_TRACKING_INSECURE_TLS", "").lower() in _TLS_OFF:
+        verify: bool | str = False
+    else:
+        verify = os.environ.get("MLFLOW_TRACKING_SERVER_CERT_PATH") or True
+    return {"verify": verify, "cert": os.environ.get("MLFLOW_TRACKING_CLIENT_CERT_PATH") or None}
+
+
+def _workspace() -> dict[str, str]:
+    workspace = os.environ.get("MLFLOW_WORKSPACE")
+    return {"X-MLFLOW-WORKSPACE": workspace} if workspace else {}
+
+
+def _artifact_path(run: CreatedRun, path: str) -> str | None:
+    address = urlsplit(run.artifact_uri)
+    if address.scheme != _ARTIFACTS:
+        return None
+    return f"/api/2.0/mlflow-artifacts/artifacts/{quote(address.path.strip('/') + '/' + path)}"
+
+
+def _experiment(answer: dict[str, Any] | None) -> FoundExperiment | None:
+    if not answer or "experiment" not in answer:
+        return None
+    experiment = answer["experiment"]
+    return FoundExperiment(str(experiment["experiment_id"]), str(experiment.get("lifecycle_stage", "active")))
+
+
+def _pairs(values: Mapping[str, str]) -> list[dict[str, str]]:
+    return [{"key": key, "value": value} for key, value in values.items()]
+
+
+def _created(answer: Mapping[str, Any]) -> CreatedRun:
+    info = answer["info"]
+    return CreatedRun(str(info["run_id"]), str(info.get("artifact_uri", "")))
+
+
+def _stored(answer: Mapping[str, Any]) -> StoredRun:
+    info, data = answer["info"], answer.get("data", {})
+    return StoredRun(
+        str(info["run_id"]),
+        str(info.get("artifact_uri", "")),
+        int(info.get("start_time", 0)),
+        {tag["key"]: tag.get("value", "") for tag in data.get("tags", ())},
+        {metric["key"]: float(metric["value"]) for metric in data.get("metrics", ())},
+        {param["key"]: param.get("value", "") for param in data.get("params", ())},
+        str(info.get("experiment_id", "")),
+        str(info.get("status", "")),
+        int(info["end_time"]) if info.get("end_time") else None,
+    )

@@ -1,0 +1,230 @@
+"""What an answer of MLflow means, and when to try again: the one policy for spans, links, scores, runs and artifacts.
+
+:func:`judge` looks at status, type and body of an HTTP answer; errors of a store in this process come with a verdict of
+their own. Whoever sends something catches :class:`ExportError` and does what its ``verdict`` says:
+
+* *delivered*: MLflow's own answer. A page in HTML with status 200 is a proxy's login page, not MLflow's.
+* *try later*: with a :class:`Backoff`, without a limit on the number of attempts. It ends with delivery, or with the
+  end of the program, and then the journal has it.
+* *split*: something in the batch is refused; the parts are sent on their own.
+* *refused*: this item, for good. It is set aside on disk, counted, and named in one line.
+
+``try later`` for a status that may be about the item itself (408, 423, 500) becomes ``split`` when other items got
+through in the meantime: then MLflow is well, and the item is not.
+"""
+
+from __future__ import annotations
+
+import enum
+import random
+import time
+import unicodedata
+from collections.abc import Callable
+from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
+from typing import Final
+
+from dspy_otel.content import redaction
+
+FIRST_PAUSE: Final = 0.5
+LONGEST_PAUSE: Final = 30.0
+LONGEST_RETRY_AFTER: Final = 300.0
+"""Seconds. A server that asks for more is asked again sooner."""
+MAX_TEXT: Final = 200
+"""Most characters of a server's own words in a log line."""
+
+_LATER: Final = frozenset({408, 421, 423, 425, 429})
+_GATEWAY: Final = frozenset({429, 502, 503, 504})
+"""Statuses that say nothing about the request."""
+_CREDENTIALS: Final = frozenset({401, 403, 407, 511})
+
+
+class Verdict(enum.Enum):
+    """What to do after an answer."""
+
+    DELIVERED = "delivered"
+    LATER = "try later"
+    SPLIT = "split"
+    REFUSED = "refused"
+
+
+class ExportError(Exception):
+    """Something could not be written, or read. It never leaves this package's public functions but where they say so.
+
+    Args:
+        cause: short stable key; each cause is logged once, so two failures with one cause give one line.
+        message: what is wrong and what to do about it, free of credentials.
+        verdict: what to do with the item.
+        away: it has nothing to do with the item: nothing else would get through now.
+        retry_after: seconds that the server asks for.
+        permanent: trying again in this process cannot help (MLflow is missing, the URI is unusable).
+    """
+
+    def __init__(
+        self,
+        cause: str,
+        message: str,
+        verdict: Verdict = Verdict.LATER,
+        *,
+        away: bool = False,
+        retry_after: float | None = None,
+        permanent: bool = False,
+    ) -> None:
+        super().__init__(message)
+        self.cause = cause
+        self.verdict = verdict
+        self.away = away
+        self.retry_after = retry_after
+        self.permanent = permanent
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """An HTTP answer, read within limits.
+
+    Attributes:
+        status: of HTTP.
+        kind: its content type.
+        body: all of it, or its beginning.
+        error_code: MLflow's own, when the body has one.
+        location: where a redirect points.
+        retry_after: the header.
+    """
+
+    status: int
+    kind: str = ""
+    body: bytes = b""
+    error_code: str | None = None
+    location: str | None = None
+    retry_after: str | None = None
+
+    @property
+    def ok(self) -> bool:
+        """Whether the status is one of success."""
+        return 200 <= self.status < 300
+
+    @property
+    def text(self) -> str:
+        """The server's own words, fit for a log line: bounded, without control characters, secrets masked."""
+        return "" if self.is_page else clean(self.body[: 8 * MAX_TEXT].decode("utf-8", "replace"))
+
+    @property
+    def is_page(self) -> bool:
+        """Whether it is a page for people: a proxy's, not MLflow's."""
+        return "html" in self.kind.lower() or self.body.lstrip()[:1] == b"<"
+
+
+def judge(answer: Answer, *, ours: bool) -> Verdict:
+    """What an answer means for what was sent.
+
+    Args:
+        answer: of the server.
+        ours: whether a success has the form that MLflow gives it.
+    """
+    if answer.ok:
+        return Verdict.DELIVERED if ours and not answer.is_page else Verdict.LATER
+    status = answer.status
+    if status < 400 or status >= 500 or status in _LATER or status in _CREDENTIALS:
+        return Verdict.LATER
+    return Verdict.SPLIT
+
+
+def explain(answer: Answer, verdict: Verdict, name: str, what: str = "") -> ExportError:
+    """An answer that is no delivery as an error.
+
+    Args:
+        answer: of the server.
+        verdict: what it means.
+        name: of the server, for people.
+        what: was sent, for people.
+    """
+    status = answer.status
+    said = f"{status} {answer.text}".strip()
+    seconds = retry_after(answer.retry_after)
+    if answer.ok:
+        page = "a page (a login page of a proxy?)" if answer.is_page else f"{said!r}"
+        return ExportError("page", f"{name} answers with {page}, which is not MLflow's answer.", away=True)
+    if status in _CREDENTIALS:
+        return ExportError(
+            "credentials",
+            f"MLflow at {name} refused the credentials ({status}): set MLFLOW_TRACKING_USERNAME and "
+            "MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN.",
+            away=True,
+        )
+    if 300 <= status < 400:
+        target = clean(answer.location or "elsewhere")
+        return ExportError("redirect", f"MLflow at {name} redirects to {target}: use that address.", away=True)
+    if status in _GATEWAY:
+        return ExportError(
+            "unreachable",
+            f"MLflow at {name} cannot be reached ({said}): is the server running, and is MLFLOW_TRACKING_URI right?",
+            away=True,
+            retry_after=seconds,
+        )
+    prefix = f"{what}: " if what else ""
+    return ExportError(f"status {status}", f"{prefix}MLflow at {name} refused: {said}.", verdict, retry_after=seconds)
+
+
+def retry_after(header: str | None) -> float | None:
+    """Seconds that a ``Retry-After`` header asks for; None when it says nothing that can be used."""
+    if not header:
+        return None
+    try:
+        seconds = float(header)
+    except ValueError:
+        try:
+            seconds = parsedate_to_datetime(header).timestamp() - time.time()
+        except (TypeError, ValueError, OverflowError):
+            return None
+    return min(seconds, LONGEST_RETRY_AFTER) if seconds >= 0 else None
+
+
+def clean(text: str, limit: int = MAX_TEXT) -> str:
+    """A text of somebody else's for a log line: secrets masked, no control characters, in one line and bounded."""
+    plain = "".join(" " if unicodedata.category(c)[0] in "CZ" else c for c in text)
+    return redaction.mask(" ".join(plain.split()))[:limit]
+
+
+class Backoff:
+    """When to try again: pauses grow up to a ceiling, and the server's own wish for a longer one is honoured.
+
+    Args:
+        clock: seconds, monotonic.
+
+    Attributes:
+        failures: in a row.
+        successes: in all.
+        due: when to try again, by the clock; 0 for now.
+        error: the last one, until something succeeds.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self.failures = 0
+        self.successes = 0
+        self.due = 0.0
+        self.error: ExportError | None = None
+
+    @property
+    def ready(self) -> bool:
+        """Whether it is time to try."""
+        return self._clock() >= self.due
+
+    def failed(self, error: ExportError) -> None:
+        """An attempt has failed."""
+        self.error = error
+        pause = min(FIRST_PAUSE * 2 ** min(self.failures, 16), LONGEST_PAUSE)
+        self.failures += 1
+        pause *= random.uniform(0.8, 1.2)  # programs that lost their server together do not come back together
+        self.due = self._clock() + max(pause, error.retry_after or 0.0)
+
+    def succeeded(self) -> bool:
+        """An attempt has succeeded; True when the one before it had not."""
+        recovered = self.failures > 0
+        self.successes += 1
+        self.failures, self.due, self.error = 0, 0.0, None
+        return recovered
+
+    def now(self) -> None:
+        """Somebody waits: try at once."""
+        self.due = 0.0

@@ -1,0 +1,149 @@
+"""Where to write: the tracking URI and the experiment, as the user named them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+from urllib.parse import urlsplit
+
+from dspy_otel.mlflow.retry import ExportError
+from dspy_otel.version import __version__
+
+DEFAULT_TIMEOUT: Final = 60.0
+"""Seconds for one request to a server."""
+DEFAULT_STORE: Final = "sqlite:///mlflow.db"
+"""MLflow's own default."""
+_SQL_SCHEMES: Final = frozenset({"sqlite", "postgresql", "mysql", "mssql"})
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """One experiment of one MLflow.
+
+    Attributes:
+        given: the tracking URI as given, or None for ``MLFLOW_TRACKING_URI``, which is read when it is used.
+        experiment: name or id, or None for what the environment names.
+        experiment_is_id: None when it may be either.
+        directory: where a relative sqlite path starts.
+        timeout: seconds for one request to a server.
+        create: make what does not exist: the experiment, a sqlite database. False for those who only read.
+    """
+
+    given: str | None = None
+    experiment: str | None = None
+    experiment_is_id: bool | None = None
+    directory: str = ""
+    timeout: float = DEFAULT_TIMEOUT
+    create: bool = True
+
+    @property
+    def raw_uri(self) -> str:
+        """Where to write, before anything is looked at."""
+        return self.given or os.environ.get("MLFLOW_TRACKING_URI") or DEFAULT_STORE
+
+    @property
+    def is_default(self) -> bool:
+        """Whether nobody said where to write."""
+        return not (self.given or os.environ.get("MLFLOW_TRACKING_URI"))
+
+    @property
+    def is_server(self) -> bool:
+        """Whether it is a server."""
+        return _scheme(self.raw_uri) in ("http", "https")
+
+    @property
+    def uri(self) -> str:
+        """The tracking URI, a relative sqlite path made absolute.
+
+        Raises:
+            ExportError: it is of a kind that cannot be used.
+        """
+        uri = self.raw_uri
+        if self.is_server:
+            return uri.rstrip("/")
+        scheme = _scheme(uri)
+        if scheme in _SQL_SCHEMES:
+            return absolute(uri, self.directory or os.getcwd())
+        if scheme in ("", "file") and not uri.startswith(("databricks", "uc")):
+            raise ExportError(
+                "file store",
+                f"MLflow's file store ({public_uri(uri)}) cannot take OpenTelemetry traces. Use a SQL store, "
+                "for example MLFLOW_TRACKING_URI=sqlite:///mlflow.db, or a server.",
+                away=True,
+                permanent=True,
+            )
+        raise ExportError(
+            "uri",
+            f"The MLflow tracking URI {public_uri(uri)} is not supported: use http(s):// of an MLflow server, "
+            "or a SQL store such as sqlite:///mlflow.db.",
+            away=True,
+            permanent=True,
+        )
+
+    @property
+    def named_experiment(self) -> tuple[str, bool | None]:
+        """The experiment, and whether that is an id: None when it may be either."""
+        if self.experiment is not None:
+            return self.experiment, self.experiment_is_id
+        if experiment_id := os.environ.get("MLFLOW_EXPERIMENT_ID"):
+            return experiment_id, True
+        if name := os.environ.get("MLFLOW_EXPERIMENT_NAME"):
+            return name, False
+        return "0", True
+
+    def is_at(self, tracking_uri: str) -> bool:
+        """Whether another tracking URI is this one."""
+        return absolute(tracking_uri, self.directory or os.getcwd()).rstrip("/") == self.uri
+
+    def about(self) -> dict[str, Any]:
+        """What the journal keeps of it: no credentials."""
+        try:
+            uri = self.uri
+        except ExportError:
+            uri = self.raw_uri
+        experiment, is_id = self.named_experiment
+        return {
+            "tracking_uri": public_uri(uri),
+            "experiment": experiment,
+            "experiment_is_id": is_id,
+            "made_by": f"dspy-otel {__version__}",
+        }
+
+    @classmethod
+    def from_about(cls, about: Mapping[str, Any]) -> Target:
+        """What a journal was for; the user's own tracking URI gives the credentials, if it is the same place.
+
+        Raises:
+            ValueError: it does not say.
+        """
+        uri, experiment, is_id = about.get("tracking_uri"), about.get("experiment"), about.get("experiment_is_id")
+        if not isinstance(uri, str) or not isinstance(experiment, str) or is_id not in (None, True, False):
+            raise ValueError("about.json does not say where its spans were to go")
+        ours = os.environ.get("MLFLOW_TRACKING_URI", "")
+        return cls(ours if ours and public_uri(ours).rstrip("/") == uri.rstrip("/") else uri, experiment, is_id)
+
+
+def public_uri(uri: str) -> str:
+    """A URI without a user name or password, fit for a log line."""
+    parts = urlsplit(uri)
+    return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl() if "@" in parts.netloc else uri
+
+
+def absolute(uri: str, directory: str) -> str:
+    """A ``sqlite:///`` URI with its relative path, if it has one, taken from ``directory``."""
+    prefix, separator, path = uri.partition(":///")
+    if prefix.split("+", 1)[0] != "sqlite" or not separator or not path or path.startswith((":memory:", "file:")):
+        return uri
+    return f"{prefix}:///{os.path.join(directory, path)}"
+
+
+def sqlite_path(uri: str) -> str | None:
+    """The file of a sqlite store; None for another store, or one in memory."""
+    path = uri.partition(":///")[2] if _scheme(uri) == "sqlite" else ""
+    return path if path and not path.startswith((":memory:", "file:")) else None
+
+
+def _scheme(uri: str) -> str:
+    return urlsplit(uri).scheme.split("+", 1)[0].lower()
