@@ -133,7 +133,7 @@ def before_each_program(content: bool) -> Callable[[], None]:
 def track_runs(provider: Any) -> None:
     """Let our exporter to MLflow, if this tracer provider has one, record runs too: they need the starts of spans."""
     if "dspy_otel.mlflow" in sys.modules:
-        from dspy_otel.mlflow.tracker import track_runs
+        from dspy_otel.mlflow.exporter import track_runs
 
         track_runs(provider)
 

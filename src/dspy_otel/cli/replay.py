@@ -25,8 +25,8 @@ def add_parser(commands: Any) -> None:
 def run(options: argparse.Namespace) -> int:
     """Run it; the exit status is 0 when nothing is left, 1 when something is, 2 when nothing could be tried."""
     try:
+        from dspy_otel.mlflow.journal import spool_directory
         from dspy_otel.mlflow.replay import replay
-        from dspy_otel.mlflow.spool import spool_directory
     except ImportError as error:
         print(f"dspy-otel: replay needs {error.name}: pip install 'dspy-otel[mlflow]'", file=sys.stderr)
         return 2
@@ -41,14 +41,12 @@ def run(options: argparse.Namespace) -> int:
     if missing:
         print(f"dspy-otel: there is no {missing[0]}", file=sys.stderr)
         return 2
-    named = sources
     if options.list:
         return _list(sources)
     logging.basicConfig(format="%(message)s")
-    sources = [source for source in sources if source.exists()]  # a spool that was never needed is not there
     outcome = replay(sources, to=options.to, experiment=options.experiment, say=_progress())
     if not outcome.found:
-        print(f"Nothing to deliver in {', '.join(map(str, named))}.")
+        print(f"Nothing to deliver in {', '.join(map(str, sources))}.")
         return 0
     print(f"Delivered: {outcome}.")
     for line in outcome.left:
@@ -57,21 +55,25 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _list(sources: list[Path]) -> int:
-    from dspy_otel.mlflow.spool import count_of, places
+    from dspy_otel.mlflow.journal import JournalError, is_refused, places, read_file, whole_pieces
+    from dspy_otel.record.otlp import decode
 
+    status = 0
     for place in (place for source in sources for place in places(source)):
         try:
-            if (why := place.refusal()) is not None:
-                raise ValueError(f"refused, {why}")
-            files, about, state = place.files(), place.about(), place.state() or {}
-        except (OSError, ValueError) as error:
+            about = place.about()
+            counts = {True: 0, False: 0}
+            for path in place.waiting():
+                counts[is_refused(path)] += len(decode(whole_pieces(read_file(path))))
+            refused = f", {counts[True]:,} of them refused" if counts[True] else ""
+            print(
+                f"{place.path}: {sum(counts.values()):,} spans{refused} for {about['tracking_uri']}, "
+                f"experiment {about['experiment']}"
+            )
+        except (JournalError, OSError, ValueError, KeyError) as error:
             print(f"{place.path}: {error}", file=sys.stderr)
-            continue
-        print(
-            f"{place.path}: {sum(map(count_of, files)):,} spans, {len(state.get('runs', ()))} runs, "
-            f"{len(state.get('scores', ())):,} scores for {about['tracking_uri']}, experiment {about['experiment']}"
-        )
-    return 0
+            status = 1
+    return status
 
 
 def _progress() -> Any:

@@ -55,8 +55,8 @@ def run_report(options: argparse.Namespace) -> int:
 
 
 def _of_mlflow(options: argparse.Namespace) -> tuple[str, Optimization, Source | None]:
-    from dspy_otel.mlflow.base import ExportError
     from dspy_otel.mlflow.read import read_optimization
+    from dspy_otel.mlflow.retry import ExportError
 
     try:
         found = read_optimization(options.run, experiment=options.experiment, tracking_uri=options.tracking_uri)

@@ -1,16 +1,15 @@
-"""Spans to MLflow: ``OTEL_TRACES_EXPORTER=mlflow``.
+"""Spans to MLflow: ``OTEL_TRACES_EXPORTER=mlflow``. There is one way, from a span to what MLflow has:
 
-* :mod:`.exporter` - the OpenTelemetry exporter: where to write, failures, forks;
+* :mod:`.processor` - spans that start and end are written to the journal;
+* :mod:`.journal` - segments on disk: the queue, and what a killed process leaves;
+* :mod:`.worker` - empties it: sends spans, links traces, writes scores, brings runs up to date; :mod:`.replay` is the
+  same for the journal of a process that has ended;
+* :mod:`.retry` - what an answer means, and when to try again;
+* :mod:`.backends` - a server over HTTP, and a SQL store in this process, behind one contract;
 * :mod:`.translate` - pure: finished spans to spans that MLflow shows well;
-* :mod:`.server` - the way to an MLflow server: OTLP and two REST calls, MLflow itself is not needed;
-* :mod:`.store` - the way into an embedded SQL store, in process;
-* :mod:`.tracker` - optimizations and evaluations as MLflow runs while they happen: a span processor and its worker;
-* :mod:`.runs` - pure: records of optimizations and evaluations to the runs that should be in MLflow;
-* :mod:`.pending` - what of that is not yet written;
-* :mod:`.writer` - brings MLflow up to that;
-* :mod:`.delivery`, :mod:`.pace` - the queue of spans, and how it keeps out of a busy program's way;
-* :mod:`.spool`, :mod:`.state` - what could not be sent, on disk; :mod:`.replay` delivers it later;
-* :mod:`.runs_server`, :mod:`.runs_store` - runs, links and scores on a server and in an embedded store;
+* :mod:`.runs` - pure: records of optimizations and evaluations to the runs that should be in MLflow; :mod:`.pending` -
+  what of that is not yet written;
+* :mod:`.exporter`, :mod:`.target` - the OpenTelemetry exporter, and where it writes;
 * :mod:`.load`, :mod:`.read` - a program, and what a report needs, back from a run.
 """
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import tempfile
-import threading
 from pathlib import Path
 from typing import Any, TypeVar
 
-from dspy_otel.mlflow.base import ExportError
-from dspy_otel.mlflow.exporter import MLflowSpanExporter
+from dspy_otel.mlflow.backends import open_backend
+from dspy_otel.mlflow.backends.base import CreatedRun
+from dspy_otel.mlflow.retry import ExportError
 from dspy_otel.mlflow.runs import BEST_PROGRAM, COMPILE, TAG_KIND, StoredRun
+from dspy_otel.mlflow.target import Target
 from dspy_otel.record.model import PERCENT
 from dspy_otel.record.stored import read_optimization
 
@@ -44,17 +45,17 @@ def load_best(
         LookupError: no such run or experiment, or its program was not recorded (content capture was off).
         ExportError: MLflow cannot be reached or opened.
     """
-    exporter = MLflowSpanExporter(tracking_uri, experiment=experiment)
+    target = Target(tracking_uri, None if experiment is None else str(experiment), create=False)
     store = None
     try:
-        store = exporter.open_runs(threading.Event(), create=False)
+        store = open_backend(target)
         runs = store.find_runs(run_id, f"tags.`{TAG_KIND}` = '{COMPILE}' AND attributes.status = 'FINISHED'")
         # Steps of other optimizations have none of their own.
         runs = [run for run in runs if run_id is not None or read_optimization(run.tags, {}, {}).parent is None]
         if not runs:
             raise LookupError("MLflow has no finished optimization there" if run_id is None else f"No run {run_id}")
         best = max(runs, key=_rank)
-        text = store.read_artifact(best.run_id, best.artifact_uri, BEST_PROGRAM)
+        text = store.read_artifact(CreatedRun(best.run_id, best.artifact_uri), BEST_PROGRAM)
         if text is None:
             raise LookupError(
                 f"Run {best.run_id} has no {BEST_PROGRAM}: programs are recorded with "

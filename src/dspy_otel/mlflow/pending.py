@@ -14,6 +14,14 @@ from dspy_otel.record.model import Optimization, Record, Trial
 from dspy_otel.record.spans import Kind, kind_of
 
 
+@dataclass(frozen=True, slots=True)
+class Outside:
+    """A run of the user's own around an optimization or evaluation, and the experiment that it is in."""
+
+    run_id: str
+    experiment_id: str | None = None
+
+
 @dataclass(eq=False)
 class Pending:
     """One MLflow run: what is not yet written of it, and what MLflow has said.
@@ -27,6 +35,9 @@ class Pending:
         run_id, artifact_uri: from MLflow, once it exists there.
         tried: its creation has been tried, perhaps with success.
         over: it has ended.
+        group: the optimization or evaluation whose spans it is made of.
+        experiment: id of the experiment of the user's own run above it, if there is one.
+        produced: artifacts that it has got so far.
         seen: what has been here before, written or not.
     """
 
@@ -49,6 +60,9 @@ class Pending:
     artifact_uri: str = ""
     tried: bool = False
     over: bool = False
+    group: str = ""
+    experiment: str | None = None
+    produced: int = 0
     seen: dict[tuple[str, str], Any] = field(default_factory=dict)
 
     @property
@@ -72,6 +86,7 @@ class Pending:
                 self.datasets.append(dataset)
         for path, text in run.artifacts.items():
             if self._is_new("artifact", path, hash(text)):
+                self.produced += path not in self.artifacts
                 self.artifacts[path] = text
         self.references.update(run.references)
         self.candidates += run.candidates
@@ -110,28 +125,28 @@ class PendingRuns:
         self._known: dict[str, Pending] = {}
         self._live: dict[int, ReadableSpan] = {}
 
-    def start(self, span: ReadableSpan, outside: str | None) -> None:
-        """A span has started; ``outside`` is the id of the user's own active MLflow run, if there is one."""
+    def start(self, span: ReadableSpan, outside: Outside | None, group: str = "") -> None:
+        """A span has started, within a run of the user's own, if there is one."""
         if kind_of(span) is Kind.COMPILE and span.context is not None and span.end_time is None:
             self._live[span.context.span_id] = span
-        self._take(self.history.start(span), outside)
+        self._take(self.history.start(span), outside, group)
 
     def refresh(self) -> None:
         """Take over what running compiles have said since they started: most parameters come after the start."""
         for span in self._live.values():
             if span.end_time is None:
-                self._take(self.history.start(span))
+                self._take(self.history.start(span), None, None)
 
-    def end(self, span: ReadableSpan) -> None:
+    def end(self, span: ReadableSpan, group: str = "") -> None:
         """A span has ended."""
         if span.context is not None:
             self._live.pop(span.context.span_id, None)
-        self._take(self.history.end(span))
+        self._take(self.history.end(span), None, group)
 
     def stop(self, when: int) -> None:
         """The program ends: whatever still runs is killed."""
         self.refresh()
-        self._take(self.history.stop(when))
+        self._take(self.history.stop(when), None, None)
         self._live.clear()
         self._known.clear()
 
@@ -140,22 +155,29 @@ class PendingRuns:
         if run.over and not run.dirty:
             self.runs.pop(run.key, None)
 
-    def _take(self, changed: Iterable[Record], outside: str | None = None) -> None:
+    def _take(self, changed: Iterable[Record], outside: Outside | None, group: str | None) -> None:
         for record in changed:
-            for run in runs_of(record, self._versions, outside):
-                self._add(run)
+            for run in runs_of(record, self._versions, None if outside is None else outside.run_id):
+                self._add(run, outside, group)
             if isinstance(record, Optimization) and record.ended is not None:
                 for key in [key for key in self._known if key == record.id or key.startswith(f"{record.id}/")]:
                     del self._known[key]
             elif isinstance(record, Trial) and record.ended is not None and record.examples_so_far is None:
                 self._known.pop(f"{record.optimization}/{record.number}", None)
 
-    def _add(self, run: Run) -> None:
+    def _add(self, run: Run, outside: Outside | None, group: str | None) -> None:
         known = self._known.get(run.key)
         if run.name is not None and (known is None or (known.over and run.status is None)):
             parent = self._known.get(run.parent or "")
-            outside = None if parent is not None else run.outside
-            known = Pending(run.key, run.kind, run.name, parent, outside, run.started or 0, run.parent)
+            above = None if parent is not None or outside is None else outside
+            known = Pending(
+                *(run.key, run.kind, run.name, parent, None if above is None else above.run_id, run.started or 0),
+                run.parent,
+                group=group or "",
+                experiment=None if above is None else above.experiment_id,
+            )
+            if parent is not None:
+                known.experiment = parent.experiment
             self._known[run.key] = known
         if known is None:
             return

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from dspy_otel.mlflow.base import ExportError
-from dspy_otel.mlflow.exporter import MLflowSpanExporter
+from dspy_otel.mlflow.backends import Backend, open_backend
+from dspy_otel.mlflow.backends.base import CreatedRun, first_line
+from dspy_otel.mlflow.retry import ExportError, clean
 from dspy_otel.mlflow.runs import (
     BEST_PROGRAM,
     CANDIDATE_TABLE,
@@ -29,7 +29,7 @@ from dspy_otel.mlflow.runs import (
     TRIAL_PROGRAM,
     StoredRun,
 )
-from dspy_otel.mlflow.writer import RunStore
+from dspy_otel.mlflow.target import Target, public_uri
 from dspy_otel.record import model, stored
 from dspy_otel.record.history import preview
 from dspy_otel.record.model import Candidate, Example, Failure, Optimization, Trial
@@ -62,24 +62,27 @@ def read_optimization(
         LookupError: no such run, or one that is no optimization.
         ExportError: MLflow cannot be reached or opened, or has no such experiment.
     """
-    exporter = MLflowSpanExporter(tracking_uri, experiment="0" if run_id is not None else experiment)
-    store = exporter.open_runs(threading.Event(), create=False)
+    named = None if experiment is None else str(experiment)
+    target = Target(tracking_uri, "0" if run_id is not None else named, create=False)
+    store = open_backend(target)
     try:
         run = _find(store, run_id)
         condition = f"tags.`{TAG_PARENT}` = '{run.run_id}' AND tags.`{TAG_KIND}` = '{TRIAL}'"
         children = store.find_runs(None, condition, run.experiment_id)
         children.sort(key=lambda child: stored.trial_number(child.tags))
         reader = _Reader(store, run, children)
-        return Found(reader.optimization(), run.run_id, reader.source(exporter.server))
+        return Found(
+            reader.optimization(), run.run_id, reader.source(public_uri(target.uri) if target.is_server else None)
+        )
     except (ExportError, LookupError):
         raise
     except Exception as error:
-        raise store.explain(error) from error
+        raise ExportError(type(error).__name__, f"MLflow: {clean(first_line(error))}.") from error
     finally:
         store.close()
 
 
-def _find(store: RunStore, run_id: str | None) -> StoredRun:
+def _find(store: Backend, run_id: str | None) -> StoredRun:
     runs = store.find_runs(run_id, f"tags.`{TAG_KIND}` = '{COMPILE}'")
     if run_id is not None and runs and runs[0].tags.get(TAG_KIND) == TRIAL and TAG_PARENT in runs[0].tags:
         runs = store.find_runs(runs[0].tags[TAG_PARENT], "")
@@ -98,7 +101,7 @@ def _find(store: RunStore, run_id: str | None) -> StoredRun:
 class _Reader:
     """Reads what belongs to one run."""
 
-    def __init__(self, store: RunStore, run: StoredRun, children: Sequence[StoredRun]) -> None:
+    def __init__(self, store: Backend, run: StoredRun, children: Sequence[StoredRun]) -> None:
         self._store, self._run = store, run
         self._children = {stored.trial_number(child.tags): child for child in children}
 
@@ -183,7 +186,7 @@ class _Reader:
         return found
 
     def _read(self, run: StoredRun, path: str) -> str | None:
-        return self._store.read_artifact(run.run_id, run.artifact_uri, path)
+        return self._store.read_artifact(CreatedRun(run.run_id, run.artifact_uri), path)
 
 
 def _example(row: dict[str, Any]) -> Example:

@@ -1,41 +1,49 @@
-"""Deliver later what could not be sent: from the spool, or from files of OTLP that something else has written.
+"""Deliver later what is in the journal of a process that has ended, or in files of OTLP of something else.
 
-A program that ended in order has left what MLflow lacks of runs, links and scores; it is written as it would have been.
-Of one that was killed, and in files of a Collector, there are spans alone: then runs are built from them, by the same
-:class:`~dspy_otel.record.history.History` as when they happened.
-
-Everything may be written twice without harm: a span by its id, a run by its key, a metric's point by its value, step
-and time, a score by an id that follows from its trace.
+This is the :mod:`.worker`, started later: it digests the spans, all starts first, and delivers the segments. What still
+ran when the process ended is killed. Everything may be written twice without harm, so it does not matter how much of it
+MLflow has.
 """
 
 from __future__ import annotations
 
-import os
-import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from opentelemetry.instrumentation.utils import suppress_instrumentation
 from opentelemetry.sdk.trace import ReadableSpan
 
-from dspy_otel.mlflow.base import ExportError, WantedExperiment, first_line, public_uri
-from dspy_otel.mlflow.exporter import MLflowSpanExporter
-from dspy_otel.mlflow.pace import Pace
+from dspy_otel import semconv
+from dspy_otel.mlflow.backends import open_backend
+from dspy_otel.mlflow.journal import (
+    Journal,
+    JournalError,
+    Place,
+    Segment,
+    is_refused,
+    is_sent,
+    places,
+    read_file,
+    whole_pieces,
+)
+from dspy_otel.mlflow.pending import PendingRuns
+from dspy_otel.mlflow.retry import ExportError
 from dspy_otel.mlflow.runs import key_of
-from dspy_otel.mlflow.spool import Place, SpoolError, count_of, places
-from dspy_otel.mlflow.tracker import is_for_run
-from dspy_otel.mlflow.writer import RunWriter
+from dspy_otel.mlflow.target import Target, public_uri
+from dspy_otel.mlflow.translate import outside_of, restore, translate
+from dspy_otel.mlflow.worker import ARTIFACTS, RUNS, SCORES, SPANS, TRACES, Worker, group_of, versions
 from dspy_otel.record.history import History, starts
-from dspy_otel.record.otlp import decode, decode_lines
+from dspy_otel.record.otlp import decode, decode_lines, encode
 from dspy_otel.record.spans import Kind, is_ours, kind_of
 
-_BATCH: Final = 512
-_MOST_FAILURES: Final = 4
+MOST_FAILURES: Final = 4
 """In a row, until what is left is left for another time."""
+_STRUCTURE: Final = frozenset({Kind.COMPILE, Kind.TRIAL, Kind.EVALUATION, Kind.PHASE})
+_AT_ONCE: Final = 512
 
 Say = Callable[[str], object]
 
@@ -71,64 +79,91 @@ def replay(
         sources: directories (a spool, or one process's part), and files of OTLP: protobuf (``.pb``) or lines of JSON.
         to: where to, instead of where it was to go; for files, ``MLFLOW_TRACKING_URI`` without it.
         experiment: name or id, likewise.
-        say: told of the progress.
+        say: is given lines of progress.
 
     Returns:
         What was done. What could not be delivered stays where it is. Files that are not of a spool always stay.
     """
     outcome = Outcome()
-    with suppress_instrumentation():
-        for source in sources:
-            if source.is_dir():
-                for place in places(source):
-                    outcome.found = True
-                    _deliver_place(place, to, experiment, say, outcome)
-            else:
+    for source in sources:
+        if source.is_dir():
+            for place in places(source):
                 outcome.found = True
-                _attempt(_Files(source), MLflowSpanExporter(to, experiment=experiment), say, outcome)
+                _deliver_place(place, to, experiment, say, outcome)
+        else:
+            outcome.found = True
+            _attempt(_Files(source), Target(to, experiment, create=True), True, say, outcome)
     return outcome
 
 
-def _deliver_place(place: Place, to: str | None, experiment: str | None, say: Say, outcome: Outcome) -> None:
-    if (why := place.refusal()) is not None:
-        outcome.left.append(f"{place.path}: refused, {why}")
-        return
-    if not place.acquire():
-        outcome.left.append(f"{place.path}: in use, by the program that writes it or by another replay")
+def recover(directory: Path | None, target: Target, over: Callable[[], bool]) -> None:
+    """Deliver what ended processes have left in a spool for one place, but for what MLflow refuses.
+
+    Args:
+        directory: of the spool.
+        target: where it was to go.
+        over: whether this process ends: then no further one is begun.
+    """
+    mine = target.about()
+    for place in [] if directory is None else places(directory):
+        if over():
+            return
+        try:
+            about = place.about()
+            same = all(about.get(name) == mine[name] for name in ("tracking_uri", "experiment", "experiment_is_id"))
+            if same and not all(map(is_refused, place.waiting()) if place.waiting() else [place.empty()]):
+                _deliver_place(place, None, None, lambda _: None, Outcome(), target)
+        except (JournalError, OSError, ValueError):
+            continue
+
+
+def _deliver_place(
+    place: Place, to: str | None, experiment: str | None, say: Say, outcome: Outcome, target: Target | None = None
+) -> None:
+    try:
+        if not place.acquire():
+            why = "in use, by the program that writes it or by another replay" if place.path.exists() else None
+            if why is not None and not (place.path / "about.json").exists():
+                why = "no directory of ours: it has no about.json"
+            if why is not None:
+                outcome.left.append(f"{place.path}: {why}")
+            return
+    except JournalError as error:
+        outcome.left.append(str(error))
         return
     try:
-        exporter = _exporter_for(place.about(), to, experiment)
-        if _attempt(place, exporter, say, outcome) and place.empty():
+        about = place.about()
+        if target is None:
+            target = Target.from_about(about)
+            target = Target(
+                to or target.given,
+                experiment if experiment is not None else target.experiment,
+                None if experiment is not None else target.experiment_is_id,
+            )
+        if _attempt(place, target, bool(about.get("runs", True)), say, outcome):
             place.discard()
-    except (OSError, ValueError) as error:
-        outcome.left.append(f"{place.path}: {first_line(error)}")
+    except (JournalError, OSError, ValueError) as error:
+        outcome.left.append(f"{place.path}: {error}")
     finally:
         place.release()
 
 
-def _exporter_for(about: Mapping[str, Any], to: str | None, experiment: str | None) -> MLflowSpanExporter:
-    uri = to or str(about["tracking_uri"])
-    ours = os.environ.get("MLFLOW_TRACKING_URI", "")
-    if to is None and public_uri(ours) == uri:
-        uri = ours  # a user name and password in it are not kept in the spool
-    exporter = MLflowSpanExporter(uri, experiment=experiment, runs=bool(about.get("runs", True)))
-    if experiment is None:
-        exporter.wanted = WantedExperiment(str(about["experiment"]), about.get("experiment_is_id"))
-    return exporter
-
-
-def _attempt(source: Place | _Files, exporter: MLflowSpanExporter, say: Say, outcome: Outcome) -> bool:
-    """Deliver one source; False, and a line in the outcome, when it has to be tried another time."""
-    delivery = _Delivery(source, exporter, say, outcome)
+def _attempt(source: Place | _Files, target: Target, runs: bool, say: Say, outcome: Outcome) -> bool:
+    """Deliver one source; whether nothing is left of it."""
+    delivery = _Delivery(source, target, runs, say)
     try:
-        delivery.deliver()
-    except (ExportError, SpoolError, OSError, ValueError) as error:
-        outcome.left.append(
-            f"{source.path}: {error if isinstance(error, (ExportError, SpoolError)) else first_line(error)}"
-        )
+        with suppress_instrumentation():
+            delivery.deliver()
+    except (ExportError, JournalError, OSError, ValueError) as error:
+        outcome.left.append(f"{source.path}: {error}")
         return False
     finally:
         delivery.close()
+        written = delivery.worker.account.written
+        outcome.sent.update({name: written[name] for name in (SPANS, TRACES, RUNS, SCORES, ARTIFACTS) if written[name]})
+    if delivery.left:
+        outcome.left.append(f"{source.path}: {', '.join(delivery.left)} that MLflow refuses")
+        return False
     return True
 
 
@@ -138,183 +173,166 @@ class _Files:
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def files(self) -> list[Path]:
-        return [self.path]
-
-    def state(self) -> None:
-        return None
+    def batches(self) -> Iterator[list[ReadableSpan]]:
+        if self.path.suffix == ".pb":
+            yield decode(self.path.read_bytes())
+            return
+        with self.path.open(encoding="utf-8") as lines:
+            yield from decode_lines(lines)
 
 
 class _Delivery:
     """The delivery of one source."""
 
-    def __init__(self, source: Place | _Files, exporter: MLflowSpanExporter, say: Say, outcome: Outcome) -> None:
+    def __init__(self, source: Place | _Files, target: Target, runs: bool, say: Say) -> None:
         self._source = source
-        self._exporter = exporter
         self._say = say
-        self._outcome = outcome
-        exporter.patience.insists = False  # this does
-        urgent = threading.Event()
-        urgent.set()
-        self._writer = RunWriter(exporter.open_runs, threading.Event(), Pace(urgent), History(forget=False))
-        self._spans = sum(count_of(path) for path in source.files())
-        self._done = 0
-        self._refused: dict[Path, list[ReadableSpan]] = {}
+        self._target = target
+        self._runs = runs
+        self._foreign = isinstance(source, _Files)
+        # What MLflow refuses stays in the file that it is from.
+        self._journal = Journal(None, 1, target.about, lambda *_: None)
+        pending = PendingRuns(versions(), History(forget=not self._foreign))
+        self.worker = Worker(self._journal, lambda: open_backend(target), runs=runs, pending=pending)
+        self.left: list[str] = []
 
     def close(self) -> None:
-        """Count what was written, and release connections."""
-        self._outcome.sent.update(self._writer.counts)
-        self._writer.close()
-        self._exporter.shutdown()
-        self._exporter.close()
+        """Release connections."""
+        self.worker.close()
 
     def deliver(self) -> None:
         """All of it.
 
         Raises:
             ExportError: MLflow does not take it now.
-            OSError, ValueError: a file cannot be read.
+            JournalError, OSError, ValueError: a file cannot be read.
         """
-        state = self._source.state()
-        self._say(f"{self._source.path}: {self._spans or 'some'} spans to {public_uri(self._exporter.given_uri)}")
-        if not self._exporter.wants_runs:
-            for path, spans in self._batches():
-                self._send(path, spans)
-                self._finished(path)
-        elif state is not None:
-            self._writer.restore(state)
-            self._settle()
-            self._keep_state()
-            for path, spans in self._batches():
-                self._send(path, spans)
-                self._hand_over(spans)
-                self._settle()
-                self._finished(path)
-            if isinstance(self._source, Place):
-                self._source.remove(self._source.path / "runs.json")
-        else:
-            self._rebuild()
-
-    # --- spans ------------------------------------------------------------------------------------------------------
-    def _batches(self) -> Iterator[tuple[Path | None, list[ReadableSpan]]]:
-        """Spans, and their file with the last of them."""
-        for path in self._source.files():
-            if path.suffix == ".pb":
-                yield path, decode(path.read_bytes())
-                continue
-            with path.open(encoding="utf-8") as lines:
-                for spans in decode_lines(lines):
-                    yield None, spans
-
-    def _send(self, path: Path | None, spans: list[ReadableSpan]) -> None:
-        refused: list[ReadableSpan] = []
-        for start in range(0, len(spans), _BATCH):
-            self._send_some(spans[start : start + _BATCH], refused)
-        self._done += len(spans)
-        self._outcome.sent["spans"] += len(spans) - len(refused)
-        if self._spans:
-            self._say(f"{self._source.path}: {self._done:,} of {self._spans:,} spans")
-        if refused:
-            if path is not None:
-                self._refused[path] = refused
-            self._outcome.left.append(f"{self._source.path}: {len(refused)} spans that MLflow refuses")
-
-    def _send_some(self, spans: list[ReadableSpan], refused: list[ReadableSpan]) -> None:
-        """Send spans, in ever smaller parts as long as MLflow refuses them."""
-        failures = 0
-        while True:
-            try:
-                self._exporter.write(spans)
-            except ExportError as error:
-                if error.cause.startswith("status 4") or (
-                    error.cause.startswith("status 5") and self._exporter.alive()
-                ):
-                    break
-                failures += 1
-                if error.permanent or failures >= _MOST_FAILURES:
-                    raise
-                time.sleep(failures)
-            else:
-                return
-        if len(spans) == 1:
-            refused.extend(spans)
-            return
-        half = len(spans) // 2
-        self._send_some(spans[:half], refused)
-        self._send_some(spans[half:], refused)
-
-    def _hand_over(self, spans: Sequence[ReadableSpan]) -> None:
-        for span in spans:
-            if is_for_run(span):
-                self._writer.deliver(span)
-
-    def _finished(self, path: Path | None) -> None:
-        self._keep_state()
-        if path is not None and isinstance(self._source, Place):
-            if refused := self._refused.pop(path, None):
-                self._source.set_aside(path, refused)
-            else:
-                self._source.remove(path)
-
-    # --- runs -------------------------------------------------------------------------------------------------------
-    def _settle(self) -> None:
-        """Write all that is known of runs, links and scores."""
-        while self._writer.pending or self._writer.dead:
-            self._writer.work(float("inf"), lambda: False)
-            if (error := self._writer.error) is None:
-                continue
-            if self._writer.dead or self._writer.failures >= _MOST_FAILURES:
-                self._keep_state()
-                raise error
-            time.sleep(self._writer.pause)
-
-    def _keep_state(self) -> None:
-        """So that nothing is done again, should this process be killed."""
-        if isinstance(self._source, Place) and (self._source.path / "runs.json").exists():
-            self._source.put_state(self._writer.state())
-
-    def _rebuild(self) -> None:
-        """Build runs from spans alone: first all starts, then the examples, file by file, then all ends, in order."""
-        tree = self._writer.tree
-        structure: list[ReadableSpan] = []
-        for _, spans in self._batches():
-            for span in filter(is_ours, spans):
-                kind = kind_of(span)
-                if kind in (Kind.LM_CALL, Kind.EMBEDDING):
-                    tree.end(span)
-                elif kind not in (Kind.EXAMPLE, Kind.OTHER):
-                    structure.append(span)
-        for span in starts(structure):
-            tree.start(span, None)
-        for run in tree.runs.values():
-            run.tried = True  # it may be in MLflow already
-            if run.parent is None and run.above is not None:
-                run.outside = self._find(run.above)
+        self._say(f"{self._source.path}: to {public_uri(self._target.raw_uri)}")
+        if self._runs:
+            structure = self._begin()
+        when = 0
         read: list[Path] = []
         for path, spans in self._batches():
-            self._send(path, spans)
-            for span in spans:
-                if is_ours(span) and kind_of(span) is Kind.EXAMPLE:
-                    tree.end(span)
-                if is_for_run(span):
-                    self._find_run_of(span)
-                    self._writer.deliver(span)
-            self._settle()
+            when = max([when, *(span.end_time or 0 for span in spans)])
+            segment = self._segment(spans, send=path is None or not is_sent(path))
+            if segment is not None:
+                self._send(segment)
             if path is not None:
-                read.append(path)
-        for span in sorted(structure, key=lambda span: span.end_time or 0):
-            tree.end(span)
-        self._writer.stop()
-        self._settle()
-        for path in read:
-            self._finished(path)
+                if segment is not None and self.worker.account.refused[SPANS] + self.worker.account.dropped[SPANS]:
+                    self._keep_refused(path)
+                else:
+                    read.append(path)
+        if self._runs:
+            for span in sorted(structure, key=lambda span: span.end_time or 0):
+                self.worker.pending.end(span, group_of(span))
+            self.worker.stop(when or time.time_ns())
+            self._settle()
+        account = self.worker.account
+        self.left += [f"{count} {name}" for name, count in account.refused.items() if count and name != SPANS]
+        if not self.left:
+            for path in read:
+                path.unlink(missing_ok=True)
+
+    def _begin(self) -> list[ReadableSpan]:
+        """Start all that has started; what ended of it comes at the end."""
+        begun: list[ReadableSpan] = []
+        structure: list[ReadableSpan] = []
+        if isinstance(self._source, Place):
+            begun = [span for span in decode(self._source.starts()) if is_ours(span)]
+        for _, spans in self._batches():
+            structure += [span for span in spans if is_ours(span) and kind_of(span) in _STRUCTURE]
+        outside = {span.context.span_id: outside_of(span) for span in begun if span.context is not None}
+        for span in starts([*begun, *structure]):
+            above = None if span.context is None else outside.get(span.context.span_id)
+            self.worker.pending.start(span, above, group_of(span))
+        for run in self.worker.pending.runs.values():
+            run.tried = True  # it may be in MLflow already
+            if self._foreign and run.parent is None and run.above is not None:
+                self.worker.find(run.above)
+        return structure
+
+    def _batches(self) -> Iterator[tuple[Path | None, list[ReadableSpan]]]:
+        if isinstance(self._source, _Files):
+            for spans in self._source.batches():
+                yield None, spans
+            return
+        for path in self._source.files():
+            yield path, decode(whole_pieces(read_file(path)))
+
+    def _segment(self, spans: list[ReadableSpan], *, send: bool) -> Segment | None:
+        """Digest spans; what is to be sent of them."""
+        segment = Segment(0, closed=True, digested=True)
+        for original in spans if self._runs else ():
+            if not is_ours(original):
+                continue
+            span = restore(original)
+            if kind_of(span) not in _STRUCTURE:
+                self.worker.end(span, segment)
+            else:
+                trace = self.worker.pending.history.trace(span)
+                key = None if trace is None or not trace.root else key_of(trace)
+                if trace is not None and key is not None:
+                    segment.links.append((key, f"tr-{trace.trace_id:032x}"))
+            if self._foreign:
+                self._find_run_of(span)
+        if not send:
+            return None
+        segment.spans = spans
+        return segment
+
+    def _send(self, whole: Segment) -> None:
+        """Send spans as segments of the usual size, with the links and scores of each."""
+        spans = whole.spans or []
+        for start in range(0, len(spans), _AT_ONCE):
+            some = spans[start : start + _AT_ONCE]
+            ids = {f"tr-{span.context.trace_id:032x}" for span in some if span.context is not None}
+            body = encode(translate(some) if self._foreign else some)
+            roots = sum(span.parent is None for span in some)
+            last = start + _AT_ONCE >= len(spans)
+            self._journal.append(body, [], set(), roots, needed=True)
+            segment = self._journal.segments[-1]
+            segment.count, segment.closed, segment.digested = len(some), True, True
+            segment.links = [one for one in whole.links if one[1] in ids or last]
+            whole.links = [one for one in whole.links if one not in segment.links]
+            segment.scores = [one for one in whole.scores if one.trace_id in ids or last]
+            whole.scores = [one for one in whole.scores if one not in segment.scores]
+            self._settle()
+
+    def _settle(self) -> None:
+        """Write all that is known.
+
+        Raises:
+            ExportError: MLflow does not take it now.
+        """
+        while not self.worker.done:
+            self.worker.round()
+            away = self.worker.away
+            if away.error is not None and (away.error.permanent or away.failures >= MOST_FAILURES):
+                raise away.error
+            if any(segment.failures > 2 * MOST_FAILURES for segment in self._journal.segments):
+                raise ExportError("refused", "MLflow answers with errors")
+            if not self.worker.done:
+                time.sleep(min(self.worker.wait_seconds(), 1.0))
+
+    def _keep_refused(self, path: Path) -> None:
+        """MLflow refuses something of a file: it stays, for another place to be delivered to."""
+        refused = self.worker.account.refused[SPANS] + self.worker.account.dropped[SPANS]
+        self.left.append(f"{refused} spans")
+        self.worker.account.refused[SPANS] = self.worker.account.dropped[SPANS] = 0
+        if not is_refused(path):
+            path.rename(path.with_suffix(".refused.pb"))
 
     def _find_run_of(self, span: ReadableSpan) -> None:
         """Look a run up that is in MLflow, but not in the files."""
-        trace = self._writer.tree.history.trace(span)
-        key = None if trace is None else key_of(trace)
+        trace = self.worker.pending.history.trace(span)
+        if trace is None:
+            return
+        evaluation = (span.attributes or {}).get(semconv.EVALUATION_ID)
+        if evaluation is not None and trace.optimization is None:
+            self._find(f"evaluation/{evaluation}")
+        key = key_of(trace)
         if key is not None:
             self._find(key)
 
     def _find(self, key: str) -> str | None:
-        return None if key in self._writer.tree.runs else self._writer.find(key)
+        return None if key in self.worker.pending.runs else self.worker.find(key)

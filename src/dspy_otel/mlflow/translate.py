@@ -17,17 +17,17 @@ from __future__ import annotations
 
 import json
 import logging
-import operator
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from opentelemetry.sdk.trace import Event, ReadableSpan
-from opentelemetry.trace import Status
+from opentelemetry.trace import Link, Status, StatusCode
 from opentelemetry.util.types import AttributeValue
 
 from dspy_otel import semconv
-from dspy_otel.core.attributes import repair, sendable
+from dspy_otel.mlflow.pending import Outside
+from dspy_otel.record.spans import Kind, kind_of
 
 _logger = logging.getLogger(__name__)
 
@@ -38,7 +38,14 @@ CHAT_TOOLS: Final = "mlflow.chat.tools"
 CHAT_USAGE: Final = "mlflow.chat.tokenUsage"
 LLM_COST: Final = "mlflow.llm.cost"
 TAG_PREFIX: Final = "mlflow.traceTag."
+OUTSIDE_RUN: Final = "mlflow.run.id"
+OUTSIDE_EXPERIMENT: Final = "mlflow.experiment.id"
+"""On spans that have started, in the journal only: the run of the user's own around them."""
 TRACE_NAME: Final = TAG_PREFIX + "mlflow.traceName"
+_HALF_ESCAPE: Final = re.compile(
+    r"(?<!\\)(?:\\\\)*(?:\\u[dD][89abAB][0-9a-fA-F]{2}(?!\\u[dD][c-fC-F])|"
+    r"(?<!\\u[dD][89abAB][0-9a-fA-F]{2})\\u[dD][c-fC-F][0-9a-fA-F]{2})"
+)
 _BASE64: Final = re.compile(r"[A-Za-z0-9+/_-]+={0,2}")
 
 TYPE_OF_OPERATION: Final[Mapping[str, str]] = {
@@ -109,33 +116,7 @@ def translate(spans: Sequence[ReadableSpan]) -> list[ReadableSpan]:
         own spans moves to MLflow's keys instead of being sent twice; spans of other instrumentations only ever gain
         a type, and a trace name when they are a root.
     """
-    return [_translate_or_keep(sendable_span(span)) for span in spans]
-
-
-def sendable_span(span: ReadableSpan) -> ReadableSpan:
-    """A span that OTLP can carry and a SQL store keep: the same one, or a copy with its broken texts repaired.
-
-    Spans of ours are repaired when they are made. Others may be named after a file whose name is not UTF-8, and one
-    of them would cost its whole batch.
-    """
-    attributes: dict[str, Any] = dict(span.attributes or {})
-    repair(attributes)
-    name, description = sendable(span.name), span.status.description
-    status = span.status if description is None else Status(span.status.status_code, sendable(description))
-    events = []
-    for event in span.events:
-        about: dict[str, Any] = dict(event.attributes or {})
-        repair(about)
-        unchanged = event.name == sendable(event.name) and about == (event.attributes or {})
-        events.append(event if unchanged else Event(sendable(event.name), about, event.timestamp))
-    if (
-        name == span.name
-        and attributes == (span.attributes or {})
-        and status.description == description
-        and all(map(operator.is_, events, span.events))
-    ):
-        return span
-    return _copy(span, attributes, name, events, status)
+    return [repair(_translate_or_keep(span)) for span in spans]
 
 
 def _translate_or_keep(span: ReadableSpan) -> ReadableSpan:
@@ -144,6 +125,105 @@ def _translate_or_keep(span: ReadableSpan) -> ReadableSpan:
     except Exception:  # content nested deeper than json can follow, for one: a plain span is better than none
         _logger.debug("span %r is sent as it is", span.name, exc_info=True)
         return span
+
+
+def restore(span: ReadableSpan) -> ReadableSpan:
+    """A span that was translated, with what reads our spans back needs: the inputs and outputs of an example.
+
+    Args:
+        span: as the journal has it.
+    """
+    if kind_of(span) is not Kind.EXAMPLE:
+        return span
+    at = dict(span.attributes or {})
+    inputs, outputs = at.get(SPAN_INPUTS), at.get(SPAN_OUTPUTS)
+    if inputs is not None:
+        at.setdefault(semconv.MODULE_INPUTS, inputs)
+    # A score alone stands for the outputs of an example whose outputs are not there.
+    if outputs is not None and not ((inputs is None or semconv.ERROR_TYPE in at) and outputs == _scores(at)):
+        at.setdefault(semconv.MODULE_OUTPUTS, outputs)
+    return _copy(span, at)
+
+
+def started_copy(span: ReadableSpan, outside: Outside | None) -> ReadableSpan:
+    """A span that has only started, for the journal."""
+    at = dict(span.attributes or {})
+    if outside is not None:
+        at[OUTSIDE_RUN] = outside.run_id
+        if outside.experiment_id is not None:
+            at[OUTSIDE_EXPERIMENT] = outside.experiment_id
+    return repair(_copy(span, at))
+
+
+def outside_of(span: ReadableSpan) -> Outside | None:
+    """The run of the user's own around a span, from the journal."""
+    at = span.attributes or {}
+    experiment = at.get(OUTSIDE_EXPERIMENT)
+    return Outside(str(at[OUTSIDE_RUN]), None if experiment is None else str(experiment)) if OUTSIDE_RUN in at else None
+
+
+# --- text that cannot be sent ---------------------------------------------------------------------------------------
+
+
+def repair(span: ReadableSpan) -> ReadableSpan:
+    """A span whose names and texts can all be written: half a character or NUL in one would take the batch with it."""
+    at = span.attributes or {}
+    whole = _is_whole(span.name) and _all_whole(at) and _is_whole(span.status.description or "")
+    whole = whole and all(_is_whole(event.name) and _all_whole(event.attributes or {}) for event in span.events)
+    if whole and all(_all_whole(link.attributes or {}) for link in span.links):
+        return span
+    status = span.status
+    return ReadableSpan(
+        name=_whole(span.name),
+        context=span.context,
+        parent=span.parent,
+        resource=span.resource,
+        attributes=_all_repaired(at),
+        events=[Event(_whole(e.name), _all_repaired(e.attributes or {}), e.timestamp) for e in span.events],
+        links=[Link(link.context, _all_repaired(link.attributes or {})) for link in span.links],
+        kind=span.kind,
+        instrumentation_scope=span.instrumentation_scope,
+        status=Status(StatusCode.ERROR, _whole(status.description)) if status.description else status,
+        start_time=span.start_time,
+        end_time=span.end_time,
+    )
+
+
+def _is_whole(text: str) -> bool:
+    if text.isascii():
+        return "\0" not in text and "\\ud" not in text and "\\uD" not in text
+    return _whole(text) == text
+
+
+def _whole(text: str) -> str:
+    """The text without NUL, and without halves of characters, those written as escapes in JSON among them."""
+    text = text.encode("utf-8", "replace").decode("utf-8").replace("\0", "\ufffd")
+    return _HALF_ESCAPE.sub(r"\\ufffd", text) if "\\ud" in text or "\\uD" in text else text
+
+
+def _all_whole(attributes: Mapping[str, Any]) -> bool:
+    for key, value in attributes.items():
+        if not _is_whole(key):
+            return False
+        if value.__class__ is str:
+            if not _is_whole(value):
+                return False
+        elif isinstance(value, (list, tuple)) and not all(_is_whole(v) for v in value if isinstance(v, str)):
+            return False
+    return True
+
+
+def _all_repaired(attributes: Mapping[str, Any]) -> dict[str, Any]:
+    return {_whole(key): _repaired(value) for key, value in attributes.items()}
+
+
+def _repaired(value: Any) -> Any:
+    if isinstance(value, str):
+        return _whole(value)
+    return [_repaired(part) for part in value] if isinstance(value, (list, tuple)) else value
+
+
+# --- what MLflow shows ----------------------------------------------------------------------------------------------
 
 
 def translate_span(span: ReadableSpan) -> ReadableSpan:
@@ -204,14 +284,19 @@ def _move_content(attributes: dict[str, AttributeValue]) -> None:
 
     if SPAN_OUTPUTS not in attributes:
         # Without content an evaluation still has a result; a score is no content.
-        scores = {label: attributes[key] for key, label in _SCORE_KEYS.items() if key in attributes}
-        if "score" in scores:
-            attributes[SPAN_OUTPUTS] = _dump(scores)
+        scores = _scores(attributes)
+        if scores is not None:
+            attributes[SPAN_OUTPUTS] = scores
 
     tools = _load_list(attributes.get(semconv.GEN_AI_TOOL_DEFINITIONS))
     if tools is not None:
         attributes[CHAT_TOOLS] = _dump([_tool(item) for item in tools])
         del attributes[semconv.GEN_AI_TOOL_DEFINITIONS]
+
+
+def _scores(attributes: Mapping[str, AttributeValue]) -> str | None:
+    scores = {label: attributes[key] for key, label in _SCORE_KEYS.items() if key in attributes}
+    return _dump(scores) if "score" in scores else None
 
 
 def _move_first(
@@ -372,24 +457,18 @@ def _dump(value: Any) -> str:
     return text.encode("utf-8", "replace").decode("utf-8")
 
 
-def _copy(
-    span: ReadableSpan,
-    attributes: Mapping[str, AttributeValue],
-    name: str | None = None,
-    events: Sequence[Event] | None = None,
-    status: Status | None = None,
-) -> ReadableSpan:
+def _copy(span: ReadableSpan, attributes: Mapping[str, AttributeValue]) -> ReadableSpan:
     return ReadableSpan(
-        name=span.name if name is None else name,
+        name=span.name,
         context=span.context,
         parent=span.parent,
         resource=span.resource,
         attributes=attributes,
-        events=span.events if events is None else events,
+        events=span.events,
         links=span.links,
         kind=span.kind,
         instrumentation_scope=span.instrumentation_scope,
-        status=span.status if status is None else status,
+        status=span.status,
         start_time=span.start_time,
         end_time=span.end_time,
     )

@@ -88,13 +88,11 @@ class Backend(Protocol):
     def find_run(self, key: str, experiment_id: str | None = None) -> CreatedRun | None:
         """A run by its key."""
 
-    def log(
-        self, run_id: str, metrics: Sequence[Metric], params: Mapping[str, str], tags: Mapping[str, str]
-    ) -> None:
+    def log(self, run_id: str, metrics: Sequence[Metric], params: Mapping[str, str], tags: Mapping[str, str]) -> None:
         """Write at most 100 parameters, 100 tags and in all 1,000 items. A parameter never gets another value."""
 
     def add_datasets(self, run_id: str, datasets: Sequence[Dataset]) -> None:
-        """Add dataset inputs. Two calls at once may fail when they bring the same new dataset; a second attempt helps."""
+        """Add dataset inputs. Two calls at once with the same new dataset may fail; a second attempt helps."""
 
     def put_artifact(self, run: CreatedRun, path: str, text: str) -> None:
         """Store a text artifact, in place of one that may be there."""
@@ -140,7 +138,9 @@ def resolve_experiment(
     Args:
         named: name or id, and whether it is an id.
         create: make one that does not exist.
-        by_id, by_name, make: MLflow's look-ups; ``make`` raises when the name is taken.
+        by_id: finds one by its id.
+        by_name: finds one by its name, deleted ones too.
+        make: makes one; it raises when the name is taken.
 
     Raises:
         ExportError: an id that does not exist, a name that does not when it is not to be created, or an experiment
@@ -151,7 +151,9 @@ def resolve_experiment(
     if is_id or (is_id is None and value.isdigit()):
         found = by_id(value)
         if found is None and is_id:
-            raise ExportError("experiment", f"MLflow has no experiment with id {value} (MLFLOW_EXPERIMENT_ID).", away=True)
+            raise ExportError(
+                "experiment", f"MLflow has no experiment with id {value} (MLFLOW_EXPERIMENT_ID).", away=True
+            )
     if found is None:
         found = by_name(value)
     if found is None and not create:

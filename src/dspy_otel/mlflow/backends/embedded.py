@@ -118,7 +118,10 @@ class EmbeddedBackend:
             for score, run_id in some.values():
                 row = SqlAssessments.from_mlflow_entity(_feedback(score, run_id))
                 trace = traces[score.trace_id]
-                for column, value in (("experiment_id", trace.experiment_id), ("trace_timestamp_ms", trace.timestamp_ms)):
+                for column, value in (
+                    ("experiment_id", trace.experiment_id),
+                    ("trace_timestamp_ms", trace.timestamp_ms),
+                ):
                     if hasattr(SqlAssessments, column):
                         setattr(row, column, value)
                 session.add(row)
@@ -164,9 +167,7 @@ class EmbeddedBackend:
         runs = self._call("run", lambda: search(places, f"tags.`{TAG_KEY}` = '{key}'", max_results=1))
         return CreatedRun(runs[0].info.run_id, runs[0].info.artifact_uri) if runs else None
 
-    def log(
-        self, run_id: str, metrics: Sequence[Metric], params: Mapping[str, str], tags: Mapping[str, str]
-    ) -> None:
+    def log(self, run_id: str, metrics: Sequence[Metric], params: Mapping[str, str], tags: Mapping[str, str]) -> None:
         """Write metrics, parameters and tags."""
         from mlflow.entities import Metric as Point
         from mlflow.entities import Param, RunTag

@@ -152,9 +152,7 @@ class RestBackend:
         runs = self._post("runs/search", body).get("runs") or []
         return _created(runs[0]) if runs else None
 
-    def log(
-        self, run_id: str, metrics: Sequence[Metric], params: Mapping[str, str], tags: Mapping[str, str]
-    ) -> None:
+    def log(self, run_id: str, metrics: Sequence[Metric], params: Mapping[str, str], tags: Mapping[str, str]) -> None:
         """Write metrics, parameters and tags."""
         points = [{"key": m.key, "value": m.value, "timestamp": m.time, "step": m.step} for m in metrics]
         body = {"run_id": run_id, "metrics": points, "params": _pairs(params), "tags": _pairs(tags)}
@@ -295,7 +293,9 @@ class RestBackend:
         except requests.ReadTimeout as error:
             if not self.answered:
                 raise self._unreachable(error) from error
-            raise ExportError("slow", f"MLflow at {self.name} is slow: no answer in {left:.0f} s.", away=True) from error
+            raise ExportError(
+                "slow", f"MLflow at {self.name} is slow: no answer in {left:.0f} s.", away=True
+            ) from error
         except (requests.ConnectionError, requests.Timeout) as error:
             raise self._unreachable(error) from error
         except Exception as error:  # a malformed URI, a missing certificate file, half an answer, ...
@@ -343,7 +343,11 @@ def _read(response: requests.Response, limit: int, until: float) -> Answer:
     whole = False
     try:
         while size <= limit and time.monotonic() < until:
-            part = response.raw.read1(_CHUNK, decode_content=True) if hasattr(response.raw, "read1") else response.raw.read(_CHUNK, decode_content=True)
+            part = (
+                response.raw.read1(_CHUNK, decode_content=True)
+                if hasattr(response.raw, "read1")
+                else response.raw.read(_CHUNK, decode_content=True)
+            )
             if not part:
                 whole = True
                 break

@@ -1,0 +1,592 @@
+"""The journal: finished spans on disk, as they will be sent. It is the queue to MLflow, and what ``replay`` reads.
+
+One directory for each process, with the owner's rights only::
+
+    <spool>/20260131T120000-4711-9f3c/
+        about.json         where it goes
+        starts.pb          optimizations, trials and evaluations as they started, so that they can be ended for a
+                           process that was killed
+        000001.pb          a segment: the body of one OTLP/HTTP request in protobuf, as any OTLP receiver takes it
+        000002.sent.pb     one that was delivered, and that runs which MLflow does not have in full may need
+        000003.refused.pb  spans that MLflow refuses
+        lock               locked by the process while it lives, or by who delivers
+
+A segment grows by whole pieces until it is taken to be sent: two OTLP requests one after the other are one, by the
+rules of protobuf. So what a killed process leaves is read up to its last whole piece.
+
+Only directories and files of the user's own that nobody else may write are read, and no links are followed: what stands
+in them decides where credentials are sent. Nothing is in it that was not on its way to MLflow: prompts and answers only
+if content is captured. The limit is for all processes together; a lock sees to that.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+import stat
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+import filelock
+import platformdirs
+from opentelemetry.sdk.trace import ReadableSpan
+
+from dspy_otel.mlflow.runs import Score
+
+ENV_SPOOL: Final = "OTEL_DSPY_SPOOL"
+ENV_SPOOL_LIMIT: Final = "OTEL_DSPY_SPOOL_LIMIT"
+DEFAULT_LIMIT: Final = 1024 * 1024 * 1024
+_OFF: Final = frozenset({"off", "false", "0", "no", "none"})
+_RESERVE: Final = 0.1
+"""Share of the limit that is for optimizations, trials and evaluations only."""
+SEGMENT_SPANS: Final = 512
+SEGMENT_BYTES: Final = 4 * 1024 * 1024
+MEMORY_BYTES: Final = 64 * 1024 * 1024
+"""Most bytes of segments that are in memory because nothing can be written to disk."""
+_LOCK_SECONDS: Final = 10.0
+_DISK_AGAIN: Final = 30.0
+"""Seconds after a failure to write to disk before the next attempt."""
+_NOFOLLOW: Final = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0)
+_STARTS: Final = "starts.pb"
+
+
+class JournalError(Exception):
+    """Something could not be put on disk, or must not be read; the message says why and where."""
+
+
+def spool_directory() -> Path | None:
+    """The directory that the environment names, or the default; None when nothing is to be put on disk."""
+    named = os.environ.get(ENV_SPOOL, "").strip()
+    if named.lower() in _OFF:
+        return None
+    if named:
+        return Path(os.path.abspath(os.path.expanduser(named)))  # the program may change its directory later
+    return Path(platformdirs.user_state_dir("dspy-otel", appauthor=False)) / "spool"
+
+
+def spool_limit(warn: Callable[..., object]) -> int:
+    """Most bytes in the spool, from the environment."""
+    named = os.environ.get(ENV_SPOOL_LIMIT, "").strip()
+    if not named:
+        return DEFAULT_LIMIT
+    try:
+        limit = int(named)
+    except ValueError:
+        limit = 0
+    if limit < 1:
+        warn("dspy-otel: %s: use a whole number of bytes above zero; using %d", ENV_SPOOL_LIMIT, DEFAULT_LIMIT)
+        return DEFAULT_LIMIT
+    return limit
+
+
+@dataclass(eq=False)
+class Segment:
+    """Spans that are sent together.
+
+    Attributes:
+        number: its place in the queue.
+        count: spans in it.
+        size: bytes.
+        path: on disk; None for one in memory.
+        parts: of one in memory.
+        spans: as they ended, while they are few enough to be kept beside; else they are read back.
+        groups: optimizations and evaluations whose spans are in it.
+        roots: traces that begin in it.
+        closed: nothing is added any more.
+        digested: its runs, links and scores are known.
+        delivered: its spans are in MLflow, or set aside.
+        links: key of a run, and id of a trace that belongs to it.
+        scores: of its traces.
+        failures: of sending it, in a row.
+        baseline: how many others had been delivered when it first failed.
+        due: when to try again.
+    """
+
+    number: int
+    count: int = 0
+    size: int = 0
+    path: Path | None = None
+    parts: list[bytes] = field(default_factory=list)
+    spans: list[ReadableSpan] | None = field(default_factory=list)
+    groups: set[str] = field(default_factory=set)
+    roots: int = 0
+    closed: bool = False
+    digested: bool = False
+    delivered: bool = False
+    links: list[tuple[str, str]] = field(default_factory=list)
+    scores: list[Score] = field(default_factory=list)
+    failures: int = 0
+    baseline: int = 0
+    due: float = 0.0
+
+    def body(self) -> bytes:
+        """The OTLP request.
+
+        Raises:
+            JournalError: it cannot be read.
+        """
+        if self.path is None:
+            return b"".join(self.parts)
+        return whole_pieces(read_file(self.path))
+
+
+class Place:
+    """What one process has left behind, or is leaving right now.
+
+    Args:
+        path: its directory.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._lock: int | None = None
+
+    def check(self) -> None:
+        """Nothing, if it is the user's own and no one else's to write.
+
+        Raises:
+            JournalError: it is not to be trusted.
+        """
+        _check(self.path, directory=True)
+
+    def acquire(self) -> bool:
+        """Lock it for this process; False when another has it, or it is gone.
+
+        Raises:
+            JournalError: it is not to be trusted.
+        """
+        self.check()
+        if not self.begin():
+            return False
+        if not (self.path / "about.json").exists():
+            # Who had it has removed it in the meantime: then the lock is of a file that is no more.
+            self.release()
+            return False
+        return True
+
+    def begin(self) -> bool:
+        """Lock it while it is being made, and nobody else can know of it."""
+        try:
+            handle = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT | _NOFOLLOW, 0o600)
+        except OSError:
+            return False
+        if not _try_lock(handle):
+            os.close(handle)
+            return False
+        self._lock = handle
+        return True
+
+    def release(self) -> None:
+        """Unlock it. In a forked child this closes the lock, which stays the parent's."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def about(self) -> dict[str, Any]:
+        """Where its spans were to go.
+
+        Raises:
+            JournalError: it is not to be trusted.
+            ValueError: the file is broken.
+        """
+        self.check()
+        loaded = json.loads(read_file(self.path / "about.json"))
+        if not isinstance(loaded, dict):
+            raise ValueError("about.json is no object")
+        return loaded
+
+    def files(self) -> list[Path]:
+        """Its segments, oldest first, those that were sent or refused among them."""
+        with contextlib.suppress(OSError):
+            names = [path for path in self.path.iterdir() if path.suffix == ".pb" and path.name[:1].isdigit()]
+            return sorted(names, key=lambda path: path.name)
+        return []
+
+    def waiting(self) -> list[Path]:
+        """Those that are yet to be delivered, refused ones among them."""
+        return [path for path in self.files() if not is_sent(path)]
+
+    def starts(self) -> bytes:
+        """Spans as they started."""
+        path = self.path / _STARTS
+        return whole_pieces(read_file(path)) if path.exists() else b""
+
+    def empty(self) -> bool:
+        """Whether nothing is left to deliver."""
+        return not self.files() and not (self.path / _STARTS).exists()
+
+    def discard(self) -> None:
+        """Remove all of it."""
+        with contextlib.suppress(OSError):
+            for path in self.path.iterdir():
+                if not stat.S_ISDIR(path.lstat().st_mode):
+                    path.unlink()
+            self.path.rmdir()
+
+
+def places(directory: Path) -> list[Place]:
+    """What processes have left in a spool, oldest first; the directory may also be that of one process."""
+    if (directory / "about.json").exists():
+        return [Place(directory)]
+    with contextlib.suppress(OSError):
+        return [Place(path) for path in sorted(directory.iterdir()) if path.is_dir() or path.is_symlink()]
+    return []
+
+
+class Journal:
+    """The journal as one process writes it: the queue of segments. Nothing is made before there is something to write.
+
+    :meth:`append`, :meth:`take` and :meth:`start` may be called by different threads.
+
+    Args:
+        directory: of all processes; None to keep everything in memory.
+        limit: most bytes on disk, those of other processes included.
+        about: says where it goes.
+        warn: is given one line for each thing that goes wrong.
+    """
+
+    def __init__(
+        self,
+        directory: Path | None,
+        limit: int,
+        about: Callable[[], Mapping[str, Any]],
+        warn: Callable[[str, str], object],
+    ) -> None:
+        self.directory = directory
+        self._limit = limit
+        self._about = about
+        self._warn = warn
+        self._lock = threading.Lock()
+        self._limit_lock: filelock.FileLock | None = None
+        self.place: Place | None = None
+        self._number = 0
+        self._no_disk_until = 0.0
+        self.segments: list[Segment] = []
+        """Not yet delivered, oldest first."""
+        self.kept: list[Segment] = []
+        """Delivered, and still needed."""
+        self.refused = 0
+        """Spans that were set aside."""
+
+    def start(self, body: bytes) -> None:
+        """Write down spans that have started; without a disk there is nothing to write down for."""
+        with self._lock, contextlib.suppress(OSError, JournalError):
+            place = self._open()
+            if place is not None:
+                self._write(place.path / _STARTS, body, reserve=True)
+
+    def append(self, body: bytes, spans: list[ReadableSpan], groups: set[str], roots: int, *, needed: bool) -> bool:
+        """Add spans to the end of the queue.
+
+        Args:
+            body: an OTLP request.
+            spans: those that are in it.
+            groups: optimizations and evaluations that they belong to.
+            roots: traces that begin with them.
+            needed: they are of optimizations, trials or evaluations: they have a reserve of their own.
+
+        Returns:
+            Whether there was room.
+        """
+        with self._lock:
+            last = self.segments[-1] if self.segments else None
+            if last is None or last.closed or last.count + len(spans) > SEGMENT_SPANS or last.size > SEGMENT_BYTES:
+                self._number += 1
+                last = Segment(self._number)
+            on_disk = (last.path is not None or not last.count) and self._put(last, body, needed)
+            if on_disk is None:
+                return False
+            if not on_disk:
+                if last.path is not None:
+                    self._number += 1
+                    last = Segment(self._number)
+                room = MEMORY_BYTES * (2 if needed else 1)
+                if sum(segment.size for segment in self.segments if segment.path is None) + len(body) > room:
+                    return False
+                last.parts.append(body)
+            last.count += len(spans)
+            last.size += len(body)
+            last.groups |= groups
+            last.roots += roots
+            if last.spans is not None:
+                last.spans += spans
+            if not self.segments or self.segments[-1] is not last:
+                self.segments.append(last)
+            if last.count >= SEGMENT_SPANS:
+                last.closed = True
+            return True
+
+    def take(self, segment: Segment) -> None:
+        """A segment is going to be looked at: nothing is added to it any more."""
+        with self._lock:
+            segment.closed = True
+
+    def delivered(self, segment: Segment, keep: bool) -> None:
+        """A segment is done with: it is removed, or kept for runs that may need it again."""
+        with self._lock:
+            if segment in self.segments:
+                self.segments.remove(segment)
+            segment.spans, segment.parts = None, []
+            if segment.path is None:
+                return
+            if keep:
+                with contextlib.suppress(OSError):
+                    if not is_sent(segment.path):
+                        segment.path = segment.path.rename(segment.path.with_suffix(".sent.pb"))
+                    self.kept.append(segment)
+                    return
+            _remove(segment.path)
+
+    def release(self, needed: Callable[[str], bool]) -> None:
+        """Remove what was kept for groups that are not needed any more."""
+        with self._lock:
+            for segment in list(self.kept):
+                if not any(map(needed, segment.groups)):
+                    self.kept.remove(segment)
+                    if segment.path is not None:
+                        _remove(segment.path)
+
+    def forget_starts(self) -> None:
+        """No optimization or evaluation runs, and MLflow has all of them."""
+        with self._lock:
+            if self.place is not None and not self.kept:
+                _remove(self.place.path / _STARTS)
+
+    def set_aside(self, body: bytes, count: int) -> bool:
+        """Write down spans that MLflow refuses; False when that is not possible."""
+        with self._lock, contextlib.suppress(OSError, JournalError):
+            place = self._open()
+            if place is None:
+                return False
+            self._number += 1
+            if not self._write(place.path / f"{self._number:06d}.refused.pb", body, reserve=True):
+                return False
+            self.refused += count
+            return True
+        return False
+
+    def close(self) -> None:
+        """The process ends: what is left is free for others to deliver."""
+        with self._lock:
+            place, self.place = self.place, None
+            if place is not None:
+                if not place.waiting() and not self.kept:
+                    place.discard()
+                place.release()
+
+    def after_fork(self) -> None:
+        """In a forked child: what is there stays the parent's."""
+        self._lock = threading.Lock()
+        self._limit_lock = None
+        self.segments, self.kept = [], []
+        if self.place is not None:
+            self.place.release()
+            self.place = None
+
+    # --- on disk ----------------------------------------------------------------------------------------------------
+    def _put(self, segment: Segment, body: bytes, needed: bool) -> bool | None:
+        """Whether a piece is on disk; None when there is no room for it."""
+        if self.directory is None or time.monotonic() < self._no_disk_until:
+            return False
+        try:
+            place = self._open()
+            if place is None:
+                return False
+            path = segment.path or place.path / f"{segment.number:06d}.pb"
+            if not self._write(path, body, reserve=needed):
+                self._warn(
+                    "spool full",
+                    f"The spool in {self.directory} is full: traces of examples and calls are dropped, those of "
+                    "optimizations, trials and evaluations are kept.",
+                )
+                return None
+            segment.path = path
+        except (OSError, JournalError) as error:
+            why = str(error) if isinstance(error, JournalError) else (error.strerror or str(error))
+            self._no_disk_until = time.monotonic() + _DISK_AGAIN
+            self._warn(
+                "spool",
+                f"The spool in {self.directory} cannot be written ({why}): spans wait in memory, and what is not sent "
+                "when the program ends, or is killed, is lost.",
+            )
+            return False
+        return True
+
+    def _open(self) -> Place | None:
+        if self.place is None and self.directory is not None:
+            self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            _check(self.directory, directory=True, private=False)
+            place = Place(self.directory / f"{time.strftime('%Y%m%dT%H%M%S')}-{os.getpid()}-{secrets.token_hex(2)}")
+            place.path.mkdir(mode=0o700)
+            place.begin()
+            try:
+                text = json.dumps(dict(self._about()), indent=1).encode()
+                temporary = place.path / ".about"
+                _append(temporary, text)
+                temporary.rename(place.path / "about.json")
+            except BaseException:
+                place.discard()
+                place.release()
+                raise
+            self._limit_lock = filelock.FileLock(self.directory / ".limit.lock", timeout=_LOCK_SECONDS, mode=0o600)
+            self.place = place
+        return self.place
+
+    def _write(self, path: Path, body: bytes, *, reserve: bool) -> bool:
+        """Add to a file; False when the limit is reached, for all processes together."""
+        assert self.directory is not None
+        assert self._limit_lock is not None
+        limit = self._limit if reserve else self._limit * (1 - _RESERVE)
+        try:
+            with self._limit_lock:
+                used = _used(self.directory)
+                while used + len(body) > limit and self.kept:  # these are in MLflow already
+                    oldest = self.kept.pop(0)
+                    used -= oldest.size
+                    if oldest.path is not None:
+                        _remove(oldest.path)
+                if used + len(body) > limit:
+                    return False
+                _append(path, body)
+        except filelock.Timeout:
+            raise JournalError("its lock is taken") from None
+        return True
+
+
+def is_sent(path: Path) -> bool:
+    """Whether a segment was delivered."""
+    return path.name.endswith(".sent.pb")
+
+
+def is_refused(path: Path) -> bool:
+    """Whether a segment is of spans that MLflow refuses."""
+    return path.name.endswith(".refused.pb")
+
+
+def read_file(path: Path) -> bytes:
+    """A file of the user's own that is no link.
+
+    Raises:
+        JournalError: it is not, or cannot be read.
+    """
+    try:
+        handle = os.open(path, os.O_RDONLY | _NOFOLLOW)
+    except OSError as error:
+        raise JournalError(f"{path.name} cannot be read ({error.strerror})") from error
+    with os.fdopen(handle, "rb") as file:
+        found = os.fstat(file.fileno())
+        if not stat.S_ISREG(found.st_mode) or (os.name == "posix" and found.st_uid != os.getuid()):
+            raise JournalError(f"{path.name} is no file of this user's")
+        return file.read()
+
+
+def whole_pieces(body: bytes) -> bytes:
+    """A request without a last piece that was cut off."""
+    return body[: max(_pieces(body), default=0)]
+
+
+def _pieces(body: bytes) -> Iterator[int]:
+    """Where each field of the outermost message ends (all of them are ``resource_spans``, number 1)."""
+    place = 0
+    while place < len(body):
+        if body[place] != 0x0A:
+            if place == 0:
+                raise JournalError("no OTLP request")
+            return
+        place, length, shift = place + 1, 0, 0
+        while True:
+            if place >= len(body) or shift > 56:
+                return
+            byte = body[place]
+            length |= (byte & 0x7F) << shift
+            place, shift = place + 1, shift + 7
+            if byte < 0x80:
+                break
+        place += length
+        if place > len(body):
+            return
+        yield place
+
+
+def _append(path: Path, body: bytes) -> None:
+    """Add all of it to a file, or nothing."""
+    handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | _NOFOLLOW, 0o600)
+    try:
+        before = os.fstat(handle).st_size
+        try:
+            rest = memoryview(body)
+            while rest:
+                rest = rest[os.write(handle, rest) :]
+        except OSError:
+            with contextlib.suppress(OSError):
+                os.ftruncate(handle, before)
+            if before == 0:
+                _remove(path)
+            raise
+    finally:
+        os.close(handle)
+
+
+def _used(directory: Path) -> int:
+    total = 0
+    with os.scandir(directory) as found:
+        for place in found:
+            if place.is_dir(follow_symlinks=False):
+                with contextlib.suppress(OSError), os.scandir(place.path) as files:
+                    for file in files:
+                        if file.name.endswith(".pb"):
+                            with contextlib.suppress(OSError):
+                                total += file.stat(follow_symlinks=False).st_size
+    return total
+
+
+def _check(path: Path, *, directory: bool, private: bool = True) -> None:
+    """Nothing, if a path is the user's own, no link, and (``private``) for nobody else's eyes.
+
+    Raises:
+        JournalError: it is not.
+    """
+    try:
+        found = os.lstat(path)
+    except OSError as error:
+        raise JournalError(f"{path} cannot be looked at ({error.strerror})") from error
+    if stat.S_ISLNK(found.st_mode) or stat.S_ISDIR(found.st_mode) != directory:
+        raise JournalError(f"{path} is a link, or no directory: it is not followed")
+    if os.name == "posix":
+        if private and found.st_uid != os.getuid():
+            raise JournalError(f"{path} belongs to another user: it is not read")
+        if private and found.st_mode & 0o077:
+            raise JournalError(f"{path} can be reached by other users (mode {found.st_mode & 0o777:o}): it is not read")
+
+
+def _remove(path: Path) -> None:
+    with contextlib.suppress(OSError):
+        path.unlink()
+
+
+if sys.platform == "win32":
+    import msvcrt
+
+    def _try_lock(handle: int) -> bool:
+        try:
+            msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)
+        except OSError:
+            return False
+        return True
+
+else:
+    import fcntl
+
+    def _try_lock(handle: int) -> bool:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            return False
+        return True

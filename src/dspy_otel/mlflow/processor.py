@@ -1,0 +1,499 @@
+"""The way in: one span processor that puts spans into the journal, and sees to the worker that empties it.
+
+The program's threads only put a span on a queue. One thread writes the queue to the journal, at least once a second; a
+second one is the worker, which sends. They are two because a disk must not wait for a network: what a killed process
+loses is what has not been written down.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import os
+import signal
+import sys
+import threading
+import time
+import weakref
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Final
+
+from opentelemetry import metrics
+from opentelemetry.context import Context
+from opentelemetry.instrumentation.utils import suppress_instrumentation
+from opentelemetry.sdk.trace import ReadableSpan, Span, SpanProcessor
+
+from dspy_otel import semconv
+from dspy_otel.core.metrics import WithoutExemplars
+from dspy_otel.mlflow.backends import open_backend
+from dspy_otel.mlflow.journal import Journal, spool_directory, spool_limit
+from dspy_otel.mlflow.pending import Outside
+from dspy_otel.mlflow.replay import recover
+from dspy_otel.mlflow.retry import clean
+from dspy_otel.mlflow.target import Target
+from dspy_otel.mlflow.translate import started_copy, translate
+from dspy_otel.mlflow.worker import EXIT_ATTEMPTS, SPANS, TRACES, Worker, group_of, say, start_thread
+from dspy_otel.record.otlp import encode
+from dspy_otel.record.spans import Kind, is_ours, kind_of
+from dspy_otel.version import __version__
+
+_logger = logging.getLogger(__name__)
+
+WRITE_DOWN: Final = 0.25
+"""Seconds between two times that the queue is written to the journal."""
+ENV_EXIT_SECONDS: Final = "OTEL_DSPY_EXIT_SECONDS"
+EXIT_SECONDS: Final = 180.0
+"""Most time that the end of the program waits for what is left."""
+HANGS_AFTER: Final = 20.0
+"""Seconds without any answer until the end of the program gives MLflow up."""
+_CACHED_SPANS: Final = 20_000
+"""Most spans that stay in memory beside the journal; others are read back when it is their turn."""
+_PIECE: Final = 512
+_WORTH_A_LINE: Final = 500
+_RUN_NAMES: Final = frozenset({semconv.SPAN_COMPILE, semconv.SPAN_TRIAL, semconv.SPAN_EVALUATE})
+_STRUCTURE: Final = frozenset({Kind.COMPILE, Kind.TRIAL, Kind.EVALUATION})
+
+
+class MLflowProcessor(SpanProcessor):
+    """Spans to MLflow. No method raises or waits for MLflow, except at the end.
+
+    Args:
+        target: where to write.
+        runs: also record optimizations and evaluations as MLflow runs.
+
+    Attributes:
+        since: all spans that end after this time (nanoseconds since 1970) come here by themselves.
+    """
+
+    def __init__(self, target: Target, *, runs: bool = True) -> None:
+        self._target = target
+        self._wants_runs = runs
+        self.since = 1 << 63
+        self._begin()
+        if hasattr(os, "register_at_fork"):
+            after_fork = weakref.WeakMethod(self._after_fork)
+            os.register_at_fork(after_in_child=lambda: (method := after_fork()) and method())
+        on_terminate(self)
+
+    def _begin(self) -> None:
+        self._queue: deque[tuple[ReadableSpan, Outside | None, bool]] = deque()
+        self._live: dict[int, tuple[ReadableSpan, Outside | None, int]] = {}
+        self._lock = threading.Lock()
+        self._recording = threading.Lock()
+        self._new = threading.Event()
+        self._wake = threading.Event()
+        self._idle = threading.Event()
+        self._stop = threading.Event()
+        self._over = threading.Event()
+        self._threads: list[threading.Thread] = []
+        self._no_threads = False
+        self._exit_attempts = 0
+        counted = _counter_of_spans()
+        directory = spool_directory()
+        self.journal = Journal(directory, spool_limit(_logger.warning), self._about, self._report)
+        self.worker = Worker(self.journal, self._connect, runs=self._wants_runs, counted=counted)
+        self._counted = counted
+        self._recovered = directory is None
+
+    def _about(self) -> dict[str, Any]:
+        return {**self._target.about(), "runs": self._wants_runs}
+
+    def _connect(self) -> Any:
+        if self._target.is_default:
+            path = self._target.uri.partition(":///")[2]
+            say(
+                _logger.warning,
+                "MLFLOW_TRACKING_URI is not set: traces go to %s. To look at them: mlflow ui --backend-store-uri %s",
+                path,
+                self._target.uri,
+            )
+        return open_backend(self._target)
+
+    def _report(self, cause: str, message: str) -> None:
+        self.worker.report(cause, message)
+
+    @property
+    def over(self) -> bool:
+        """Whether it has been shut down."""
+        return self._over.is_set()
+
+    # --- in the program's threads -----------------------------------------------------------------------------------
+    def on_start(self, span: Span, parent_context: Context | None = None) -> None:
+        """Put the start of an optimization, trial or evaluation on the queue."""
+        if not self._wants_runs or span.name.split(" ", 1)[0] not in _RUN_NAMES:
+            return
+        try:
+            if is_ours(span):
+                self._put(span, None if span.name == semconv.SPAN_TRIAL else self._users_run(), False)
+        except Exception:
+            _logger.debug("the start of %r is not followed", span.name, exc_info=True)
+
+    def on_end(self, span: ReadableSpan) -> None:
+        """Put a span on the queue."""
+        if span.context is not None and span.context.trace_flags.sampled:
+            self._put(span, None, True)
+
+    def export(self, spans: Sequence[ReadableSpan]) -> None:
+        """Put finished spans on the queue that did not come by :meth:`on_end`."""
+        for span in spans:
+            if (span.end_time or 0) < self.since:
+                self._put(span, None, True)
+
+    def _put(self, span: ReadableSpan, outside: Outside | None, ended: bool) -> None:
+        if self._over.is_set():
+            return
+        self._queue.append((span, outside, ended))
+        if not self._threads and not self._no_threads:
+            self._start_threads()
+        if not self._new.is_set():
+            self._new.set()
+
+    def _start_threads(self) -> None:
+        with self._lock:
+            if not self._threads and not self._no_threads:
+                for function, name in ((self._write_down, "journal"), (self._deliver, "worker")):
+                    thread = start_thread(function, f"dspy-otel-mlflow-{name}")
+                    if thread is None:
+                        self._no_threads = True
+                        return
+                    self._threads.append(thread)
+
+    def _users_run(self) -> Outside | None:
+        """The run that the user has started around this, if it is in the same place as ours."""
+        fluent = sys.modules.get("mlflow.tracking.fluent")
+        if fluent is None:
+            return None
+        run = fluent.active_run()
+        if run is None or not self._target.is_at(sys.modules["mlflow"].get_tracking_uri()):
+            return None
+        return Outside(str(run.info.run_id), str(run.info.experiment_id))
+
+    # --- the queue to the journal -----------------------------------------------------------------------------------
+    def _write_down(self) -> None:
+        while not self._over.is_set():
+            self._new.wait()
+            self._over.wait(WRITE_DOWN)
+            self._new.clear()
+            self.record()
+
+    def record(self, seconds: float = 60.0) -> None:
+        """Write the queue to the journal."""
+        if not self._recording.acquire(timeout=seconds):
+            return
+        try:
+            ended: list[ReadableSpan] = []
+            for _ in range(len(self._queue)):
+                span, outside, is_end = self._queue.popleft()
+                if is_end:
+                    ended.append(span)
+                    if span.context is not None:
+                        self._live.pop(span.context.span_id, None)
+                    if len(ended) >= _PIECE:
+                        self._append(ended)
+                        ended = []
+                else:
+                    if span.name.startswith(semconv.SPAN_COMPILE):
+                        self._append(ended)
+                        ended = []
+                    self._record_start(span, outside)
+            self._append(ended)
+            self._record_changes()
+        finally:
+            self._recording.release()
+        self._idle.clear()
+        self._wake.set()
+
+    def _record_start(self, span: ReadableSpan, outside: Outside | None) -> None:
+        if span.context is None:
+            return
+        last = self.journal.segments[-1] if self.journal.segments else None
+        if last is not None and span.name.startswith(semconv.SPAN_COMPILE):
+            self.journal.take(last)
+        self.worker.begin(span, outside, -1 if last is None or not last.closed else last.number)
+        self._live[span.context.span_id] = (span, outside, -1)
+
+    def _record_changes(self) -> None:
+        """Write starts down, again when a span has got more attributes since."""
+        changed = []
+        for span_id, (span, outside, count) in list(self._live.items()):
+            with contextlib.suppress(Exception):
+                if span.end_time is None and kind_of(span) in _STRUCTURE and len(span.attributes or ()) != count:
+                    changed.append(started_copy(span, outside))
+                    self._live[span_id] = (span, outside, len(span.attributes or ()))
+        if changed:
+            with contextlib.suppress(Exception):
+                self.journal.start(encode(changed))
+
+    def _append(self, spans: list[ReadableSpan]) -> None:
+        if not spans:
+            return
+        account = self.worker.account
+        account.produced[SPANS] += len(spans)
+        account.produced[TRACES] += sum(span.parent is None for span in spans)
+        try:
+            if not self._append_some(spans, False):
+                needed = [span for span in spans if is_ours(span) and kind_of(span) in _STRUCTURE]
+                others = [span for span in spans if span not in needed]
+                if needed and not self._append_some(needed, True):
+                    others = spans
+                self._drop(others, "spool_full" if self.journal.directory is not None else "queue_full")
+        except Exception as error:
+            _logger.debug("spans cannot be encoded", exc_info=True)
+            if len(spans) == 1:
+                self._report("encode", f"Span {clean(spans[0].name, 60)!r} cannot be encoded: {type(error).__name__}.")
+                self._drop(spans, "encode")
+                return
+            account.produced[SPANS] -= len(spans)
+            account.produced[TRACES] -= sum(span.parent is None for span in spans)
+            for span in spans:
+                self._append([span])
+
+    def _append_some(self, spans: list[ReadableSpan], needed: bool) -> bool:
+        body = encode(translate(spans))
+        groups = {group for span in spans if is_ours(span) and (group := group_of(span))} if self._wants_runs else set()
+        roots = sum(span.parent is None for span in spans)
+        if not self.journal.append(body, spans, groups, roots, needed=needed):
+            return False
+        cached = 0
+        for segment in reversed(self.journal.segments):
+            cached += segment.count
+            if cached > _CACHED_SPANS and segment.path is not None and segment.closed:
+                segment.spans = None
+        return True
+
+    def _drop(self, spans: list[ReadableSpan], why: str) -> None:
+        if not spans:
+            return
+        if why == "queue_full":
+            self._report(
+                why,
+                "Too many spans wait for MLflow: traces of examples and calls are dropped, those of optimizations, "
+                "trials and evaluations are kept.",
+            )
+        self.worker.account.dropped[SPANS] += len(spans)
+        self.worker.account.dropped[TRACES] += sum(span.parent is None for span in spans)
+        self._counted(len(spans), why)
+
+    # --- the journal to MLflow --------------------------------------------------------------------------------------
+    def _deliver(self) -> None:
+        while not self._over.is_set():
+            self.worker.round()
+            if self.worker.done and not self._queue:
+                self._idle.set()
+                if self._stop.is_set():
+                    return
+            if self._gives_up():
+                return
+            if not self._recovered and self.worker.account.written[SPANS]:
+                self._recovered = True
+                start_thread(self._recover, "dspy-otel-mlflow-recovery")
+            self._wake.wait(min(self.worker.wait_seconds(), 0.2) if self._stop.is_set() else self.worker.wait_seconds())
+            self._wake.clear()
+
+    def _gives_up(self) -> bool:
+        """When the program ends: whether MLflow is away, so that what is left stays in the journal."""
+        away = self.worker.away
+        if not self._stop.is_set() or away.error is None or away.error.cause == "slow":
+            return self._stop.is_set() and self.worker.dead
+        return self.worker.dead or away.failures - self._exit_attempts >= EXIT_ATTEMPTS
+
+    def _recover(self) -> None:
+        """Deliver what earlier processes have left for the same place."""
+        with suppress_instrumentation(), contextlib.suppress(Exception):
+            recover(self.journal.directory, self._target, self._over.is_set)
+
+    def force_flush(self, timeout_millis: int = 30000) -> bool:
+        """Wait until everything so far is in MLflow; False when it is not within the time."""
+        if self._over.is_set():
+            return True
+        until = time.monotonic() + timeout_millis / 1000
+        self.record(max(0.0, timeout_millis / 1000))
+        if self._no_threads or not self._threads:
+            if not self.worker.done:
+                self._deliver_here(until)
+            return self.worker.done
+        self.worker.now()
+        self._idle.clear()
+        self._wake.set()
+        return self._idle.wait(max(0.0, until - time.monotonic()))
+
+    def _deliver_here(self, until: float) -> None:
+        """Deliver in this thread, where no other can be started any more."""
+        while not self.worker.done and time.monotonic() < until and not self._gives_up():
+            self.worker.round()
+            if not self.worker.done:
+                time.sleep(min(self.worker.wait_seconds(), 0.2))
+
+    # --- the end ----------------------------------------------------------------------------------------------------
+    def shutdown(self) -> None:
+        """Write what is left, for at most three minutes; the rest stays in the journal. Say what became of it."""
+        if self._over.is_set():
+            return
+        interrupted: BaseException | None = None
+        try:
+            self._finish()
+        except KeyboardInterrupt as error:  # who presses Ctrl-C again wants to go now
+            interrupted = error
+        with contextlib.suppress(Exception):
+            self._leave()
+        if interrupted is not None and threading.main_thread().is_alive():
+            raise interrupted
+
+    def _finish(self) -> None:
+        seconds = exit_seconds()
+        deadline = time.monotonic() + seconds
+        self.record()
+        worker = self.worker
+        if worker.done and not self._live and not self.journal.place:
+            self._stop.set()
+            return
+        waiting = sum(segment.count for segment in self.journal.segments)
+        if waiting > _WORTH_A_LINE:
+            say(_logger.warning, "MLflow: writing the last %d spans and scores; at most %.0f s.", waiting, seconds)
+        if worker.backend is not None:
+            worker.backend.hurry(deadline)
+        stopped = threading.Event()
+
+        def stop() -> None:
+            worker.stop(time.time_ns())
+            worker.now()
+            self._exit_attempts = worker.away.failures
+            stopped.set()
+            self._stop.set()
+            self._wake.set()
+
+        if self._no_threads or not self._threads:
+            stop()
+            self._deliver_here(deadline)
+            return
+        # The worker may be in the middle of a request.
+        self._exit_attempts = worker.away.failures
+        if start_thread(stop, "dspy-otel-mlflow-end") is None:
+            stop()
+        self._join(self._threads[-1], deadline)
+
+    def _join(self, thread: threading.Thread, deadline: float) -> None:
+        """Wait for the worker, as long as it gets on; a server that has answered before is slow, not away."""
+        progress, since = -1, time.monotonic()
+        while thread.is_alive() and (left := deadline - time.monotonic()) > 0:
+            thread.join(min(left, 0.2))
+            backend = self.worker.backend
+            now = 0 if backend is None else backend.answered
+            if now != progress:
+                progress, since = now, time.monotonic()
+            written = self.worker.account.written
+            hangs = self._target.is_server and not (written[SPANS] or written["runs"])
+            stuck = any(segment.failures for segment in self.journal.segments)
+            if (hangs or stuck) and time.monotonic() - since > HANGS_AFTER:
+                return
+
+    def _leave(self) -> None:
+        worker, journal = self.worker, self.journal
+        self._over.set()
+        self._new.set()
+        self._wake.set()
+        worker.abandoned = True  # should it wait for an answer still
+        place = None if journal.place is None else journal.place.path
+        account = worker.account
+        kept: dict[str, int] = {
+            "spans": sum(segment.count for segment in journal.segments if segment.path and not segment.delivered),
+            "runs": sum(run.run_id is None for run in worker.lacking),
+            "scores": sum(len(segment.scores) for segment in journal.segments),
+        }
+        lost = sum(segment.count for segment in journal.segments if not segment.path and not segment.delivered)
+        if lost:
+            self._counted(lost, "not_sent")
+        journal.close()
+        if not worker.busy.locked():
+            worker.close()
+        said = f"MLflow: written: {_listed(account.written) or 'nothing'}"
+        kept["spans"] += 0
+        left, gone = _listed(kept), dict(account.dropped)
+        gone["spans"] = gone.get("spans", 0) + lost
+        if place is None:
+            for what, count in kept.items():
+                gone[what] = gone.get(what, 0) + count
+            left = ""
+        refused = _listed(account.refused)
+        if left:
+            said += f"; not written: {left}, kept in {place}: deliver them with `dspy-otel replay`"
+        if refused:
+            said += f"; refused: {refused}"
+            if journal.refused:
+                said += f", set aside in {place}"
+        if any(gone.values()):
+            said += f"; not written: {_listed(gone)}, lost"
+        bad = bool(left or refused or any(gone.values()))
+        if bad or any(account.written.values()):
+            say(_logger.warning if bad else _logger.info, "%s.", said)
+
+    def _after_fork(self) -> None:
+        backend, journal = self.worker.backend, self.journal
+        self._begin()  # what waits is the parent process's to write
+        journal.after_fork()
+        if backend is not None:
+            with contextlib.suppress(Exception):
+                backend.after_fork()
+            self.worker.backend = backend
+
+
+_terminating: weakref.WeakSet[MLflowProcessor] = weakref.WeakSet()
+
+
+def on_terminate(processor: MLflowProcessor) -> None:
+    """Write the queue down when the process gets SIGTERM, which ends it without any cleaning up.
+
+    Only where nobody else handles the signal; the process ends by it as before.
+    """
+    _terminating.add(processor)
+    if spool_directory() is None or threading.current_thread() is not threading.main_thread():
+        return
+    with contextlib.suppress(Exception):
+        if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+            signal.signal(signal.SIGTERM, _terminate)
+
+
+def _terminate(number: int, _: Any) -> None:
+    with contextlib.suppress(BaseException):
+        for processor in list(_terminating):
+            processor.record(2.0)
+    signal.signal(number, signal.SIG_DFL)
+    os.kill(os.getpid(), number)
+
+
+def exit_seconds() -> float:
+    """Most time that the end of the program may take for what is left, from the environment."""
+    named = os.environ.get(ENV_EXIT_SECONDS, "").strip()
+    try:
+        seconds = float(named or EXIT_SECONDS)
+    except ValueError:
+        seconds = -1.0
+    if not 0 <= seconds < math.inf:
+        say(_logger.warning, "dspy-otel: %s: use a number of seconds; using %g", ENV_EXIT_SECONDS, EXIT_SECONDS)
+        return EXIT_SECONDS
+    return seconds
+
+
+def _listed(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{count} {what}" for what, count in counts.items() if count)
+
+
+def _counter_of_spans() -> Callable[[int, str | None], None]:
+    """What counts spans that are done with: sent, or lost for a reason."""
+    counter = WithoutExemplars(
+        metrics.get_meter(semconv.SCOPE_NAME, __version__).create_counter(
+            semconv.METRIC_SPANS_EXPORTED, "{span}", "Spans that were sent to MLflow, or lost (with error.type)"
+        )
+    )
+    labels = {
+        semconv.OTEL_COMPONENT_TYPE: "dspy_mlflow_exporter",
+        semconv.OTEL_COMPONENT_NAME: "dspy_mlflow_exporter/0",
+    }
+
+    def count(spans: int, why: str | None) -> None:
+        with contextlib.suppress(Exception):
+            counter.add(spans, labels if why is None else {**labels, semconv.ERROR_TYPE: why})
+
+    return count
