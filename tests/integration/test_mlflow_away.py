@@ -21,7 +21,7 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTrace
 
 from dspy_otel import DSPyInstrumentor, semconv
 from dspy_otel.cli import main
-from dspy_otel.mlflow import delivery, writer
+from dspy_otel.mlflow import retry
 from dspy_otel.mlflow.replay import replay
 from dspy_otel.record.otlp import encode
 from tests.integration.test_mlflow_runs import CONFIGURE, start
@@ -66,8 +66,8 @@ def store(proxy: FaultProxy, spool: Path, request: pytest.FixtureRequest) -> Ite
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same, with shorter pauses between attempts."""
-    monkeypatch.setattr(delivery, "_PAUSES", (0.2,))
-    monkeypatch.setattr(writer, "_BACKOFF", (0.2,))
+    monkeypatch.setattr(retry, "FIRST_PAUSE", 0.2)
+    monkeypatch.setattr(retry, "LONGEST_PAUSE", 0.2)
 
 
 def broken(proxy: FaultProxy) -> None:
@@ -318,9 +318,9 @@ def test_mlflow_and_otlp_at_once_and_neither_starves_the_other(server_uri: str, 
 def test_an_old_server_is_told_from_a_new_one_in_plain_words(
     server_uri: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from dspy_otel.mlflow import server
+    from dspy_otel.mlflow.backends import rest
 
-    monkeypatch.setattr(server, "OLDEST_MLFLOW", "99.0")
+    monkeypatch.setattr(rest, "OLDEST_MLFLOW", "99.0")
     store = Store(server_uri, "an old server")
     store.instrument()
     with caplog.at_level(logging.WARNING):

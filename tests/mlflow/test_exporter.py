@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from dspy_otel.mlflow.base import public_uri
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor, SpanExportResult
@@ -24,7 +25,6 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 
 from dspy_otel import semconv
 from dspy_otel.mlflow import MLflowSpanExporter, exporter, server
-from dspy_otel.mlflow.base import public_uri
 
 OK, FAILURE = SpanExportResult.SUCCESS, SpanExportResult.FAILURE
 

@@ -6,167 +6,32 @@ import json
 import logging
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 from opentelemetry import trace
-from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
+from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor, SimpleSpanProcessor
 
 from dspy_otel import semconv
-from dspy_otel.mlflow import MLflowSpanExporter, delivery, runs, tracker, writer
-from dspy_otel.mlflow.base import ExportError
-from dspy_otel.mlflow.pending import Pending
+from dspy_otel.mlflow import processor, retry, runs
+from dspy_otel.mlflow.exporter import exporters_of, track_runs
+from dspy_otel.mlflow.retry import ExportError, Verdict
 from dspy_otel.mlflow.runs import Score, runs_of, safe_key
-from dspy_otel.mlflow.tracker import RunTracker, exporters_of, track_runs
 from dspy_otel.record.history import History
 from dspy_otel.record.model import Candidate
 from dspy_otel.record.otlp import decode
 from dspy_otel.record.stored import program_params
-
-
-class Memory:
-    """A store in memory; while ``failure`` is set, every call raises it."""
-
-    parallel = True
-
-    def __init__(self) -> None:
-        self.failure: Exception | None = None
-        self.runs: dict[str, dict[str, Any]] = {}
-        self.links: dict[str, list[str]] = {}
-        self.scores: list[tuple[str, float | None, str | None]] = []
-        self.delivered: set[str] = set()
-        self.calls = 0
-        self.lose_answers = 0
-
-    def fail(self) -> None:
-        self.calls += 1
-        if self.failure is not None:
-            raise self.failure
-
-    def create(self, run: Pending, tags: Mapping[str, str]) -> tuple[str, str]:
-        self.fail()
-        run_id = f"id of {run.key}"
-        if run_id in self.runs:
-            assert run.tried
-            return run_id, ""
-        run.tried = True
-        self.runs[run_id] = {"tags": dict(tags), "metrics": [], "params": {}, "datasets": [], "artifacts": {}}
-        if self.lose_answers:
-            self.lose_answers -= 1
-            raise ExportError("unreachable", "the answer got lost")
-        return run_id, ""
-
-    def log(self, run: Pending, metrics: Sequence[Any], params: Mapping[str, str], tags: Mapping[str, str]) -> None:
-        self.fail()
-        assert len(metrics) + len(params) + len(tags) <= 1000
-        stored = self.runs[str(run.run_id)]
-        stored["metrics"] += metrics
-        assert not set(params) & set(stored["params"])
-        stored["params"].update(params)
-        stored["tags"].update(tags)
-
-    def datasets(self, run: Pending, datasets: Sequence[Any]) -> None:
-        self.fail()
-        self.runs[str(run.run_id)]["datasets"] += datasets
-
-    def artifact(self, run: Pending, path: str, text: str) -> None:
-        self.fail()
-        self.runs[str(run.run_id)]["artifacts"][path] = text
-
-    def end(self, run: Pending, status: str, when: int) -> None:
-        self.fail()
-        self.runs[str(run.run_id)]["status"] = status
-
-    def link(self, run_id: str, trace_ids: Sequence[str]) -> None:
-        self.fail()
-        assert len(trace_ids) <= 100
-        self.links.setdefault(run_id, []).extend(trace_ids)
-
-    def assess(self, score: Score, run_id: str | None) -> bool:
-        self.fail()
-        assert score.trace_id in self.delivered
-        self.scores.append((score.trace_id, score.value, run_id))
-        return True
-
-    def find_runs(self, run_id: str | None, condition: str, experiment_id: str | None = None) -> list[Any]:
-        return []
-
-    def read_artifact(self, run_id: str, artifact_uri: str, path: str) -> str | None:
-        return None
-
-    def alive(self) -> bool:
-        return True
-
-    def explain(self, error: Exception) -> ExportError:
-        return error if isinstance(error, ExportError) else ExportError("other", repr(error), permanent=True)
-
-    def close(self) -> None:
-        pass
-
-    def after_fork(self) -> None:
-        pass
-
-
-class Exporter(MLflowSpanExporter):
-    """Ours, with a store in memory at the other end."""
-
-    def __init__(self, store: Memory, runs: bool = True) -> None:
-        super().__init__("sqlite:///never-opened.db", runs=runs)
-        self.store = store
-        self.down = False
-
-    def write(self, spans: Sequence[ReadableSpan]) -> None:
-        if self.down:
-            raise ExportError("unreachable", "down")
-        self.store.delivered |= {f"tr-{span.context.trace_id:032x}" for span in spans}
-
-    def alive(self) -> bool:
-        return not self.down
-
-    def open_runs(self, stopped: threading.Event) -> Any:
-        return self.store
-
-
-class Program:
-    """Emits what the instrumentation emits, span by span."""
-
-    def __init__(self, store: Memory) -> None:
-        self.exporter = Exporter(store)
-        self.provider = TracerProvider(shutdown_on_exit=False)
-        self.provider.add_span_processor(BatchSpanProcessor(self.exporter))
-        track_runs(self.provider)
-        self.tracer = self.provider.get_tracer(semconv.SCOPE_NAME)
-
-    def start(self, name: str, parent: Any = None, **attributes: Any) -> Any:
-        context = trace.set_span_in_context(parent) if parent is not None else None
-        at = {f"dspy.{key.replace('_', '.')}": value for key, value in attributes.items()}
-        return self.tracer.start_span(name, context=context, attributes=at)
-
-    def compile(self, run_id: str = "r1") -> Any:
-        return self.start("compile Best", optimizer_run_id=run_id, optimizer_name="Best", program_name="QA")
-
-    def trial(self, parent: Any, number: int, score: float, run_id: str = "r1", examples: int = 0) -> None:
-        stamps = {"optimizer_run_id": run_id, "trial_number": number}
-        span = self.start("trial", parent, trial_kind="full", **stamps)
-        if examples:
-            evaluation = self.start("evaluate QA", span, evaluation_id=f"{run_id}e{number}", **stamps)
-            for index in range(examples):
-                example = {"evaluation_id": f"{run_id}e{number}", "example_index": index, "example_score": 1.0}
-                self.start("example QA", None, **example, **stamps).end()
-            evaluation.end()
-        span.set_attribute(semconv.TRIAL_SCORE, score)
-        span.end()
+from tests.mlflow.memory import AWAY, Exporter, Memory, Program
 
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tracker, "_LINGER", 0.01)
-    monkeypatch.setattr(writer, "_BACKOFF", (0.01, 0.02))
-    monkeypatch.setattr(delivery, "_LINGER", 0.01)
-    monkeypatch.setattr(delivery, "_PAUSES", (0.01,))
+    monkeypatch.setattr(processor, "WRITE_DOWN", 0.01)
+    monkeypatch.setattr(retry, "FIRST_PAUSE", 0.01)
+    monkeypatch.setattr(retry, "LONGEST_PAUSE", 0.02)
 
 
 @pytest.fixture
@@ -178,7 +43,7 @@ def store() -> Memory:
 def program(store: Memory) -> Iterator[Program]:
     program = Program(store)
     yield program
-    store.failure, program.exporter.down = None, False
+    store.failure = None
     program.provider.shutdown()
 
 
@@ -216,21 +81,20 @@ def test_scores_are_curves_over_trials_and_examples_have_theirs(program: Program
 def test_what_fails_waits_and_nothing_is_written_twice(
     program: Program, store: Memory, caplog: pytest.LogCaptureFixture
 ) -> None:
-    store.failure = ExportError("unreachable", "MLflow is away.")
-    program.exporter.down = True
+    store.failure = AWAY
     with caplog.at_level(logging.WARNING):
         span = program.compile()
         program.trial(span, 1, 50.0, examples=200)
         span.end()
         assert not program.provider.force_flush(300)
         assert store.runs == {}
-        store.failure, program.exporter.down = None, False
+        store.failure = None
         assert program.provider.force_flush()
     assert {key: run["status"] for key, run in store.runs.items()} == {"id of r1": "FINISHED", "id of r1/1": "FINISHED"}
     assert len(store.scores) == len({trace_id for trace_id, _, _ in store.scores}) == 200
     assert len(store.links["id of r1/1"]) == 200
     assert [record.message for record in caplog.records].count(
-        "MLflow is away. Runs and scores wait until it works."
+        "MLflow is away. Spans, runs and scores wait until it works."
     ) == 1
 
 
@@ -245,10 +109,10 @@ def test_a_run_whose_creation_got_no_answer_is_not_made_twice(program: Program, 
 def test_what_mlflow_never_takes_does_not_hold_up_the_rest(
     program: Program, store: Memory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(run: Pending, path: str, text: str) -> None:
-        raise ValueError("no room for artifacts")
+    def refuse(run: Any, path: str, text: str) -> None:
+        raise ExportError("artifacts", "no room for artifacts", Verdict.REFUSED)
 
-    monkeypatch.setattr(store, "artifact", refuse)
+    monkeypatch.setattr(store, "put_artifact", refuse)
     span = program.compile()
     program.trial(span, 1, 50.0, examples=2)
     span.end()
@@ -291,7 +155,7 @@ def test_the_end_of_the_program_kills_what_still_runs(store: Memory, caplog: pyt
 
 def test_at_the_end_one_line_says_what_was_not_written(store: Memory, caplog: pytest.LogCaptureFixture) -> None:
     program = Program(store)
-    store.failure = ExportError("unreachable", "away")
+    store.failure = AWAY
     with caplog.at_level(logging.WARNING):
         span = program.compile()
         program.trial(span, 1, 50.0, examples=5)
@@ -346,7 +210,7 @@ def test_spans_of_others_go_along_and_spans_from_before_too(store: Memory) -> No
     provider.shutdown()
 
 
-def test_one_tracker_for_each_exporter_and_runs_for_those_that_want_them(store: Memory) -> None:
+def test_one_processor_for_each_exporter_and_runs_for_those_that_want_them(store: Memory) -> None:
     provider = TracerProvider(shutdown_on_exit=False)
     exporter, without = Exporter(store), Exporter(Memory(), runs=False)
     for one in (exporter, without):
@@ -354,7 +218,6 @@ def test_one_tracker_for_each_exporter_and_runs_for_those_that_want_them(store: 
     track_runs(provider)
     track_runs(provider)
     assert set(exporters_of(provider)) == {exporter, without}
-    assert isinstance(exporter.tracker, RunTracker)
     span = provider.get_tracer(semconv.SCOPE_NAME).start_span("evaluate QA", attributes={semconv.EVALUATION_ID: "e"})
     span.end()
     assert provider.force_flush()
@@ -397,35 +260,33 @@ def test_keys_are_those_that_mlflow_takes() -> None:
 
 
 @pytest.mark.parametrize("spool", ["on", "off"])
-def test_a_batch_that_breaks_mlflow_is_put_aside_and_the_rest_goes_on(
+def test_a_span_that_breaks_mlflow_is_set_aside_once_others_got_through(
     store: Memory, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path, spool: str
 ) -> None:
     monkeypatch.setenv("OTEL_DSPY_SPOOL", str(tmp_path) if spool == "on" else "off")
     program = Program(store)
-    write = program.exporter.write
-    tries = 0
+    send = store.send
 
-    def break_on_poison(spans: Sequence[ReadableSpan]) -> None:
-        nonlocal tries
-        if any(span.name == "poison" for span in spans):
-            tries += 1
+    def break_on_poison(body: bytes) -> None:
+        if b"poison" in body:
             raise ExportError("status 500", "MLflow refused: 500.")
-        write(spans)
+        send(body)
 
-    monkeypatch.setattr(program.exporter.tracker._delivery, "_send", break_on_poison)
-    program.start("poison").end()  # alone, it may be MLflow that is at fault: it waits
+    monkeypatch.setattr(store, "send", break_on_poison)
+    program.start("poison").end()
+    assert not program.provider.force_flush(300)  # it may be MLflow that is broken
+    assert program.worker.account.refused == {}
     program.compile().end()
     assert program.provider.force_flush()
-    assert tries == delivery._MOST_TRIES + 3  # one to find out whether MLflow takes others, and one alone
     assert store.links == {"id of r1": [next(iter(store.delivered))]}
     program.provider.shutdown()
-    line = next(record.message for record in caplog.records if "not written: 1 spans" in record.message)
+    line = caplog.records[-1].message
     if spool == "on":
-        assert "dspy-otel replay" in line
-        (file,) = tmp_path.glob("*/refused-*.pb")
+        assert "refused: 1 spans, 1 traces, set aside in" in line
+        (file,) = tmp_path.glob("*/*.refused.pb")
         assert [span.name for span in decode(file.read_bytes())] == ["poison"]
     else:
-        assert line.endswith("not written: 1 spans, lost.")
+        assert line.endswith("not written: 1 spans, 1 traces, lost.")
 
 
 def test_in_a_nested_trace_the_score_is_on_the_span_of_the_example(program: Program, store: Memory) -> None:
@@ -461,15 +322,15 @@ def test_two_calls_never_bring_the_same_dataset_at_once(
 ) -> None:
     """MLflow's own check and insert are apart: the second of two such calls fails."""
     busy = threading.Lock()
-    datasets = store.datasets
+    datasets = store.add_datasets
 
-    def slow(run: Pending, new: Sequence[Any]) -> None:
+    def slow(run_id: str, new: Sequence[Any]) -> None:
         assert busy.acquire(blocking=False), "two at once"
         time.sleep(0.02)
         busy.release()
-        datasets(run, new)
+        datasets(run_id, new)
 
-    monkeypatch.setattr(store, "datasets", slow)
+    monkeypatch.setattr(store, "add_datasets", slow)
     for number in range(6):
         span = program.start(f"evaluate QA{number}", evaluation_id=f"e{number}")
         program.start(
@@ -483,15 +344,15 @@ def test_two_calls_never_bring_the_same_dataset_at_once(
 def test_a_dataset_that_another_program_brought_at_the_same_time_is_tried_again(
     program: Program, store: Memory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    datasets = store.datasets
-    refusals = [ValueError("UNIQUE constraint failed")]
+    datasets = store.add_datasets
+    refusals = [ExportError("datasets", "UNIQUE constraint failed")]
 
-    def refuse_once(run: Pending, new: Sequence[Any]) -> None:
+    def refuse_once(run_id: str, new: Sequence[Any]) -> None:
         if refusals:
             raise refusals.pop()
-        datasets(run, new)
+        datasets(run_id, new)
 
-    monkeypatch.setattr(store, "datasets", refuse_once)
+    monkeypatch.setattr(store, "add_datasets", refuse_once)
     span = program.start("evaluate QA", evaluation_id="e")
     program.start("example QA", evaluation_id="e", example_index=0, example_id="1", example_score=1.0).end()
     span.end()
@@ -538,7 +399,7 @@ def test_a_logging_handler_that_raises_stops_no_thread(program: Program, store: 
     handler = Raising()
     logging.getLogger("dspy_otel").addHandler(handler)
     try:
-        store.failure = ExportError("unreachable", "nobody there")
+        store.failure = AWAY
         span = program.compile()
         program.trial(span, 1, 50.0, examples=2)
         span.end()

@@ -15,6 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from dspy_otel.mlflow.base import ExportError
+from dspy_otel.mlflow.pace import Pace
+from dspy_otel.mlflow.spool import Place, Spool, SpoolError, places, spool_directory
 from opentelemetry import metrics
 from opentelemetry.sdk.metrics import MeterProvider
 from opentelemetry.sdk.metrics.export import InMemoryMetricReader
@@ -25,10 +28,7 @@ from opentelemetry.trace import Link, SpanKind, Status, StatusCode
 
 from dspy_otel import semconv
 from dspy_otel.mlflow import MLflowSpanExporter, delivery, tracker, writer
-from dspy_otel.mlflow.base import ExportError
-from dspy_otel.mlflow.pace import Pace
 from dspy_otel.mlflow.replay import replay
-from dspy_otel.mlflow.spool import Place, Spool, SpoolError, places, spool_directory
 from dspy_otel.record.otlp import decode, encode
 from tests.mlflow.test_runs import Exporter, Memory, Program
 from tests.support.fault_proxy import fault_proxy

@@ -719,7 +719,7 @@ def group_of(span: ReadableSpan) -> str:
     at = span.attributes or {}
     group = at.get(semconv.OPTIMIZER_ROOT_RUN_ID) or at.get(semconv.OPTIMIZER_RUN_ID)
     if group is None and semconv.EVALUATION_ID in at:
-        group = f"evaluation/{at[semconv.EVALUATION_ID]}"
+        group = f"evaluation/{at[semconv.EVALUATION_ID]!s}"
     return "" if group is None or not belongs(span) else str(group)
 
 
