@@ -17,14 +17,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from dspy_otel.mlflow.base import public_uri
+from dspy_otel.mlflow.target import public_uri
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor, SpanExportResult
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from dspy_otel import semconv
-from dspy_otel.mlflow import MLflowSpanExporter, exporter, server
+from dspy_otel.mlflow import MLflowSpanExporter, processor, retry, target
 
 OK, FAILURE = SpanExportResult.SUCCESS, SpanExportResult.FAILURE
 
@@ -119,8 +119,10 @@ def own_world(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
             monkeypatch.delenv(name)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(server, "_RETRY_DELAYS", (0.01, 0.01))
-    monkeypatch.setattr(exporter, "_PAUSE", 0.0)
+    monkeypatch.setattr(retry, "FIRST_PAUSE", 0.01)
+    monkeypatch.setattr(retry, "LONGEST_PAUSE", 0.02)
+    monkeypatch.setattr(processor, "WRITE_DOWN", 0.01)
+    monkeypatch.setenv("OTEL_DSPY_SPOOL", str(tmp_path / "spool"))
 
 
 @pytest.fixture
@@ -417,14 +419,14 @@ def test_log_lines_carry_no_password(uri: str, public: str) -> None:
     ],
 )
 def test_relative_stores(uri: str, expected: str) -> None:
-    assert exporter._absolute(uri, "/work") == expected
+    assert target.absolute(uri, "/work") == expected
 
 
 def test_a_server_needs_no_mlflow_and_the_import_is_light(fake: FakeMLflow) -> None:
     program = """
         import sys
         sys.modules["mlflow"] = None  # as if not installed
-        from dspy_otel.mlflow import MLflowSpanExporter
+        from dspy_otel.mlflow import MLflowSpanExporter, processor, retry, target
         exporter = MLflowSpanExporter()
         assert "requests" not in sys.modules and "dspy" not in sys.modules
         from opentelemetry.sdk.trace import TracerProvider
@@ -446,7 +448,7 @@ def test_a_dead_server_does_not_hold_up_the_exit() -> None:
     program = """
         from opentelemetry.sdk.trace import TracerProvider
         from opentelemetry.sdk.trace.export import BatchSpanProcessor
-        from dspy_otel.mlflow import MLflowSpanExporter
+        from dspy_otel.mlflow import MLflowSpanExporter, processor, retry, target
         import time, atexit
         provider = TracerProvider(shutdown_on_exit=False)
         provider.add_span_processor(BatchSpanProcessor(MLflowSpanExporter()))

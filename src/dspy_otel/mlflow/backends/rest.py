@@ -176,7 +176,7 @@ class RestBackend:
             self._with_client(lambda client: client.log_text(run.run_id, text, path), path)
             return
         answer = self._request("PUT", place, data=text.encode("utf-8", "replace"))
-        verdict = judge(answer, ours=_is_json(answer))
+        verdict = judge(answer, ours=not answer.body.strip() or _is_json(answer))
         if verdict is not Verdict.DELIVERED:
             raise explain(answer, verdict, self.name, path)
 
@@ -341,13 +341,11 @@ def _read(response: requests.Response, limit: int, until: float) -> Answer:
     parts: list[bytes] = []
     size = 0
     whole = False
+    raw = response.raw
     try:
         while size <= limit and time.monotonic() < until:
-            part = (
-                response.raw.read1(_CHUNK, decode_content=True)
-                if hasattr(response.raw, "read1")
-                else response.raw.read(_CHUNK, decode_content=True)
-            )
+            # What has arrived; an empty part is no sign of the end where an answer comes in chunks.
+            part = raw.read1(_CHUNK, decode_content=True) or raw.read(_CHUNK, decode_content=True)
             if not part:
                 whole = True
                 break
