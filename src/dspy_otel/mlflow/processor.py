@@ -89,7 +89,6 @@ class MLflowProcessor(SpanProcessor):
         self._over = threading.Event()
         self._threads: list[threading.Thread] = []
         self._no_threads = False
-        self._exit_attempts = 0
         counted = _counter_of_spans()
         directory = spool_directory()
         self.journal = Journal(directory, spool_limit(_logger.warning), self._about, self._report)
@@ -297,7 +296,7 @@ class MLflowProcessor(SpanProcessor):
         away = self.worker.away
         if not self._stop.is_set() or away.error is None or away.error.cause == "slow":
             return self._stop.is_set() and self.worker.dead
-        return self.worker.dead or away.failures - self._exit_attempts >= EXIT_ATTEMPTS
+        return self.worker.dead or away.failures >= EXIT_ATTEMPTS
 
     def _recover(self) -> None:
         """Deliver what earlier processes have left for the same place."""
@@ -354,13 +353,11 @@ class MLflowProcessor(SpanProcessor):
             say(_logger.warning, "MLflow: writing the last %d spans and scores; at most %.0f s.", waiting, seconds)
         if worker.backend is not None:
             worker.backend.hurry(deadline)
-        stopped = threading.Event()
 
         def stop() -> None:
             worker.stop(time.time_ns())
             worker.now()
-            self._exit_attempts = worker.away.failures
-            stopped.set()
+            worker.away.restart()
             self._stop.set()
             self._wake.set()
 
@@ -369,7 +366,6 @@ class MLflowProcessor(SpanProcessor):
             self._deliver_here(deadline)
             return
         # The worker may be in the middle of a request.
-        self._exit_attempts = worker.away.failures
         if start_thread(stop, "dspy-otel-mlflow-end") is None:
             stop()
         self._join(self._threads[-1], deadline)

@@ -228,3 +228,7 @@ class Backoff:
     def now(self) -> None:
         """Somebody waits: try at once."""
         self.due = 0.0
+
+    def restart(self) -> None:
+        """Try at once, with short pauses again."""
+        self.failures, self.due, self.error = 0, 0.0, None

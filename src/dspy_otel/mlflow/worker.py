@@ -50,6 +50,8 @@ PATIENT_ATTEMPTS: Final = 3
 """Failures of one item after which its parts, or others, have to show whether it is the item that fails."""
 EXIT_ATTEMPTS: Final = 3
 """When the program ends and MLflow is away: what is left is in the journal."""
+REPORTED_FROM: Final = 3
+"""Failures in a row from which on it is said that a server cannot be reached."""
 _ITEMS_AT_ONCE: Final = 100
 _METRICS_AT_ONCE: Final = 800  # with parameters and tags at most 1,000 items in one call
 _LONGEST_WAIT: Final = 1.0
@@ -633,6 +635,8 @@ class Worker:
 
     def _failed(self, error: ExportError) -> None:
         self.away.failed(error)
+        if error.cause == "unreachable" and self.away.failures < REPORTED_FROM:
+            return  # a server that is busy for a moment is no news
         if error.permanent:
             self.dead = True
             self._report(error.cause, f"Nothing can be written to MLflow: {error}")
