@@ -21,8 +21,8 @@ import pytest
 from dspy_otel import DSPyInstrumentor, program_id, semconv
 from dspy_otel.cli.demo.task import ColourFamily, load_examples, same_family, same_family_with_feedback
 from dspy_otel.mlflow import load_best
-from dspy_otel.mlflow.retry import ExportError
 from dspy_otel.mlflow.read import read_optimization
+from dspy_otel.mlflow.retry import ExportError
 from dspy_otel.record.history import optimizations
 from dspy_otel.report.examples import compared
 from tests.optimizers.common import RUNS, quietly, scripted_lm

@@ -1,4 +1,4 @@
-"""The spool on disk and the queue before it, against a store in memory."""
+"""The journal on disk, and what replay makes of it, against a backend in memory."""
 
 from __future__ import annotations
 
@@ -10,14 +10,11 @@ import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from dspy_otel.mlflow.base import ExportError
-from dspy_otel.mlflow.pace import Pace
-from dspy_otel.mlflow.spool import Place, Spool, SpoolError, places, spool_directory
 from opentelemetry import metrics
 from opentelemetry.sdk.metrics import MeterProvider
 from opentelemetry.sdk.metrics.export import InMemoryMetricReader
@@ -27,19 +24,21 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from opentelemetry.trace import Link, SpanKind, Status, StatusCode
 
 from dspy_otel import semconv
-from dspy_otel.mlflow import MLflowSpanExporter, delivery, tracker, writer
+from dspy_otel.mlflow import MLflowSpanExporter, journal, processor, retry
+from dspy_otel.mlflow import replay as replaying
+from dspy_otel.mlflow.exporter import track_runs
+from dspy_otel.mlflow.journal import Journal, Place, places, spool_directory
 from dspy_otel.mlflow.replay import replay
 from dspy_otel.record.otlp import decode, encode
-from tests.mlflow.test_runs import Exporter, Memory, Program
+from tests.mlflow.memory import AWAY, Memory, Program
 from tests.support.fault_proxy import fault_proxy
 
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tracker, "_LINGER", 0.01)
-    monkeypatch.setattr(writer, "_BACKOFF", (0.01,))
-    monkeypatch.setattr(delivery, "_LINGER", 0.01)
-    monkeypatch.setattr(delivery, "_PAUSES", (0.01,))
+    monkeypatch.setattr(processor, "WRITE_DOWN", 0.01)
+    monkeypatch.setattr(retry, "FIRST_PAUSE", 0.01)
+    monkeypatch.setattr(retry, "LONGEST_PAUSE", 0.02)
 
 
 @pytest.fixture
@@ -104,34 +103,23 @@ def test_where_the_spool_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
         assert spool_directory() == Path("/state/dspy-otel/spool")
 
 
-def test_what_does_not_fit_in_memory_goes_to_disk_and_is_sent_in_order(
+def test_while_mlflow_is_away_spans_are_on_disk_and_are_sent_in_order(
     directory: Path, store: Memory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(delivery, "MAX_BYTES", 200 * delivery._SPAN_BYTES)
-    monkeypatch.setattr(delivery, "_SPILL", 50)
+    monkeypatch.setattr(processor, "_CACHED_SPANS", 100)
     program = Program(store)
-    program.exporter.down = True
-    order: list[int] = []
-    write = program.exporter.write
-
-    def note(spans: Any) -> None:
-        write(spans)
-        order.extend(span.attributes["n"] for span in spans)
-
-    monkeypatch.setattr(program.exporter.tracker._delivery, "_send", note)
-    for number in range(700):
+    store.failure = AWAY
+    for number in range(1700):
         program.tracer.start_span("chat", attributes={"n": number}).end()
-        if number % 100 == 0:
-            time.sleep(0.05)
-    while program.exporter.tracker._delivery._spilling is not None:
-        time.sleep(0.01)
-    assert program.exporter.tracker._delivery.waiting == 700
-    assert any(directory.rglob("*.pb"))
-    program.exporter.down = False
+    assert not program.provider.force_flush(200)
+    on_disk = [span for path in directory.rglob("*.pb") for span in decode(path.read_bytes())]
+    assert sorted(span.attributes["n"] for span in on_disk) == list(range(1700))
+    assert len(list(directory.rglob("*.pb"))) <= 20
+    store.failure = None
     assert program.provider.force_flush()
-    assert order == list(range(700))
+    assert [span.attributes["n"] for span in store.spans.values()] == list(range(1700))
     program.provider.shutdown()
-    assert list(directory.iterdir()) == []
+    assert places(directory) == []
 
 
 @pytest.fixture
@@ -142,13 +130,13 @@ def store() -> Memory:
 def test_a_full_spool_drops_traces_of_examples_and_keeps_trials(
     directory: Path, store: Memory, monkeypatch: pytest.MonkeyPatch, lost: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setenv("OTEL_DSPY_SPOOL_LIMIT", "20000")
+    monkeypatch.setenv("OTEL_DSPY_SPOOL_LIMIT", "60000")
     program = Program(store)
-    program.exporter.down = True
-    store.failure = ExportError("unreachable", "away")
+    store.failure = AWAY
     compile_ = program.compile()
     for number in range(10):
         program.trial(compile_, number, 50.0, examples=20)
+        program.exporter.processor.record()
     compile_.end()
     with caplog.at_level(logging.WARNING):
         program.provider.shutdown()
@@ -160,27 +148,28 @@ def test_a_full_spool_drops_traces_of_examples_and_keeps_trials(
         "evaluate": 10,
     }
     assert lost() == {"spool_full": 221 - len(kept)}
-    assert kept.count("example") < 200
-    # Runs, and the scores of their trials, are whole.
-    state = place.state()
-    assert len(state["runs"]) == 11
+    assert 0 < kept.count("example") < 200
+    account = program.worker.account
+    assert account.produced["spans"] == len(kept) + account.dropped["spans"] == 221
     line = caplog.records[-1].message
     assert f"not written: {len(kept)} spans, 11 runs" in line
-    assert f"not written: {221 - len(kept)} spans, lost." in line
+    assert f"not written: {221 - len(kept)} spans, " in line
 
 
-def test_without_a_spool_what_is_above_the_limit_is_counted(
+def test_without_a_disk_what_is_above_the_limit_is_counted(
     store: Memory, monkeypatch: pytest.MonkeyPatch, lost: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("OTEL_DSPY_SPOOL", "off")
-    monkeypatch.setattr(delivery, "MAX_BYTES", 50 * delivery._SPAN_BYTES)
+    monkeypatch.setattr(journal, "MEMORY_BYTES", 10_000)
     program = Program(store)
-    program.exporter.down = True
+    store.failure = AWAY
     compile_ = program.compile()
-    for _ in range(200):
-        program.start("example QA").end()
+    for _ in range(20):
+        for _ in range(10):
+            program.start("example QA").end()
+        program.exporter.processor.record()
     program.trial(compile_, 1, 50.0)
-    program.exporter.down = False
+    store.failure = None
     assert program.provider.force_flush()
     found = lost()
     assert found["queue_full"] + found[None] == 201
@@ -194,67 +183,91 @@ def test_without_a_spool_what_is_above_the_limit_is_counted(
 def leave(directory: Path, store: Memory) -> None:
     """A program that could write nothing."""
     program = Program(store)
-    program.exporter.down = True
-    store.failure = ExportError("unreachable", "away")
+    store.failure = AWAY
+    work(program)
+    program.provider.shutdown()
+
+
+def work(program: Program) -> None:
     compile_ = program.compile()
     for number in (1, 2):
         program.trial(compile_, number, 50.0 * number, examples=3)
     compile_.end()
-    program.provider.shutdown()
 
 
 @pytest.fixture
-def other(monkeypatch: pytest.MonkeyPatch) -> Iterator[Memory]:
+def other(monkeypatch: pytest.MonkeyPatch) -> Memory:
     """Where a replay delivers to."""
     memory = Memory()
-    monkeypatch.setattr(MLflowSpanExporter, "write", lambda self, spans: Exporter.write(_with(self, memory), spans))
-    monkeypatch.setattr(MLflowSpanExporter, "open_runs", lambda self, stopped: memory)
-    monkeypatch.setattr(MLflowSpanExporter, "alive", lambda self: True)
+    monkeypatch.setattr(replaying, "open_backend", lambda target: memory)
     return memory
 
 
-def _with(exporter: Any, memory: Memory) -> Any:
-    exporter.store, exporter.down = memory, memory.failure is not None
-    return exporter
-
-
-def test_a_replay_writes_what_the_program_would_have_written(
-    directory: Path, store: Memory, other: Memory, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    leave(directory, store)
-    outcome = replay([directory])
-    assert outcome.left == []
-    assert outcome.sent == {"spans": 11, "runs": 3, "traces on runs": 7, "scores": 6}
-    assert list(directory.iterdir()) == []
-    direct = Memory()
-    program = Program(direct)
-    compile_ = program.compile()
-    for number in (1, 2):
-        program.trial(compile_, number, 50.0 * number, examples=3)
-    compile_.end()
-    program.provider.shutdown()
-    assert set(other.runs) == set(direct.runs)
-    for key, run in direct.runs.items():
-        got = other.runs[key]
-        points = [{(m.key, m.value, m.step) for m in one["metrics"]} for one in (got, run)]
-        assert points[0] == points[1]
-        assert (got["status"], got["tags"], got["params"], set(got["artifacts"])) == (
+def assert_same(got: Memory, expected: Memory) -> None:
+    assert {span.name for span in got.spans.values()} == {span.name for span in expected.spans.values()}
+    assert set(got.runs) == set(expected.runs)
+    for key, run in expected.runs.items():
+        mine = got.runs[key]
+        assert {(m.key, m.value, m.step) for m in mine["metrics"]} == {(m.key, m.value, m.step) for m in run["metrics"]}
+        assert (mine["status"], mine["tags"], mine["params"], set(mine["artifacts"]), mine["datasets"]) == (
             run["status"],
             run["tags"],
             run["params"],
             set(run["artifacts"]),
+            run["datasets"],
         )
+        assert len(got.links[key]) == len(expected.links[key])
+    assert sorted(value for _, value, _ in got.scores) == sorted(value for _, value, _ in expected.scores)
 
 
-def test_a_killed_programs_spans_give_its_runs(directory: Path, store: Memory, other: Memory) -> None:
+def test_a_replay_writes_what_the_program_would_have_written(directory: Path, store: Memory, other: Memory) -> None:
+    leave(directory, store)
+    outcome = replay([directory])
+    assert outcome.left == []
+    assert outcome.sent == {"spans": 11, "traces": 7, "runs": 3, "scores": 6, "artifacts": 5}
+    assert places(directory) == []
+    direct = Memory()
+    program = Program(direct)
+    work(program)
+    program.provider.shutdown()
+    assert_same(other, direct)
+
+
+def test_a_killed_program_loses_no_span_and_its_runs_are_ended(directory: Path, store: Memory, other: Memory) -> None:
+    """It has written some of it: what its runs need is still there."""
+    program = Program(store)
+    compile_ = program.compile()
+    program.trial(compile_, 1, 50.0, examples=3)
+    assert program.provider.force_flush()
+    assert {run.get("status") for run in store.runs.values()} == {None, "FINISHED"}
+    store.failure = AWAY
+    trial = program.start("trial", compile_, optimizer_run_id="r1", trial_number=2)
+    program.start("chat").end()
+    program.exporter.processor.record()
+    program.journal.place.release()  # as if killed
+    other.runs.update({key: {**run, "metrics": [*run["metrics"]]} for key, run in store.runs.items()})
+    assert replay([directory]).left == []
+    assert {key: run["status"] for key, run in other.runs.items()} == {
+        "id of r1": "KILLED",
+        "id of r1/1": "FINISHED",
+        "id of r1/2": "KILLED",
+    }
+    assert "evaluation_table.json" in other.runs["id of r1/1"]["artifacts"]
+    assert "report.html" in other.runs["id of r1"]["artifacts"]
+    assert [span.name for span in other.spans.values()] == ["chat"]
+    assert places(directory) == []
+    trial.end()
+
+
+def test_a_last_piece_that_was_cut_off_does_no_harm(directory: Path, store: Memory, other: Memory) -> None:
     leave(directory, store)
     (place,) = places(directory)
-    (place.path / "runs.json").unlink()
+    (file,) = place.files()
+    body = encode(some_spans())
+    with file.open("ab") as end:
+        end.write(body[: len(body) // 2])
     assert replay([directory]).left == []
-    assert {run["status"] for run in other.runs.values()} == {"FINISHED"}
-    assert len(other.runs) == 3
-    assert len(other.scores) == 6
-    assert list(directory.iterdir()) == []
+    assert len(other.spans) == 11
 
 
 def test_who_is_at_it_is_left_alone(directory: Path, store: Memory, other: Memory) -> None:
@@ -270,14 +283,58 @@ def test_who_is_at_it_is_left_alone(directory: Path, store: Memory, other: Memor
 
 def test_what_cannot_be_read_is_named_and_stays(directory: Path, store: Memory, other: Memory) -> None:
     leave(directory, store)
-    (place,) = places(directory)
-    (file,) = place.files()
+    leave(directory, store)
+    first, _ = places(directory)
+    (file,) = first.files()
     file.write_bytes(b"\xff\xff")
+    (line,) = replay([directory]).left
+    assert "no OTLP request" in line
+    assert [place.path for place in places(directory)] == [first.path]
+    (first.path / "about.json").write_text("{}")
+    assert "does not say where" in replay([directory]).left[0]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="owners and modes")
+def test_a_strangers_directory_is_named_and_not_read(directory: Path, store: Memory, other: Memory) -> None:
+    leave(directory, store)
+    leave(directory, store)
+    stranger, _ = places(directory)
+    stranger.path.chmod(0o755)
+    (directory / "zz-link").symlink_to(stranger.path)
     outcome = replay([directory])
-    assert "no OTLP request" in outcome.left[0]
-    assert file.exists()
-    (place.path / "runs.json").write_text("{}")
-    assert "another version" in replay([directory]).left[0]
+    assert outcome.sent["spans"] == 11
+    assert ["can be reached by other users" in outcome.left[0], "is a link" in outcome.left[1]] == [True, True]
+    assert stranger.files()
+
+
+def test_a_lock_that_is_a_link_makes_no_file(directory: Path, tmp_path: Path, store: Memory, other: Memory) -> None:
+    leave(directory, store)
+    (place,) = places(directory)
+    (place.path / "lock").unlink()
+    (place.path / "lock").symlink_to(tmp_path / "made")
+    assert replay([directory]).left
+    assert not (tmp_path / "made").exists()
+
+
+def test_spans_that_mlflow_refuses_stay_for_another_place(
+    directory: Path, store: Memory, other: Memory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    leave(directory, store)
+    send = other.send
+
+    def refuse(body: bytes) -> None:
+        if b"evaluate QA" in body:
+            raise retry.ExportError("status 413", "too large", retry.Verdict.SPLIT)
+        send(body)
+
+    monkeypatch.setattr(other, "send", refuse)
+    (line,) = replay([directory]).left
+    assert "2 spans that MLflow refuses" in line
+    assert len(other.spans) == 9
+    monkeypatch.setattr(other, "send", send)
+    assert replay([directory]).left == []
+    assert len(other.spans) == 11
+    assert places(directory) == []
 
 
 def test_a_spool_that_cannot_be_written_costs_one_line(
@@ -287,22 +344,21 @@ def test_a_spool_that_cannot_be_written_costs_one_line(
     monkeypatch.setenv("OTEL_DSPY_SPOOL", str(tmp_path / "file" / "spool"))  # also for root
     with caplog.at_level(logging.WARNING):
         leave(tmp_path, store)
-    said = [record.message for record in caplog.records if "cannot be kept" in record.message]
-    assert len(said) == 2  # spans, and runs
-    assert "Not a directory" in said[0]
-    assert caplog.records[-1].message.endswith("not written: 11 spans, 3 runs, lost.")
+    (said,) = [record.message for record in caplog.records if "cannot be written" in record.message]
+    assert "Not a directory" in said
+    assert "11 spans" in caplog.records[-1].message
+    assert caplog.records[-1].message.endswith("lost.")
 
 
 FULL = """
     import resource, signal, sys
     from opentelemetry.sdk.trace import TracerProvider
     from opentelemetry.sdk.trace.export import BatchSpanProcessor
-    from dspy_otel.mlflow import MLflowSpanExporter, delivery
-    from dspy_otel.mlflow.tracker import track_runs
+    from dspy_otel.mlflow import MLflowSpanExporter
+    from dspy_otel.mlflow.exporter import track_runs
     if {limit}:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))  # of each file
-    delivery.MAX_BYTES = 300_000
     provider = TracerProvider()
     provider.add_span_processor(BatchSpanProcessor(MLflowSpanExporter("http://127.0.0.1:9")))
     track_runs(provider)
@@ -353,33 +409,41 @@ def test_a_limit_that_is_none_is_named_once(
     assert sum("OTEL_DSPY_EXIT_SECONDS: use a number" in line for line in said) == 1
 
 
+def one(directory: Path, limit: int) -> Journal:
+    return Journal(directory, limit, lambda: {"tracking_uri": "x"}, lambda *_: None)
+
+
+def put(journal: Journal, *, needed: bool = False) -> bool:
+    spans = some_spans()
+    return journal.append(encode(spans), spans, set(), 1, needed=needed)
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 @pytest.mark.filterwarnings("ignore:.*fork")
 def test_a_forked_child_writes_to_a_place_of_its_own(tmp_path: Path) -> None:
-    spool = Spool(tmp_path, 10**6, dict)
-    spool.put(some_spans(), lambda _: True)
+    mine = one(tmp_path, 10**6)
+    put(mine)
     child = os.fork()
     if child == 0:
-        spool.after_fork()
-        spool.put(some_spans(), lambda _: True)
+        mine.after_fork()
+        put(mine)
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     taken = {place.path: place.acquire() for place in places(tmp_path)}
     assert sorted(taken.values()) == [False, True]  # the parent's is still in use
-    assert taken[spool.place.path] is False
-    spool.close()
+    assert taken[mine.place.path] is False
+    mine.close()
     assert Place(next(path for path, ours in taken.items() if not ours)).acquire()
 
 
-def test_the_limit_counts_what_others_left(tmp_path: Path) -> None:
+def test_the_limit_is_for_all_processes_together(tmp_path: Path) -> None:
     size = len(encode(some_spans()))
-    first = Spool(tmp_path, 3 * size, dict)
-    assert first.put(some_spans(), lambda _: False) == 0
-    second = Spool(tmp_path, 3 * size, dict)
-    assert second.put(some_spans(), lambda _: False) == 0
-    assert second.put(some_spans(), lambda _: False) == 2
-    with pytest.raises(SpoolError):
-        [second.set_aside(some_spans()) for _ in range(2)]
+    first, second = one(tmp_path, 4 * size), one(tmp_path, 4 * size)
+    assert [put(first), put(second), put(first)] == [True, True, True]
+    assert [put(second), put(first)] == [False, False]  # the rest is reserved
+    assert put(second, needed=True)
+    assert not put(first, needed=True)
+    assert sum(path.stat().st_size for path in tmp_path.rglob("*.pb")) == 4 * size
     first.close()
     second.close()
 
@@ -403,17 +467,17 @@ def test_files_are_what_any_otlp_receiver_takes(directory: Path, store: Memory) 
 def one_span_to(uri: str) -> TracerProvider:
     provider = TracerProvider(shutdown_on_exit=False)
     provider.add_span_processor(BatchSpanProcessor(MLflowSpanExporter(uri)))
-    tracker.track_runs(provider)
+    track_runs(provider)
     provider.get_tracer(semconv.SCOPE_NAME).start_span("chat").end()
     return provider
 
 
 def left_in(directory: Path) -> list[str]:
-    return [span.name for place in places(directory) for path in place.files() for span in place.read(path)]
+    return [span.name for place in places(directory) for path in place.files() for span in decode(path.read_bytes())]
 
 
 def test_a_server_that_never_answers_is_given_up(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tracker, "_HANGS_AFTER", 0.5)
+    monkeypatch.setattr(processor, "HANGS_AFTER", 0.5)
     with socket.socket() as deaf:
         deaf.bind(("127.0.0.1", 0))
         deaf.listen()
@@ -437,52 +501,17 @@ def test_a_server_that_refuses_costs_one_line_and_nothing_is_lost(
     assert left_in(directory) == ["chat"]
 
 
-def test_ctrl_c_ends_the_wait_and_leaves_everything_in_the_spool(
+def test_ctrl_c_ends_the_wait_and_leaves_everything_in_the_journal(
     directory: Path, store: Memory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def interrupt(*_: Any) -> None:
         raise KeyboardInterrupt
 
     program = Program(store)
-    program.exporter.down = True
-    store.failure = ExportError("unreachable", "away")
+    store.failure = AWAY
     program.compile().end()
-    monkeypatch.setattr(program.exporter.tracker._delivery, "stop", interrupt)
+    program.exporter.processor.record()
+    monkeypatch.setattr(program.exporter.processor, "_join", interrupt)
     with pytest.raises(KeyboardInterrupt):
         program.provider.shutdown()
     assert left_in(directory) == ["compile Best"]
-    assert len(places(directory)[0].state()["runs"]) == 1
-
-
-# --- a busy program -------------------------------------------------------------------------------------------------
-
-
-def test_exporting_rests_while_the_program_computes_and_not_when_somebody_waits() -> None:
-    import threading
-
-    urgent = threading.Event()
-    pace = Pace(urgent)
-
-    def rest(busy: bool, filled: float = 0.0) -> float:
-        pace.load()
-        time.sleep(0.11)
-        pace._load, pace._mark = (1.0 if busy else 0.0), (time.monotonic(), time.process_time(), pace._ours)
-        began = time.monotonic()
-        pace.rest(0.01, filled, most=0.3)
-        return time.monotonic() - began
-
-    assert rest(busy=False) < 0.05
-    assert 0.1 < rest(busy=True) < 0.5
-    assert rest(busy=True, filled=0.9) < 0.05  # before anything is lost, the program is slowed down
-    urgent.set()
-    assert rest(busy=True) < 0.05
-
-
-# --- spending -------------------------------------------------------------------------------------------------------
-
-
-def usage(calls: int, **roles: int) -> dict[str, Any]:
-    found: dict[str, Any] = {"dspy.usage.lm_calls": calls, "dspy.usage.cost": calls * 0.5}
-    for role, number in roles.items():
-        found[f"dspy.usage.{role}.lm_calls"] = number
-    return found
