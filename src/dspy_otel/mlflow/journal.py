@@ -38,6 +38,7 @@ import filelock
 import platformdirs
 from opentelemetry.sdk.trace import ReadableSpan
 
+from dspy_otel.mlflow.locks import lock_for
 from dspy_otel.mlflow.runs import Score
 
 ENV_SPOOL: Final = "OTEL_DSPY_SPOOL"
@@ -264,7 +265,7 @@ class Journal:
         self._about = about
         self._warn = warn
         self._lock = threading.Lock()
-        self._limit_lock: filelock.FileLock | None = None
+        self._limit_lock: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
         self.place: Place | None = None
         self._number = 0
         self._no_disk_until = 0.0
@@ -384,7 +385,7 @@ class Journal:
     def after_fork(self) -> None:
         """In a forked child: what is there stays the parent's."""
         self._lock = threading.Lock()
-        self._limit_lock = None
+        self._limit_lock = contextlib.nullcontext()
         self.segments, self.kept = [], []
         if self.place is not None:
             self.place.release()
@@ -435,14 +436,13 @@ class Journal:
                 place.discard()
                 place.release()
                 raise
-            self._limit_lock = filelock.FileLock(self.directory / ".limit.lock", timeout=_LOCK_SECONDS, mode=0o600)
+            self._limit_lock = lock_for(str(self.directory), _LOCK_SECONDS) or contextlib.nullcontext()
             self.place = place
         return self.place
 
     def _write(self, path: Path, body: bytes, *, reserve: bool) -> bool:
         """Add to a file; False when the limit is reached, for all processes together."""
         assert self.directory is not None
-        assert self._limit_lock is not None
         limit = self._limit if reserve else self._limit * (1 - _RESERVE)
         try:
             with self._limit_lock:

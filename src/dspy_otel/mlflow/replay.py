@@ -90,7 +90,7 @@ def replay(
             for place in places(source):
                 outcome.found = True
                 _deliver_place(place, to, experiment, say, outcome)
-        else:
+        elif source.exists():
             outcome.found = True
             _attempt(_Files(source), Target(to, experiment, create=True), True, say, outcome)
     return outcome
@@ -242,7 +242,9 @@ class _Delivery:
         for _, spans in self._batches():
             structure += [span for span in spans if is_ours(span) and kind_of(span) in _STRUCTURE]
         outside = {span.context.span_id: outside_of(span) for span in begun if span.context is not None}
-        for span in starts([*begun, *structure]):
+        ended = {span.context.span_id for span in structure if span.context is not None}
+        unended = [span for span in begun if span.context is not None and span.context.span_id not in ended]
+        for span in starts([*{span.context.span_id: span for span in unended if span.context}.values(), *structure]):
             above = None if span.context is None else outside.get(span.context.span_id)
             self.worker.pending.start(span, above, group_of(span))
         for run in self.worker.pending.runs.values():

@@ -13,20 +13,17 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import hashlib
 import logging
-import os
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, Final, TypeVar
 
 from packaging.version import Version
 
 from dspy_otel.mlflow.backends import base
 from dspy_otel.mlflow.backends.base import OLDEST_MLFLOW, Batch, CreatedRun, FoundExperiment, resolve_experiment
+from dspy_otel.mlflow.locks import lock_for
 from dspy_otel.mlflow.retry import ExportError, Verdict, clean
 from dspy_otel.mlflow.runs import TAG_KEY, TAG_NAME, Dataset, Metric, Score, StoredRun
 from dspy_otel.mlflow.target import Target, public_uri
@@ -294,28 +291,12 @@ def _sharing(session: Any) -> Callable[..., Any]:
 @contextmanager
 def _alone(uri: str) -> Iterator[None]:
     """One process at a time opens a store: MLflow's migrations of a new one do not stand two."""
-    import filelock
-    import platformdirs
-
-    name = hashlib.sha256(uri.encode("utf-8", "replace")).hexdigest()[:32] + ".lock"
-    user = getattr(os, "getuid", lambda: 0)()
-    lock: Any = None
-    for place in (
-        Path(platformdirs.user_state_dir("dspy-otel", appauthor=False)) / "locks",
-        Path(tempfile.gettempdir()) / f"dspy-otel-locks-{user}",
-    ):
-        with contextlib.suppress(OSError, filelock.Timeout):
-            place.mkdir(mode=0o700, parents=True, exist_ok=True)
-            if place.is_symlink() or (os.name == "posix" and place.stat().st_uid != user):
-                continue
-            lock = filelock.FileLock(place / name, timeout=_OPEN_SECONDS)
-            lock.acquire()
-            break
-    try:
+    lock = lock_for(uri, _OPEN_SECONDS)
+    if lock is None:
         yield
-    finally:
-        if lock is not None:
-            lock.release()
+        return
+    with lock:
+        yield
 
 
 def _check_mlflow() -> None:
