@@ -26,6 +26,7 @@ from opentelemetry.trace import Link, Status, StatusCode
 from opentelemetry.util.types import AttributeValue
 
 from dspy_otel import semconv
+from dspy_otel.core.attributes import sendable
 from dspy_otel.mlflow.pending import Outside
 from dspy_otel.record.spans import Kind, kind_of
 
@@ -197,7 +198,7 @@ def _is_whole(text: str) -> bool:
 
 def _whole(text: str) -> str:
     """The text without NUL, and without halves of characters, those written as escapes in JSON among them."""
-    text = text.encode("utf-8", "replace").decode("utf-8").replace("\0", "\ufffd")
+    text = sendable(text)
     return _HALF_ESCAPE.sub(r"\\ufffd", text) if "\\ud" in text or "\\uD" in text else text
 
 

@@ -21,6 +21,8 @@ from typing import Any, Final
 from urllib.parse import quote, unquote, urlsplit
 
 import requests
+from google.protobuf.message import DecodeError
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceResponse
 from packaging.version import InvalidVersion, Version
 
 from dspy_otel.mlflow.backends import base
@@ -371,7 +373,13 @@ def _read(response: requests.Response, limit: int, until: float) -> Answer:
 
 def _is_otlp(answer: Answer) -> bool:
     """Whether an answer to spans is that of an OTLP receiver: nothing, or its message in protobuf or JSON."""
-    return not answer.body.strip() or _is_json(answer) or "protobuf" in answer.kind
+    if not answer.body.strip() or _is_json(answer):
+        return True
+    try:
+        ExportTraceServiceResponse.FromString(answer.body)
+    except DecodeError:
+        return False
+    return "protobuf" in answer.kind
 
 
 def _is_json(answer: Answer) -> bool:
