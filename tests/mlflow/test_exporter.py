@@ -479,6 +479,7 @@ def test_without_mlflow_a_store_is_refused_with_the_command_that_helps(
 def test_half_a_character_in_a_span_of_the_users_own_costs_nothing_else(tmp_path: Path) -> None:
     """A span named after a file whose name is not UTF-8, beside others in one batch and in the spool."""
     from dspy_otel.mlflow.spool import Spool
+
     from dspy_otel.mlflow.translate import sendable_span
 
     memory = InMemorySpanExporter()
