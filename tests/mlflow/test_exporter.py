@@ -476,11 +476,14 @@ def test_without_mlflow_a_store_is_refused_with_the_command_that_helps(
     assert "pip install 'dspy-otel[mlflow]'" in lines()[0]
 
 
-def test_half_a_character_in_a_span_of_the_users_own_costs_nothing_else(tmp_path: Path) -> None:
+def test_half_a_character_in_a_span_of_the_users_own_costs_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A span named after a file whose name is not UTF-8, beside others in one batch and in the spool."""
-    from dspy_otel.mlflow.spool import Spool
-
-    from dspy_otel.mlflow.translate import sendable_span
+    from dspy_otel.mlflow.processor import MLflowProcessor
+    from dspy_otel.mlflow.target import Target
+    from dspy_otel.mlflow.translate import repair
+    from dspy_otel.record.otlp import decode
 
     memory = InMemorySpanExporter()
     provider = TracerProvider(shutdown_on_exit=False)
@@ -490,12 +493,14 @@ def test_half_a_character_in_a_span_of_the_users_own_costs_nothing_else(tmp_path
     with tracer.start_as_current_span("summarize caf\udce9.txt", attributes={"path": "caf\udce9.txt"}) as span:
         span.add_event("read caf\udce9.txt", {"path": "caf\udce9.txt"})
     spans = memory.get_finished_spans()
-    assert sendable_span(spans[0]) is spans[0]
-    spool = Spool(tmp_path / "spool", 1_000_000, lambda: {"tracking_uri": "http://mlflow", "experiment": "0"})
-    assert spool.put(spans, lambda span: True) == 0
-    path = spool.oldest()
-    assert path is not None
-    back = spool.read(path)
+    assert repair(spans[0]) is spans[0]
+    monkeypatch.setenv("OTEL_DSPY_SPOOL", str(tmp_path / "spool"))
+    processor = MLflowProcessor(Target("http://127.0.0.1:9"))
+    for span in spans:
+        processor.on_end(span)
+    processor.record()
+    (segment,) = processor.journal.segments
+    back = decode(segment.body())
     assert [one.name for one in back] == ["whole", "summarize caf\ufffd.txt"]
-    assert back[1].attributes == {"path": "caf\ufffd.txt"}
+    assert (back[1].attributes or {})["path"] == "caf\ufffd.txt"
     assert [event.name for event in back[1].events] == ["read caf\ufffd.txt"]
