@@ -325,7 +325,9 @@ def test_a_run_is_there_while_it_runs_and_a_failure_has_its_reason(store: Store)
     assert seen["outcome"] == "running"
     top = next(run for run in store.runs().values() if "mlflow.parentRunId" not in run.data.tags)
     assert top.info.status == "FAILED"
-    assert top.data.tags["mlflow.note.content"].startswith("**FAILED**: ")
+    note = top.data.tags["mlflow.note.content"]
+    assert note.startswith("**FAILED**: ")
+    assert "Example 0 failed: ValueError: no verdict today" in note
     assert "report.html" in store.artifacts(top)
     failed = read_optimization(top.info.run_id, tracking_uri=store.uri).optimization
     assert failed.outcome == "failed"

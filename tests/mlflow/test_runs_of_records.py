@@ -147,6 +147,11 @@ def test_an_optimization_inside_another_has_no_datasets_and_no_report_of_its_own
     [
         (None, "FINISHED", None),
         (Failure("ValueError", "why"), "FAILED", "**FAILED**: ValueError: why"),
+        (
+            Failure("Exception", "given up", Example(3, error="LookupError", message="no answer")),
+            "FAILED",
+            "**FAILED**: Exception: given up\n\nExample 3 failed: LookupError: no answer",
+        ),
         (Failure("asyncio.CancelledError"), "KILLED", "**KILLED**: asyncio.CancelledError"),
         (Failure(None, "The program ended."), "KILLED", "**KILLED**: The program ended."),
     ],

@@ -64,6 +64,7 @@ class Recorded(NamedTuple):
         kind: the kind of operation that recorded it.
         depth: how many frames it had come through, without ours.
         trail: code object (by ``id``) and position in it, of the 16 innermost of them.
+        message: what the status of its span says; None when content must not be recorded.
     """
 
     identity: int
@@ -71,12 +72,13 @@ class Recorded(NamedTuple):
     kind: str
     depth: int
     trail: tuple[tuple[int, int], ...]
+    message: str | None = None
 
     @classmethod
-    def of(cls, error: BaseException, kind: str) -> Recorded:
+    def of(cls, error: BaseException, kind: str, message: str | None = None) -> Recorded:
         """For ``error``, which an operation of this ``kind`` has just recorded."""
         depth, trail = _trail(error)
-        return cls(id(error), type(error), kind, depth, trail)
+        return cls(id(error), type(error), kind, depth, trail, message)
 
     def is_(self, error: BaseException, kind: str) -> bool:
         """Whether ``error``, which ends an operation of this ``kind`` further out, is that exception."""

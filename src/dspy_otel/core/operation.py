@@ -272,6 +272,7 @@ class Operation:
         """
         seconds = time.perf_counter() - call.started
         call.closed = True
+        message: str | None = None
         detach(call.token)
         try:
             self.measure(call, result, error, seconds)
@@ -280,7 +281,7 @@ class Operation:
         if call.recording:
             try:
                 if error is not None:
-                    self.record_error(call, error)
+                    message = self.record_error(call, error)
             except Exception as problem:
                 failed(f"error of {self.kind}", problem)
             try:
@@ -301,7 +302,7 @@ class Operation:
             failed("end of span", problem)
         try:
             if error is not None and call.context.parent is not None:
-                call.context.parent.failed = Recorded.of(error, self.kind)
+                call.context.parent.failed = Recorded.of(error, self.kind, message)
             if call.on_closed is not None:
                 call.on_closed(result, error)
         except Exception as problem:
@@ -313,20 +314,29 @@ class Operation:
             self.close(call, None, error)
         hide_frames(error)
 
-    def record_error(self, call: Call, error: BaseException) -> None:
-        """Mark the span as failed. The exception itself is an event on the innermost span only."""
-        span, content = call.span, self.telemetry.span_content
+    def record_error(self, call: Call, error: BaseException) -> str | None:
+        """Mark the span as failed. The exception itself is an event on the innermost span only.
+
+        Its message is in the status of every span that it passes: whoever looks at the outermost one, a trace's or an
+        optimization's, wants the reason.
+
+        Returns:
+            The message; ``None`` when content must not be recorded.
+        """
+        span = call.span
         call.attributes[semconv.ERROR_TYPE] = error_type(error)
         span.set_status(_ERROR)  # First of all: the rest depends on content, which may fail.
         recorded = call.context.failed
-        if recorded is not None and recorded.is_(error, self.kind):
-            return
-        attributes = exception_attributes(error, content)
+        known = recorded is not None and recorded.is_(error, self.kind)
+        attributes: Attributes = {} if known else exception_attributes(error, self.telemetry.span_content)
         repair(attributes)
-        message = attributes.get(semconv.EXCEPTION_MESSAGE)
-        if isinstance(message, str):
+        found = recorded.message if recorded is not None and known else attributes.get(semconv.EXCEPTION_MESSAGE)
+        message = found if isinstance(found, str) else None
+        if message is not None:
             span.set_status(Status(StatusCode.ERROR, message))
-        span.add_event(semconv.EVENT_EXCEPTION, attributes)
+        if not known:
+            span.add_event(semconv.EVENT_EXCEPTION, attributes)
+        return message
 
     # --- wrapping ------------------------------------------------------------------------------------------------
     def wrap(self, original: Callable[..., Any], override_of: type | None = None) -> Callable[..., Any]:

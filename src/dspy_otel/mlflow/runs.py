@@ -176,7 +176,8 @@ class Score:
         name: of the metric.
         value: None when the program or the metric raised: ``error`` says what then.
         rationale: the metric's feedback.
-        error: what was raised.
+        error: type of what was raised.
+        message: of what was raised, with content capture on only.
         row: place of the example in its dataset.
     """
 
@@ -187,6 +188,7 @@ class Score:
     value: float | None
     rationale: str | None
     error: str | None
+    message: str | None
     row: int | None
 
     @property
@@ -261,6 +263,7 @@ def score_of(trace: Trace) -> Score | None:
         value,
         None if example.feedback is None else as_text(example.feedback),
         None if error is None else as_text(error),
+        example.message,
         example.index,
     )
 

@@ -184,6 +184,10 @@ class History:
         if running is None:
             return []
         running.over = True
+        if record.failure is not None and running.failed is not None and running.failed.type == record.failure.type:
+            record = dataclasses.replace(
+                record, failure=dataclasses.replace(record.failure, example=running.failed.example)
+            )
         running.describe(record)
         parent = self._optimizations.get(record.parent or "")
         changed: list[Record] = [dataclasses.replace(running.snapshot(), models=models)]
@@ -254,6 +258,8 @@ class History:
             return []
         done = running.finished(dataclasses.replace(record, own=running.record.own, models=models))
         optimization = self._optimizations.get(record.optimization or "")
+        if optimization is not None and done.failure is not None:
+            optimization.failed = done.failure
         if optimization is not None and done.trial is not None and not done.own:
             optimization.keep_examples(done.trial, done.examples)
         return [done]
@@ -295,6 +301,8 @@ class _Running:
     def __init__(self, record: Optimization) -> None:
         self.record = record
         self.over = False
+        self.failed: Failure | None = None
+        """Of the last evaluation that failed."""
         self.started: dict[int, Trial] = {}
         self.trials: dict[int, Trial] = {}
         self._phases: dict[str, Phase] = {}
@@ -421,9 +429,12 @@ class _RunningEvaluation:
         self._examples: list[Example] = []
         self._size = 0
         self._without = 0
+        self._failed: Example | None = None
 
     def add(self, example: Example) -> None:
         self._size += example.size
+        if self._failed is None and example.error is not None:
+            self._failed = Example(index=example.index, error=example.error, message=example.message)
         if self._size > MAX_CONTENT:
             self._without += 1
             example = dataclasses.replace(example, inputs=None, expected=None, prediction=None, feedback=None)
@@ -432,6 +443,8 @@ class _RunningEvaluation:
     def finished(self, record: Evaluation) -> Evaluation:
         """The evaluation with its examples."""
         self._examples.sort(key=lambda example: -1 if example.index is None else example.index)
+        if record.failure is not None:
+            record = dataclasses.replace(record, failure=dataclasses.replace(record.failure, example=self._failed))
         return dataclasses.replace(record, examples=tuple(self._examples), without_content=self._without)
 
 

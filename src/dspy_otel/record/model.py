@@ -188,6 +188,7 @@ class Example:
         score: of the metric; None when the program or the metric raised.
         feedback: of the metric.
         error: type of what was raised.
+        message: of what was raised, with content capture on only.
         trace_id: of the trace that it is in.
         size: characters of its content.
     """
@@ -200,6 +201,7 @@ class Example:
     score: float | None = None
     feedback: str | None = None
     error: str | None = None
+    message: str | None = None
     trace_id: int | None = None
     size: int = field(default=0, compare=False, repr=False)
 
@@ -214,10 +216,12 @@ class Failure:
     Attributes:
         type: of the error; None when nothing was raised, as when the program ended before.
         message: of the error, with content capture on only.
+        example: the first example that failed, where an evaluation was given up because of failing examples.
     """
 
     type: str | None
     message: str | None = None
+    example: Example | None = None
 
     @property
     def interrupted(self) -> bool:
@@ -225,7 +229,12 @@ class Failure:
         return self.type is None or self.type.rpartition(".")[2] in _INTERRUPTIONS
 
     def __str__(self) -> str:
-        return ": ".join(part for part in (self.type, self.message) if part)
+        text = ": ".join(part for part in (self.type, self.message) if part)
+        if self.example is None:
+            return text
+        place = "An example" if self.example.index is None else f"Example {self.example.index}"
+        reason = ": ".join(part for part in (self.example.error, self.example.message) if part)
+        return f"{text}\n\n{place} failed: {reason}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -227,6 +227,7 @@ def read_example(span: ReadableSpan, at: Attributes) -> Example:
         score=float(score) if isinstance(score, (bool, int, float)) else None,
         feedback=_text(at.get(semconv.EXAMPLE_FEEDBACK)),
         error=_text(at.get(semconv.ERROR_TYPE)),
+        message=span.status.description or None,
         trace_id=None if span.context is None else span.context.trace_id,
         size=sum(len(str(at.get(key, ""))) for key in _CONTENT),
     )

@@ -14,6 +14,8 @@ OLDEST_MLFLOW: Final = "3.14"
 """First release whose OTLP endpoint keeps trace tags and resource attributes (compared over the wheels)."""
 LINKS_AT_ONCE: Final = 100
 """MLflow's ``MAX_TRACE_LINKS_PER_REQUEST``."""
+FAILED_EXAMPLE: Final = "The example failed."
+"""What a score says of an example that raised, when content is not captured."""
 MAX_ARTIFACT: Final = 256 * 1024 * 1024
 """Most bytes of an artifact that is read back."""
 

@@ -349,7 +349,7 @@ def _feedback(score: Score, run_id: str | None) -> Any:
     feedback = Feedback(
         name=score.name,
         value=score.value,
-        error=None if score.error is None else AssessmentError(score.error, "The example failed."),
+        error=None if score.error is None else AssessmentError(score.error, score.message or base.FAILED_EXAMPLE),
         rationale=score.rationale,
         source=AssessmentSource("CODE", score.name),
         metadata=base.score_metadata(score, run_id),

@@ -110,7 +110,7 @@ class RestBackend:
         now = datetime.datetime.now(datetime.timezone.utc).isoformat().replace("+00:00", "Z")
         feedback: dict[str, Any] = {"value": score.value}
         if score.error is not None:
-            feedback["error"] = {"error_code": score.error, "error_message": "The example failed."}
+            feedback["error"] = {"error_code": score.error, "error_message": score.message or base.FAILED_EXAMPLE}
         assessment: dict[str, Any] = {
             "assessment_id": score.id,
             "trace_id": score.trace_id,
