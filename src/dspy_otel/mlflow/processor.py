@@ -11,7 +11,6 @@ import contextlib
 import logging
 import math
 import os
-import signal
 import sys
 import threading
 import time
@@ -33,6 +32,7 @@ from dspy_otel.mlflow.pending import Outside
 from dspy_otel.mlflow.replay import recover
 from dspy_otel.mlflow.retry import clean
 from dspy_otel.mlflow.target import Target
+from dspy_otel.mlflow.termination import before_termination
 from dspy_otel.mlflow.translate import started_copy, translate
 from dspy_otel.mlflow.worker import EXIT_ATTEMPTS, SPANS, TRACES, Worker, group_of, say, start_thread
 from dspy_otel.record.otlp import encode
@@ -75,13 +75,14 @@ class MLflowProcessor(SpanProcessor):
         if hasattr(os, "register_at_fork"):
             after_fork = weakref.WeakMethod(self._after_fork)
             os.register_at_fork(after_in_child=lambda: (method := after_fork()) and method())
-        on_terminate(self)
+        before_termination(self)
 
     def _begin(self) -> None:
         self._queue: deque[tuple[ReadableSpan, Outside | None, bool]] = deque()
         self._live: dict[int, tuple[ReadableSpan, Outside | None, int]] = {}
         self._lock = threading.Lock()
         self._recording = threading.Lock()
+        self._ending = threading.Lock()
         self._new = threading.Event()
         self._wake = threading.Event()
         self._idle = threading.Event()
@@ -326,13 +327,17 @@ class MLflowProcessor(SpanProcessor):
                 time.sleep(min(self.worker.wait_seconds(), 0.2))
 
     # --- the end ----------------------------------------------------------------------------------------------------
-    def shutdown(self) -> None:
-        """Write what is left, for at most three minutes; the rest stays in the journal. Say what became of it."""
-        if self._over.is_set():
+    def shutdown(self, seconds: float | None = None) -> None:
+        """Write what is left; the rest stays in the journal. Say what became of it. A second call does nothing.
+
+        Args:
+            seconds: most time for it; ``OTEL_DSPY_EXIT_SECONDS`` (three minutes) if that is less.
+        """
+        if not self._ending.acquire(blocking=False):
             return
         interrupted: BaseException | None = None
         try:
-            self._finish()
+            self._finish(min(exit_seconds(), math.inf if seconds is None else seconds))
         except KeyboardInterrupt as error:  # who presses Ctrl-C again wants to go now
             interrupted = error
         with contextlib.suppress(Exception):
@@ -340,8 +345,7 @@ class MLflowProcessor(SpanProcessor):
         if interrupted is not None and threading.main_thread().is_alive():
             raise interrupted
 
-    def _finish(self) -> None:
-        seconds = exit_seconds()
+    def _finish(self, seconds: float) -> None:
         deadline = time.monotonic() + seconds
         self.record()
         worker = self.worker
@@ -433,30 +437,6 @@ class MLflowProcessor(SpanProcessor):
             with contextlib.suppress(Exception):
                 backend.after_fork()
             self.worker.backend = backend
-
-
-_terminating: weakref.WeakSet[MLflowProcessor] = weakref.WeakSet()
-
-
-def on_terminate(processor: MLflowProcessor) -> None:
-    """Write the queue down when the process gets SIGTERM, which ends it without any cleaning up.
-
-    Only where nobody else handles the signal; the process ends by it as before.
-    """
-    _terminating.add(processor)
-    if spool_directory() is None or threading.current_thread() is not threading.main_thread():
-        return
-    with contextlib.suppress(Exception):
-        if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
-            signal.signal(signal.SIGTERM, _terminate)
-
-
-def _terminate(number: int, _: Any) -> None:
-    with contextlib.suppress(BaseException):
-        for processor in list(_terminating):
-            processor.record(2.0)
-    signal.signal(number, signal.SIG_DFL)
-    os.kill(os.getpid(), number)
 
 
 def exit_seconds() -> float:

@@ -115,6 +115,7 @@ class Worker:
         self._items: dict[tuple[str, str], Backoff] = {}
         """Of what failed of runs and scores, by kind and name."""
         self._successes: Counter[str] = Counter()
+        self._written_before = 0
         self.dead = False
         self.abandoned = False
         self._starts: deque[tuple[ReadableSpan, Outside | None, int]] = deque()
@@ -634,6 +635,10 @@ class Worker:
         return True
 
     def _failed(self, error: ExportError) -> None:
+        written = sum(self.account.written.values())
+        if written > self._written_before:  # something got through since: this is not one long outage
+            self.away.failures = 0
+        self._written_before = written
         self.away.failed(error)
         if error.cause == "unreachable" and self.away.failures < REPORTED_FROM:
             return  # a server that is busy for a moment is no news
