@@ -13,6 +13,7 @@ import signal
 import threading
 import time
 import weakref
+from functools import partial
 from typing import Any, Final, Protocol
 
 from dspy_otel.mlflow.worker import start_thread
