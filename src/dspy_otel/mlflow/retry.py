@@ -33,6 +33,8 @@ LONGEST_RETRY_AFTER: Final = 300.0
 MAX_TEXT: Final = 200
 """Most characters of a server's own words in a log line."""
 
+_random: Final = random.SystemRandom()
+"""Not Python's shared generator: a program that seeds that one gets the same numbers with us."""
 _LATER: Final = frozenset({408, 421, 423, 425, 429})
 _GATEWAY: Final = frozenset({429, 502, 503, 504})
 """Statuses that say nothing about the request."""
@@ -215,7 +217,7 @@ class Backoff:
         self.error = error
         pause = min(FIRST_PAUSE * 2 ** min(self.failures, 16), LONGEST_PAUSE)
         self.failures += 1
-        pause *= random.uniform(0.8, 1.2)  # programs that lost their server together do not come back together
+        pause *= _random.uniform(0.8, 1.2)  # programs that lost their server together do not come back together
         self.due = self._clock() + max(pause, error.retry_after or 0.0)
 
     def succeeded(self) -> bool:
