@@ -36,6 +36,18 @@ def test_a_missing_key_stops_before_any_work(monkeypatch, capsys, tmp_path, mode
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("uri", "reason"), [("http://127.0.0.1:9", "cannot be reached"), ("file:///tmp", "cannot take OpenTelemetry traces")]
+)
+def test_a_place_that_cannot_be_written_to_ends_the_demo_before_any_work(monkeypatch, capsys, tmp_path, uri, reason):
+    pytest.importorskip("rich")
+    monkeypatch.setattr(cli, "_installed", lambda module: True)
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["demo", "--tracking-uri", uri]) == 2
+    assert reason in capsys.readouterr().out
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("arguments", [[], ["nonsense"], ["demo", "--optimizer", "x"]])
 def test_wrong_usage(arguments, capsys):
     with pytest.raises(SystemExit) as stop:

@@ -16,7 +16,8 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from dspy_otel.cli.demo import show
-from dspy_otel.cli.demo.telemetry import Recorder, set_up_telemetry
+from dspy_otel.cli.demo.telemetry import Recorder, open_mlflow, set_up_telemetry
+from dspy_otel.mlflow.retry import ExportError
 
 _RUN, _EVALUATE = "run", "evaluate"
 _OPTIMIZERS = {"mipro": ("MIPROv2",), "gepa": ("GEPA",), "both": ("MIPROv2", "GEPA")}
@@ -30,7 +31,7 @@ def run_demo(*, model: str | None, optimizer: str, tracking_uri: str | None, con
 
     `model` is a DSPy model name, None the embedded model; `optimizer` is `mipro`, `gepa` or `both`; `tracking_uri` is
     MLflow's, None a sqlite store in `./demo-mlflow/`; `content` is whether prompts and answers are recorded. Returns
-    the exit status, 1 when the model gave no answer.
+    the exit status: 1 when the model gave no answer, 2 when MLflow cannot be used.
     """
     os.environ.setdefault("TQDM_DISABLE", "1")  # GEPA's own progress bar, under ours
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "ERROR")
@@ -53,10 +54,15 @@ def run_demo(*, model: str | None, optimizer: str, tracking_uri: str | None, con
             progress.update(row, completed=1, note=show.progress_line(recorder, part) if part else "")
             return result
 
+        try:
+            step("open MLflow", lambda: open_mlflow(tracking_uri))
+        except ExportError as error:
+            console.print(f"{error}", markup=False, soft_wrap=True)
+            return 2
         task, lm = step("load DSPy", lambda: _load(model))
         # DSPy's progress bars and MIPROv2's look at the program's source go to stdout.
         with contextlib.redirect_stdout(io.StringIO()):
-            finish = step("open MLflow", lambda: set_up_telemetry(recorder, tracking_uri, content))
+            finish = set_up_telemetry(recorder, tracking_uri, content)
             try:
                 program = task.ColourFamily()
                 train = task.load_examples("train", 50 if quick else 100)

@@ -11,6 +11,8 @@ from opentelemetry import trace
 from opentelemetry.sdk.trace import ReadableSpan, SpanProcessor, TracerProvider
 
 import dspy_otel
+from dspy_otel.mlflow.backends import open_backend
+from dspy_otel.mlflow.target import Target
 from dspy_otel.record.model import Evaluation, LMCall, Trial
 from dspy_otel.record.spans import Kind, Part, kind_of, read
 
@@ -59,6 +61,19 @@ class Recorder(SpanProcessor):
 
     def _read(self, part: str | None, kind: Kind) -> Iterator[Part | None]:
         return (read(span, kind) for span in self.of(part) if kind_of(span) is kind)
+
+
+def open_mlflow(tracking_uri: str) -> None:
+    """Find out whether traces can be written there, which is better known before all of the work than after it.
+
+    Raises:
+        ExportError: they cannot; the message says what to do.
+    """
+    backend = open_backend(Target(tracking_uri, EXPERIMENT))
+    try:
+        backend.find_run("none")
+    finally:
+        backend.close()
 
 
 def set_up_telemetry(recorder: Recorder, tracking_uri: str, content: bool) -> Callable[[], None]:
