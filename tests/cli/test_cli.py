@@ -37,7 +37,8 @@ def test_a_missing_key_stops_before_any_work(monkeypatch, capsys, tmp_path, mode
 
 
 @pytest.mark.parametrize(
-    ("uri", "reason"), [("http://127.0.0.1:9", "cannot be reached"), ("file:///tmp", "cannot take OpenTelemetry traces")]
+    ("uri", "reason"),
+    [("http://127.0.0.1:9", "cannot be reached"), ("file:///tmp", "cannot take OpenTelemetry traces")],
 )
 def test_a_place_that_cannot_be_written_to_ends_the_demo_before_any_work(monkeypatch, capsys, tmp_path, uri, reason):
     pytest.importorskip("rich")
