@@ -32,7 +32,7 @@ from dspy_otel.mlflow.journal import (
 )
 from dspy_otel.mlflow.pending import PendingRuns
 from dspy_otel.mlflow.retry import ExportError
-from dspy_otel.mlflow.runs import key_of
+from dspy_otel.mlflow.runs import evaluation_key, key_of
 from dspy_otel.mlflow.target import Target, public_uri
 from dspy_otel.mlflow.translate import outside_of, restore, translate
 from dspy_otel.mlflow.worker import ARTIFACTS, RUNS, SCORES, SPANS, TRACES, Worker, group_of, versions
@@ -195,6 +195,10 @@ class _Delivery:
         pending = PendingRuns(versions(), History(forget=not self._foreign))
         self.worker = Worker(self._journal, lambda: open_backend(target), runs=runs, pending=pending)
         self.left: list[str] = []
+        self._examples: set[int] = set()
+        """Those that were digested."""
+        self._known: dict[str, bool] = {}
+        """Whether MLflow has a run, by key."""
 
     def close(self) -> None:
         """Release connections."""
@@ -234,15 +238,26 @@ class _Delivery:
                 path.unlink(missing_ok=True)
 
     def _begin(self) -> list[ReadableSpan]:
-        """Start all that has started; what ended of it comes at the end."""
+        """Start all that has started; what ended of it comes at the end.
+
+        A span may be there twice: in its segment, and set aside. One that is only set aside, and whose start is not
+        there any more, adds nothing to a run: MLflow had that in full when the start was removed.
+        """
         begun: list[ReadableSpan] = []
-        structure: list[ReadableSpan] = []
         if isinstance(self._source, Place):
             begun = [span for span in decode(self._source.starts()) if is_ours(span)]
-        for _, spans in self._batches():
-            structure += [span for span in spans if is_ours(span) and kind_of(span) in _STRUCTURE]
         outside = {span.context.span_id: outside_of(span) for span in begun if span.context is not None}
-        ended = {span.context.span_id for span in structure if span.context is not None}
+        ended: dict[int, ReadableSpan] = {}
+        set_aside: dict[int, ReadableSpan] = {}
+        for path, spans in self._batches():
+            found = set_aside if path is not None and is_refused(path) else ended
+            for span in spans:
+                if is_ours(span) and kind_of(span) in _STRUCTURE and span.context is not None:
+                    found.setdefault(span.context.span_id, span)
+        for span_id, span in set_aside.items():
+            if span_id in outside:
+                ended.setdefault(span_id, span)
+        structure = list(ended.values())
         unended = [span for span in begun if span.context is not None and span.context.span_id not in ended]
         for span in starts([*{span.context.span_id: span for span in unended if span.context}.values(), *structure]):
             above = None if span.context is None else outside.get(span.context.span_id)
@@ -268,15 +283,19 @@ class _Delivery:
             if not is_ours(original):
                 continue
             span = restore(original)
-            if kind_of(span) not in _STRUCTURE:
+            self._find_run_of(span)
+            kind = kind_of(span)
+            if kind is Kind.EXAMPLE and span.context is not None:
+                if span.context.span_id in self._examples:
+                    continue
+                self._examples.add(span.context.span_id)
+            if kind not in _STRUCTURE:
                 self.worker.end(span, segment)
             else:
                 trace = self.worker.pending.history.trace(span)
                 key = None if trace is None or not trace.root else key_of(trace)
                 if trace is not None and key is not None:
                     segment.links.append((key, f"tr-{trace.trace_id:032x}"))
-            if self._foreign:
-                self._find_run_of(span)
         if not send:
             return None
         segment.spans = spans
@@ -325,16 +344,23 @@ class _Delivery:
             path.rename(path.with_suffix(".refused.pb"))
 
     def _find_run_of(self, span: ReadableSpan) -> None:
-        """Look a run up that is in MLflow, but not in the files."""
-        trace = self.worker.pending.history.trace(span)
+        """Look a run up that is in MLflow, but whose start is not here."""
+        history = self.worker.pending.history
+        trace = history.trace(span)
         if trace is None:
             return
         evaluation = (span.attributes or {}).get(semconv.EVALUATION_ID)
-        if evaluation is not None and trace.optimization is None:
-            self._find(f"evaluation/{evaluation}")
+        if evaluation is not None and self._find(evaluation_key(str(evaluation))):
+            history.own[str(evaluation)] = None
+            return
         key = key_of(trace)
         if key is not None:
             self._find(key)
 
-    def _find(self, key: str) -> str | None:
-        return None if key in self.worker.pending.runs else self.worker.find(key)
+    def _find(self, key: str) -> bool:
+        """Whether there is a run; MLflow is asked once."""
+        if key in self.worker.pending.runs:
+            return True
+        if key not in self._known:
+            self._known[key] = self.worker.find(key) is not None
+        return self._known[key]
