@@ -432,7 +432,7 @@ def test_a_forked_child_writes_to_a_place_of_its_own(tmp_path: Path) -> None:
     taken = {place.path: place.acquire() for place in places(tmp_path)}
     assert sorted(taken.values()) == [False, True]  # the parent's is still in use
     assert taken[mine.place.path] is False
-    mine.close()
+    mine.close(False)
     assert Place(next(path for path, ours in taken.items() if not ours)).acquire()
 
 
@@ -444,8 +444,8 @@ def test_the_limit_is_for_all_processes_together(tmp_path: Path) -> None:
     assert put(second, needed=True)
     assert not put(first, needed=True)
     assert sum(path.stat().st_size for path in tmp_path.rglob("*.pb")) == 4 * size
-    first.close()
-    second.close()
+    first.close(False)
+    second.close(False)
 
 
 def test_files_are_what_any_otlp_receiver_takes(directory: Path, store: Memory) -> None:

@@ -373,12 +373,16 @@ class Journal:
             return True
         return False
 
-    def close(self) -> None:
-        """The process ends: what is left is free for others to deliver."""
+    def close(self, done: bool) -> None:
+        """The process ends: what is left is free for others to deliver.
+
+        Args:
+            done: MLflow has all runs as they should be, and all scores.
+        """
         with self._lock:
             place, self.place = self.place, None
             if place is not None:
-                if not place.waiting() and not self.kept:
+                if done and not place.waiting():
                     place.discard()
                 place.release()
 

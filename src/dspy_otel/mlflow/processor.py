@@ -405,7 +405,7 @@ class MLflowProcessor(SpanProcessor):
         lost = sum(segment.count for segment in journal.segments if not segment.path and not segment.delivered)
         if lost:
             self._counted(lost, "not_sent")
-        journal.close()
+        journal.close(worker.done)
         if not worker.busy.locked():
             worker.close()
         said = f"MLflow: written: {_listed(account.written) or 'nothing'}"
