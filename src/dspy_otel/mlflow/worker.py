@@ -403,9 +403,8 @@ class Worker:
                 then = "It is lost"
             self._counted(0 if not where else 1, error.cause)
             self._report(f"refused {error.cause}", f"Span {name!r} could not be written: {error} {then}.")
-            trace_id = trace_id_of(int.from_bytes(span[2].trace_id, "big"))
-            gone = [score for score in segment.scores if score.trace_id == trace_id]
-            segment.scores = [score for score in segment.scores if score.trace_id != trace_id]
+            gone = [score for score in segment.scores if _is_of(score, span[2])]
+            segment.scores = [score for score in segment.scores if score not in gone]
             (self.account.refused if where else self.account.dropped)[SCORES] += len(gone)
 
     def _lose(self, count: int, roots: int, why: str) -> None:
@@ -797,6 +796,13 @@ def _body_of(spans: Iterable[tuple[Any, Any, Any]]) -> bytes:
 
 def _roots(spans: Iterable[tuple[Any, Any, Any]]) -> int:
     return sum(not span.parent_span_id for _, _, span in spans)
+
+
+def _is_of(score: Score, span: Any) -> bool:
+    """Whether a score is that of an example's span: then it is made again from what was set aside."""
+    if score.trace_id != trace_id_of(int.from_bytes(span.trace_id, "big")):
+        return False
+    return not span.parent_span_id if score.span_id is None else span.span_id.hex() == score.span_id
 
 
 def _some(values: Mapping[str, str], most: int) -> dict[str, str]:
