@@ -10,7 +10,10 @@ their own. Whoever sends something catches :class:`ExportError` and does what it
 * *refused*: this item, for good. It is set aside on disk, counted, and named in one line.
 
 ``try later`` for a status that may be about the item itself (408, 423, 500) becomes ``split`` when other items got
-through in the meantime: then MLflow is well, and the item is not.
+through between its failures: then MLflow is well, and the item is not.
+
+Only spans can be set aside. What else is refused is lost, so that a refusal of it must be MLflow's own, which has an
+error code: a proxy in between may answer 404 to all for a while.
 """
 
 from __future__ import annotations
@@ -116,19 +119,20 @@ class Answer:
         return "html" in self.kind.lower() or self.body.lstrip()[:1] == b"<"
 
 
-def judge(answer: Answer, *, ours: bool) -> Verdict:
+def judge(answer: Answer, *, ours: bool, spans: bool = False) -> Verdict:
     """What an answer means for what was sent.
 
     Args:
         answer: of the server.
         ours: whether a success has the form that MLflow gives it.
+        spans: those were sent; they are set aside when they are refused, by whomever.
     """
     if answer.ok:
         return Verdict.DELIVERED if ours and not answer.is_page else Verdict.LATER
     status = answer.status
     if status < 400 or status >= 500 or status in _LATER or status in _CREDENTIALS:
         return Verdict.LATER
-    return Verdict.SPLIT
+    return Verdict.SPLIT if spans or answer.error_code is not None else Verdict.LATER
 
 
 def explain(answer: Answer, verdict: Verdict, name: str, what: str = "") -> ExportError:
@@ -195,7 +199,6 @@ class Backoff:
 
     Attributes:
         failures: in a row.
-        successes: in all.
         due: when to try again, by the clock; 0 for now.
         error: the last one, until something succeeds.
     """
@@ -203,7 +206,6 @@ class Backoff:
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self.failures = 0
-        self.successes = 0
         self.due = 0.0
         self.error: ExportError | None = None
 
@@ -223,7 +225,6 @@ class Backoff:
     def succeeded(self) -> bool:
         """An attempt has succeeded; True when the one before it had not."""
         recovered = self.failures > 0
-        self.successes += 1
         self.failures, self.due, self.error = 0, 0.0, None
         return recovered
 

@@ -112,7 +112,7 @@ class Worker:
         self.backend: Backend | None = None
         self.away = Backoff(clock)
         self._spans = Backoff(clock)
-        self._items: dict[tuple[str, str], Backoff] = {}
+        self._items: dict[tuple[str, str], _ItemBackoff] = {}
         """Of what failed of runs and scores, by kind and name."""
         self._successes: Counter[str] = Counter()
         self._written_before = 0
@@ -594,11 +594,10 @@ class Worker:
             self._tolerating("tags", run.key, lambda n=name, v=value: backend.log(run_id, [], {}, {n: v}))  # type: ignore[misc]
 
     # --- failures ---------------------------------------------------------------------------------------------------
-    def _item(self, kind: str, name: str) -> Backoff:
+    def _item(self, kind: str, name: str) -> _ItemBackoff:
         found = self._items.get((kind, name))
         if found is None:
-            found = self._items[kind, name] = Backoff(self._clock)
-            found.successes = self._successes[kind]
+            found = self._items[kind, name] = _ItemBackoff(self._clock)
         return found
 
     def _may_try(self, kind: str, name: str) -> bool:
@@ -620,9 +619,7 @@ class Worker:
                 raise
             item = self._item(kind, name)
             item.failed(error)
-            if error.verdict is Verdict.LATER and not (
-                item.failures > PATIENT_ATTEMPTS and self._successes[kind] > item.successes
-            ):
+            if error.verdict is Verdict.LATER and not item.is_refused(self._successes[kind]):
                 raise
             self._items.pop((kind, name), None)
             self.account.refused[kind] += count
@@ -678,6 +675,27 @@ class Worker:
             self._open.clear()
             self._started.clear()
             self.journal.forget_starts()
+
+
+class _ItemBackoff(Backoff):
+    """When to try an item again, and how often it failed while others of its kind got through."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        super().__init__(clock)
+        self._others = -1
+        self._alone = 0
+
+    def is_refused(self, others: int) -> bool:
+        """Whether it is the item that fails; asked after each failure.
+
+        A success counts for one failure only: those of before an outage say nothing about MLflow during it.
+
+        Args:
+            others: how many of its kind have got through so far.
+        """
+        self._alone += others > self._others >= 0
+        self._others = others
+        return self._alone >= PATIENT_ATTEMPTS
 
 
 class _Helpers:

@@ -85,7 +85,7 @@ class RestBackend:
             headers["Content-Encoding"] = "gzip"
         seconds = self._target.timeout if self._batches else max(self._target.timeout, FIRST_BATCH_SECONDS)
         answer = self._request("POST", "/v1/traces", headers=headers, data=body, seconds=seconds)
-        verdict = judge(answer, ours=_is_otlp(answer))
+        verdict = judge(answer, ours=_is_otlp(answer), spans=True)
         self._batches += 1
         if verdict is Verdict.DELIVERED:
             return
@@ -212,15 +212,22 @@ class RestBackend:
     def experiment_id(self) -> str:
         """The id of the experiment, found or made by the first call."""
         if self._experiment_id is None:
-            self._check_version()
-            self._experiment_id = resolve_experiment(
-                self._target.named_experiment,
-                self._target.create,
-                lambda one: _experiment(self._rest("GET", "experiments/get", params={"experiment_id": one})),
-                lambda one: _experiment(self._rest("GET", "experiments/get-by-name", params={"experiment_name": one})),
-                lambda one: str(self._post("experiments/create", {"name": one})["experiment_id"]),
-            )
+            try:
+                self._experiment_id = self._find_experiment()
+            except ExportError as error:
+                error.away = True  # it is not about what was to be written
+                raise
         return self._experiment_id
+
+    def _find_experiment(self) -> str:
+        self._check_version()
+        return resolve_experiment(
+            self._target.named_experiment,
+            self._target.create,
+            lambda one: _experiment(self._rest("GET", "experiments/get", params={"experiment_id": one})),
+            lambda one: _experiment(self._rest("GET", "experiments/get-by-name", params={"experiment_name": one})),
+            lambda one: str(self._post("experiments/create", {"name": one})["experiment_id"]),
+        )
 
     def hurry(self, until: float) -> None:
         """No request may take longer."""
