@@ -40,6 +40,8 @@ from opentelemetry.sdk.trace import ReadableSpan
 
 from dspy_otel.mlflow.locks import lock_for
 from dspy_otel.mlflow.runs import Score
+from dspy_otel.mlflow.translate import finished
+from dspy_otel.record.otlp import encode
 
 ENV_SPOOL: Final = "OTEL_DSPY_SPOOL"
 ENV_SPOOL_LIMIT: Final = "OTEL_DSPY_SPOOL_LIMIT"
@@ -353,6 +355,11 @@ class Journal:
                     self.kept.remove(segment)
                     if segment.path is not None:
                         _remove(segment.path)
+
+    def finish(self, group: str) -> None:
+        """MLflow has an optimization or evaluation in full: its start is of no use any more."""
+        if self.place is not None:
+            self.start(encode([finished(group)]))
 
     def forget_starts(self) -> None:
         """No optimization or evaluation runs, and MLflow has all of them."""

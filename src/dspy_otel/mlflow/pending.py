@@ -132,10 +132,9 @@ class PendingRuns:
         self._take(self.history.start(span), outside, group)
 
     def refresh(self) -> None:
-        """Take over what running compiles have said since they started: most parameters come after the start."""
+        """Take over what compiles have said since they started, until their end is here: most parameters come later."""
         for span in self._live.values():
-            if span.end_time is None:
-                self._take(self.history.start(span), None, None)
+            self._take(self.history.start(span), None, None)
 
     def end(self, span: ReadableSpan, group: str = "") -> None:
         """A span has ended."""

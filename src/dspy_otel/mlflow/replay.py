@@ -34,7 +34,7 @@ from dspy_otel.mlflow.pending import PendingRuns
 from dspy_otel.mlflow.retry import ExportError
 from dspy_otel.mlflow.runs import evaluation_key, key_of
 from dspy_otel.mlflow.target import Target, public_uri
-from dspy_otel.mlflow.translate import outside_of, restore, translate
+from dspy_otel.mlflow.translate import finished_group, outside_of, restore, translate
 from dspy_otel.mlflow.worker import ARTIFACTS, RUNS, SCORES, SPANS, TRACES, Worker, group_of, versions
 from dspy_otel.record.history import History, starts
 from dspy_otel.record.otlp import decode, decode_lines, encode
@@ -243,9 +243,7 @@ class _Delivery:
         A span may be there twice: in its segment, and set aside. One that is only set aside, and whose start is not
         there any more, adds nothing to a run: MLflow had that in full when the start was removed.
         """
-        begun: list[ReadableSpan] = []
-        if isinstance(self._source, Place):
-            begun = [span for span in decode(self._source.starts()) if is_ours(span)]
+        begun, over = self._begun()
         outside = {span.context.span_id: outside_of(span) for span in begun if span.context is not None}
         ended: dict[int, ReadableSpan] = {}
         set_aside: dict[int, ReadableSpan] = {}
@@ -253,7 +251,8 @@ class _Delivery:
             found = set_aside if path is not None and is_refused(path) else ended
             for span in spans:
                 if is_ours(span) and kind_of(span) in _STRUCTURE and span.context is not None:
-                    found.setdefault(span.context.span_id, span)
+                    if group_of(span) not in over:
+                        found.setdefault(span.context.span_id, span)
         for span_id, span in set_aside.items():
             if span_id in outside:
                 ended.setdefault(span_id, span)
@@ -267,6 +266,20 @@ class _Delivery:
             if self._foreign and run.parent is None and run.above is not None:
                 self.worker.find(run.above)
         return structure
+
+    def _begun(self) -> tuple[list[ReadableSpan], set[str]]:
+        """Spans as they started, and the optimizations and evaluations that MLflow has in full."""
+        begun: list[ReadableSpan] = []
+        over: set[str] = set()
+        for span in decode(self._source.starts()) if isinstance(self._source, Place) else ():
+            group = finished_group(span)
+            if group is not None:
+                over.add(group)
+                begun = [one for one in begun if group_of(one) != group]
+            elif is_ours(span):
+                over.discard(group_of(span))  # it was resumed
+                begun.append(span)
+        return begun, over
 
     def _batches(self) -> Iterator[tuple[Path | None, list[ReadableSpan]]]:
         if isinstance(self._source, _Files):
@@ -330,7 +343,7 @@ class _Delivery:
             away = self.worker.away
             if away.error is not None and (away.error.permanent or away.failures >= MOST_FAILURES):
                 raise away.error
-            if any(segment.failures > 2 * MOST_FAILURES for segment in self._journal.segments):
+            if self.worker.failures > 2 * MOST_FAILURES:
                 raise ExportError("refused", "MLflow answers with errors")
             if not self.worker.done:
                 time.sleep(min(self.worker.wait_seconds(), 1.0))

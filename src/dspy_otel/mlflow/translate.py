@@ -22,7 +22,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from opentelemetry.sdk.trace import Event, ReadableSpan
-from opentelemetry.trace import Link, Status, StatusCode
+from opentelemetry.trace import Link, SpanContext, Status, StatusCode
 from opentelemetry.util.types import AttributeValue
 
 from dspy_otel import semconv
@@ -42,6 +42,7 @@ TAG_PREFIX: Final = "mlflow.traceTag."
 OUTSIDE_RUN: Final = "mlflow.run.id"
 OUTSIDE_EXPERIMENT: Final = "mlflow.experiment.id"
 """On spans that have started, in the journal only: the run of the user's own around them."""
+FINISHED: Final = "dspy_otel.finished"
 TRACE_NAME: Final = TAG_PREFIX + "mlflow.traceName"
 _HALF_ESCAPE: Final = re.compile(
     r"(?<!\\)(?:\\\\)*(?:\\u[dD][89abAB][0-9a-fA-F]{2}(?!\\u[dD][c-fC-F])|"
@@ -161,6 +162,18 @@ def outside_of(span: ReadableSpan) -> Outside | None:
     at = span.attributes or {}
     experiment = at.get(OUTSIDE_EXPERIMENT)
     return Outside(str(at[OUTSIDE_RUN]), None if experiment is None else str(experiment)) if OUTSIDE_RUN in at else None
+
+
+def finished(group: str) -> ReadableSpan:
+    """Stands in the journal for the end of an optimization or evaluation that MLflow has in full."""
+    context = SpanContext(1, 1, is_remote=False)
+    return ReadableSpan(FINISHED, context, attributes={FINISHED: group}, start_time=0, end_time=0)
+
+
+def finished_group(span: ReadableSpan) -> str | None:
+    """What such a span is the end of; None for any other span."""
+    group = (span.attributes or {}).get(FINISHED)
+    return None if group is None else str(group)
 
 
 # --- text that cannot be sent ---------------------------------------------------------------------------------------

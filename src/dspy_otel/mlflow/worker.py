@@ -121,6 +121,8 @@ class Worker:
         self._starts: deque[tuple[ReadableSpan, Outside | None, int]] = deque()
         self._started: set[tuple[int, int]] = set()
         self._open: Counter[str] = Counter()
+        self._groups: set[str] = set()
+        """Optimizations and evaluations whose start is in the journal."""
         self._ids: dict[str, CreatedRun] = {}
         self._counted_runs: set[int] = set()
         self._reported: set[str] = set()
@@ -138,6 +140,14 @@ class Worker:
     def done(self) -> bool:
         """Whether MLflow has everything that it will take."""
         return not (self._starts or self.journal.segments or self.lacking)
+
+    @property
+    def failures(self) -> int:
+        """How often one thing has failed, in a row: the most of all."""
+        return max(
+            (one.failures for one in (*self.journal.segments, *list(self._items.values()))),
+            default=0,
+        )
 
     @property
     def lacking(self) -> list[Pending]:
@@ -165,6 +175,7 @@ class Worker:
                     self.backend = self._connect()
                 if self._wants_runs:
                     self._write_runs(self.backend)
+                    self._finish_groups()
                 self._deliver_all(self.backend)
             except ExportError as error:
                 self._failed(error)
@@ -217,6 +228,8 @@ class Worker:
 
     def _digest_up_to(self, segments: list[Segment], number: int) -> None:
         while segments and segments[0].number <= number:
+            with contextlib.suppress(Exception):
+                self.pending.refresh()  # a trial's dataset is that of its compile, which may have come with its end
             self.digest(segments.pop(0))
 
     def _start(self, span: ReadableSpan, outside: Outside | None) -> None:
@@ -227,6 +240,7 @@ class Worker:
             if ids not in self._started:
                 self._started.add(ids)
                 self._open[group_of(span)] += 1
+                self._groups.add(group_of(span))
             self.pending.start(span, outside, group_of(span))
         except Exception:
             _logger.debug("the start of %r is not followed", span.name, exc_info=True)
@@ -662,6 +676,13 @@ class Worker:
     # --- what is needed no more -------------------------------------------------------------------------------------
     def _needed(self, group: str) -> bool:
         return self._open[group] > 0 or any(run.group == group for run in self.lacking)
+
+    def _finish_groups(self) -> None:
+        """Note in the journal which optimizations and evaluations are over, and in MLflow as they should be."""
+        lacking = {run.group for run in self.lacking}
+        for group in [one for one in self._groups if one not in lacking and self._open[one] <= 0]:
+            self._groups.discard(group)
+            self.journal.finish(group)
 
     def _settle(self) -> None:
         for run in list(self.pending.runs.values()):
