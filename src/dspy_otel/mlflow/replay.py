@@ -300,6 +300,7 @@ class _Delivery:
             kind = kind_of(span)
             if kind is Kind.EXAMPLE and span.context is not None:
                 if span.context.span_id in self._examples:
+                    self.worker.place(span, segment)
                     continue
                 self._examples.add(span.context.span_id)
             if kind not in _STRUCTURE:

@@ -272,6 +272,13 @@ class Worker:
                 self._open[group_of(span)] -= 1
             if kind is not Kind.OTHER:
                 self.pending.end(span, group_of(span))
+            self.place(span, segment)
+        except Exception:
+            _logger.debug("the end of %r is not followed", span.name, exc_info=True)
+
+    def place(self, span: ReadableSpan, segment: Segment) -> None:
+        """Find out which run the trace of an ended span belongs to, and what its score is."""
+        with contextlib.suppress(Exception):
             trace = self.pending.history.trace(span)
             if trace is None:
                 return
@@ -281,8 +288,6 @@ class Worker:
             if score is not None:
                 segment.scores.append(score)
                 self.account.produced[SCORES] += 1
-        except Exception:
-            _logger.debug("the end of %r is not followed", span.name, exc_info=True)
 
     def _count_runs(self) -> None:
         for run in self.pending.runs.values():
