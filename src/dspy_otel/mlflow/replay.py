@@ -250,9 +250,9 @@ class _Delivery:
         for path, spans in self._batches():
             found = set_aside if path is not None and is_refused(path) else ended
             for span in spans:
-                if is_ours(span) and kind_of(span) in _STRUCTURE and span.context is not None:
-                    if group_of(span) not in over:
-                        found.setdefault(span.context.span_id, span)
+                structural = is_ours(span) and kind_of(span) in _STRUCTURE
+                if structural and span.context is not None and group_of(span) not in over:
+                    found.setdefault(span.context.span_id, span)
         for span_id, span in set_aside.items():
             if span_id in outside:
                 ended.setdefault(span_id, span)

@@ -144,10 +144,8 @@ class Worker:
     @property
     def failures(self) -> int:
         """How often one thing has failed, in a row: the most of all."""
-        return max(
-            (one.failures for one in (*self.journal.segments, *list(self._items.values()))),
-            default=0,
-        )
+        failing = [segment.failures for segment in self.journal.segments]
+        return max([*failing, *(item.failures for item in list(self._items.values()))], default=0)
 
     @property
     def lacking(self) -> list[Pending]:
