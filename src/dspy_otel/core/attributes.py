@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TypeAlias
 
+from opentelemetry.trace import Span
+
 from dspy_otel.content.truncation import repaired
 
 AttributeValue: TypeAlias = (
@@ -34,6 +36,17 @@ def repair(attributes: Attributes) -> None:
             mended = [sendable(each) if isinstance(each, str) else each for each in value]
             if mended != list(value):
                 attributes[key] = mended
+
+
+def restore_dropped(span: Span, attributes: ReadOnlyAttributes) -> None:
+    """Set the attributes that a span was started with once more, if its sampler has dropped them.
+
+    A span of the SDK starts with the attributes of its sampler's result. A sampler of a program's own that returns
+    none, or only its own, would leave a compile without its run id, and so without its MLflow run.
+    """
+    kept = getattr(span, "attributes", None)
+    if kept is not None and attributes and next(iter(attributes)) not in kept:
+        span.set_attributes(attributes)
 
 
 def sendable(text: str) -> str:

@@ -25,6 +25,7 @@ from opentelemetry.trace import (
     set_span_in_context,
 )
 
+from dspy_otel.core.attributes import restore_dropped
 from dspy_otel.core.call_context import without_call_context
 from dspy_otel.core.id_generator import SystemIds
 
@@ -143,6 +144,7 @@ class DeferredSpan(Span):
         real = self._trace.tracer.start_span(
             self._name, around, self._kind, self._attributes, self._links or None, self._started, **self._options
         )
+        restore_dropped(real, self._attributes)
         for name, attributes, when in self._events:
             real.add_event(name, attributes, when)
         if self._status is not None:

@@ -29,7 +29,7 @@ from opentelemetry.trace import (
 )
 
 from dspy_otel import semconv
-from dspy_otel.core.attributes import Attributes, repair, sendable
+from dspy_otel.core.attributes import Attributes, repair, restore_dropped, sendable
 from dspy_otel.core.call_context import CallContext, current_call_context, inside, suppressed
 from dspy_otel.core.errors import Recorded, error_type, exception_attributes, hide_frames
 from dspy_otel.core.internal_errors import failed
@@ -252,6 +252,7 @@ class Operation:
         call.attributes = {}
         call.identity = None
         if call.recording:
+            restore_dropped(call.span, start.attributes)
             if start.identity:
                 call.identity = {key: start.attributes[key] for key in start.identity if key in start.attributes}
             try:

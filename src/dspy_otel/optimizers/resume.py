@@ -26,7 +26,7 @@ from opentelemetry.trace import (
 )
 
 from dspy_otel import semconv
-from dspy_otel.core.attributes import Attributes
+from dspy_otel.core.attributes import Attributes, restore_dropped
 from dspy_otel.core.id_generator import given_ids
 from dspy_otel.core.operation import Call
 from dspy_otel.core.telemetry import Telemetry
@@ -131,6 +131,7 @@ class Attempt:
                 links=[Link(_context(*before["link"]))] if len(before.get("link", ())) == 2 else None,
                 start_time=before["started"],
             )
+        restore_dropped(span, said)
         span.set_status(Status(StatusCode.ERROR, "the process ended without a word"))
         span.end(before["written"])
 
