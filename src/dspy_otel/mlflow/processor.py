@@ -383,8 +383,7 @@ class MLflowProcessor(SpanProcessor):
             now = 0 if backend is None else backend.answered
             if now != progress:
                 progress, since = now, time.monotonic()
-            written = self.worker.account.written
-            hangs = self._target.is_server and not (written[SPANS] or written["runs"])
+            hangs = self._target.is_server and not now
             stuck = any(segment.failures for segment in self.journal.segments)
             if (hangs or stuck) and time.monotonic() - since > HANGS_AFTER:
                 return
