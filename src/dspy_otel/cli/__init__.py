@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="record prompts and answers (default: yes, the data is public)",
     )
     demo.add_argument("--quick", action="store_true", help="less data and fewer trials")
-    replay.add_parser(commands)
+    replay.add_command(commands)
     report.add_command(commands)
     options = parser.parse_args(argv)
     if options.command == "replay":
@@ -70,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         needed = [_PACKAGES_OF_REPORT[module] for module in modules if not _installed(module)]
         if needed:
             return _refuse(f"the report needs {', '.join(needed)}. Install it with: pip install 'dspy-otel[mlflow]'")
-        return report.run_report(options)
+        return report.run(options)
 
     missing = [package for module, package in _PACKAGES_OF_DEMO.items() if not _installed(module)]
     if missing:

@@ -13,13 +13,13 @@ spool (OTEL_DSPY_SPOOL; by default the user's state directory). What is delivere
 a Collector has written, in protobuf or lines of JSON, can be delivered too."""
 
 
-def add_parser(commands: Any) -> None:
-    """Add the subcommand."""
-    parser = commands.add_parser("replay", help="deliver to MLflow what could not be sent", description=DESCRIPTION)
-    parser.add_argument("source", nargs="*", type=Path, metavar="DIR|FILE", help="default: the spool of all programs")
-    parser.add_argument("--to", metavar="URI", help="an MLflow other than the one it was meant for")
-    parser.add_argument("--experiment", metavar="NAME|ID", help="another experiment")
-    parser.add_argument("--list", action="store_true", help="list the contents and deliver nothing")
+def add_command(commands: Any) -> None:
+    """Add the command to the parser's subcommands."""
+    command = commands.add_parser("replay", help="deliver to MLflow what could not be sent", description=DESCRIPTION)
+    command.add_argument("source", nargs="*", type=Path, metavar="DIR|FILE", help="default: the spool of all programs")
+    command.add_argument("--to", metavar="URI", help="an MLflow other than the one it was meant for")
+    command.add_argument("--experiment", metavar="NAME|ID", help="another experiment")
+    command.add_argument("--list", action="store_true", help="list the contents and deliver nothing")
 
 
 def run(options: argparse.Namespace) -> int:

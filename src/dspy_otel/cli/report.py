@@ -34,7 +34,7 @@ def add_command(commands: Any) -> None:
     )
 
 
-def run_report(options: argparse.Namespace) -> int:
+def run(options: argparse.Namespace) -> int:
     """Make the report, and print where it is. Returns the exit status."""
     from dspy_otel.report import render
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import secrets as random_source
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Final
@@ -62,11 +61,6 @@ class CompileOperation(Operation):
             from dspy_otel.optimizers.progress import ProgressDisplay
 
             self.display = ProgressDisplay()
-
-    def wrap(self, original: Callable[..., Any], override_of: type | None = None) -> Callable[..., Any]:
-        if inspect.iscoroutinefunction(original):
-            return self.wrap_async(original, override_of)
-        return super().wrap(original, override_of)
 
     def start(
         self, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any], parent: CallContext | None

@@ -115,6 +115,7 @@ def read(span: ReadableSpan, kind: Kind) -> Part | None:
     if reader is None:
         return None
     at = span.attributes or {}
+    # Another thread may set attributes of an open span meanwhile: they are copied.
     return reader(span, dict(at) if span.end_time is None else at)  # type: ignore[no-any-return]
 
 

@@ -78,6 +78,30 @@ def graph(report: Optimization, names: Mapping[str, str]) -> Element | None:
     if max(depths(every).values(), default=0) < 2:
         return None
     line = ancestors(every, report.returned_id)
+    found = _selected(every, line)
+    at = _positions(found)
+    edges = [
+        tag("path", d=_edge(at[parent], at[name]), class_="edge line" if {name, parent} <= line else "edge")
+        for name, node in found.items()
+        for parent in node.parents
+        if parent in at
+    ]
+    dots = [_dot(report, found[name], at[name], names) for name in found]
+    size = {
+        "width": max(x for x, _ in at.values()) + _MARGIN + 70,
+        "height": round(max(y for _, y in at.values())) + _MARGIN,
+    }
+    description = f"{len(found)} candidates and what they were made from"
+    picture = tag(
+        "svg", edges, dots, viewBox=f"0 0 {size['width']} {size['height']}", role="img", aria_label=description, **size
+    )
+    left_out = len(every) - len(found)
+    note = tag("p", f"{left_out} candidates with lower scores are not drawn.", class_="note") if left_out else None
+    return tag("div", tag("div", picture, class_="wide"), note)
+
+
+def _selected(every: Mapping[str, Node], line: set[str]) -> dict[str, Node]:
+    """The candidates that are drawn: those of ``line`` and those with the best scores, with their ancestors."""
     ranked = sorted(
         every.values(),
         key=lambda node: (node.id not in line, node.score is None, -(node.score or 0), node.accepted is False),
@@ -86,7 +110,11 @@ def graph(report: Optimization, names: Mapping[str, str]) -> Element | None:
     for node in ranked[: MAX_NODES // 2]:  # a candidate is of little use without its parents
         if len(kept) < MAX_NODES * 2:
             kept |= ancestors(every, node.id)
-    found = {name: node for name, node in every.items() if name in kept}
+    return {name: node for name, node in every.items() if name in kept}
+
+
+def _positions(found: Mapping[str, Node]) -> dict[str, tuple[int, float]]:
+    """Where each candidate is drawn: generations from left to right, each candidate near the height of its parents."""
     depth = depths(found)
     height: dict[str, float] = {}
     layers: list[list[str]] = [[] for _ in range(1 + max(depth.values()))]
@@ -103,23 +131,7 @@ def graph(report: Optimization, names: Mapping[str, str]) -> Element | None:
         start = (tallest - len(layer)) / 2
         for place, name in enumerate(layer):
             height[name] = start + place
-    at = {name: (_MARGIN + depth[name] * _ACROSS, _MARGIN + height[name] * _DOWN) for name in found}
-    edges = [
-        tag("path", d=_edge(at[parent], at[name]), class_="edge line" if {name, parent} <= line else "edge")
-        for name, node in found.items()
-        for parent in node.parents
-        if parent in at
-    ]
-    dots = [_dot(report, found[name], at[name], names) for name in found]
-    width = _MARGIN * 2 + (len(layers) - 1) * _ACROSS + 70
-    size = {"width": width, "height": _MARGIN * 2 + (tallest - 1) * _DOWN}
-    description = f"{len(found)} candidates and what they were made from"
-    picture = tag(
-        "svg", edges, dots, viewBox=f"0 0 {size['width']} {size['height']}", role="img", aria_label=description, **size
-    )
-    left_out = len(every) - len(found)
-    note = tag("p", f"{left_out} candidates with lower scores are not drawn.", class_="note") if left_out else None
-    return tag("div", tag("div", picture, class_="wide"), note)
+    return {name: (_MARGIN + depth[name] * _ACROSS, _MARGIN + height[name] * _DOWN) for name in found}
 
 
 def _edge(start: tuple[float, float], end: tuple[float, float]) -> str:

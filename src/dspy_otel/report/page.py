@@ -15,7 +15,7 @@ from dspy_otel.report import charts, lineage
 from dspy_otel.report.charts import score_text
 from dspy_otel.report.examples import Compared, compared
 from dspy_otel.report.markup import Child, cut, document, tag
-from dspy_otel.report.words import ADDED, REMOVED, differences
+from dspy_otel.report.words import differences
 from dspy_otel.version import __version__
 
 MAX_TRIALS: Final = 500
@@ -455,7 +455,7 @@ def _changes(seed: Mapping[str, Predictor], program: Mapping[str, Predictor]) ->
 def _text_changes(before: str, after: str) -> Element:
     pieces: list[Child] = []
     for piece in differences(cut(before, MAX_TEXT), cut(after, MAX_TEXT)):
-        name = {ADDED: "ins", REMOVED: "del"}.get(piece.kind)
+        name = {"added": "ins", "removed": "del"}.get(piece.kind)
         pieces.append(piece.text if name is None else tag(name, piece.text))
     return tag("div", pieces, class_="text")
 

@@ -13,8 +13,6 @@ _MOST_WORK: Final = 50_000
 """Pairs of equal words, one in each text, up to which texts are compared word by word; beyond, line by line, or not at
 all. Two unlike texts of a thousand words have a third of it; a model that repeats one word without end has more."""
 
-SAME, ADDED, REMOVED = "same", "added", "removed"
-
 
 class Piece(NamedTuple):
     """A part of a text."""
