@@ -204,6 +204,16 @@ class Patches:
                 setattr(owner, replaced.name, replaced.own)
 
 
+def hooked(function: Callable[..., Any], before: Around) -> Callable[..., Any]:
+    """``function`` with a hook around each call: for a function that is no attribute of a class or a module.
+
+    Args:
+        function: a function, or a coroutine function.
+        before: as for :meth:`Patches.around`; its instance is ``None``.
+    """
+    return _hooked(function, False, f"hook of {getattr(function, '__name__', 'a function')}", before, None)
+
+
 def _hooked(
     original: Callable[..., Any], bound: bool, where: str, before: Around | None, after: After | None
 ) -> Callable[..., Any]:

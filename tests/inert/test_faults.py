@@ -405,7 +405,7 @@ def test_a_faulty_logging_handler_of_the_user(telemetry: Any) -> None:
 
 MACHINERY = {
     # What makes everything else safe; a fault in them is tested by what they make safe.
-    *("operations.parallel.bind", "optimizers.trials.current_run", "propagation.inject", "propagation.attach"),
+    *("operations.parallel.bind", "optimizers.state.current_tracker", "propagation.inject", "propagation.attach"),
     *("core.errors.hide_frames", "core.errors.without_our_frames"),
     *("core.internal_errors.failed", "core.internal_errors.warn_once", "core.internal_errors.reset_warnings"),
     *(f"core.internal_errors.guard.{method}" for method in ("__init__", "__enter__", "__exit__", "__call__")),
@@ -419,19 +419,20 @@ MACHINERY = {
     # What stands in for a function of DSPy's, and what gives it back.
     *(
         "optimizers.trackers.simba._Observed.__call__",
-        "optimizers.trackers.simba._Strategies.give_back",
+        "optimizers.trackers.simba._Strategies.restore",
         "optimizers.trackers.simba.SIMBATracker.end",
     ),
     "optimizers.trackers.gepa.Observer.__getattr__",
     # What registers the trackers, before anything of DSPy's is wrapped.
-    *("optimizers.tracker.tracks", "optimizers.tracker.registered", "optimizers.trackers.load"),
+    *("optimizers.tracker.tracks", "optimizers.tracker.hooks", "optimizers.tracker.registered"),
+    "optimizers.trackers.load",
 }
 AT_TIMES = re.compile(
     r"\.redaction\.(\w*environment\w*|_Pattern\.__(getattr|init)__|_in_any_case|_kind|_names|_rules)$|is_secret_name$|OwnJitter|given_ids|__missing__$"
 )
 """Called when something has changed since the last time, or once in a process: which may not be so at the next."""
 
-AT_INSTRUMENT = ("wrap", "around", "watch", "patch", "guarded", "__init_subclass__", "with_system_ids", "as_evaluation")
+AT_INSTRUMENT = ("wrap", "around", "watch", "patch", "guarded", "__init_subclass__", "with_system_ids", "hook")
 """What makes the wrappers; what is made there is tested."""
 
 

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import copy
 import importlib
+import pkgutil
 import random
 from collections import Counter
 from typing import Any
 
 import dspy
 import pytest
+import rich.style  # noqa: F401  (GEPA imports it when it first runs, which takes a random number)
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dspy_otel import program_id
+from dspy_otel.optimizers import trackers
+from dspy_otel.optimizers.tracker import registered
 from tests.optimizers import common
 from tests.optimizers.common import quietly, scripted_lm
 from tests.support.spans import Recorder
@@ -110,6 +114,28 @@ def test_every_hook_is_taken_back(telemetry: Any) -> None:
     assert all(new is old for new, old in zip(current(), before, strict=True))
 
 
+def test_whatever_a_file_of_trackers_has_is_registered() -> None:
+    """A file whose tracker or hooks were not registered would be silent in a program."""
+    trackers.load()
+    kinds, hooks = registered()
+    for found in pkgutil.iter_modules(trackers.__path__):
+        file = importlib.import_module(f"{trackers.__name__}.{found.name}")
+        assert file.__name__ in {kind.__module__ for kind in kinds.values()}
+        given = [value for value in vars(file).values() if "Patches" in str(getattr(value, "__annotations__", ""))]
+        assert given == [function for function in hooks if function.__module__ == file.__name__], file.__name__
+
+
+def test_whatever_is_registered_is_an_optimizer_of_dspy() -> None:
+    trackers.load()
+    for found in pkgutil.walk_packages(dspy.teleprompt.__path__, "dspy.teleprompt."):
+        importlib.import_module(found.name)
+    known, waiting = {"ReAnchor"}, [dspy.teleprompt.Teleprompter]  # it is new in DSPy 3.4
+    while waiting:
+        known.add(waiting[-1].__name__)
+        waiting += waiting.pop().__subclasses__()
+    assert set(registered()[0]) <= known
+
+
 def test_a_missing_hook_costs_its_detail_and_one_warning(
     telemetry: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -141,12 +167,12 @@ def test_a_hook_that_raises_costs_its_detail_and_one_warning(
 
     telemetry.instrument()
     bare = {name: outcome(name, 1) for name in ("MIPROv2", "GEPA", "SIMBA")}
-    for plan in (MIPROv2Tracker, GEPATracker, SIMBATracker):
+    for tracker in (MIPROv2Tracker, GEPATracker, SIMBATracker):
         for method in ("begin", "end", "evaluation", "params", "score", "scored"):
-            monkeypatch.setattr(plan, method, broken)
-        for method in [name for name in vars(plan) if name.startswith(("on_", "new_step", "evaluated", "phase"))]:
-            if callable(getattr(plan, method)):
-                monkeypatch.setattr(plan, method, broken)
+            monkeypatch.setattr(tracker, method, broken)
+        for method in [name for name in vars(tracker) if name.startswith(("on_", "new_step", "evaluated", "phase"))]:
+            if callable(getattr(tracker, method)):
+                monkeypatch.setattr(tracker, method, broken)
     telemetry.clear()
     for name, expected in bare.items():
         assert outcome(name, 1) == expected

@@ -192,12 +192,11 @@ def test_a_file_that_is_not_ours_is_no_attempt(telemetry: Any, tmp_path: Path, t
     assert json.loads((tmp_path / FILE).read_text(encoding="utf-8"))["outcome"] == "finished"
 
 
-@pytest.mark.injects_faults
 def test_trials_that_make_no_sense_cost_the_resumption_only(telemetry: Any, tmp_path: Path) -> None:
     telemetry.instrument()
     quietly(run_gepa_digits, calls=30, log_dir=str(tmp_path))
     state = json.loads((tmp_path / FILE).read_text(encoding="utf-8"))
-    (tmp_path / FILE).write_text(json.dumps({**state, "trials": [[1, 2]]}), encoding="utf-8")
+    (tmp_path / FILE).write_text(json.dumps({**state, "run": {**state["run"], "trials": [[1, 2]]}}), encoding="utf-8")
     program, _ = quietly(run_gepa_digits, calls=60, log_dir=str(tmp_path))
     assert program.detailed_results.total_metric_calls >= 60
     first, second = telemetry.named("compile GEPA")

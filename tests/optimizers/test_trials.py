@@ -128,7 +128,7 @@ def test_simba_trials_are_its_own_scores(telemetry: Any) -> None:
             patch.setattr(
                 CompileOperation,
                 "measure",
-                lambda self, call, *rest: planned.append(call.context.state.run.planned_examples)
+                lambda self, call, *rest: planned.append(call.context.state.tracker.run.planned_examples)
                 or remember(self, call, *rest),
             )
             program, _ = quietly(common.run_simba, lm)

@@ -52,6 +52,13 @@ class ParallelOperation(Operation):
     def result(self, call: Call, result: Any, error: BaseException | None) -> Attributes:
         return {semconv.PARALLEL_FAILURES: len(call.instance.failed_indices)}
 
+    @classmethod
+    def caller(cls, context: CallContext | None) -> CallContext | None:
+        """``context``, or the nearest one around it that is more than worker threads."""
+        while context is not None and context.kind == cls.kind:
+            context = context.parent
+        return context
+
     def wrap_execute(self, original: Callable[..., Any]) -> Callable[..., Any]:
         """In place of ``ParallelExecutor.execute(function, data)``."""
 

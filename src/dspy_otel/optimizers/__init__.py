@@ -13,16 +13,13 @@ from dspy_otel.core.telemetry import Telemetry
 from dspy_otel.operations.program import Programs
 from dspy_otel.optimizers import trackers
 from dspy_otel.optimizers.compile import CompileOperation
+from dspy_otel.optimizers.evaluations import CandidateEvaluation, CandidateExample
 from dspy_otel.optimizers.lineage import optimization
+from dspy_otel.optimizers.modules import DirectModule
+from dspy_otel.optimizers.phases import PhaseOperation
+from dspy_otel.optimizers.state import current_tracker
 from dspy_otel.optimizers.tracker import Tracker, registered
-from dspy_otel.optimizers.trials import (
-    CandidateEvaluation,
-    CandidateExample,
-    DirectModule,
-    PhaseOperation,
-    TrialOperation,
-    current_run,
-)
+from dspy_otel.optimizers.trials import TrialOperation
 from dspy_otel.patching import Patches
 
 _Tracker = TypeVar("_Tracker", bound=Tracker)
@@ -48,12 +45,12 @@ class Optimizers:
         self.evaluate = CandidateEvaluation(telemetry, programs, self.phases, self.trials)
         self.example = CandidateExample(telemetry, programs)
         self.module = DirectModule(telemetry, programs, self.phases)
-        self._files = trackers.load()
-        self.trackers = registered()
+        trackers.load()
+        self.trackers, self._hooks = registered()
         self.compile = CompileOperation(telemetry, programs, self.tracker_for)
 
     def tracker_for(self, optimizer: Any) -> type[Tracker]:
-        """The tracker of an optimizer: that of its nearest class of DSPy's which has one."""
+        """The tracker of an optimizer: the one of its class, or of the nearest base class in DSPy that has one."""
         for kind in type(optimizer).__mro__:
             if kind.__module__.startswith("dspy.") and kind.__name__ in self.trackers:
                 return self.trackers[kind.__name__]
@@ -61,16 +58,14 @@ class Optimizers:
 
     @guard("optimizer")
     def running(self, kind: type[_Tracker]) -> _Tracker | None:
-        """The tracker of the optimization that runs here, if it is one of this kind."""
-        run = current_run(self.phases)
-        return run.tracker if run is not None and isinstance(run.tracker, kind) else None
+        """The tracker of the innermost optimization that this thread works for, if it is one of this kind."""
+        tracker = current_tracker(self.telemetry)
+        return tracker if isinstance(tracker, kind) else None
 
     def patch(self, patches: Patches) -> None:
         """Put the hooks of single optimizers in force; one that this DSPy lacks costs its detail and a warning."""
-        for file in self._files:
-            patch = getattr(file, "patch", None)
-            if patch is not None:
-                patch(self, patches)
+        for patch in self._hooks:
+            patch(self, patches)
 
 
 __all__ = ["Optimizers", "optimization"]

@@ -6,6 +6,8 @@ import secrets as random_source
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Final
 
+from opentelemetry.trace import Link
+
 from dspy_otel import semconv
 from dspy_otel.core.attributes import Attributes
 from dspy_otel.core.call_context import CallContext, current_call_context
@@ -14,19 +16,25 @@ from dspy_otel.core.operation import Call, Operation, Start, openinference
 from dspy_otel.core.usage import Totals
 from dspy_otel.operations.program import Programs
 from dspy_otel.optimizers.lineage import remember_winner
-from dspy_otel.optimizers.parameters import bound_arguments, constructor_arguments, is_dataset, parameter_attributes
+from dspy_otel.optimizers.parameters import (
+    bound_arguments,
+    constructor_arguments,
+    dataset_attributes,
+    is_dataset,
+    parameter_attributes,
+)
 from dspy_otel.optimizers.program_state import put_state, state_of
-from dspy_otel.optimizers.run import CompileState, Run, run_of
+from dspy_otel.optimizers.resume import Checkpoint
+from dspy_otel.optimizers.run import Run
+from dspy_otel.optimizers.state import CompileState, run_of
 from dspy_otel.optimizers.tracker import Tracker
-from dspy_otel.optimizers.trials import dataset_attributes
 
 if TYPE_CHECKING:
     from dspy_otel.optimizers.progress import ProgressDisplay
-    from dspy_otel.optimizers.resume import Attempt
 
-# Attributes that count within one run: an optimization inside another one does not inherit them.
+# Attributes that belong to one run: an optimization inside another one does not inherit them.
 _OF_ONE_RUN: Final = (semconv.OPTIMIZER_PHASE, semconv.TRIAL_NUMBER, semconv.CANDIDATE_ID)
-# How a compile inside another one tells where in that it is.
+# The place of a compile inside another one, by attributes of its own.
 _OF_PARENT: Final = (
     (semconv.OPTIMIZER_PHASE, semconv.OPTIMIZER_PARENT_PHASE),
     (semconv.TRIAL_NUMBER, semconv.OPTIMIZER_PARENT_TRIAL),
@@ -38,8 +46,8 @@ class CompileOperation(Operation):
 
     Args:
         telemetry: where to record.
-        programs: knows the programs' ids.
-        tracker_for: gives the class of the tracker of an optimizer.
+        programs: the programs and their ids.
+        tracker_for: returns the class of an optimizer's tracker.
     """
 
     kind = "compile"
@@ -70,15 +78,21 @@ class CompileOperation(Operation):
         context.program = None
         context.totals = (*context.totals, totals)
         name = type(instance).__name__
-        run = Run(self.telemetry, random_source.token_hex(8), name, context, totals, run_of(parent))
+        kind = self.tracker_for(instance)
+        run = Run(self.telemetry, random_source.token_hex(8), name, context, totals, kind.scale, run_of(parent))
         around = run.parent is not None and run.parent.inference_time
         run.inference_time = around or (parent is not None and parent.program is not None)
         given = self._given(instance, bound_arguments(instance, args, kwargs))
         attributes: Attributes = {semconv.OPTIMIZER_NAME: name, **self._initial(run, given)}
-        run.tracker = self.tracker_for(instance)(run, instance, given)
-        if guard("optimizer's run file")(self._resume)(run) is not None:
-            attributes.update(run.attempt.start_attributes())  # type: ignore[union-attr]
-        context.role = run.tracker.role
+        tracker = kind(run, instance, given)
+        links: list[Link] = []
+        with guard("optimizer's run file"):
+            tracker.checkpoint = checkpoint = Checkpoint.of(run, tracker.log_dir(), tracker.state_file)
+            if checkpoint is not None:
+                checkpoint.export_killed_span()
+                attributes.update(checkpoint.start_attributes())
+                links = checkpoint.links()
+        context.role = tracker.role
         inherited = {key: value for key, value in context.inherited.items() if key not in _OF_ONE_RUN}
         inherited[semconv.OPTIMIZER_RUN_ID] = run.id
         if run.parent is not None:
@@ -90,9 +104,8 @@ class CompileOperation(Operation):
         if run.inference_time:
             attributes[semconv.OPTIMIZER_INFERENCE_TIME] = True
         context.inherited = inherited
-        context.state = CompileState(run, given)
+        context.state = CompileState(tracker, given)
         openinference(attributes, self.telemetry, semconv.KIND_CHAIN)
-        links = [] if run.attempt is None else run.attempt.links()
         return Start(f"{semconv.SPAN_COMPILE} {name}", context, attributes, links=links, identity=self.identity)
 
     def _given(self, instance: Any, arguments: dict[str, Any]) -> dict[str, Any]:
@@ -121,27 +134,16 @@ class CompileOperation(Operation):
     ) -> None:
         """A subclass's ``compile()`` calls the one it overrides, and may add arguments."""
         state: CompileState = context.state
-        run, given = state.run, state.arguments
+        run, given = state.tracker.run, state.arguments
         more = bound_arguments(context.owner, args, kwargs, override_of)
         new = {name: value for name, value in more.items() if value is not None and given.get(name) is None}
         given.update(new)
         attributes = self._initial(run, given)
         with guard("optimizer"):
-            run.tracker.arguments_known()
+            state.tracker.arguments_known()
         if context.span is not None and context.span.is_recording():
             attributes.update(self._about(run, context.owner, new, described=not attributes))
             context.span.set_attributes(attributes)
-
-    def _resume(self, run: Run) -> Attempt | None:
-        from dspy_otel.optimizers.resume import Attempt
-
-        attempt = Attempt.of(run)
-        if attempt is not None:
-            attempt.resume(run)
-            run.attempt = attempt
-            with guard("killed attempt"):
-                attempt.speak_for_the_killed(self.telemetry)
-        return attempt
 
     def open(
         self, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any], override_of: type | None = None
@@ -155,32 +157,32 @@ class CompileOperation(Operation):
         if call is not None:
             Run.enter(1)
             with guard("compile"):
-                say_now(call)
-            run: Run = call.context.state.run
-            if run.attempt is not None:
-                with guard("optimizer's run file"):
-                    run.attempt.opened(call)
-                run.save()
+                put_attributes(call)
+            tracker: Tracker = call.context.state.tracker
+            if tracker.checkpoint is not None:
+                tracker.checkpoint.span_started(call)
             with guard("optimizer"):
-                run.tracker.begin()
+                tracker.begin()
             with guard("optimizer"):
-                run.tracker.arguments_known()
-            if self.display is not None and not run.inference_time:
+                tracker.arguments_known()
+            if self.display is not None and not tracker.run.inference_time:
                 with guard("progress display"):
-                    self.display.begin(run)
+                    self.display.begin(tracker.run)
         return call
 
     def close(self, call: Call, result: Any, error: BaseException | None) -> None:
+        tracker: Tracker = call.context.state.tracker
         with guard("optimizer"):
-            call.context.state.run.tracker.end()
+            tracker.end()
         super().close(call, result, error)
         if self.display is not None:
             with guard("progress display"):
-                self.display.end(call.context.state.run)
+                self.display.end(tracker.run)
         Run.enter(-1)
 
     def detail(self, call: Call) -> Attributes:
-        return self._about(call.context.state.run, call.instance, call.context.state.arguments)
+        state: CompileState = call.context.state
+        return self._about(state.tracker.run, call.instance, state.arguments)
 
     def _about(self, run: Run, instance: Any, given: Mapping[str, Any], described: bool = False) -> Attributes:
         """Parameters, datasets, and the initial program's state, unless that is described already."""
@@ -198,9 +200,9 @@ class CompileOperation(Operation):
 
     def measure(self, call: Call, result: Any, error: BaseException | None, seconds: float) -> None:
         state: CompileState = call.context.state
-        run = state.run
-        if run.attempt is not None:
-            run.attempt.outcome = outcome_of(error)
+        run, checkpoint = state.tracker.run, state.tracker.checkpoint
+        if checkpoint is not None:
+            checkpoint.outcome = outcome_of(error)
         run.report_spending()
         if error is None and hasattr(result, "named_predictors"):
             program = self.programs.find(result)
@@ -212,15 +214,15 @@ class CompileOperation(Operation):
 
     def result(self, call: Call, result: Any, error: BaseException | None) -> Attributes:
         state: CompileState = call.context.state
-        run = state.run
+        run, checkpoint = state.tracker.run, state.tracker.checkpoint
         attributes: Attributes = dict(run.totals.attributes())
         attributes[semconv.OPTIMIZER_OUTCOME] = outcome_of(error)
         given_validation = state.arguments.get("valset") is not None
         attributes.update(
             (key, value) for key, value in run.attributes().items() if not (given_validation and key in run.validation)
         )
-        if run.attempt is not None:
-            attributes.update(run.attempt.end_attributes(run))
+        if checkpoint is not None:
+            attributes.update(checkpoint.end_attributes())
         if state.result_id is not None:
             attributes[semconv.PROGRAM_ID] = state.result_id
             if state.winner is not None:
@@ -230,8 +232,8 @@ class CompileOperation(Operation):
         return attributes
 
 
-def say_now(call: Call) -> None:
-    """Put on the span what is known so far: it may be looked at long before it ends."""
+def put_attributes(call: Call) -> None:
+    """Set the attributes collected so far: a compile takes long, and processors may show its span before it ends."""
     if call.attributes:
         call.span.set_attributes(call.attributes)
         call.attributes = {}

@@ -1,4 +1,4 @@
-"""Spans that an optimization opens around another operation's: a trial around an evaluation, or a phase."""
+"""Spans of an optimization around those of other operations: a trial around an evaluation, or a phase."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ class EnclosedOperation(Operation, safe=True):
     """Opens another operation's call around its own, and closes it after its own. Put before the operation's class."""
 
     def enclose(self, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
-        """Open the call around this one and make it current, if there is to be one. Asked for inside a compile only."""
+        """Open the call around this one and make it current, if there is one. Called inside a compile only."""
         raise NotImplementedError
 
     def close_enclosing(self, enclosing: Call, result: Any, error: BaseException | None) -> None:
-        """Close what :meth:`enclose` has opened, with the result and the error of the call inside it."""
+        """Close the call that :meth:`enclose` has opened, with the result and the error of the call inside it."""
         enclosing.operation.close(enclosing, result, error)
 
     def open(
@@ -39,7 +39,7 @@ class EnclosedOperation(Operation, safe=True):
     def open_both(
         self, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any], override_of: type | None = None
     ) -> tuple[Call | None, Call | None]:
-        """Like :meth:`open`. Gives the call around this one as well, if there is one."""
+        """Like :meth:`open`, but returns the call around this one, if there is one, and this one."""
         enclosing: Call | None = None
         with _ENCLOSING:
             if self.telemetry.enabled():

@@ -1,4 +1,4 @@
-"""Which optimization a program came from, for as long as this process lives."""
+"""The optimization that made a program, for programs of this process."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ _MOST: Final = 4096
 _lock: Final = threading.Lock()
 _made: Final[OrderedDict[str, Origin]] = OrderedDict()
 _given: Final[set[str]] = set()
-"""Those among them that no run has made: each run that knows them has started from them."""
+"""Those of them that no run has made: every run that has scored them has started from them."""
 
 
 def remember(run: Run, trial: Scored) -> None:
-    """Note a scored candidate; a winner and a trial that decides are not replaced by one that does not."""
+    """Keep a scored candidate; a winner and a deciding trial are not replaced by a trial that does not decide."""
     if trial.candidate is None:
         return
     with _lock:
@@ -30,7 +30,7 @@ def remember(run: Run, trial: Scored) -> None:
 
 
 def remember_winner(run: Run, program_id: str) -> Scored | None:
-    """Note what a compile returned, and give the trial that scored it."""
+    """Keep the program that a compile returned, and return the trial that scored it."""
     trial = run.trial_of(program_id)
     number, score = (trial.number, trial.score) if trial is not None else (None, None)
     _keep(run, Origin(run.id, run.name, program_id, number, score, True))
@@ -38,7 +38,7 @@ def remember_winner(run: Run, program_id: str) -> Scored | None:
 
 
 def _keep(run: Run, optimization: Origin) -> None:
-    """Keep it, unless programs compile at each call, or the run only started from what another one has made."""
+    """Keep an origin, unless the program compiles at each call, or another run has made the initial program."""
     if run.inference_time:
         return
     program_id = optimization.program_id

@@ -14,11 +14,12 @@ from typing import Any, Final
 
 from dspy_otel import semconv
 from dspy_otel.content import introspection, redaction
+from dspy_otel.content.digest import digest
 from dspy_otel.content.encoder import Content
 from dspy_otel.core.attributes import Attributes, AttributeValue
 from dspy_otel.operations.evaluation import callable_name
 
-# Text that names a choice, and not what a user wrote: one short lower-case name, or such names joined by arrows. Its
+# Text that names a choice, and is not a user's own: one short lower-case name, or such names joined by arrows. Its
 # parts are words, numbers or short mixtures (`4o`): long mixtures of letters and digits are keys.
 _PART: Final = r"(?:[a-z]{1,24}|[0-9]{1,8}|[a-z0-9]{1,7})"
 _NAME: Final = rf"{_PART}(?:[_.-]+{_PART})*"
@@ -46,12 +47,12 @@ _DEEPEST: Final = 4
 def bound_arguments(
     instance: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], kind: type | None = None
 ) -> dict[str, Any]:
-    """The arguments of ``compile()`` by name, defaults included. What does not fit is left to DSPy to complain of.
+    """The arguments of ``compile()`` by name, defaults included. DSPy raises if they do not fit; this does not.
 
     Args:
         instance: the optimizer.
         args: positional arguments.
-        kwargs: the others.
+        kwargs: keyword arguments.
         kind: the class whose ``compile()`` this is, when it is not the instance's own.
     """
     with contextlib.suppress(TypeError, ValueError):
@@ -73,7 +74,7 @@ def bound_arguments(
 
 
 def constructor_arguments(instance: Any) -> dict[str, Any]:
-    """What an optimizer was built with, defaults included, as far as it keeps that on itself.
+    """The arguments of an optimizer's constructor, defaults included, as far as the optimizer keeps them.
 
     Parameters of every ``__init__`` of its class count: ``**kwargs`` usually go to the one of a base class.
     """
@@ -99,7 +100,7 @@ def constructor_arguments(instance: Any) -> dict[str, Any]:
 
 
 def _stored(stored: Mapping[str, Any], place: str) -> tuple[Any, ...]:
-    """What is kept under ``place``, as a tuple of one, or ``()``."""
+    """The value under ``place``, as a tuple of one, or ``()``."""
     name, _, inner = place.partition(".")
     if name not in stored:
         return ()
@@ -136,7 +137,7 @@ def parameter(value: Any, content: bool) -> AttributeValue | None:
 
 
 def _for_every_lm(value: Any) -> Any:
-    """What optimizers of weights make of a setting that holds for every LM: a dictionary that gives it for any key."""
+    """The setting in a dictionary that gives the same one for any LM: optimizers of weights make such dictionaries."""
     factory = value.default_factory if type(value) is defaultdict and not value else None
     if type(factory) is not FunctionType or not factory.__module__.startswith("dspy."):
         return value
@@ -144,7 +145,7 @@ def _for_every_lm(value: Any) -> Any:
 
 
 def _scalar(value: Any, content: bool) -> bool | int | float | str | None:
-    """A value that is no container: numbers as they are, all else by a text."""
+    """A value that is no container: a number as it is, anything else as text."""
     kind = type(value)
     if value is None or value is True or value is False:
         return value
@@ -182,10 +183,22 @@ def _plain(value: Any, content: bool, depth: int = 0) -> Any:
 def named(value: Any) -> str:
     """An object by name: a model's, a function's or class's, else that of its class. Never its contents."""
     model = introspection.text(introspection.field(value, "model"), 256)
-    return model or callable_name(value)  # the former of an LM
+    return model or callable_name(value)  # An LM has a model.
 
 
 def is_dataset(value: Any) -> bool:
     """Whether ``value`` is a list of examples."""
     first, _ = introspection.bounded(value, 1)
     return bool(first) and introspection.store_of(first[0]) is not None
+
+
+def dataset_attributes(programs: Any, rows: Any, role: str) -> Attributes:
+    """Size and digest of a dataset; ``role`` is ``train`` or ``val``."""
+    count = introspection.length(rows)
+    if count is None:
+        return {}
+    size, digest_name = {
+        "train": (semconv.DATASET_TRAIN_SIZE, semconv.DATASET_TRAIN_DIGEST),
+        "val": (semconv.DATASET_VAL_SIZE, semconv.DATASET_VAL_DIGEST),
+    }[role]
+    return {size: count, digest_name: digest([programs.example_id(row) for row in introspection.items(rows)])}

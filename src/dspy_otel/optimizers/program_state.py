@@ -1,4 +1,4 @@
-"""A candidate's state in full, and what sets it apart from its parent. Content: only behind the content switch."""
+"""A candidate's whole state, and its differences from its parent. Both are content: only behind the content switch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dspy_otel.core.internal_errors import guard
 from dspy_otel.core.telemetry import Telemetry
 
 MOST: Final = 256 * 1024
-"""Bytes of a saved state that may be recorded whatever the content limit: a cut one cannot be loaded."""
+"""Bytes of a saved state that may be recorded whatever the content limit: a truncated state cannot be loaded."""
 
 
 def state_of(program: Any) -> dict[str, Any]:
@@ -42,7 +42,7 @@ def _copied(demo: Any) -> Any:
 
 
 def differences(parent: dict[str, Any], child: dict[str, Any]) -> dict[str, Any]:
-    """What changed from ``parent`` to ``child``, by predictor.
+    """The changes from ``parent`` to ``child``, by predictor.
 
     Returns:
         For each changed predictor: ``instructions``, ``prefixes`` and ``decisions`` with ``before`` and ``after``;
@@ -66,7 +66,7 @@ def differences(parent: dict[str, Any], child: dict[str, Any]) -> dict[str, Any]
 
 
 def saved(program: Any) -> dict[str, Any]:
-    """What ``program.save("x.json")`` writes, and ``program.load`` takes."""
+    """The state that ``program.save("x.json")`` writes and ``program.load`` reads."""
     from dspy.utils.saving import get_dependency_versions
 
     return {**program.dump_state(), "metadata": {"dependency_versions": get_dependency_versions()}}
@@ -75,7 +75,7 @@ def saved(program: Any) -> dict[str, Any]:
 def put_state(telemetry: Telemetry, attributes: Attributes, program: Any, key: str = semconv.PROGRAM_STATE) -> None:
     """Add a program's saved state under ``key``, if content may be on spans.
 
-    ``<key>.complete`` is False beside it when the text is not the whole state: cut, masked or redacted.
+    ``<key>.complete`` is False beside it when the text is not the whole state: truncated, masked or redacted.
     """
     if telemetry.config.content_on_spans:
         nothing: Attributes = {}
@@ -95,5 +95,5 @@ def _state_attributes(telemetry: Telemetry, program: Any, key: str) -> Attribute
 def _is_whole(state: dict[str, Any], text: str) -> bool:
     try:
         return bool(json.loads(json.dumps(state)) == json.loads(text))
-    except (TypeError, ValueError):  # not even DSPy could save it as JSON
+    except (TypeError, ValueError):  # DSPy could not save it as JSON either.
         return False

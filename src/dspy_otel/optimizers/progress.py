@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from dspy_otel.optimizers.run import Run
 
 _PER_SECOND: Final = 4
+_INSTALL: Final = "pip install 'dspy-otel[progress]'"
 
 
 class ProgressDisplay:
@@ -30,7 +31,7 @@ class ProgressDisplay:
     def begin(self, run: Run) -> None:
         """A run begins: show it from now on."""
         with self._lock:
-            # While we show something, rich stands in for stderr, and before rich 15 says that it is no terminal.
+            # While the display is on, rich replaces stderr; before rich 15, isatty() of that is False.
             if self._live is None and not _is_terminal(sys.stderr):
                 return
             self._rows.append(_Row(run))
@@ -38,7 +39,7 @@ class ProgressDisplay:
                 self._live = _start(self._render)
 
     def end(self, run: Run) -> None:
-        """A run is over. When none is left, the display stays as it is."""
+        """A run has ended. When all have, the display stays as it is and is no longer refreshed."""
         with self._lock:
             row = next((row for row in self._rows if row.run is run), None)
             if row is None:
@@ -63,13 +64,13 @@ class ProgressDisplay:
             for row in list(self._rows):
                 if row.run.parent is None or row.run.finished:
                     table.add_row(*(Text(cell) for cell in row.cells()))
-        except Exception as error:  # in rich's thread, it would go to the terminal
+        except Exception as error:  # Raised in rich's thread, it would be printed to the terminal.
             failed("progress display", error)
         return table
 
 
 class _Row:
-    """One run, as the display knows it."""
+    """One run, and its times."""
 
     def __init__(self, run: Run) -> None:
         self.run = run
@@ -92,7 +93,7 @@ class _Row:
 
 
 def trials_done(run: Run) -> str:
-    """Trials done, of those planned if that is known, else examples of those budgeted."""
+    """Trials done, of the planned ones if their number is known, else examples of the budgeted ones."""
     done = len(run.finished)
     if run.planned is not None:
         return f"{done}/{run.planned} trials"
@@ -102,7 +103,7 @@ def trials_done(run: Run) -> str:
 
 
 def share_done(run: Run) -> float | None:
-    """How much of a run is done, from 0 to 1, as far as that is known. What earlier attempts did does not count."""
+    """How much of a run is done, from 0 to 1; ``None`` if unknown. Trials of earlier processes do not count."""
     if run.planned is not None:
         done, planned = len(run.finished) - run.restored_trials, run.planned - run.restored_trials
     elif run.planned_examples is not None:
@@ -113,7 +114,7 @@ def share_done(run: Run) -> float | None:
 
 
 def seconds_left(elapsed: float, share: float | None) -> float | None:
-    """Time left if the rest takes as long as what is done, or ``None`` when there is nothing to go by."""
+    """Time left if the rest goes on at the same rate; ``None`` if the share done is unknown or zero."""
     return elapsed * (1 - share) / share if share else None
 
 
@@ -144,7 +145,7 @@ def _start(render: Callable[[], Any]) -> Any:
     except ImportError:
         warn_once(("progress", "rich"), "the progress display needs rich; install it with: %s", _INSTALL)
         return None
-    # What the program prints to the terminal goes above the display, line by line; a file gets what it always got.
+    # The program's output to the terminal is printed above the display, line by line; redirected output stays as it is.
     live = Live(
         get_renderable=render,
         console=Console(stderr=True),
@@ -153,6 +154,3 @@ def _start(render: Callable[[], Any]) -> Any:
     )
     live.start()
     return live
-
-
-_INSTALL: Final = "pip install 'dspy-otel[progress]'"

@@ -1,21 +1,17 @@
-"""One optimization in flight: what it has tried, what came of it, and what it has spent."""
+"""One optimization in flight: its trials, their scores, and what it has spent."""
 
 from __future__ import annotations
 
 import threading
-from dataclasses import astuple, dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Final
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar, Final
 
 from dspy_otel import semconv
 from dspy_otel.core.attributes import Attributes
-from dspy_otel.core.call_context import CallContext, enclosing_state
-from dspy_otel.core.internal_errors import guard
+from dspy_otel.core.call_context import CallContext
 from dspy_otel.core.telemetry import Telemetry
 from dspy_otel.core.usage import Totals
-
-if TYPE_CHECKING:
-    from dspy_otel.optimizers.resume import Attempt
-    from dspy_otel.optimizers.tracker import Tracker
 
 PERCENT: Final = "percent"
 MEAN: Final = "mean"
@@ -24,14 +20,14 @@ MEAN: Final = "mean"
 _MOST_STATES: Final = 512
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Scored:
     """One finished trial.
 
     Attributes:
         number: from 1, in the order in which the run's trials began.
         kind: ``baseline``, ``minibatch``, ``full``, ``sample`` or ``validation``.
-        candidate: ``dspy.program.id`` of what was scored.
+        candidate: ``dspy.program.id`` of the scored program.
         score: on the optimizer's own scale, or ``None`` if there is none.
         decides: whether its score counts for the best one.
     """
@@ -41,6 +37,25 @@ class Scored:
     candidate: str | None
     score: float | None
     decides: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """What another process needs in order to continue a run.
+
+    Attributes:
+        trials: the finished ones, in the order in which they finished.
+        started_trials: how many trials have begun.
+        accepted: accepted candidates; ``None`` if the optimizer does not judge.
+        rejected: rejected candidates, likewise.
+        examples: evaluated examples.
+    """
+
+    trials: tuple[Scored, ...]
+    started_trials: int
+    accepted: int | None
+    rejected: int | None
+    examples: int
 
 
 @dataclass(eq=False)
@@ -53,13 +68,13 @@ class Run:
         name: the optimizer's class name.
         context: call context of the compile.
         totals: of all LM calls inside, by role.
+        scale: of the optimizer's scores.
         parent: the optimization that this one is a step of.
         program_name: class of the program being optimized.
-        initial_id: its id before.
-        student: it.
-        tracker: what is particular to this optimizer.
-        attempt: which attempt this is, for an optimizer that can go on after its process was killed.
+        initial_id: its ``dspy.program.id`` before the optimization.
+        student: the program being optimized.
         inference_time: a program compiles as part of its own answer (KNNFewShot).
+        checkpoint: called whenever the run has made progress; must not raise.
     """
 
     telemetry: Telemetry
@@ -67,13 +82,13 @@ class Run:
     name: str
     context: CallContext
     totals: Totals
+    scale: str = PERCENT
     parent: Run | None = None
     program_name: str | None = None
     initial_id: str | None = None
     student: Any = None
-    tracker: Tracker = field(init=False)
-    attempt: Attempt | None = None
     inference_time: bool = False
+    checkpoint: Callable[[], object] | None = None
 
     live: ClassVar[int] = 0
     """How many optimizations are running in this process. While none is, its hooks cost nothing."""
@@ -81,7 +96,7 @@ class Run:
 
     def __post_init__(self) -> None:
         self._lock = threading.Lock()
-        self._numbers = 0
+        self._started_trials = 0
         self._spent: dict[str, tuple[int, float]] = {}
         self.finished: list[Scored] = []
         self._of_candidate: dict[str, list[Scored]] = {}
@@ -108,17 +123,17 @@ class Run:
         with cls._live_lock:
             cls.live += change
 
-    # --- what happens -----------------------------------------------------------------------------------------------
+    # --- events -----------------------------------------------------------------------------------------------------
     def next_number(self) -> int:
         """The number of the trial that begins now."""
         with self._lock:
-            self._numbers += 1
-            number = self._numbers
-        self.save()
+            self._started_trials += 1
+            number = self._started_trials
+        self._save()
         return number
 
     def plan_trials(self, count: int) -> None:
-        """Say how many trials there are going to be."""
+        """Set the number of trials that the optimizer is going to make."""
         self.planned = count
         self.telemetry.metrics.optimizer_trials_planned.set(count, self.labels())
 
@@ -138,17 +153,17 @@ class Run:
             self.telemetry.metrics.optimizer_examples.add(count, self.labels())
 
     def finish_trial(self, trial: Scored, failed: bool) -> tuple[bool, float | None]:
-        """Note a scored trial.
+        """Add a scored trial.
 
         Args:
-            trial: what came of it.
+            trial: the trial.
             failed: its evaluation raised.
 
         Returns:
             Whether it is the best so far, and the best score so far.
         """
         with self._lock:
-            is_best = self._note(trial)
+            is_best = self._add(trial)
             best = None if self.best is None else self.best.score
         metrics, labels = self.telemetry.metrics, self.labels()
         outcome = semconv.OUTCOME_FAILED if failed else semconv.OUTCOME_SCORED
@@ -161,7 +176,7 @@ class Run:
         self.report_spending()
         return is_best, best
 
-    def _note(self, trial: Scored) -> bool:
+    def _add(self, trial: Scored) -> bool:
         self.finished.append(trial)
         if trial.candidate is not None:
             self._of_candidate.setdefault(trial.candidate, []).append(trial)
@@ -173,37 +188,28 @@ class Run:
         return is_best
 
     # --- across processes -------------------------------------------------------------------------------------------
-    def progress(self) -> dict[str, Any]:
-        """What the next attempt must know, for JSON."""
+    def snapshot(self) -> Snapshot:
+        """How far the run has come."""
         with self._lock:
-            return {
-                "trials": [list(astuple(trial)) for trial in self.finished],
-                "numbers": self._numbers,
-                "accepted": self.accepted,
-                "rejected": self.rejected,
-                "examples": self.examples,
-            }
+            return Snapshot(tuple(self.finished), self._started_trials, self.accepted, self.rejected, self.examples)
 
-    def restore(self, progress: dict[str, Any]) -> None:
-        """Go on from what :meth:`progress` gave in an earlier attempt."""
-        trials = [Scored(*values) for values in progress["trials"]]
+    def restore(self, snapshot: Snapshot) -> None:
+        """Continue where an earlier process stopped."""
         with self._lock:
-            for trial in trials:
-                self._note(trial)
-            self._numbers = max(self._numbers, progress["numbers"])
-            self.accepted, self.rejected = progress.get("accepted"), progress.get("rejected")
-            self.examples = progress["examples"]
-            self.restored_trials, self.restored_examples = len(trials), self.examples
+            for trial in snapshot.trials:
+                self._add(trial)
+            self._started_trials = max(self._started_trials, snapshot.started_trials)
+            self.accepted, self.rejected = snapshot.accepted, snapshot.rejected
+            self.examples = snapshot.examples
+            self.restored_trials, self.restored_examples = len(snapshot.trials), self.examples
 
-    def save(self) -> None:
-        """Write down how far the run has come, if it can be taken up again."""
-        if self.attempt is not None:
-            with guard("optimizer's run file"):
-                self.attempt.save(self)
+    def _save(self) -> None:
+        if self.checkpoint is not None:
+            self.checkpoint()
 
     def report_spending(self) -> None:
-        """Bring the metrics of LM calls and cost up to date. A nested run's are its root's."""
-        self.save()
+        """Bring the metrics of LM calls and cost up to date. Those of a nested run count for its root."""
+        self._save()
         run = self.root
         for role, totals in run.totals.by_role().items():
             with run._lock:
@@ -216,7 +222,7 @@ class Run:
             if new_cost > 0:
                 run.telemetry.metrics.optimizer_cost.add(new_cost, labels)
 
-    # --- what is known ----------------------------------------------------------------------------------------------
+    # --- results ----------------------------------------------------------------------------------------------------
     def labels(self) -> Attributes:
         """Low-cardinality attributes of the run's metrics."""
         labels: Attributes = {semconv.OPTIMIZER_NAME: self.name}
@@ -225,7 +231,7 @@ class Run:
         return labels
 
     def trial_of(self, candidate: str | None) -> Scored | None:
-        """The trial that best speaks for a candidate: the best-scored of those that decide, else the last one."""
+        """The trial that represents a candidate: the best-scored of those that decide, else the last one."""
         own = self._of_candidate.get(candidate, []) if candidate is not None else []
         deciding = [trial for trial in own if trial.decides]
         if deciding:
@@ -233,7 +239,7 @@ class Run:
         return own[-1] if own else None
 
     def remember_state(self, candidate: str, state: Any) -> bool:
-        """Keep a candidate's state, to compare its children with. ``False`` if it was known already."""
+        """Keep a candidate's state, to compare its children with. Returns ``False`` if it was kept already."""
         with self._lock:
             if candidate in self.states:
                 return False
@@ -243,7 +249,7 @@ class Run:
             return True
 
     def attributes(self) -> Attributes:
-        """What a compile span says at its end."""
+        """Attributes of the compile span at its end."""
         known: dict[str, Any] = {
             semconv.OPTIMIZER_TRIALS_DONE: len(self.finished) or None,
             semconv.OPTIMIZER_TRIALS_PLANNED: self.planned,
@@ -252,31 +258,8 @@ class Run:
             semconv.OPTIMIZER_EXAMPLES_EVALUATED: self.examples or None,
             semconv.OPTIMIZER_BASELINE_SCORE: self.baseline,
             semconv.OPTIMIZER_BEST_SCORE: None if self.best is None else self.best.score,
-            semconv.OPTIMIZER_SCORE_SCALE: self.tracker.scale if self.finished else None,
+            semconv.OPTIMIZER_SCORE_SCALE: self.scale if self.finished else None,
         }
         if self.baseline is not None and self.best is not None and self.best.score is not None:
             known[semconv.OPTIMIZER_GAIN] = round(self.best.score - self.baseline, 9)
         return {**self.validation, **{key: value for key, value in known.items() if value is not None}}
-
-
-@dataclass(slots=True)
-class CompileState:
-    """What is kept of one call of ``compile()``. Written in its thread.
-
-    Attributes:
-        run: the optimization.
-        arguments: of ``compile()``; a subclass's ``compile()`` may add to them when it calls the one it overrides.
-        result_id: ``dspy.program.id`` of the program it returned.
-        winner: the trial that scored that program.
-    """
-
-    run: Run
-    arguments: dict[str, Any]
-    result_id: str | None = None
-    winner: Scored | None = None
-
-
-def run_of(context: CallContext | None) -> Run | None:
-    """The optimization that ``context`` is inside of: the innermost one."""
-    state = enclosing_state(context, CompileState)
-    return None if state is None else state.run

@@ -1,6 +1,6 @@
-"""How many traces of evaluated examples an optimization leaves behind (``optimization_traces``).
+"""Which traces of evaluated examples are kept (``optimization_traces``).
 
-Whatever is decided here, trials, evaluations, phases, totals and metrics are the same.
+Trials, evaluations, phases, totals and metrics do not depend on it.
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ from dspy_otel.core.deferred_spans import DeferredTrace, DroppedTrace
 from dspy_otel.core.operation import Call
 from dspy_otel.core.telemetry import Telemetry
 from dspy_otel.operations.evaluation import ExampleState, score_of
-from dspy_otel.optimizers.run import CompileState, Run, run_of
-from dspy_otel.optimizers.tracker import TrialState
+from dspy_otel.optimizers.run import Run
+from dspy_otel.optimizers.state import CompileState, TrialState, run_of
 
 MAX_DEFERRED_SPANS: Final = 5000
-"""Most spans of one trial that wait for its score. Examples beyond are kept if they fail, and else dropped."""
+"""Most spans of one trial that wait for its score. Traces beyond that are kept if they fail, and else dropped."""
 
 
 def begin_example(telemetry: Telemetry, context: CallContext) -> None:
-    """An example or attempt begins, perhaps inside an optimization: defer or drop its trace, if the mode says so."""
+    """An example or attempt begins: inside an optimization, defer or drop its trace, depending on the mode."""
     mode = telemetry.config.optimization_traces
     if mode == "all" or not Run.live or context.deferred is not None:
         return
@@ -31,7 +31,7 @@ def begin_example(telemetry: Telemetry, context: CallContext) -> None:
 
 
 def end_example(call: Call, failed: bool) -> None:
-    """An example or attempt has ended: keep its trace if it failed; else its trial's score decides."""
+    """An example or attempt has ended: keep its trace if it failed, else leave that to its trial's score."""
     context, around = call.context, call.context.parent
     deferred = context.deferred
     if not isinstance(deferred, DeferredTrace) or around is None or around.deferred is deferred:
@@ -42,7 +42,7 @@ def end_example(call: Call, failed: bool) -> None:
     trial = enclosing_state(around, TrialState, until=(CompileState, ExampleState))
     if (
         trial is None
-        or trial.trial.kind not in trial.run.tracker.deciding
+        or trial.trial.kind not in trial.tracker.deciding
         or trial.is_best is False
         or sum(map(len, trial.deferred)) + len(deferred) > MAX_DEFERRED_SPANS
     ):

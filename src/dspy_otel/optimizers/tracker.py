@@ -1,19 +1,18 @@
-"""What is particular to an optimizer, and what holds for every other one."""
+"""Trackers: how to read one optimizer. Its evaluations become trials or phases; :class:`Tracker` suits most."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Final, TypeVar
+from typing import Any, Final, TypeAlias, TypeVar
 
 from dspy_otel import semconv
 from dspy_otel.core.attributes import Attributes
-from dspy_otel.core.call_context import CallContext
-from dspy_otel.core.deferred_spans import DeferredTrace
 from dspy_otel.core.operation import Call
-from dspy_otel.core.usage import Totals
 from dspy_otel.operations.evaluation import score_of
+from dspy_otel.optimizers.resume import Checkpoint
 from dspy_otel.optimizers.run import PERCENT, Run
+from dspy_otel.patching import Patches
 
 
 @dataclass(eq=False)
@@ -21,17 +20,15 @@ class Evaluation:
     """An ``Evaluate`` call that is about to begin directly inside a compile or one of its phases.
 
     Attributes:
-        program: what is evaluated.
+        program: the evaluated program.
         program_id: its ``dspy.program.id``.
         devset: the examples.
-        metric: the metric.
         metadata: DSPy's ``callback_metadata`` of the call.
     """
 
     program: Any
     program_id: str | None
     devset: Any
-    metric: Any
     metadata: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -46,13 +43,12 @@ class Trial:
 
     Attributes:
         kind: ``baseline``, ``minibatch``, ``full``, ``sample`` or ``validation``.
-        params: what the optimizer chose, as ``dspy.trial.params.*``.
+        params: the optimizer's choices, as ``dspy.trial.params.*``.
         parents: ids of the candidates this one was made from.
-        attributes: anything else that is known at the start.
-        phase: the phase it belongs to, unless an enclosing span says so.
+        phase: the phase it belongs to, if no phase encloses it.
         mixed: several candidates at once; no single one is scored.
-        candidate: ``dspy.program.id`` of what is scored; ``None`` for a mixture.
-        program: it.
+        candidate: ``dspy.program.id`` of the scored program; ``None`` for a mixture.
+        program: the scored program.
         size: number of examples.
         awaits_verdict: the optimizer's verdict comes later, and the tracker ends the trial then.
         end_attributes: attributes to add at its end.
@@ -64,7 +60,6 @@ class Trial:
     kind: str
     params: Attributes = field(default_factory=dict)
     parents: list[str] = field(default_factory=list)
-    attributes: Attributes = field(default_factory=dict)
     phase: str = semconv.PHASE_SEARCH
     mixed: bool = False
     candidate: str | None = None
@@ -83,58 +78,22 @@ class Phase:
 
     Attributes:
         name: ``bootstrap``, ``propose``, ``search``, ...
-        role: what LM calls inside are for, if that differs from what is around.
+        role: of the LM calls inside, if it differs from that around the phase.
         has_trials: evaluations directly inside are trials.
         attributes: known at the start, or added before the end.
-        candidate: the program that it changes.
     """
 
     name: str
     role: str | None = None
     has_trials: bool = False
     attributes: Attributes = field(default_factory=dict)
-    candidate: Any = None
 
 
-@dataclass(slots=True)
-class PhaseState:
-    """What is kept of a phase in flight.
+Hooks: TypeAlias = Callable[[Any, Patches], None]
+"""Puts the hooks of one optimizer in force; given the :class:`~dspy_otel.optimizers.Optimizers` and the patches."""
 
-    Attributes:
-        phase: its description.
-        totals: of the LM calls inside.
-    """
-
-    phase: Phase
-    totals: Totals
-
-
-@dataclass(slots=True)
-class TrialState:
-    """What is kept of a trial in flight. Its examples read it in worker threads.
-
-    Attributes:
-        trial: its description.
-        run: the optimization.
-        context: call context of the trial.
-        number: ``dspy.trial.number``.
-        totals: of the LM calls inside.
-        is_best: whether it is the best so far; ``None`` until it has its score.
-        best_score: the best score so far, its own included.
-        deferred: traces of examples that wait for the score.
-    """
-
-    trial: Trial
-    run: Run
-    context: CallContext
-    number: int
-    totals: Totals
-    is_best: bool | None = None
-    best_score: float | None = None
-    deferred: list[DeferredTrace] = field(default_factory=list)
-
-
-_registered: Final[dict[str, type[Tracker]]] = {}
+_trackers: Final[dict[str, type[Tracker]]] = {}
+_hooks: Final[list[Hooks]] = []
 _Kind = TypeVar("_Kind", bound="type[Tracker]")
 
 
@@ -142,37 +101,43 @@ def tracks(*optimizers: str) -> Callable[[_Kind], _Kind]:
     """Register a tracker for the optimizers of DSPy with these class names, and their subclasses."""
 
     def register(kind: _Kind) -> _Kind:
-        _registered.update(dict.fromkeys(optimizers, kind))
+        _trackers.update(dict.fromkeys(optimizers, kind))
         return kind
 
     return register
 
 
-def registered() -> dict[str, type[Tracker]]:
-    """The registered trackers by the class name of their optimizer: a copy."""
-    return dict(_registered)
+def hooks(function: Hooks) -> Hooks:
+    """Register a function that wraps methods of DSPy for a tracker."""
+    _hooks.append(function)
+    return function
+
+
+def registered() -> tuple[dict[str, type[Tracker]], list[Hooks]]:
+    """The registered trackers by the class name of their optimizer, and the registered hooks: copies."""
+    return dict(_trackers), list(_hooks)
 
 
 class Tracker:
-    """How to read one optimizer. As it stands here: any optimizer that scores its candidates with ``Evaluate``.
+    """Follows one run of an optimizer. This class suits any optimizer that scores its candidates with ``Evaluate``.
 
-    One object for each run. Whatever a method raises costs its detail only.
+    Whatever a method raises costs its detail only.
     """
 
     role: str | None = semconv.ROLE_PROPOSER
-    """What LM calls directly inside the compile are for."""
+    """Of LM calls directly inside the compile."""
 
     scale = PERCENT
-    """Of the scores this optimizer reports."""
+    """Of the optimizer's scores."""
 
     failed_score: float | None = None
     """The score the optimizer gives a candidate whose evaluation raised."""
 
     program_role: str | None = semconv.ROLE_TASK
-    """What the program being optimized is called for, directly inside the compile."""
+    """Of the LM calls of the program being optimized, where the optimizer itself calls it."""
 
     state_file: str = ""
-    """Name of the file in :meth:`log_dir` from which the optimizer goes on."""
+    """Name of the file in :meth:`log_dir` from which the optimizer continues."""
 
     deciding: frozenset[str] = frozenset({semconv.TRIAL_BASELINE, semconv.TRIAL_FULL, semconv.TRIAL_VALIDATION})
     """Kinds of trials whose scores can be compared with each other, and so make a best one."""
@@ -186,6 +151,7 @@ class Tracker:
         self.run = run
         self.instance = instance
         self.arguments = arguments
+        self.checkpoint: Checkpoint | None = None
         self._trials = 0
         self._has_baseline = False
 
@@ -193,13 +159,13 @@ class Tracker:
         """The compile begins; its span is open."""
 
     def arguments_known(self) -> None:
-        """:attr:`arguments` are known; called again when an overridden ``compile()`` is given more of them."""
+        """:attr:`arguments` are complete; called once more when an overridden ``compile()`` is given more of them."""
 
     def end(self) -> None:
         """The compile ends; its span is still open."""
 
     def log_dir(self) -> Any:
-        """The folder in which the optimizer keeps a state that it can go on from, or ``None``."""
+        """The folder with a state from which the optimizer can continue in another process, or ``None``."""
         return None
 
     def evaluation(self, about: Evaluation) -> Trial | Phase | None:
@@ -218,22 +184,24 @@ class Tracker:
         return semconv.TRIAL_FULL
 
     def params(self, about: Evaluation) -> Attributes:
-        """What the optimizer chose for this candidate, as ``dspy.trial.params.*`` without the prefix."""
+        """The optimizer's choices for this candidate, as ``dspy.trial.params.*`` without the prefix."""
         return {}
 
     def parents(self, about: Evaluation) -> list[str]:
-        """The candidates this one was made from: unless it is known better, the initial program."""
+        """The candidates this one was made from; by default, the initial program."""
         initial = self.run.initial_id
         return [initial] if initial is not None and initial != about.program_id else []
 
     def module_phase(self, module: Any) -> Phase | None:
-        """The phase that a module makes up which the optimizer calls itself; ``None`` for no phase."""
+        """The phase that a call of this module by the optimizer itself makes up; ``None`` for no phase."""
         return None
 
     def score(self, result: Any, error: BaseException | None) -> float | None:
         """The score, as the optimizer counts it."""
         if error is not None:
-            return self.failed_score if isinstance(error, Exception) else None  # interrupted: no optimizer goes on
+            return (
+                self.failed_score if isinstance(error, Exception) else None
+            )  # After an interrupt no optimizer continues.
         return score_of(getattr(result, "score", None))
 
     def scored(self, trial: Trial, result: Any) -> None:
@@ -241,7 +209,7 @@ class Tracker:
 
 
 def mean_of(result: Any) -> float | None:
-    """The mean of an evaluation's single scores, as optimizers work it out that do not use ``Evaluate``'s percent."""
+    """The mean of an evaluation's single scores: the score of optimizers that do not use ``Evaluate``'s percent."""
     rows = getattr(result, "results", None)
     if not isinstance(rows, (list, tuple)) or not rows:
         return None

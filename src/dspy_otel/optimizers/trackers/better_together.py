@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 from dspy_otel.content import introspection
 from dspy_otel.core.attributes import Attributes
 from dspy_otel.optimizers.run import Run
 from dspy_otel.optimizers.tracker import Evaluation, Tracker, tracks
-
-if TYPE_CHECKING:
-    pass
 
 _SEPARATOR: Final = " -> "
 

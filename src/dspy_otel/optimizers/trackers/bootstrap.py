@@ -15,9 +15,9 @@ from dspy_otel.core.telemetry import Telemetry
 from dspy_otel.operations.evaluation import ExampleState, callable_name, metric_name, split_example
 from dspy_otel.operations.module import put_inputs
 from dspy_otel.operations.program import Programs
-from dspy_otel.optimizers.run import run_of
+from dspy_otel.optimizers.state import PhaseState, run_of
 from dspy_otel.optimizers.trace_sampling import begin_example, end_example
-from dspy_otel.optimizers.tracker import Phase, PhaseState, Tracker, tracks
+from dspy_otel.optimizers.tracker import Phase, Tracker, hooks, tracks
 from dspy_otel.patching import Patches, resolve
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ class AttemptState(ExampleState):
     """What is kept of an attempt: it is an example, which may be linked to its phase.
 
     Attributes:
-        linked: it is a trace of its own.
+        linked: the attempt is a trace of its own.
     """
 
     linked: bool = False
@@ -63,7 +63,7 @@ class AttemptOperation(Operation):
         if parent is None or not isinstance(parent.state, PhaseState) or run is None:
             return None
         teacher = instance.teacher
-        # The context's owner is the teacher: what is called after its answer belongs to the metric.
+        # The context's owner is the teacher: LM calls after its answer belong to the metric.
         context = CallContext(self.kind, teacher, parent)
         context.role, context.role_after = semconv.ROLE_TEACHER, semconv.ROLE_JUDGE
         name = callable_name(teacher)
@@ -113,10 +113,11 @@ class AttemptOperation(Operation):
         return {} if error is not None else {semconv.BOOTSTRAP_ACCEPTED: bool(result)}
 
 
+@hooks
 def patch(optimizers: Optimizers, patches: Patches) -> None:
     """The phase, and each attempt in it."""
     owner = resolve("dspy.teleprompt.bootstrap", "BootstrapFewShot")
-    phase = optimizers.phases.around(lambda run, args, kwargs: Phase(semconv.PHASE_BOOTSTRAP, semconv.ROLE_TEACHER))
-    patches.wrap(owner, "_bootstrap", phase, loses="BootstrapFewShot's bootstrap phase")
+    phase = optimizers.phases.hook(lambda *_: Phase(semconv.PHASE_BOOTSTRAP, semconv.ROLE_TEACHER))
+    patches.around(owner, "_bootstrap", phase, loses="BootstrapFewShot's bootstrap phase")
     attempts = AttemptOperation(optimizers.telemetry, optimizers.programs)
     patches.wrap(owner, "_bootstrap_one_example", attempts.wrap, loses="BootstrapFewShot's attempts")

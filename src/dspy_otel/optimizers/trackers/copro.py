@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from dspy_otel import semconv
 from dspy_otel.core.attributes import Attributes
 from dspy_otel.optimizers.run import Run
-from dspy_otel.optimizers.tracker import Evaluation, Phase, Tracker, tracks
-from dspy_otel.patching import Patches, resolve
+from dspy_otel.optimizers.tracker import Evaluation, Phase, Tracker, hooks, tracks
+from dspy_otel.patching import Patches, argument, resolve
 
 if TYPE_CHECKING:
     from dspy_otel.optimizers import Optimizers
@@ -31,7 +30,7 @@ class COPROTracker(Tracker):
         if self.run.student is None:
             return
         predictors, breadth, depth = len(self.run.student.predictors()), self.instance.breadth, self.instance.depth
-        # A single predictor's new proposals are scored; of several, all proposals again at each depth.
+        # A single predictor's new proposals are scored; of several predictors, all proposals at each depth.
         rounds = depth if predictors == 1 else depth * (depth + 1) // 2
         self.run.plan_trials(predictors * breadth * rounds)
 
@@ -57,19 +56,14 @@ class COPROTracker(Tracker):
         return params
 
 
+@hooks
 def patch(optimizers: Optimizers, patches: Patches) -> None:
     """Which predictor a candidate changes."""
 
-    def note_change(original: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(original)
-        def wrapper(self_: Any, predictor: Any, *args: Any, **kwargs: Any) -> Any:
-            result = original(self_, predictor, *args, **kwargs)
-            tracker = optimizers.running(COPROTracker)
-            if tracker is not None:
-                tracker.changed = predictor
-            return result
-
-        return wrapper
+    def changed(instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+        tracker = optimizers.running(COPROTracker)
+        if tracker is not None:
+            tracker.changed = argument(args, kwargs, 0, "predictor")
 
     owner = resolve("dspy.teleprompt.copro_optimizer", "COPRO")
-    patches.wrap(owner, "_set_signature", note_change, loses="which predictor a trial of COPRO changes")
+    patches.after(owner, "_set_signature", changed, loses="which predictor a trial of COPRO changes")

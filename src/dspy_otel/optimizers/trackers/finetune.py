@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from dspy_otel import semconv
 from dspy_otel.core.attributes import Attributes
 from dspy_otel.optimizers.run import Run
-from dspy_otel.optimizers.tracker import Evaluation, Phase, Tracker, Trial, tracks
-from dspy_otel.patching import Patches, resolve
+from dspy_otel.optimizers.tracker import Evaluation, Phase, Tracker, Trial, hooks, tracks
+from dspy_otel.patching import Leave, Patches, argument, resolve
 
 if TYPE_CHECKING:
     from dspy_otel.optimizers import Optimizers
@@ -44,33 +43,32 @@ class GRPOTracker(Tracker):
         return Trial(kind, {"step": self.step})
 
 
+@hooks
 def patch(optimizers: Optimizers, patches: Patches) -> None:
     """The finetune phase, and GRPO's steps."""
     owner = resolve("dspy.teleprompt.bootstrap_finetune", "BootstrapFinetune")
-    patches.wrap(owner, "finetune_lms", optimizers.phases.around(_jobs), loses="BootstrapFinetune's finetune phase")
+    finetune = optimizers.phases.hook(_finetune)
+    patches.around(owner, "finetune_lms", finetune, loses="BootstrapFinetune's finetune phase")
 
-    def note_step(original: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(original)
-        def wrapper(self_: Any, *args: Any, **kwargs: Any) -> Any:
-            tracker = optimizers.running(GRPOTracker)
-            if tracker is None:
-                return original(self_, *args, **kwargs)
-            # (self, student, trainset, valset, logger, step_idx=-1)
-            step = kwargs.get("step_idx", args[4] if len(args) > 4 else -1)
-            tracker.step = step if isinstance(step, int) else None
-            try:
-                return original(self_, *args, **kwargs)
-            finally:
-                tracker.step = None
+    def validation(instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Leave | None:
+        tracker = optimizers.running(GRPOTracker)
+        if tracker is None:
+            return None
+        # (student, trainset, valset, logger, step_idx=-1)
+        step = argument(args, kwargs, 4, "step_idx", -1)
+        tracker.step = step if isinstance(step, int) else None
 
-        return wrapper
+        def leave(result: Any, error: BaseException | None) -> None:
+            tracker.step = None
+
+        return leave
 
     owner = resolve("dspy.teleprompt.grpo", "GRPO")
-    patches.wrap(owner, "report_validation_metrics", note_step, loses="GRPO's trials")
+    patches.around(owner, "report_validation_metrics", validation, loses="GRPO's trials")
 
 
-def _jobs(run: Run, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Phase:
-    jobs = args[-1] if args else kwargs["finetune_dict"]
+def _finetune(tracker: Tracker, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Phase:
+    jobs = argument(args, kwargs, 0, "finetune_dict")
     models = [str(job["lm"].model) for job in jobs.values()]
     attributes: Attributes = {semconv.FINETUNE_JOBS: len(jobs), semconv.FINETUNE_MODELS: models}
     return Phase(semconv.PHASE_FINETUNE, attributes=attributes)

@@ -1,7 +1,7 @@
 """GEPA: the seed, then iterations that sample a parent, reflect on it, and score a child, or merge two candidates.
 
-GEPA's own callbacks tell what each evaluation is for, and the verdict on each child; they come after its evaluation,
-so the trial's span stays open until then.
+GEPA's own callbacks give the purpose of each evaluation, and the verdict on each child. The verdict comes after the
+evaluation, so the trial's span stays open until then.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ from dspy_otel.content import introspection, redaction
 from dspy_otel.core.attributes import Attributes
 from dspy_otel.core.internal_errors import guard, warn_once
 from dspy_otel.core.operation import Call
+from dspy_otel.optimizers.phases import PhaseOperation
 from dspy_otel.optimizers.run import MEAN, Run
-from dspy_otel.optimizers.tracker import Evaluation, Phase, Tracker, Trial, mean_of, tracks
+from dspy_otel.optimizers.tracker import Evaluation, Phase, Tracker, Trial, hooks, mean_of, tracks
 from dspy_otel.patching import Patches, resolve
 
 if TYPE_CHECKING:
@@ -46,6 +47,7 @@ class GEPATracker(Tracker):
         self.reflect: Call | None = None
         self.front: Mapping[str, Any] = {}
         self.resumed = False
+        self.phases: PhaseOperation | None = None
         self._lock = threading.Lock()
         self._new_iteration()
 
@@ -79,7 +81,7 @@ class GEPATracker(Tracker):
             own = [(index, ids) for index, ids in self.sampled if self.pool.get(index) == about.program_id]
             if own:
                 trial.params["candidate_index"] = own[0][0]
-            if len(own) == 1:  # with several samples of one program it is not known which
+            if len(own) == 1:  # Several samples of one program cannot be distinguished.
                 trial.params["minibatch_ids"] = own[0][1]
             return trial
         trial.awaits_verdict = True
@@ -90,7 +92,7 @@ class GEPATracker(Tracker):
                 trial.parents = [self.pool[index] for index in parents if index in self.pool]
                 if place < len(self.proposed):
                     trial.params["components"] = sorted(self.proposed[place])
-                    if len(self.prepared) == len(self.proposed):  # else it is not known which task came to nothing
+                    if len(self.prepared) == len(self.proposed):  # Else the task without a proposal is unknown.
                         task = self.prepared[place]
                         trial.params["minibatch_ids"] = self.sampled[task][1]
                         trial.end_attributes[semconv.TRIAL_SCORE_BEFORE] = self.before[task]
@@ -100,7 +102,7 @@ class GEPATracker(Tracker):
         return trial
 
     def _place_of(self, texts: Mapping[str, str]) -> int | None:
-        """Which of the children announced in this iteration has these texts."""
+        """The place, among the children announced in this iteration, of the one with these texts."""
         if len(self.children) == 1:
             return 0
         with self._lock:  # children are evaluated side by side
@@ -111,7 +113,7 @@ class GEPATracker(Tracker):
         return None
 
     def _accepted(self, candidate: str | None, full: Trial) -> None:
-        """A candidate goes on to the whole validation set: its minibatch was good enough."""
+        """A candidate is evaluated on the whole validation set: GEPA has accepted it after its minibatch."""
         for trial in self.waiting:
             if trial.kind == semconv.TRIAL_MINIBATCH and trial.candidate == candidate:
                 full.parents = list(trial.parents)
@@ -139,7 +141,7 @@ class GEPATracker(Tracker):
         if reflect is None:
             return
         if not self.proposed:
-            # The reflection failed, which GEPA only logs, or had nothing to say.
+            # The reflection failed, which GEPA only logs, or proposed nothing.
             reflect.instance.attributes.setdefault(semconv.TRIAL_REASON, "no_proposal")
         reflect.operation.close(reflect, None, None)
 
@@ -151,12 +153,12 @@ class GEPATracker(Tracker):
     # --- GEPA's events ----------------------------------------------------------------------------------------------
     def on_iteration_start(self, event: Mapping[str, Any]) -> None:
         self.iteration = event["iteration"]
-        attempt = self.run.attempt
-        if attempt is not None and attempt.before is not None and not self.resumed:
-            # Of the attempt before, GEPA knows the candidates of its last saved state.
+        checkpoint = self.checkpoint
+        if checkpoint is not None and checkpoint.previous is not None and not self.resumed:
+            # Of the process before, GEPA knows the candidates of its last saved state.
             self.resumed = True
             saved = range(1, len(event["state"].program_candidates))
-            self.pool.update({index: attempt.pool[index] for index in saved if index in attempt.pool})
+            self.pool.update({index: checkpoint.pool[index] for index in saved if index in checkpoint.pool})
         self.stage = semconv.TRIAL_FULL
         self._new_iteration()
 
@@ -211,8 +213,8 @@ class GEPATracker(Tracker):
             if trial.kind != semconv.TRIAL_MINIBATCH and self._is(trial, candidate):
                 if trial.candidate is not None:
                     self.pool[index] = trial.candidate
-                    if self.run.attempt is not None:
-                        self.run.attempt.pool[index] = trial.candidate
+                    if self.checkpoint is not None:
+                        self.checkpoint.pool[index] = trial.candidate
                 trial.end_attributes[f"{semconv.TRIAL_PARAMS_PREFIX}candidate_index"] = index
                 if trial.awaits_verdict:
                     trial.score = float(event["average_score"])
@@ -224,7 +226,7 @@ class GEPATracker(Tracker):
         return all(trial.texts.get(name, text) == text for name, text in candidate.items())
 
     def _put_front(self, trial: Trial, index: int) -> None:
-        """Whether the candidate is on the Pareto front, and whom it displaced from there."""
+        """Record whether the candidate is on the Pareto front, and the candidates it displaced from there."""
         front, self.front = self.front, {}
         if not front:
             return
@@ -264,18 +266,16 @@ class GEPATracker(Tracker):
     def on_iteration_end(self, event: Mapping[str, Any]) -> None:
         self.end()
 
-    phases: Any = None
 
+class GEPAWithoutEventsTracker(Tracker):
+    """GEPA whose events do not reach us: its evaluations are trials, as those of any other optimizer.
 
-class SilentGEPATracker(Tracker):
-    """GEPA that tells us nothing: its evaluations are trials, as those of any other optimizer.
-
-    Which rows they are on tells those that decide from those on minibatches.
+    Evaluations of the whole validation set decide; all others are on minibatches.
     """
 
     scale = MEAN
     deciding = GEPATracker.deciding
-    role = None  # Nothing tells reflection from the metric's own calls.
+    role = None  # Reflection cannot be distinguished from the metric's own calls.
 
     def kind_of(self, about: Evaluation) -> str:
         whole = self.arguments.get("valset") or self.arguments.get("trainset")
@@ -287,8 +287,8 @@ class SilentGEPATracker(Tracker):
         return mean_of(result)
 
 
-class OldGEPATracker(SilentGEPATracker):
-    """GEPA before 0.0.27, which knows no callbacks. Said when it is used, not to everybody who has it installed."""
+class OldGEPATracker(GEPAWithoutEventsTracker):
+    """GEPA before 0.0.27, which has no callbacks. The warning comes when it is used: many have it installed only."""
 
     def begin(self) -> None:
         warn_once(("patch", "callbacks"), "this GEPA knows no callbacks; telemetry lacks %s", _LOSES)
@@ -304,21 +304,22 @@ def row_score(row: Any) -> float:
 
 
 class Observer:
-    """What GEPA is given as a callback: passes events on to the plan, and never raises."""
+    """A callback for GEPA that passes events on to the tracker, and never raises."""
 
     def __init__(self, tracker: GEPATracker) -> None:
-        self._plan = tracker
+        self._tracker = tracker
 
     def __getattr__(self, name: str) -> Any:
-        method = getattr(type(self._plan), name, None) if name.startswith("on_") else None
+        tracker = self._tracker
+        method = getattr(type(tracker), name, None) if name.startswith("on_") else None
         if method is None:
             raise AttributeError(name)
-        tracker = self._plan
         return lambda event: guard(f"GEPA {name}")(method)(tracker, event)
 
 
+@hooks
 def patch(optimizers: Optimizers, patches: Patches) -> None:
-    """``gepa.optimize`` gets one callback more, for the one call."""
+    """``gepa.optimize`` gets one more callback, for the one call: its arguments change, so no hook will do."""
 
     def observed(original: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(original)
@@ -342,7 +343,7 @@ def patch(optimizers: Optimizers, patches: Patches) -> None:
     if optimize is not None and not _takes(optimize, "callbacks"):
         optimizers.trackers["GEPA"] = OldGEPATracker
     elif not patches.wrap(resolve("gepa"), "optimize", observed, loses=_LOSES):
-        optimizers.trackers["GEPA"] = SilentGEPATracker
+        optimizers.trackers["GEPA"] = GEPAWithoutEventsTracker
 
 
 def _takes(function: Any, name: str) -> bool:

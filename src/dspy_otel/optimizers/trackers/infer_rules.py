@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from dspy_otel import semconv
 from dspy_otel.core.attributes import Attributes
-from dspy_otel.optimizers.tracker import Evaluation, Phase, Tracker, tracks
+from dspy_otel.optimizers.tracker import Evaluation, Phase, Tracker, hooks, tracks
 from dspy_otel.patching import Patches, resolve
 
 if TYPE_CHECKING:
@@ -25,8 +25,9 @@ class InferRulesTracker(Tracker):
         return {"candidate": self._trials - 1}
 
 
+@hooks
 def patch(optimizers: Optimizers, patches: Patches) -> None:
     """The phase in which rules are found."""
-    propose = optimizers.phases.around(lambda run, args, kwargs: Phase(semconv.PHASE_PROPOSE, semconv.ROLE_PROPOSER))
+    propose = optimizers.phases.hook(lambda *_: Phase(semconv.PHASE_PROPOSE, semconv.ROLE_PROPOSER))
     owner = resolve("dspy.teleprompt.infer_rules", "InferRules")
-    patches.wrap(owner, "induce_natural_language_rules", propose, loses="InferRules' propose phases")
+    patches.around(owner, "induce_natural_language_rules", propose, loses="InferRules' propose phases")

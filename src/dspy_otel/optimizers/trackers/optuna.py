@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from dspy_otel.core.attributes import Attributes
 from dspy_otel.optimizers.run import Run
-from dspy_otel.optimizers.tracker import Evaluation, Tracker, tracks
-from dspy_otel.patching import Patches, resolve
+from dspy_otel.optimizers.tracker import Evaluation, Tracker, hooks, tracks
+from dspy_otel.patching import Patches, argument, resolve
 
 if TYPE_CHECKING:
     from dspy_otel.optimizers import Optimizers
@@ -17,7 +16,7 @@ if TYPE_CHECKING:
 
 @tracks("BootstrapFewShotWithOptuna")
 class OptunaTracker(Tracker):
-    """Optuna's own trial says which demo each predictor got."""
+    """Optuna's own trial has the demo that each predictor got."""
 
     def __init__(self, run: Run, instance: Any, arguments: Mapping[str, Any]) -> None:
         super().__init__(run, instance, arguments)
@@ -31,18 +30,14 @@ class OptunaTracker(Tracker):
         return {} if self.trial is None else dict(self.trial.params)
 
 
+@hooks
 def patch(optimizers: Optimizers, patches: Patches) -> None:
     """The parameters of each trial."""
 
-    def note_trial(original: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(original)
-        def wrapper(self_: Any, trial: Any, *args: Any, **kwargs: Any) -> Any:
-            tracker = optimizers.running(OptunaTracker)
-            if tracker is not None:
-                tracker.trial = trial
-            return original(self_, trial, *args, **kwargs)
-
-        return wrapper
+    def objective(instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        tracker = optimizers.running(OptunaTracker)
+        if tracker is not None:
+            tracker.trial = argument(args, kwargs, 0, "trial")
 
     owner = resolve("dspy.teleprompt.teleprompt_optuna", "BootstrapFewShotWithOptuna")
-    patches.wrap(owner, "objective", note_trial, loses="the parameters of BootstrapFewShotWithOptuna's trials")
+    patches.before(owner, "objective", objective, loses="the parameters of BootstrapFewShotWithOptuna's trials")

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from dspy_otel.core.attributes import Attributes
 from dspy_otel.optimizers.tracker import Evaluation, Tracker, tracks
-
-if TYPE_CHECKING:
-    pass
 
 # As random_search.py treats its seeds; all others are bootstrapped from a shuffled training set.
 _STRATEGIES: Final = {-3: "zero_shot", -2: "labeled", -1: "bootstrap_unshuffled"}

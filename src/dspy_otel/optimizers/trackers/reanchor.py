@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Final
 
@@ -12,8 +10,8 @@ from dspy_otel.content.encoder import Content
 from dspy_otel.core.attributes import Attributes
 from dspy_otel.core.internal_errors import guard
 from dspy_otel.optimizers.run import MEAN
-from dspy_otel.optimizers.tracker import Evaluation, Tracker, mean_of, tracks
-from dspy_otel.patching import Patches, resolve
+from dspy_otel.optimizers.tracker import Evaluation, Tracker, hooks, mean_of, tracks
+from dspy_otel.patching import Leave, Patches, argument, resolve
 
 if TYPE_CHECKING:
     from dspy_otel.optimizers import Optimizers
@@ -43,35 +41,32 @@ class ReAnchorTracker(Tracker):
         return mean_of(result)
 
 
+@hooks
 def patch(optimizers: Optimizers, patches: Patches) -> None:
     """``calibrate.scores``: one pass over the examples with one setting."""
     module = resolve("dspy.teleprompt.reanchor.calibrate")
     if module is None:
         return  # DSPy 3.3
 
-    def as_evaluation(original: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(original)
-        def scores(program: Any, examples: Any, metric: Any, num_threads: Any = None, *args: Any, **kwargs: Any) -> Any:
-            call = None
-            if optimizers.running(Tracker) is not None:
-                given = SimpleNamespace(program=program, metric=metric, devset=examples, num_threads=num_threads)
-                call = optimizers.evaluate.open(given, (), {})
-            if call is None:
-                return original(program, examples, metric, num_threads, *args, **kwargs)
-            try:
-                values = original(program, examples, metric, num_threads, *args, **kwargs)
-            except BaseException as error:
-                optimizers.evaluate.close(call, None, error)
-                raise
-            optimizers.evaluate.close(call, guard("ReAnchor")(_result)(values), None)
-            return values
+    def evaluation(instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Leave | None:
+        if optimizers.running(Tracker) is None:
+            return None
+        names = ("program", "examples", "metric", "num_threads")
+        program, rows, metric, threads = (argument(args, kwargs, place, name) for place, name in enumerate(names))
+        stand_in = SimpleNamespace(program=program, metric=metric, devset=rows, num_threads=threads)
+        call = optimizers.evaluate.open(stand_in, (), {})
+        if call is None:
+            return None
 
-        return scores
+        def leave(values: Any, error: BaseException | None) -> None:
+            optimizers.evaluate.close(call, None if error is not None else guard("ReAnchor")(_result)(values), error)
 
-    patches.wrap(module, "scores", as_evaluation, loses="ReAnchor's trials")
+        return leave
+
+    patches.around(module, "scores", evaluation, loses="ReAnchor's trials")
 
 
 def _result(values: list[float]) -> SimpleNamespace:
-    """What ``Evaluate`` would have returned."""
+    """The result of an ``Evaluate`` with these scores."""
     percent = round(100 * sum(values) / len(values), 2) if values else None
     return SimpleNamespace(score=percent, results=[(None, None, value) for value in values])

@@ -1,11 +1,10 @@
 """SIMBA: each step samples trajectories, builds candidates with a strategy, and scores them on the same minibatch.
 
-It evaluates through ``dspy.Parallel``, so its trials are recognised by the pairs that it hands over.
+It evaluates through ``dspy.Parallel``, so its trials are recognised by the pairs of program and example given to that.
 """
 
 from __future__ import annotations
 
-import functools
 import threading
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Final
@@ -15,13 +14,13 @@ from opentelemetry import context as otel_context
 from dspy_otel import semconv
 from dspy_otel.core.attributes import Attributes
 from dspy_otel.core.call_context import current_call_context
-from dspy_otel.core.errors import hide_frames
 from dspy_otel.core.internal_errors import guard
 from dspy_otel.core.operation import Call, detach
-from dspy_otel.optimizers.run import MEAN, CompileState, Run
-from dspy_otel.optimizers.tracker import Evaluation, Phase, Tracker, Trial, mean_of, tracks
-from dspy_otel.optimizers.trials import CandidateRun
-from dspy_otel.patching import Patches, resolve
+from dspy_otel.optimizers.evaluations import CandidateRun
+from dspy_otel.optimizers.run import MEAN, Run
+from dspy_otel.optimizers.state import CompileState
+from dspy_otel.optimizers.tracker import Evaluation, Phase, Tracker, Trial, hooks, mean_of, tracks
+from dspy_otel.patching import Leave, Patches, hooked, resolve
 
 if TYPE_CHECKING:
     from dspy_otel.optimizers import Optimizers
@@ -42,13 +41,13 @@ class SIMBATracker(Tracker):
         self.pool: list[str | None] = [run.initial_id]
 
     def begin(self) -> None:
-        _strategies.lend(self.instance)
+        _strategies.observe(self.instance)
 
     def end(self) -> None:
-        _strategies.give_back(self.instance)
+        _strategies.restore(self.instance)
 
     def arguments_known(self) -> None:
-        # At most: a strategy may fail, and the same program may be chosen twice for the end.
+        # An upper bound: a strategy may fail, and the same program may be chosen twice for the end.
         rows = self.arguments.get("trainset")
         if isinstance(rows, (list, tuple)):
             size, candidates, steps = self.instance.bsize, self.instance.num_candidates, self.instance.max_steps
@@ -98,30 +97,30 @@ class SIMBATracker(Tracker):
 
 
 class _Strategies:
-    """SIMBA's list of strategies, each under observation while a compile runs; ``rng.choice`` picks the same ones."""
+    """SIMBA's list of strategies, each with a phase around it while a compile runs. ``rng.choice`` picks the same."""
 
     def __init__(self) -> None:
         self.optimizers: Optimizers | None = None
         self._lock = threading.Lock()
-        self._lent: dict[int, tuple[int, Any, Any]] = {}
+        self._replaced: dict[int, tuple[int, Any, Any]] = {}
 
-    def lend(self, instance: Any) -> None:
-        """Put observed strategies in place, once for any number of compiles at the same time."""
+    def observe(self, instance: Any) -> None:
+        """Replace an optimizer's list, once for any number of compiles at the same time."""
         with self._lock:
-            count, original, ours = self._lent.get(id(instance), (0, instance.strategies, None))
+            count, original, ours = self._replaced.get(id(instance), (0, instance.strategies, None))
             if ours is None:
                 ours = [self._observed(strategy) for strategy in original]
                 instance.strategies = ours
-            self._lent[id(instance)] = (count + 1, original, ours)
+            self._replaced[id(instance)] = (count + 1, original, ours)
 
-    def give_back(self, instance: Any) -> None:
+    def restore(self, instance: Any) -> None:
         """Restore the list when the last compile of this optimizer ends, unless somebody has changed it since."""
         with self._lock:
-            if id(instance) not in self._lent:
+            if id(instance) not in self._replaced:
                 return
-            count, original, ours = self._lent.pop(id(instance))
+            count, original, ours = self._replaced.pop(id(instance))
             if count > 1:
-                self._lent[id(instance)] = (count - 1, original, ours)
+                self._replaced[id(instance)] = (count - 1, original, ours)
             elif instance.strategies is ours:
                 instance.strategies = original
 
@@ -130,25 +129,28 @@ class _Strategies:
         if optimizers is None:
             return strategy
         name = getattr(strategy, "__name__", type(strategy).__name__).rstrip("_")
+        prefix = semconv.TRIAL_PARAMS_PREFIX
 
-        def describe(run: Run, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Phase | None:
-            tracker = run.tracker
-            if not isinstance(tracker, SIMBATracker):
+        def begin(instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Leave | None:
+            tracker = optimizers.running(SIMBATracker)
+            if tracker is None:
                 return None
-            tracker.made[id(args[1])] = {"strategy": name}
-            key = semconv.TRIAL_PARAMS_PREFIX
-            attributes: Attributes = {f"{key}step": tracker.step, f"{key}strategy": name}
+            made = tracker.made[id(args[1])] = {"strategy": name}
+            attributes: Attributes = {f"{prefix}step": tracker.step, f"{prefix}strategy": name}
             phase = Phase(semconv.PHASE_PROPOSE, semconv.ROLE_PROPOSER, attributes=attributes)
-            phase.candidate = args[1]
-            return phase
+            call = optimizers.phases.open(phase, (), {})
 
-        def finish(run: Run, phase: Phase, result: Any) -> None:
-            if isinstance(run.tracker, SIMBATracker):
-                # False: the strategy had nothing to go by, and the candidate is a copy with some demos dropped.
-                run.tracker.made[id(phase.candidate)]["applied"] = bool(result)
-                phase.attributes[f"{semconv.TRIAL_PARAMS_PREFIX}applied"] = bool(result)
+            def leave(result: Any, error: BaseException | None) -> None:
+                if error is None:
+                    # False: the strategy found nothing to use, and the candidate is a copy with some demos dropped.
+                    with guard("SIMBA strategy"):
+                        made["applied"] = phase.attributes[f"{prefix}applied"] = bool(result)
+                if call is not None:
+                    optimizers.phases.close(call, result, error)
 
-        return optimizers.phases.around(describe, finish)(strategy)
+            return leave
+
+        return hooked(strategy, before=begin)
 
 
 _strategies: Final = _Strategies()
@@ -180,92 +182,63 @@ class _Observed:
             detach(token)
 
 
+@hooks
 def patch(optimizers: Optimizers, patches: Patches) -> None:
-    """Steps, what each pair runs, and the evaluations as a whole."""
+    """Steps, the runs of each pair, and the evaluations as a whole."""
     _strategies.optimizers = optimizers
     module = resolve("dspy.teleprompt.simba")
 
-    def tracker() -> SIMBATracker | None:
-        return optimizers.running(SIMBATracker)
+    def step(instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        tracker = optimizers.running(SIMBATracker)
+        if tracker is not None:
+            tracker.new_step()
 
-    def note_step(original: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(original)
-        def prepare_models_for_resampling(*args: Any, **kwargs: Any) -> Any:
-            current = tracker()
-            if current is not None:
-                with guard("SIMBA step"):
-                    current.new_step()
-            return original(*args, **kwargs)
-
-        return prepare_models_for_resampling
-
-    def note_program(original: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(original)
+    def observed(original: Callable[..., Any]) -> Callable[..., Any]:
+        # The result changes, so no hook will do: each example's span is opened in the worker that runs it.
         def wrap_program(program: Any, metric: Any, *args: Any, **kwargs: Any) -> Any:
             function = original(program, metric, *args, **kwargs)
-            if tracker() is None:
+            if optimizers.running(SIMBATracker) is None:
                 return function
             return guard("SIMBA program")(_Observed)(function, program, metric) or function
 
         return wrap_program
 
-    def note_evaluation(original: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(original)
-        def __call__(self_: Any, *args: Any, **kwargs: Any) -> Any:
-            try:
-                return evaluate_observed(self_, *args, **kwargs)
-            except BaseException as error:
-                hide_frames(error)
-                raise
+    def evaluation(instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Leave | None:
+        tracker = optimizers.running(SIMBATracker)
+        pairs = args[0] if args and isinstance(args[0], list) else None
+        if tracker is None or pairs is None:
+            return None
+        if not pairs and _in_compile():
+            tracker.evaluated([])  # Every strategy has failed: there is no candidate to score.
+        if not pairs or not isinstance(pairs[0][0], _Observed):
+            return None
+        phase = optimizers.phases.open(tracker.phase(), (), {})
+        none: list[_Group] = []
+        groups = guard("SIMBA evaluation")(_open_groups)(optimizers, tracker, pairs, instance) or none
 
-        def evaluate_observed(self_: Any, *args: Any, **kwargs: Any) -> Any:
-            current = tracker()
-            pairs = args[0] if args and isinstance(args[0], list) else None
-            if current is not None and pairs == [] and guard("SIMBA evaluation")(_in_compile)():
-                # Every strategy has failed: there is no candidate to score.
-                with guard("SIMBA evaluation"):
-                    current.evaluated([])
-            if current is None or not pairs or not isinstance(pairs[0][0], _Observed):
-                return original(self_, *args, **kwargs)
-            about = guard("SIMBA evaluation")(current.phase)()
-            phase = None if about is None else optimizers.phases.open(about, (), {})
-            none: list[_Group] = []
-            groups = guard("SIMBA evaluation")(_open_groups)(optimizers, current, pairs, self_) or none
-            try:
-                results = original(self_, *args, **kwargs)
-            except BaseException as error:
-                with guard("SIMBA evaluation"):
-                    _close_groups(optimizers, groups, None, error)
-                if phase is not None:
-                    optimizers.phases.close(phase, None, error)
-                raise
+        def leave(results: Any, error: BaseException | None) -> None:
             with guard("SIMBA evaluation"):
-                _close_groups(optimizers, groups, results, None)
+                _close_groups(optimizers, groups, results, error)
             if phase is not None:
-                optimizers.phases.close(phase, results, None)
-            with guard("SIMBA evaluation"):
-                _evaluated(current, groups)
-            return results
+                optimizers.phases.close(phase, results, error)
+            if error is None:
+                tracker.evaluated([_candidate(call) for call, _ in groups])
 
-        return __call__
+        return leave
 
     loses = "SIMBA's trials"
     if module is None:
         return
-    patches.wrap(module, "prepare_models_for_resampling", note_step, loses=loses)
-    patches.wrap(module, "wrap_program", note_program, loses=loses)
-    patches.wrap(resolve("dspy.predict.parallel", "Parallel"), "__call__", note_evaluation, loses=loses)
+    patches.before(module, "prepare_models_for_resampling", step, loses=loses)
+    patches.wrap(module, "wrap_program", observed, loses=loses)
+    patches.around(resolve("dspy.predict.parallel", "Parallel"), "__call__", evaluation, loses=loses)
 
 
 _Group = tuple[Call, list[int]]
 
 
-def _evaluated(tracker: SIMBATracker, groups: list[_Group]) -> None:
-    tracker.evaluated([_candidate(call) for call, _ in groups])
-
-
 def _in_compile() -> bool:
-    """Whether the optimizer itself is at work here, and not a program that it runs."""
+    """Whether the optimizer itself makes this call, and not a program that it runs."""
     context = current_call_context()
     return context is not None and isinstance(context.state, CompileState)
 
@@ -308,7 +281,7 @@ def _close_groups(optimizers: Optimizers, groups: list[_Group], results: Any, er
 
 
 class _Outcome:
-    """What ``Evaluate`` would have returned for the results of one candidate."""
+    """The result of an ``Evaluate`` with the results of one candidate."""
 
     def __init__(self, rows: list[Any]) -> None:
         known = [row if isinstance(row, dict) else {} for row in rows]
