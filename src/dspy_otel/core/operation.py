@@ -39,7 +39,7 @@ _ERROR: Final = Status(StatusCode.ERROR)
 
 
 @dataclass(slots=True)
-class Start:
+class SpanStart:
     """How to open a span.
 
     Attributes:
@@ -146,7 +146,7 @@ class Operation:
 
     def start(
         self, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any], parent: CallContext | None
-    ) -> Start | None:
+    ) -> SpanStart | None:
         """What span to open for this call, or ``None`` for none."""
         raise NotImplementedError
 
@@ -162,11 +162,11 @@ class Operation:
             override_of: as for :meth:`open`.
         """
 
-    def detail(self, call: Call) -> Attributes:
-        """Attributes at the start that cost something; only asked for when the span is recorded."""
+    def start_attributes(self, call: Call) -> Attributes:
+        """Attributes at the start that are costly, or need the span; only asked for when the span is recorded."""
         return {}
 
-    def result(self, call: Call, result: Any, error: BaseException | None) -> Attributes:
+    def end_attributes(self, call: Call, result: Any, error: BaseException | None) -> Attributes:
         """Attributes at the end; only asked for when the span is recorded."""
         return {}
 
@@ -208,7 +208,7 @@ class Operation:
 
     def _open(
         self,
-        start: Start,
+        start: SpanStart,
         instance: Any,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
@@ -256,9 +256,9 @@ class Operation:
             if start.identity:
                 call.identity = {key: start.attributes[key] for key in start.identity if key in start.attributes}
             try:
-                call.attributes = self.detail(call)
+                call.attributes = self.start_attributes(call)
             except Exception as error:
-                failed(f"detail of {self.kind}", error)
+                failed(f"attributes of {self.kind}", error)
         call.token = otel_context.attach(call.otel_context)
         call.started = time.perf_counter()
         return call
@@ -286,7 +286,7 @@ class Operation:
             except Exception as problem:
                 failed(f"error of {self.kind}", problem)
             try:
-                call.attributes.update(self.result(call, result, error))
+                call.attributes.update(self.end_attributes(call, result, error))
             except Exception as problem:
                 failed(f"result of {self.kind}", problem)
         try:

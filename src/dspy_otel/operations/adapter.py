@@ -13,7 +13,7 @@ from dspy_otel.core.attributes import Attributes
 from dspy_otel.core.call_context import CallContext, current_call_context
 from dspy_otel.core.errors import error_type, hide_frames
 from dspy_otel.core.internal_errors import guard
-from dspy_otel.core.operation import Call, Operation, Start, openinference
+from dspy_otel.core.operation import Call, Operation, SpanStart, openinference
 from dspy_otel.operations.module import ModuleState, put_inputs, put_outputs
 
 
@@ -109,15 +109,15 @@ class AdapterSpanOperation(Operation):
 
     def start(
         self, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any], parent: CallContext | None
-    ) -> Start | None:
+    ) -> SpanStart | None:
         name = type(instance).__name__
         attributes: Attributes = {semconv.ADAPTER_NAME: name}
         openinference(attributes, self.telemetry, semconv.KIND_CHAIN)
         context = CallContext(self.kind, instance, parent)
         # LM calls that an adapter makes itself (TwoStepAdapter) belong to its span.
-        return Start(f"{name}.{self.method}", context, attributes)
+        return SpanStart(f"{name}.{self.method}", context, attributes)
 
-    def detail(self, call: Call) -> Attributes:
+    def start_attributes(self, call: Call) -> Attributes:
         attributes: Attributes = {}
         position = 2 if self.method == "format" else 1
         name = "inputs" if self.method == "format" else "completion"
@@ -125,7 +125,7 @@ class AdapterSpanOperation(Operation):
         put_inputs(self.telemetry, attributes, value)
         return attributes
 
-    def result(self, call: Call, result: Any, error: BaseException | None) -> Attributes:
+    def end_attributes(self, call: Call, result: Any, error: BaseException | None) -> Attributes:
         attributes: Attributes = {}
         if error is None:
             put_outputs(self.telemetry, attributes, result)

@@ -16,7 +16,7 @@ from dspy_otel.core.attributes import Attributes
 from dspy_otel.core.call_context import CallContext
 from dspy_otel.core.errors import error_type
 from dspy_otel.core.internal_errors import guard
-from dspy_otel.core.operation import Call, Operation, Start, detach, openinference
+from dspy_otel.core.operation import Call, Operation, SpanStart, detach, openinference
 from dspy_otel.operations.lm_request import server_attributes, split_model
 
 
@@ -94,7 +94,7 @@ class EmbeddingOperation(Operation):
 
     def start(
         self, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any], parent: CallContext | None
-    ) -> Start | None:
+    ) -> SpanStart | None:
         hosted = isinstance(instance.model, str)
         settings = {**(getattr(instance, "default_kwargs", None) or {}), **kwargs}
         with _SETTINGS:
@@ -111,9 +111,9 @@ class EmbeddingOperation(Operation):
         context = CallContext(self.kind, instance, parent, EmbeddingState(attributes.copy()))
         openinference(attributes, self.telemetry, semconv.KIND_EMBEDDING)
         kind = SpanKind.CLIENT if hosted else SpanKind.INTERNAL
-        return Start(f"{semconv.OPERATION_EMBEDDINGS} {name}", context, attributes, kind)
+        return SpanStart(f"{semconv.OPERATION_EMBEDDINGS} {name}", context, attributes, kind)
 
-    def detail(self, call: Call) -> Attributes:
+    def start_attributes(self, call: Call) -> Attributes:
         attributes: Attributes = {}
         if self.telemetry.config.openinference:
             texts = call.args[0] if call.args else call.kwargs.get("inputs")
@@ -122,7 +122,7 @@ class EmbeddingOperation(Operation):
                 attributes[semconv.INPUT_MIME_TYPE] = semconv.MIME_JSON
         return attributes
 
-    def result(self, call: Call, result: Any, error: BaseException | None) -> Attributes:
+    def end_attributes(self, call: Call, result: Any, error: BaseException | None) -> Attributes:
         # An array of NumPy's, as DSPy makes it of the answer.
         shape = result.shape if introspection.library(type(result)) == "numpy" else ()
         return {semconv.GEN_AI_EMBEDDINGS_DIMENSION_COUNT: int(shape[-1])} if shape else {}

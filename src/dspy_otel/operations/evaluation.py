@@ -17,7 +17,7 @@ from dspy_otel.core.attributes import Attributes
 from dspy_otel.core.call_context import CallContext
 from dspy_otel.core.errors import error_type
 from dspy_otel.core.internal_errors import guard
-from dspy_otel.core.operation import Call, Operation, Start, openinference
+from dspy_otel.core.operation import Call, Operation, SpanStart, openinference
 from dspy_otel.core.usage import Totals
 from dspy_otel.operations.module import put_inputs, put_outputs
 from dspy_otel.operations.program import Programs
@@ -82,7 +82,7 @@ class EvaluateOperation(Operation):
 
     def start(
         self, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any], parent: CallContext | None
-    ) -> Start | None:
+    ) -> SpanStart | None:
         given = arguments(instance, args, kwargs)
         program = self.programs.find(given["program"]) if hasattr(given["program"], "named_predictors") else None
         state = EvaluationState(
@@ -104,9 +104,9 @@ class EvaluateOperation(Operation):
             attributes[semconv.EVALUATION_METRIC_NAME] = state.metric
         attributes.update(size_attributes(given))
         openinference(attributes, self.telemetry, semconv.KIND_EVALUATOR)
-        return Start(f"{semconv.SPAN_EVALUATE} {state.program_name}", context, attributes, identity=self.identity)
+        return SpanStart(f"{semconv.SPAN_EVALUATE} {state.program_name}", context, attributes, identity=self.identity)
 
-    def result(self, call: Call, result: Any, error: BaseException | None) -> Attributes:
+    def end_attributes(self, call: Call, result: Any, error: BaseException | None) -> Attributes:
         state: EvaluationState = call.context.state
         # An example that DSPy submits twice may fail once and be scored once: then it was scored.
         failures = len(state.failed - state.scored)
@@ -155,7 +155,7 @@ class ExampleOperation(Operation):
 
     def start(
         self, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any], parent: CallContext | None
-    ) -> Start | None:
+    ) -> SpanStart | None:
         run: ExampleRun = instance
         evaluate = run.evaluate
         evaluation: EvaluationState = evaluate.state
@@ -177,9 +177,9 @@ class ExampleOperation(Operation):
         linked = self.telemetry.config.evaluation_traces == "linked"
         links = [Link(evaluate.span.get_span_context())] if linked and evaluate.span is not None else []
         name = f"{semconv.SPAN_EXAMPLE} {evaluation.program_name}"
-        return Start(name, context, attributes, root=linked, links=links, identity=self.identity)
+        return SpanStart(name, context, attributes, root=linked, links=links, identity=self.identity)
 
-    def detail(self, call: Call) -> Attributes:
+    def start_attributes(self, call: Call) -> Attributes:
         run: ExampleRun = call.instance
         attributes: Attributes = {}
         example_id = self.programs.example_id(run.example)
@@ -193,7 +193,7 @@ class ExampleOperation(Operation):
             run.evaluate.add_link(call.span.get_span_context(), {semconv.EXAMPLE_INDEX: run.index})
         return attributes
 
-    def result(self, call: Call, result: Any, error: BaseException | None) -> Attributes:
+    def end_attributes(self, call: Call, result: Any, error: BaseException | None) -> Attributes:
         attributes: Attributes = {}
         if error is not None or type(result) is not tuple or len(result) != 2:
             return attributes

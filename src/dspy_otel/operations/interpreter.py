@@ -7,7 +7,7 @@ from typing import Any
 from dspy_otel import semconv
 from dspy_otel.core.attributes import Attributes
 from dspy_otel.core.call_context import CallContext
-from dspy_otel.core.operation import Call, Operation, Start, openinference
+from dspy_otel.core.operation import Call, Operation, SpanStart, openinference
 
 
 class InterpreterOperation(Operation):
@@ -17,19 +17,19 @@ class InterpreterOperation(Operation):
 
     def start(
         self, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any], parent: CallContext | None
-    ) -> Start | None:
+    ) -> SpanStart | None:
         attributes: Attributes = {semconv.INTERPRETER_NAME: type(instance).__name__}
         openinference(attributes, self.telemetry, semconv.KIND_TOOL)
-        return Start(semconv.SPAN_EXECUTE_CODE, CallContext(self.kind, instance, parent), attributes)
+        return SpanStart(semconv.SPAN_EXECUTE_CODE, CallContext(self.kind, instance, parent), attributes)
 
-    def detail(self, call: Call) -> Attributes:
+    def start_attributes(self, call: Call) -> Attributes:
         attributes: Attributes = {}
         self.telemetry.put_text(
             attributes, semconv.INTERPRETER_CODE, call.args[0] if call.args else call.kwargs.get("code", "")
         )
         return attributes
 
-    def result(self, call: Call, result: Any, error: BaseException | None) -> Attributes:
+    def end_attributes(self, call: Call, result: Any, error: BaseException | None) -> Attributes:
         attributes: Attributes = {}
         if error is None and result is not None:
             put = self.telemetry.put_text if isinstance(result, str) else self.telemetry.put_content

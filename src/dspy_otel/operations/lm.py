@@ -20,7 +20,7 @@ from dspy_otel.core.attributes import Attributes
 from dspy_otel.core.call_context import CallContext, current_call_context, current_state, enclosing_state
 from dspy_otel.core.errors import error_type
 from dspy_otel.core.internal_errors import guard
-from dspy_otel.core.operation import Call, Operation, Start, openinference
+from dspy_otel.core.operation import Call, Operation, SpanStart, openinference
 from dspy_otel.core.usage import LMUsage, add_usages
 from dspy_otel.operations.lm_request import PROVIDERS, request_attributes, request_settings
 from dspy_otel.operations.lm_response import (
@@ -105,7 +105,7 @@ class LMOperation(Operation):
 
     def start(
         self, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any], parent: CallContext | None
-    ) -> Start | None:
+    ) -> SpanStart | None:
         settings = request_settings(instance, args, kwargs)
         own = getattr(instance, "kwargs", None)
         with _SETTINGS:
@@ -125,7 +125,7 @@ class LMOperation(Operation):
                 attributes[semconv.PROGRAM_ID] = context.program.id
         openinference(attributes, self.telemetry, semconv.KIND_LLM)
         name = f"{attributes[semconv.GEN_AI_OPERATION_NAME]} {attributes[semconv.GEN_AI_REQUEST_MODEL]}"
-        return Start(name, context, attributes, SpanKind.CLIENT)
+        return SpanStart(name, context, attributes, SpanKind.CLIENT)
 
     def overridden(
         self, context: CallContext, args: tuple[Any, ...], kwargs: dict[str, Any], override_of: type | None
@@ -134,7 +134,7 @@ class LMOperation(Operation):
         state.combine()
         state.earlier, state.response = state.response, None
 
-    def detail(self, call: Call) -> Attributes:
+    def start_attributes(self, call: Call) -> Attributes:
         attributes: Attributes = {}
         if not self.telemetry.config.content_on_spans:
             return attributes
@@ -165,7 +165,7 @@ class LMOperation(Operation):
                 attributes[key] = self.telemetry.content.json(part)
         return attributes
 
-    def result(self, call: Call, result: Any, error: BaseException | None) -> Attributes:
+    def end_attributes(self, call: Call, result: Any, error: BaseException | None) -> Attributes:
         state: LMCallState = call.context.state
         attributes: Attributes = {}
         if state.engine is not None:

@@ -15,7 +15,7 @@ from dspy_otel.content.introspection import is_a
 from dspy_otel.core.attributes import Attributes
 from dspy_otel.core.call_context import CallContext, Program
 from dspy_otel.core.errors import error_type
-from dspy_otel.core.operation import Call, Operation, Start, openinference
+from dspy_otel.core.operation import Call, Operation, SpanStart, openinference
 from dspy_otel.core.telemetry import Telemetry
 from dspy_otel.core.usage import Totals
 from dspy_otel.operations.program import Programs
@@ -53,7 +53,7 @@ class ModuleOperation(Operation):
 
     def start(
         self, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any], parent: CallContext | None
-    ) -> Start | None:
+    ) -> SpanStart | None:
         context = CallContext(self.kind, instance, parent)
         path: str | None = None
         totals: Totals | None = None
@@ -78,7 +78,7 @@ class ModuleOperation(Operation):
                     path, context.paths = place
         description = self._description(instance, program, path, outermost)
         context.state = ModuleState(description, totals)
-        return Start(description.span, context, description.attributes.copy())
+        return SpanStart(description.span, context, description.attributes.copy())
 
     def _description(self, instance: Any, program: Program, path: str | None, outermost: bool) -> ModuleDescription:
         """Of this module. It is kept with the program, if the module is one of its own."""
@@ -93,7 +93,7 @@ class ModuleOperation(Operation):
                 program.descriptions[id(instance)] = description
         return description
 
-    def detail(self, call: Call) -> Attributes:
+    def start_attributes(self, call: Call) -> Attributes:
         attributes = signature_attributes(call.instance, call.kwargs, self.programs)
         telemetry = self.telemetry
         if telemetry.config.content_on_spans:
@@ -104,7 +104,7 @@ class ModuleOperation(Operation):
             put_inputs(telemetry, attributes, inputs)
         return attributes
 
-    def result(self, call: Call, result: Any, error: BaseException | None) -> Attributes:
+    def end_attributes(self, call: Call, result: Any, error: BaseException | None) -> Attributes:
         attributes: Attributes = {}
         state: ModuleState = call.context.state
         if state.adapter is not None:

@@ -18,7 +18,7 @@ from dspy_otel.core.attributes import Attributes
 from dspy_otel.core.call_context import CallContext, current_call_context
 from dspy_otel.core.errors import hide_frames
 from dspy_otel.core.internal_errors import guard
-from dspy_otel.core.operation import Call, Operation, Start, detach, openinference
+from dspy_otel.core.operation import Call, Operation, SpanStart, detach, openinference
 from dspy_otel.operations.evaluation import EvaluationState, ExampleOperation, ExampleRun
 
 _THREADS: Final = guard("threads")
@@ -39,7 +39,7 @@ class ParallelOperation(Operation):
 
     def start(
         self, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any], parent: CallContext | None
-    ) -> Start | None:
+    ) -> SpanStart | None:
         attributes: Attributes = {}
         size = introspection.length(args[1])
         if size is not None:
@@ -47,9 +47,9 @@ class ParallelOperation(Operation):
         if isinstance(instance.num_threads, int):
             attributes[semconv.PARALLEL_NUM_THREADS] = instance.num_threads
         openinference(attributes, self.telemetry, semconv.KIND_CHAIN)
-        return Start(semconv.SPAN_PARALLEL, CallContext(self.kind, instance, parent), attributes)
+        return SpanStart(semconv.SPAN_PARALLEL, CallContext(self.kind, instance, parent), attributes)
 
-    def result(self, call: Call, result: Any, error: BaseException | None) -> Attributes:
+    def end_attributes(self, call: Call, result: Any, error: BaseException | None) -> Attributes:
         return {semconv.PARALLEL_FAILURES: len(call.instance.failed_indices)}
 
     @classmethod

@@ -11,7 +11,7 @@ from dspy_otel import semconv
 from dspy_otel.content import introspection
 from dspy_otel.core.attributes import Attributes
 from dspy_otel.core.call_context import CallContext
-from dspy_otel.core.operation import Call, Operation, Start, openinference
+from dspy_otel.core.operation import Call, Operation, SpanStart, openinference
 from dspy_otel.operations.embedding import ASKING
 from dspy_otel.operations.lm_request import server_attributes
 
@@ -49,7 +49,7 @@ class RetrievalOperation(Operation):
 
     def start(
         self, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any], parent: CallContext | None
-    ) -> Start | None:
+    ) -> SpanStart | None:
         name = type(instance).__name__
         attributes: Attributes = {
             semconv.GEN_AI_OPERATION_NAME: semconv.OPERATION_RETRIEVAL,
@@ -62,9 +62,9 @@ class RetrievalOperation(Operation):
         attributes.update(server_attributes(getattr(instance, "url", None)))
         openinference(attributes, self.telemetry, semconv.KIND_RETRIEVER)
         context = CallContext(self.kind, instance, parent)
-        return Start(f"{semconv.OPERATION_RETRIEVAL} {name}", context, attributes, self.span_kind)
+        return SpanStart(f"{semconv.OPERATION_RETRIEVAL} {name}", context, attributes, self.span_kind)
 
-    def detail(self, call: Call) -> Attributes:
+    def start_attributes(self, call: Call) -> Attributes:
         attributes: Attributes = {}
         if self.telemetry.config.content_on_spans:
             query = call.args[0] if call.args else call.kwargs.get("query", call.kwargs)
@@ -74,7 +74,7 @@ class RetrievalOperation(Operation):
                 self.telemetry.put_content(attributes, semconv.GEN_AI_RETRIEVAL_QUERY_TEXT, query)
         return attributes
 
-    def result(self, call: Call, result: Any, error: BaseException | None) -> Attributes:
+    def end_attributes(self, call: Call, result: Any, error: BaseException | None) -> Attributes:
         attributes: Attributes = {}
         if error is None and self.telemetry.config.content_on_spans:
             self.telemetry.put_content(attributes, semconv.GEN_AI_RETRIEVAL_DOCUMENTS, documents(result))

@@ -8,7 +8,7 @@ from dspy_otel import semconv
 from dspy_otel.core.attributes import Attributes
 from dspy_otel.core.call_context import CallContext
 from dspy_otel.core.errors import error_type
-from dspy_otel.core.operation import Call, Operation, Start, openinference
+from dspy_otel.core.operation import Call, Operation, SpanStart, openinference
 
 # How DSPy's agents say "I am done" in the form of a tool; nothing is executed.
 _END_MARKERS: Final = {"ReAct": "finish", "ReActV2": "submit"}
@@ -21,7 +21,7 @@ class ToolOperation(Operation):
 
     def start(
         self, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any], parent: CallContext | None
-    ) -> Start | None:
+    ) -> SpanStart | None:
         name = str(instance.name)
         if parent is not None and _END_MARKERS.get(type(parent.owner).__name__) == name:
             return None
@@ -31,16 +31,18 @@ class ToolOperation(Operation):
             semconv.GEN_AI_TOOL_TYPE: "function",
         }
         openinference(attributes, self.telemetry, semconv.KIND_TOOL)
-        return Start(f"{semconv.OPERATION_EXECUTE_TOOL} {name}", CallContext(self.kind, instance, parent), attributes)
+        return SpanStart(
+            f"{semconv.OPERATION_EXECUTE_TOOL} {name}", CallContext(self.kind, instance, parent), attributes
+        )
 
-    def detail(self, call: Call) -> Attributes:
+    def start_attributes(self, call: Call) -> Attributes:
         attributes: Attributes = {}
         if call.instance.desc:
             self.telemetry.put_text(attributes, semconv.GEN_AI_TOOL_DESCRIPTION, str(call.instance.desc))
         self.telemetry.put_content(attributes, semconv.GEN_AI_TOOL_CALL_ARGUMENTS, call.kwargs)
         return attributes
 
-    def result(self, call: Call, result: Any, error: BaseException | None) -> Attributes:
+    def end_attributes(self, call: Call, result: Any, error: BaseException | None) -> Attributes:
         attributes: Attributes = {}
         if error is None:
             self.telemetry.put_content(attributes, semconv.GEN_AI_TOOL_CALL_RESULT, result)

@@ -12,7 +12,7 @@ from dspy_otel import semconv
 from dspy_otel.core.attributes import Attributes
 from dspy_otel.core.call_context import CallContext, current_call_context
 from dspy_otel.core.internal_errors import guard
-from dspy_otel.core.operation import Call, Operation, Start, openinference
+from dspy_otel.core.operation import Call, Operation, SpanStart, openinference
 from dspy_otel.core.usage import Totals
 from dspy_otel.operations.program import Programs
 from dspy_otel.optimizers.lineage import remember_winner
@@ -72,7 +72,7 @@ class CompileOperation(Operation):
 
     def start(
         self, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any], parent: CallContext | None
-    ) -> Start | None:
+    ) -> SpanStart | None:
         context = CallContext(self.kind, instance, parent)
         totals = Totals(by_role=True)
         context.program = None
@@ -106,7 +106,7 @@ class CompileOperation(Operation):
         context.inherited = inherited
         context.state = CompileState(tracker, given)
         openinference(attributes, self.telemetry, semconv.KIND_CHAIN)
-        return Start(f"{semconv.SPAN_COMPILE} {name}", context, attributes, links=links, identity=self.identity)
+        return SpanStart(f"{semconv.SPAN_COMPILE} {name}", context, attributes, links=links, identity=self.identity)
 
     def _given(self, instance: Any, arguments: dict[str, Any]) -> dict[str, Any]:
         """The arguments of ``compile()``, and datasets that the constructor was given instead (KNNFewShot)."""
@@ -180,7 +180,7 @@ class CompileOperation(Operation):
                 self.display.end(tracker.run)
         Run.enter(-1)
 
-    def detail(self, call: Call) -> Attributes:
+    def start_attributes(self, call: Call) -> Attributes:
         state: CompileState = call.context.state
         return self._about(state.tracker.run, call.instance, state.arguments)
 
@@ -212,7 +212,7 @@ class CompileOperation(Operation):
         labels = {**run.labels(), semconv.OPTIMIZER_OUTCOME: outcome_of(error)}
         self.telemetry.metrics.optimizer_duration.record(seconds, labels, call.otel_context)
 
-    def result(self, call: Call, result: Any, error: BaseException | None) -> Attributes:
+    def end_attributes(self, call: Call, result: Any, error: BaseException | None) -> Attributes:
         state: CompileState = call.context.state
         run, checkpoint = state.tracker.run, state.tracker.checkpoint
         attributes: Attributes = dict(run.totals.attributes())

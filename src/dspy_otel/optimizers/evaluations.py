@@ -10,7 +10,7 @@ from dspy_otel import semconv
 from dspy_otel.core.attributes import Attributes
 from dspy_otel.core.call_context import CallContext, current_call_context
 from dspy_otel.core.internal_errors import guard
-from dspy_otel.core.operation import Call, Start, detach
+from dspy_otel.core.operation import Call, SpanStart, detach
 from dspy_otel.operations.evaluation import EvaluateOperation, ExampleOperation, ExampleRun, arguments
 from dspy_otel.optimizers.enclosing import EnclosedOperation
 from dspy_otel.optimizers.parameters import dataset_attributes
@@ -69,7 +69,7 @@ class CandidateEvaluation(EnclosedOperation, EvaluateOperation):
 
     def start(
         self, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any], parent: CallContext | None
-    ) -> Start | None:
+    ) -> SpanStart | None:
         start = super().start(instance, args, kwargs, parent)
         if start is not None and parent is not None and parent.role == semconv.ROLE_TEACHER:
             start.context.role = semconv.ROLE_TEACHER
@@ -130,7 +130,7 @@ class CandidateExample(ExampleOperation):
 
     def start(
         self, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any], parent: CallContext | None
-    ) -> Start | None:
+    ) -> SpanStart | None:
         start = super().start(instance, args, kwargs, parent)
         if start is not None:
             begin_example(self.telemetry, start.context)
@@ -138,10 +138,10 @@ class CandidateExample(ExampleOperation):
             start.context.inherited = {**start.context.inherited, semconv.CANDIDATE_ID: instance.candidate}
         return start
 
-    def result(self, call: Call, result: Any, error: BaseException | None) -> Attributes:
+    def end_attributes(self, call: Call, result: Any, error: BaseException | None) -> Attributes:
         if isinstance(result, (bool, int, float)):  # ReAnchor keeps only the score.
             return {semconv.EXAMPLE_SCORE: float(result)}
-        return super().result(call, as_pair(result), error)
+        return super().end_attributes(call, as_pair(result), error)
 
     def measure(self, call: Call, result: Any, error: BaseException | None, seconds: float) -> None:
         super().measure(call, as_pair(result), error, seconds)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from dspy_otel.core.call_context import CallContext, current_call_context
-from dspy_otel.core.operation import Call, Start
+from dspy_otel.core.operation import Call, SpanStart
 from dspy_otel.operations.module import ModuleOperation
 from dspy_otel.operations.parallel import ParallelOperation
 from dspy_otel.optimizers.enclosing import EnclosedOperation
@@ -33,7 +33,7 @@ class DirectModule(EnclosedOperation, ModuleOperation):
 
     def start(
         self, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any], parent: CallContext | None
-    ) -> Start | None:
+    ) -> SpanStart | None:
         start = super().start(instance, args, kwargs, parent)
         caller = ParallelOperation.caller(parent)
         if start is not None and caller is not None and isinstance(caller.state, CompileState):

@@ -9,7 +9,7 @@ from typing import Any
 from dspy_otel import semconv
 from dspy_otel.core.attributes import Attributes
 from dspy_otel.core.call_context import CallContext
-from dspy_otel.core.operation import Call, Operation, Start, openinference
+from dspy_otel.core.operation import Call, Operation, SpanStart, openinference
 from dspy_otel.core.usage import Totals
 from dspy_otel.optimizers.state import PhaseState, current_tracker, run_of
 from dspy_otel.optimizers.tracker import Phase, Tracker
@@ -29,7 +29,7 @@ class PhaseOperation(Operation):
 
     def start(
         self, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any], parent: CallContext | None
-    ) -> Start | None:
+    ) -> SpanStart | None:
         phase: Phase = instance
         if run_of(parent) is None:
             return None
@@ -42,9 +42,9 @@ class PhaseOperation(Operation):
         context.state = PhaseState(phase, totals)
         attributes = dict(phase.attributes)
         openinference(attributes, self.telemetry, semconv.KIND_CHAIN)
-        return Start(phase.name, context, attributes, identity=self.identity)
+        return SpanStart(phase.name, context, attributes, identity=self.identity)
 
-    def result(self, call: Call, result: Any, error: BaseException | None) -> Attributes:
+    def end_attributes(self, call: Call, result: Any, error: BaseException | None) -> Attributes:
         return {**call.instance.attributes, **call.context.state.totals.attributes()}
 
     def measure(self, call: Call, result: Any, error: BaseException | None, seconds: float) -> None:

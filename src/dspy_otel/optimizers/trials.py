@@ -7,7 +7,7 @@ from typing import Any
 from dspy_otel import semconv
 from dspy_otel.core.attributes import Attributes
 from dspy_otel.core.call_context import CallContext
-from dspy_otel.core.operation import Call, Operation, Start, openinference
+from dspy_otel.core.operation import Call, Operation, SpanStart, openinference
 from dspy_otel.core.usage import Totals
 from dspy_otel.optimizers.lineage import remember
 from dspy_otel.optimizers.program_state import differences, put_state, state_of
@@ -37,7 +37,7 @@ class TrialOperation(Operation):
 
     def start(
         self, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any], parent: CallContext | None
-    ) -> Start | None:
+    ) -> SpanStart | None:
         trial: Trial = instance
         tracker = tracker_of(parent)
         if tracker is None or parent is None:
@@ -63,9 +63,9 @@ class TrialOperation(Operation):
             attributes[semconv.CANDIDATE_PARENT_IDS] = list(trial.parents)
         attributes.update({semconv.TRIAL_PARAMS_PREFIX + name: value for name, value in trial.params.items()})
         openinference(attributes, self.telemetry, semconv.KIND_EVALUATOR)
-        return Start(semconv.SPAN_TRIAL, context, attributes, identity=self.identity)
+        return SpanStart(semconv.SPAN_TRIAL, context, attributes, identity=self.identity)
 
-    def detail(self, call: Call) -> Attributes:
+    def start_attributes(self, call: Call) -> Attributes:
         trial: Trial = call.instance
         attributes: Attributes = {}
         run: Run = call.context.state.tracker.run
@@ -93,7 +93,7 @@ class TrialOperation(Operation):
         if isinstance(accepted, bool):
             run.verdict(accepted)
 
-    def result(self, call: Call, result: Any, error: BaseException | None) -> Attributes:
+    def end_attributes(self, call: Call, result: Any, error: BaseException | None) -> Attributes:
         trial: Trial = call.instance
         state: TrialState = call.context.state
         attributes: Attributes = {**state.totals.attributes(), **trial.end_attributes}

@@ -10,7 +10,7 @@ from opentelemetry.trace import Link
 from dspy_otel import semconv
 from dspy_otel.core.attributes import Attributes
 from dspy_otel.core.call_context import CallContext
-from dspy_otel.core.operation import Call, Operation, Start, openinference
+from dspy_otel.core.operation import Call, Operation, SpanStart, openinference
 from dspy_otel.core.telemetry import Telemetry
 from dspy_otel.operations.evaluation import ExampleState, callable_name, metric_name, split_example
 from dspy_otel.operations.module import put_inputs
@@ -58,7 +58,7 @@ class AttemptOperation(Operation):
 
     def start(
         self, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any], parent: CallContext | None
-    ) -> Start | None:
+    ) -> SpanStart | None:
         run = run_of(parent)
         if parent is None or not isinstance(parent.state, PhaseState) or run is None:
             return None
@@ -79,9 +79,9 @@ class AttemptOperation(Operation):
         linked = self.telemetry.config.evaluation_traces == "linked" and not run.inference_time
         context.state = AttemptState(linked=linked)
         links = [Link(parent.span.get_span_context())] if linked and parent.span is not None else []
-        return Start(f"{semconv.SPAN_BOOTSTRAP_ATTEMPT} {name}", context, attributes, root=linked, links=links)
+        return SpanStart(f"{semconv.SPAN_BOOTSTRAP_ATTEMPT} {name}", context, attributes, root=linked, links=links)
 
-    def detail(self, call: Call) -> Attributes:
+    def start_attributes(self, call: Call) -> Attributes:
         example = call.args[0] if call.args else call.kwargs.get("example")
         attributes: Attributes = {}
         example_id = self.programs.example_id(example)
@@ -109,7 +109,7 @@ class AttemptOperation(Operation):
         super().close(call, result, error)
         end_example(call, failed=error is not None or not result)
 
-    def result(self, call: Call, result: Any, error: BaseException | None) -> Attributes:
+    def end_attributes(self, call: Call, result: Any, error: BaseException | None) -> Attributes:
         return {} if error is not None else {semconv.BOOTSTRAP_ACCEPTED: bool(result)}
 
 
