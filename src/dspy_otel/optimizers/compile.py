@@ -87,7 +87,7 @@ class CompileOperation(Operation):
         tracker = kind(run, instance, given)
         links: list[Link] = []
         with guard("optimizer's run file"):
-            tracker.checkpoint = checkpoint = Checkpoint.of(run, tracker.log_dir(), tracker.state_file)
+            tracker.checkpoint = checkpoint = Checkpoint.of(run, tracker.state_file())
             if checkpoint is not None:
                 checkpoint.export_killed_span()
                 attributes.update(checkpoint.start_attributes())

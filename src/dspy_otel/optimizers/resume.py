@@ -170,19 +170,13 @@ class Checkpoint:
             run.id = previous.run_id
 
     @classmethod
-    def of(cls, run: Run, folder: Any, state_file: str) -> Checkpoint | None:
-        """The checkpoint of a run that begins.
-
-        Args:
-            run: the run.
-            folder: where the optimizer keeps its state; ``None`` for an optimizer that keeps none.
-            state_file: name of the file with that state.
-        """
-        if folder is None:
+    def of(cls, run: Run, state_file: Path | None) -> Checkpoint | None:
+        """The checkpoint of a run that begins; ``None`` for an optimizer without a file of its own state."""
+        if state_file is None:
             return None
-        path = Path(folder) / FILE
+        path = state_file.with_name(FILE)
         previous = Saved.read(path, run.name)
-        if previous is not None and previous.outcome == "finished" and not (path.parent / state_file).exists():
+        if previous is not None and previous.outcome == "finished" and not state_file.exists():
             previous = None  # The optimizer begins anew.
         return cls(run, path, previous)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Final, TypeAlias, TypeVar
 
 from dspy_otel import semconv
@@ -136,9 +137,6 @@ class Tracker:
     program_role: str | None = semconv.ROLE_TASK
     """Of the LM calls of the program being optimized, where the optimizer itself calls it."""
 
-    state_file: str = ""
-    """Name of the file in :meth:`log_dir` from which the optimizer continues."""
-
     deciding: frozenset[str] = frozenset({semconv.TRIAL_BASELINE, semconv.TRIAL_FULL, semconv.TRIAL_VALIDATION})
     """Kinds of trials whose scores can be compared with each other, and so make a best one."""
 
@@ -164,8 +162,8 @@ class Tracker:
     def end(self) -> None:
         """The compile ends; its span is still open."""
 
-    def log_dir(self) -> Any:
-        """The folder with a state from which the optimizer can continue in another process, or ``None``."""
+    def state_file(self) -> Path | None:
+        """The file from which the optimizer can continue in another process, or ``None``."""
         return None
 
     def evaluation(self, about: Evaluation) -> Trial | Phase | None:

@@ -10,6 +10,7 @@ import functools
 import inspect
 import threading
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from dspy_otel import semconv
@@ -35,7 +36,6 @@ class GEPATracker(Tracker):
 
     role = semconv.ROLE_JUDGE  # outside of proposals, GEPA asks the metric for feedback
     scale = MEAN
-    state_file = "gepa_state.bin"
     deciding = frozenset({semconv.TRIAL_BASELINE, semconv.TRIAL_FULL})
 
     def __init__(self, run: Run, instance: Any, arguments: Mapping[str, Any]) -> None:
@@ -51,8 +51,9 @@ class GEPATracker(Tracker):
         self._lock = threading.Lock()
         self._new_iteration()
 
-    def log_dir(self) -> Any:
-        return getattr(self.instance, "log_dir", None)
+    def state_file(self) -> Path | None:
+        folder = getattr(self.instance, "log_dir", None)
+        return None if folder is None else Path(folder) / "gepa_state.bin"
 
     def _new_iteration(self) -> None:
         # One entry for each sampled task, in GEPA's order: (parent's index, minibatch ids), and the parent's sum.
