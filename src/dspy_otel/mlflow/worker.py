@@ -450,21 +450,19 @@ class Worker:
             segment.links = [one for one in segment.links if one[0] != key]
 
     def _assess(self, backend: Backend, segment: Segment) -> None:
-        if not segment.scores:
+        there = [score for score in segment.scores if score.key in self._ids or score.key not in self.pending.runs]
+        if not there:
             return
 
         def assess(score: Score) -> bool:
             return self._tolerating(SCORES, score.id, lambda: backend.assess(score, self._run_id(score.key)))
 
-        results = self._helpers.run(assess, segment.scores, HELPERS if backend.parallel else 0)
-        left, failure = [], None
-        for score, result in zip(segment.scores, results, strict=True):
-            if isinstance(result, Exception):
-                left.append(score)
-                failure = result
-        segment.scores = left
-        if failure is not None:
-            raise failure
+        results = self._helpers.run(assess, there, HELPERS if backend.parallel else 0)
+        failures = [result for result in results if isinstance(result, Exception)]
+        done = {score.id for score, result in zip(there, results, strict=True) if not isinstance(result, Exception)}
+        segment.scores = [score for score in segment.scores if score.id not in done]
+        if failures:
+            raise failures[-1]
 
     def _run_id(self, key: str) -> str | None:
         run = self._ids.get(key)
