@@ -278,12 +278,12 @@ class Journal:
         self.refused = 0
         """Spans that were set aside."""
 
-    def start(self, body: bytes) -> None:
+    def start(self, body: bytes) -> bool:
         """Write down spans that have started; without a disk there is nothing to write down for."""
         with self._lock, contextlib.suppress(OSError, JournalError):
             place = self._open()
-            if place is not None:
-                self._write(place.path / _STARTS, body, reserve=True)
+            return place is not None and self._write(place.path / _STARTS, body, reserve=True)
+        return False
 
     def append(self, body: bytes, spans: list[ReadableSpan], groups: set[str], roots: int, *, needed: bool) -> bool:
         """Add spans to the end of the queue.
@@ -325,6 +325,18 @@ class Journal:
             if last.count >= SEGMENT_SPANS:
                 last.closed = True
             return True
+
+    def save(self) -> None:
+        """The process ends: write down what is in memory only, should that be possible by now."""
+        with self._lock, contextlib.suppress(OSError, JournalError):
+            for segment in [one for one in self.segments if one.path is None and not one.delivered]:
+                place = self._open()
+                if place is None:
+                    return
+                path = place.path / f"{segment.number:06d}.pb"
+                if not self._write(path, segment.body(), reserve=True):
+                    return
+                segment.path = path
 
     def take(self, segment: Segment) -> None:
         """A segment is going to be looked at: nothing is added to it any more."""

@@ -16,7 +16,7 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 from opentelemetry import metrics
@@ -26,15 +26,17 @@ from opentelemetry.sdk.trace import ReadableSpan, Span, SpanProcessor
 
 from dspy_otel import semconv
 from dspy_otel.core.metrics import WithoutExemplars
+from dspy_otel.mlflow.account import SCORES, SPANS, TRACES
 from dspy_otel.mlflow.backends import open_backend
 from dspy_otel.mlflow.journal import Journal, spool_directory, spool_limit
 from dspy_otel.mlflow.pending import Outside
 from dspy_otel.mlflow.replay import recover
 from dspy_otel.mlflow.retry import clean
+from dspy_otel.mlflow.runs import is_scored, key_of_start
 from dspy_otel.mlflow.target import Target
 from dspy_otel.mlflow.termination import before_termination
 from dspy_otel.mlflow.translate import started_copy, translate
-from dspy_otel.mlflow.worker import EXIT_ATTEMPTS, SPANS, TRACES, Worker, group_of, say, start_thread
+from dspy_otel.mlflow.worker import EXIT_ATTEMPTS, Worker, group_of, say, start_thread
 from dspy_otel.record.otlp import encode
 from dspy_otel.record.spans import Kind, is_ours, kind_of
 from dspy_otel.version import __version__
@@ -50,6 +52,8 @@ HANGS_AFTER: Final = 20.0
 """Seconds without any answer until the end of the program gives MLflow up."""
 _CACHED_SPANS: Final = 20_000
 """Most spans that stay in memory beside the journal; others are read back when it is their turn."""
+_LAST_WAIT: Final = 0.5
+"""Seconds that the worker is given at last to finish what it is at, so that the account is exact."""
 _PIECE: Final = 512
 _WORTH_A_LINE: Final = 500
 _RUN_NAMES: Final = frozenset({semconv.SPAN_COMPILE, semconv.SPAN_TRIAL, semconv.SPAN_EVALUATE})
@@ -80,6 +84,8 @@ class MLflowProcessor(SpanProcessor):
     def _begin(self) -> None:
         self._queue: deque[tuple[ReadableSpan, Outside | None, bool]] = deque()
         self._live: dict[int, tuple[ReadableSpan, Outside | None, int]] = {}
+        self._on_disk: set[str] = set()
+        """Keys of runs whose start or end is in the journal."""
         self._lock = threading.Lock()
         self._recording = threading.Lock()
         self._ending = threading.Lock()
@@ -216,15 +222,24 @@ class MLflowProcessor(SpanProcessor):
 
     def _record_changes(self) -> None:
         """Write starts down, again when a span has got more attributes since."""
-        changed = []
-        for span_id, (span, outside, count) in list(self._live.items()):
+        changed: list[tuple[ReadableSpan, Outside | None, int]] = []
+        for span, outside, count in list(self._live.values()):
+            now = len(span.attributes or ())
+            if span.end_time is None and kind_of(span) in _STRUCTURE and now != count:
+                changed.append((span, outside, now))
+        with contextlib.suppress(Exception):
+            if changed and self.journal.start(encode([started_copy(span, above) for span, above, _ in changed])):
+                for span, above, now in changed:
+                    if span.context is not None and span.context.span_id in self._live:
+                        self._live[span.context.span_id] = (span, above, now)
+                self._note([span for span, _, _ in changed])
+
+    def _note(self, spans: list[ReadableSpan]) -> None:
+        """Remember the runs that can be made of the journal."""
+        for span in spans:
             with contextlib.suppress(Exception):
-                if span.end_time is None and kind_of(span) in _STRUCTURE and len(span.attributes or ()) != count:
-                    changed.append(started_copy(span, outside))
-                    self._live[span_id] = (span, outside, len(span.attributes or ()))
-        if changed:
-            with contextlib.suppress(Exception):
-                self.journal.start(encode(changed))
+                if is_ours(span) and (key := key_of_start(span)) is not None:
+                    self._on_disk.add(key)
 
     def _append(self, spans: list[ReadableSpan]) -> None:
         if not spans:
@@ -256,6 +271,8 @@ class MLflowProcessor(SpanProcessor):
         roots = sum(span.parent is None for span in spans)
         if not self.journal.append(body, spans, groups, roots, needed=needed):
             return False
+        if groups and self.journal.segments[-1].path is not None:
+            self._note(spans)
         cached = 0
         for segment in reversed(self.journal.segments):
             cached += segment.count
@@ -272,8 +289,12 @@ class MLflowProcessor(SpanProcessor):
                 "Too many spans wait for MLflow: traces of examples and calls are dropped, those of optimizations, "
                 "trials and evaluations are kept.",
             )
-        self.worker.account.dropped[SPANS] += len(spans)
-        self.worker.account.dropped[TRACES] += sum(span.parent is None for span in spans)
+        account = self.worker.account
+        scores = sum(map(is_scored, spans)) if self._wants_runs else 0
+        account.produced[SCORES] += scores
+        account.dropped[SCORES] += scores
+        account.dropped[SPANS] += len(spans)
+        account.dropped[TRACES] += sum(span.parent is None for span in spans)
         self._counted(len(spans), why)
 
     # --- the journal to MLflow --------------------------------------------------------------------------------------
@@ -394,39 +415,21 @@ class MLflowProcessor(SpanProcessor):
         self._new.set()
         self._wake.set()
         worker.abandoned = True  # should it wait for an answer still
+        idle = worker.busy.acquire(timeout=_LAST_WAIT)
+        journal.save()
         place = None if journal.place is None else journal.place.path
+        worker.leave(lambda key: place is not None and key in self._on_disk)
         account = worker.account
-        kept: dict[str, int] = {
-            "spans": sum(segment.count for segment in journal.segments if segment.path and not segment.delivered),
-            "runs": sum(run.run_id is None for run in worker.lacking),
-            "scores": sum(len(segment.scores) for segment in journal.segments),
-        }
         lost = sum(segment.count for segment in journal.segments if not segment.path and not segment.delivered)
         if lost:
             self._counted(lost, "not_sent")
         journal.close(worker.done)
-        if not worker.busy.locked():
+        if idle:
             worker.close()
-        said = f"MLflow: written: {_listed(account.written) or 'nothing'}"
-        kept["spans"] += 0
-        left, gone = _listed(kept), dict(account.dropped)
-        gone["spans"] = gone.get("spans", 0) + lost
-        if place is None:
-            for what, count in kept.items():
-                gone[what] = gone.get(what, 0) + count
-            left = ""
-        refused = _listed(account.refused)
-        if left:
-            said += f"; not written: {left}, kept in {place}: deliver them with `dspy-otel replay`"
-        if refused:
-            said += f"; refused: {refused}"
-            if journal.refused:
-                said += f", set aside in {place}"
-        if any(gone.values()):
-            said += f"; not written: {_listed(gone)}, lost"
-        bad = bool(left or refused or any(gone.values()))
-        if bad or any(account.written.values()):
-            say(_logger.warning if bad else _logger.info, "%s.", said)
+            worker.busy.release()
+        if account.bad or any(account.written.values()):
+            log = _logger.warning if account.bad else _logger.info
+            say(log, "%s.", account.line(place, bool(journal.refused)))
 
     def _after_fork(self) -> None:
         backend, journal = self.worker.backend, self.journal
@@ -449,10 +452,6 @@ def exit_seconds() -> float:
         say(_logger.warning, "dspy-otel: %s: use a number of seconds; using %g", ENV_EXIT_SECONDS, EXIT_SECONDS)
         return EXIT_SECONDS
     return seconds
-
-
-def _listed(counts: Mapping[str, int]) -> str:
-    return ", ".join(f"{count} {what}" for what, count in counts.items() if count)
 
 
 def _counter_of_spans() -> Callable[[int, str | None], None]:

@@ -18,6 +18,7 @@ from opentelemetry.instrumentation.utils import suppress_instrumentation
 from opentelemetry.sdk.trace import ReadableSpan
 
 from dspy_otel import semconv
+from dspy_otel.mlflow.account import KINDS, SPANS
 from dspy_otel.mlflow.backends import open_backend
 from dspy_otel.mlflow.journal import (
     Journal,
@@ -35,7 +36,7 @@ from dspy_otel.mlflow.retry import ExportError
 from dspy_otel.mlflow.runs import evaluation_key, key_of
 from dspy_otel.mlflow.target import Target, public_uri
 from dspy_otel.mlflow.translate import finished_group, outside_of, restore, translate
-from dspy_otel.mlflow.worker import ARTIFACTS, RUNS, SCORES, SPANS, TRACES, Worker, group_of, versions
+from dspy_otel.mlflow.worker import Worker, group_of, versions
 from dspy_otel.record.history import History, starts
 from dspy_otel.record.otlp import decode, decode_lines, encode
 from dspy_otel.record.spans import Kind, is_ours, kind_of
@@ -160,7 +161,7 @@ def _attempt(source: Place | _Files, target: Target, runs: bool, say: Say, outco
     finally:
         delivery.close()
         written = delivery.worker.account.written
-        outcome.sent.update({name: written[name] for name in (SPANS, TRACES, RUNS, SCORES, ARTIFACTS) if written[name]})
+        outcome.sent.update({name: written[name] for name in KINDS if written[name]})
     if delivery.left:
         outcome.left.append(f"{source.path}: {', '.join(delivery.left)} that MLflow refuses")
         return False
@@ -250,8 +251,9 @@ class _Delivery:
         for path, spans in self._batches():
             found = set_aside if path is not None and is_refused(path) else ended
             for span in spans:
-                structural = is_ours(span) and kind_of(span) in _STRUCTURE
-                if structural and span.context is not None and group_of(span) not in over:
+                if span.context is None or not is_ours(span) or kind_of(span) not in _STRUCTURE:
+                    continue
+                if group_of(span) not in over:
                     found.setdefault(span.context.span_id, span)
         for span_id, span in set_aside.items():
             if span_id in outside:

@@ -31,6 +31,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+from opentelemetry.sdk.trace import ReadableSpan
+
 from dspy_otel.record import model, stored
 from dspy_otel.record.model import (
     Candidate,
@@ -45,6 +47,7 @@ from dspy_otel.record.model import (
     load_json,
     number,
 )
+from dspy_otel.record.spans import Kind, is_ours, kind_of, read
 from dspy_otel.report import Source, render
 
 _logger = logging.getLogger(__name__)
@@ -266,6 +269,22 @@ def score_of(trace: Trace) -> Score | None:
         example.message,
         example.index,
     )
+
+
+def key_of_start(span: ReadableSpan) -> str | None:
+    """The key of the run that a span of an optimization, trial or evaluation makes, if it makes one; else None."""
+    part = read(span, kind_of(span))
+    if isinstance(part, Optimization):
+        return part.id
+    if isinstance(part, Trial):
+        return trial_key(part.optimization, part.number)
+    return evaluation_key(part.id) if isinstance(part, Evaluation) else None
+
+
+def is_scored(span: ReadableSpan) -> bool:
+    """Whether an ended span is of an example that has a score."""
+    example = read(span, Kind.EXAMPLE) if is_ours(span) and kind_of(span) is Kind.EXAMPLE else None
+    return isinstance(example, Example) and not (example.score is None and example.error is None)
 
 
 def trial_key(optimization: str, trial: int) -> str:

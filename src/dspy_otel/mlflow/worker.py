@@ -18,7 +18,6 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from importlib import metadata
 from itertools import islice
 from queue import SimpleQueue
@@ -29,6 +28,7 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTrace
 from opentelemetry.sdk.trace import ReadableSpan
 
 from dspy_otel import semconv
+from dspy_otel.mlflow.account import ARTIFACTS, LINKS, RUNS, SCORES, SPANS, TRACES, Account
 from dspy_otel.mlflow.backends import Backend, Batch
 from dspy_otel.mlflow.backends.base import LINKS_AT_ONCE, CreatedRun, first_line
 from dspy_otel.mlflow.journal import Journal, JournalError, Segment
@@ -56,22 +56,6 @@ _ITEMS_AT_ONCE: Final = 100
 _METRICS_AT_ONCE: Final = 800  # with parameters and tags at most 1,000 items in one call
 _LONGEST_WAIT: Final = 1.0
 _STRUCTURE: Final = frozenset({Kind.COMPILE, Kind.TRIAL, Kind.EVALUATION})
-
-SPANS, TRACES, SCORES, RUNS, ARTIFACTS, LINKS = "spans", "traces", "scores", "runs", "artifacts", "links of traces"
-
-
-@dataclass
-class Account:
-    """What became of everything: what is written, kept, refused and dropped is together what was produced.
-
-    Attributes:
-        produced, written, refused, dropped: by what it is (spans, traces, scores, runs, artifacts).
-    """
-
-    produced: Counter[str] = field(default_factory=Counter)
-    written: Counter[str] = field(default_factory=Counter)
-    refused: Counter[str] = field(default_factory=Counter)
-    dropped: Counter[str] = field(default_factory=Counter)
 
 
 class Worker:
@@ -144,8 +128,8 @@ class Worker:
     @property
     def failures(self) -> int:
         """How often one thing has failed, in a row: the most of all."""
-        failing = [segment.failures for segment in self.journal.segments]
-        return max([*failing, *(item.failures for item in list(self._items.values()))], default=0)
+        segments = [segment.failures for segment in self.journal.segments]
+        return max([*segments, *(item.failures for item in list(self._items.values()))], default=0)
 
     @property
     def lacking(self) -> list[Pending]:
@@ -191,6 +175,27 @@ class Worker:
             segment.due = 0.0
         for item in self._items.values():
             item.now()
+
+    def leave(self, on_disk: Callable[[str], bool]) -> None:
+        """The process ends: say what becomes of what MLflow has not got.
+
+        Args:
+            on_disk: whether the journal has what a run follows from, by its key.
+        """
+        account = self.account
+        for segment in list(self.journal.segments):
+            kept = segment.path is not None
+            if not segment.delivered:
+                account.leave(SPANS, segment.count, kept)
+                account.leave(TRACES, segment.roots, kept)
+            account.leave(SCORES, len(segment.scores), kept)
+        for run in self.lacking:
+            if run.over:
+                run.name_others({})  # its table of trials is an artifact, too
+        self._count_runs()
+        for run in self.lacking:
+            account.leave(RUNS, int(run.run_id is None), on_disk(run.key))
+            account.leave(ARTIFACTS, len(run.artifacts), on_disk(run.key))
 
     def stop(self, when: int) -> None:
         """The program has ended: what still runs is killed (nanoseconds since 1970)."""
@@ -377,6 +382,7 @@ class Worker:
             ExportError: nothing got through, so that it may not be about the segment.
         """
         evidence = error.verdict is not Verdict.LATER or self._successes[SPANS] > segment.baseline
+        count = roots = 0
         waiting: list[tuple[list[tuple[Any, Any, Any]], ExportError]] = [(_flat(body), error)]
         alone: list[tuple[tuple[Any, Any, Any], ExportError]] = []
         while waiting:
@@ -395,16 +401,15 @@ class Worker:
                     evidence = evidence or again.verdict is not Verdict.LATER
                 else:
                     evidence = True
-                    self._written(len(part), _roots(part))
-                    segment.count -= len(part)
-                    segment.roots -= _roots(part)
+                    self._successes[SPANS] += 1
+                    count, roots = count + len(part), roots + _roots(part)
             if len(failed) == 2 and not evidence:
                 raise failed[-1][1]
             waiting += failed
         if not evidence:
             raise error
+        self._sent(segment, count, roots)  # once all of it is known: whoever is interrupted begins again
         self._set_aside(alone, segment)
-        segment.delivered, segment.failures = True, 0
 
     def _set_aside(self, alone: list[tuple[tuple[Any, Any, Any], ExportError]], segment: Segment) -> None:
         for span, error in alone:
