@@ -326,9 +326,8 @@ class _Delivery:
             body = encode(translate(some) if self._foreign else some)
             roots = sum(span.parent is None for span in some)
             last = start + _AT_ONCE >= len(spans)
-            self._journal.append(body, [], set(), roots, needed=True)
-            segment = self._journal.segments[-1]
-            segment.count, segment.closed, segment.digested = len(some), True, True
+            segment = Segment(0, len(some), len(body), parts=[body], roots=roots, closed=True, digested=True)
+            self._journal.segments.append(segment)
             segment.links = [one for one in whole.links if one[1] in ids or last]
             whole.links = [one for one in whole.links if one not in segment.links]
             segment.scores = [one for one in whole.scores if one.trace_id in ids or last]
