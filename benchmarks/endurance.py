@@ -73,8 +73,9 @@ def set_up(way: str, folder: Path) -> tuple[Callable[[], int], Callable[[], Any]
         processor: Any = pipeline.tracer_provider._active_span_processor._span_processors[0]
         return (lambda: len(processor._batch_processor._queue)), pipeline.flush
     dspy_otel.configure(mlflow=f"sqlite:///{folder / 'mlflow.db'}", capture_content="span_only")
-    from dspy_otel.mlflow.journal import Segment
     from opentelemetry import trace
+
+    from dspy_otel.mlflow.journal import Segment
 
     def waiting() -> int:
         return sum(each.count for each in gc.get_objects() if type(each) is Segment)
