@@ -11,6 +11,7 @@ from typing import Any
 
 import dspy
 import pydantic
+import pytest
 from dspy.teleprompt.teleprompt import Teleprompter
 
 from dspy_otel import program_id
@@ -91,6 +92,14 @@ class Many(dspy.Module):
         self.named = {"left": dspy.Predict("x -> y"), "right": Research()}
 
 
+class Flexible(dspy.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = dspy.Flex("question -> answer")
+        self.more = [dspy.Flex("a -> b"), dspy.Predict("c -> d")]
+        self.named = {"left": dspy.Flex("x -> y")}
+
+
 def program_of(name: str) -> Any:
     if name == "predict":
         return dspy.Predict("question -> answer")
@@ -122,6 +131,11 @@ def test_ids_of_examples_and_datasets(telemetry):
 def test_ids_of_programs():
     names = ("predict", "instructions", "research", "research demos", "many", "many demos")
     assert {name: program_id(program_of(name)) for name in names} == PROGRAM_IDS
+
+
+@pytest.mark.skipif(not hasattr(dspy, "Flex"), reason="DSPy 3.2 has no Flex")
+def test_id_of_a_program_with_source():
+    assert program_id(Flexible()) == "9934db33e64f3840"
 
 
 def test_the_id_on_spans_is_that_of_the_program(telemetry):
