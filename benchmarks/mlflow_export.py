@@ -4,7 +4,9 @@
 
 Runs one BootstrapFewShotWithRandomSearch on an LM that answers at once, in a process of its own for each way of
 recording, and reads back with MLflow's client what has arrived. Instant answers are the hardest case: everything that
-recording costs is in the open, and the bursts are as large as they can be.
+recording costs is in the open, and the bursts are as large as they can be. Two more ways are not about optimizing:
+``steady`` makes 200 traces a second for half a minute, and ``queue`` finds what a span costs in the program's thread.
+The last lines are ratios, which hold on a busy machine too.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import io
 import json
 import os
 import resource
+import statistics
 import subprocess
 import sys
 import threading
@@ -22,11 +25,17 @@ import time
 from pathlib import Path
 from typing import Any
 
-WAYS = ("bare", "spans", "dspy-otel", "autolog")
+WAYS = ("bare", "spans", "dspy-otel", "autolog", "steady", "queue")
 """``spans`` is dspy-otel with an exporter that drops them: what recording costs before MLflow comes in."""
 
 
-def optimize(examples: int, candidates: int) -> int:
+STEADY_RATE, STEADY_SECONDS = 200, 30
+QUEUED = 500
+"""Spans that are made at once: what a busy program makes in half a second."""
+
+
+def instant_lm() -> Any:
+    """An LM that answers at once."""
     import dspy
 
     class Instant(dspy.BaseLM):  # type: ignore[misc]
@@ -38,10 +47,17 @@ def optimize(examples: int, candidates: int) -> int:
             choice = SimpleNamespace(message=message, finish_reason="stop")
             return SimpleNamespace(id="x", model=self.model, choices=[choice], usage=usage)
 
+    return Instant("instant/instant", cache=False)
+
+
+def optimize(examples: int, candidates: int) -> int:
+    """Run the optimizer; how many examples it has evaluated."""
+    import dspy
+
     def right(example: Any, prediction: Any, trace: Any = None) -> bool:
         return len(example.question) % 3 != 0
 
-    dspy.configure(lm=Instant("instant/instant", cache=False), adapter=dspy.ChatAdapter())
+    dspy.configure(lm=instant_lm(), adapter=dspy.ChatAdapter())
     rows = [
         dspy.Example(question=f"What is {'1+' * i}1?", answer="42").with_inputs("question") for i in range(examples)
     ]
@@ -117,6 +133,61 @@ def measure(way: str, uri: str, experiment: str, examples: int, candidates: int)
     return found
 
 
+def steady(uri: str, experiment: str) -> dict[str, Any]:
+    """Make traces at a steady rate; how many of them are in MLflow, and how long after the last one."""
+    import dspy
+    from opentelemetry import trace
+
+    import dspy_otel
+
+    dspy_otel.configure(mlflow=uri, experiment=experiment, capture_content="span_only")
+    dspy.configure(lm=instant_lm(), adapter=dspy.ChatAdapter())
+    program = dspy.Predict("question -> answer")
+    began = time.monotonic()
+    for number in range(STEADY_RATE * STEADY_SECONDS):
+        time.sleep(max(0.0, began + number / STEADY_RATE - time.monotonic()))
+        program(question=f"question {number}")
+    ended = time.monotonic()
+    trace.get_tracer_provider().force_flush(600_000)  # type: ignore[attr-defined]
+    return {
+        "way": "steady",
+        "made": STEADY_RATE * STEADY_SECONDS,
+        "traces a second": round(STEADY_RATE * STEADY_SECONDS / (ended - began)),
+        "until written s": round(time.monotonic() - ended, 1),
+        **arrived(uri, experiment),
+    }
+
+
+def queue(uri: str) -> dict[str, Any]:
+    """CPU time of the program's thread for a span that goes to MLflow, beside one that goes nowhere."""
+    from opentelemetry.sdk.trace import SpanProcessor, TracerProvider
+
+    from dspy_otel.mlflow.processor import MLflowProcessor
+    from dspy_otel.mlflow.target import Target
+
+    def tracer(processor: SpanProcessor) -> Any:
+        provider = TracerProvider()
+        provider.add_span_processor(processor)
+        return provider.get_tracer("benchmark")
+
+    def cpu(tracer: Any) -> float:
+        began = time.thread_time()
+        for number in range(QUEUED):
+            tracer.start_span("span", attributes={"number": number}).end()
+        return (time.thread_time() - began) / QUEUED * 1e6
+
+    nowhere, ours = tracer(SpanProcessor()), tracer(MLflowProcessor(Target(uri)))
+    pairs = []
+    for _ in range(41):
+        pairs.append((cpu(nowhere), cpu(ours)))
+        time.sleep(0.3)  # until they are in the journal
+    return {
+        "way": "queue",
+        "us a span": round(statistics.median(with_ours - without for without, with_ours in pairs), 2),
+        "of the SDK's own us": round(statistics.median(without for without, _ in pairs), 1),
+    }
+
+
 def background() -> float:
     """CPU seconds of the threads that export, so far (Linux); DSPy's own threads have ended by now."""
     ticks = 0
@@ -164,17 +235,37 @@ def main() -> None:
     given = parser.parse_args()
     if given.one:
         experiment = f"bench {given.one} {time.time_ns()}"
-        print(json.dumps(measure(given.one, given.uri[0], experiment, given.examples, given.candidates)))
+        if given.one == "steady":
+            found = steady(given.uri[0], experiment)
+        elif given.one == "queue":
+            found = queue(given.uri[0])
+        else:
+            found = measure(given.one, given.uri[0], experiment, given.examples, given.candidates)
+        print(json.dumps(found))
         return
+    results: dict[tuple[str, str], dict[str, Any]] = {}
     for uri in given.uri:
         for way in given.ways:
-            if way in ("bare", "spans") and uri != given.uri[0]:
+            if way in ("bare", "spans", "queue") and uri != given.uri[0]:
                 continue
             command = [sys.executable, __file__, "--one", way, "--uri", uri]
             command += ["--examples", str(given.examples), "--candidates", str(given.candidates)]
             environment = {"LITELLM_LOCAL_MODEL_COST_MAP": "True", **os.environ}
             result = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
             print(uri.partition(":")[0], result.stdout.splitlines()[-1], flush=True)
+            results[uri, way] = json.loads(result.stdout.splitlines()[-1])
+        ratios(uri, results, results.get((given.uri[0], "spans")))
+
+
+def ratios(uri: str, results: dict[tuple[str, str], dict[str, Any]], null: dict[str, Any] | None) -> None:
+    """Print how one place compares: with a null exporter, and with autolog."""
+    ours, autolog = results.get((uri, "dspy-otel")), results.get((uri, "autolog"))
+    if ours and null:
+        print(f"  compile: {ours['compile s'] / null['compile s']:.2f} x that with a null exporter")
+    if ours and autolog:
+        stored = [one["traces"] / (one["CPU s"] or 1) for one in (ours, autolog)]
+        factor = stored[0] / stored[1]
+        print(f"  traces stored per CPU second: {stored[0]:.0f} / {stored[1]:.0f} = {factor:.1f} x autolog")
 
 
 if __name__ == "__main__":
