@@ -222,3 +222,15 @@ def test_forked_children_write_their_own(server_uri: str, tmp_path: Path) -> Non
     assert line(process) == "called"
     assert process.wait() == 0
     assert found(server_uri, "forked")[0] == 20 + 3 * 5
+
+
+def test_kill_while_a_new_store_is_made_leaves_one_that_can_be_made(tmp_path: Path) -> None:
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    process = start(tmp_path, CALLS.format(then="time.sleep(600)"), uri, "made twice")
+    assert line(process) == "called"
+    wait_for(lambda: list(tmp_path.glob("mlflow.db*")), "the store", lambda: process.poll())
+    process.kill()
+    process.wait()
+    assert replay([tmp_path / "spool"]).left == []
+    assert found(uri, "made twice")[0] == 20
+    assert [path.name for path in tmp_path.glob("mlflow.db*")] == ["mlflow.db"]

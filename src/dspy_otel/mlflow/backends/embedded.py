@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import logging
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
@@ -26,7 +27,7 @@ from dspy_otel.mlflow.backends.base import OLDEST_MLFLOW, Batch, CreatedRun, Fou
 from dspy_otel.mlflow.locks import lock_for
 from dspy_otel.mlflow.retry import ExportError, Verdict, clean
 from dspy_otel.mlflow.runs import TAG_KEY, TAG_NAME, Dataset, Metric, Score, StoredRun
-from dspy_otel.mlflow.target import Target, public_uri
+from dspy_otel.mlflow.target import Target, public_uri, sqlite_path
 from dspy_otel.mlflow.translate import CHAT_USAGE, LLM_COST
 
 _logger = logging.getLogger(__name__)
@@ -64,6 +65,7 @@ class EmbeddedBackend:
                 from mlflow.tracing.client import TracingClient
                 from mlflow.tracking import MlflowClient
 
+                _make_whole(uri, MlflowClient)
                 self._client: Any = MlflowClient(tracking_uri=uri)
                 self._traces: Any = TracingClient(uri)
                 self._experiment_id = resolve_experiment(
@@ -297,6 +299,31 @@ def _alone(uri: str) -> Iterator[None]:
         return
     with lock:
         yield
+
+
+def _make_whole(uri: str, client: Callable[..., Any]) -> None:
+    """Make a new sqlite database beside its place, and put it there when all of its tables exist.
+
+    MLflow's migrations take seconds, and cannot go on where a process that was killed has left them: the database
+    could never be opened.
+    """
+    path = sqlite_path(uri)
+    if path is None or os.path.exists(path) or not os.path.isdir(os.path.dirname(path) or "."):
+        return
+    beside = f"{path}.new"
+    try:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(beside)  # of a process that was killed: only one makes it at a time
+        made = client(tracking_uri=f"sqlite:///{beside}")
+        made.get_experiment("0")
+        made._tracking_client.store.engine.dispose()
+        if not os.path.exists(path):  # another program, which is none of ours, may have made it meanwhile
+            os.rename(beside, path)
+    except Exception as error:  # MLflow makes it in its place then, as it always does
+        _logger.debug("the database is made in its place: %s", base.first_line(error))
+    finally:
+        with contextlib.suppress(OSError):
+            os.unlink(beside)
 
 
 def _check_mlflow() -> None:
