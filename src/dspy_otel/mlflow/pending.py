@@ -8,7 +8,7 @@ from typing import Any
 
 from opentelemetry.sdk.trace import ReadableSpan
 
-from dspy_otel.mlflow.runs import EVALUATION, TAG_NAME, Dataset, Metric, Run, runs_of
+from dspy_otel.mlflow.runs import EVALUATION, RUN_ID, TAG_NAME, Dataset, Metric, Run, runs_of
 from dspy_otel.record.history import History
 from dspy_otel.record.model import Optimization, Record, Trial
 from dspy_otel.record.spans import Kind, kind_of
@@ -92,6 +92,11 @@ class Pending:
         self.candidates += run.candidates
         if run.status is not None and run.ended is not None:
             self.over, self.ended = True, (run.status, run.ended)
+
+    @property
+    def others(self) -> list[str]:
+        """Keys of the runs that it names."""
+        return [*self.references.values(), *(str(row[RUN_ID]) for row in self.candidates)]
 
     def name_others(self, ids: Mapping[str, str]) -> None:
         """Say which runs its trials are: they have ids by now, so far as they exist."""

@@ -91,7 +91,8 @@ TRACE_ID: Final = "tr-{}"
 
 _STEPS: Final = ("step", "iteration", "depth", "strategy")
 """Choices that say where in an optimization a trial is."""
-_RUN_ID: Final = "run_id"
+RUN_ID: Final = "run_id"
+"""Column of the table of trials."""
 
 
 # --- what should be there -------------------------------------------------------------------------------------------
@@ -162,8 +163,8 @@ class Run:
         tags = {tag: ids[key] for tag, key in self.references.items() if key in ids}
         artifacts = dict(self.artifacts)
         if self.candidates:
-            columns = [*stored.TRIAL_COLUMNS, _RUN_ID]
-            rows = [{**row, _RUN_ID: ids.get(row[_RUN_ID])} for row in self.candidates]
+            columns = [*stored.TRIAL_COLUMNS, RUN_ID]
+            rows = [{**row, RUN_ID: ids.get(row[RUN_ID])} for row in self.candidates]
             artifacts[CANDIDATE_TABLE] = table(columns, ([row[column] for column in columns] for row in rows))
         return dataclasses.replace(self, tags={**self.tags, **tags}, artifacts=artifacts, references={}, candidates=())
 
@@ -347,7 +348,7 @@ def _of_result(
     # Without some of its trials, which were lost, a table of them would not be true.
     if record.resumed or len(record.trials) >= (record.done or 0):
         candidates = [
-            {**stored.trial_row(trial), _RUN_ID: trial_key(record.id, trial.number)} for trial in record.trials
+            {**stored.trial_row(trial), RUN_ID: trial_key(record.id, trial.number)} for trial in record.trials
         ]
         if record.phases:
             rows = (list(stored.phase_row(phase).values()) for phase in record.phases)

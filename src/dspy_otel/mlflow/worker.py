@@ -508,7 +508,8 @@ class Worker:
             if isinstance(result, Exception):
                 raise result
         for run in last:
-            write(run)
+            if not any(key in self.pending.runs and key not in self._ids for key in run.others):
+                write(run)
 
     def _each(self, run: Pending, call: Callable[[], object]) -> bool:
         """Do something for one run; what fails holds up no other run, unless nothing would get through."""
