@@ -78,16 +78,16 @@ stories: st.SearchStrategy[Story] = st.one_of(
 # --- what happens around it -----------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Event:
-    """Something that happens before a step of the program.
+    """Something that happens while the program runs.
 
     Attributes:
-        step: before which.
+        at: when, in percent of its steps.
         kind: ``round`` (the queue is written down, and the worker does a round), ``record`` (only the first),
             ``outage``, ``mended``, ``poison`` (a span name gets a status), ``fault`` (of an endpoint's next request),
             ``disk`` (an errno for whatever is written), ``fork``.
     """
 
-    step: int
+    at: int
     kind: str
     endpoint: str = ""
     fault: Fault | None = None
@@ -315,10 +315,10 @@ def run(plan: Plan, uri: str, faults: Faults | None, disk: Disk, timeout: float 
     process.produced = emitter.produced
     all_steps = list(plan.stories)
     last = plan.steps() * plan.cut // 100
-    waiting = sorted(plan.events, key=lambda event: event.step)
+    waiting = sorted(plan.events, key=lambda event: event.at)
     running = interleaved([emitter.steps(story, str(place)) for place, story in enumerate(all_steps)], plan.schedule)
     for step in range(last + 1):
-        while waiting and (waiting[0].step <= step or step == last):
+        while waiting and waiting[0].at * last <= step * 100:
             happen(waiting.pop(0), process, provider, ids, faults, disk)
         if step < last:
             next(running)

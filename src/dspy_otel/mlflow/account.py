@@ -24,7 +24,7 @@ class Account:
     Attributes:
         produced: by the program: spans that ended, traces that began with them, scores and runs that follow from them,
             and the artifacts of those runs, each time that one gets another content.
-        written: MLflow has it.
+        written: MLflow has it; once the program has ended, a run counts when it lacks nothing.
         kept: is in the journal, for ``replay``.
         refused: MLflow does not take it. Spans, and the scores that follow from them, are set aside in the journal.
         dropped: is lost, for there was no room or no disk.

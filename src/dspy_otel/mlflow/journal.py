@@ -277,6 +277,8 @@ class Journal:
         """Delivered, and still needed."""
         self.refused = 0
         """Spans that were set aside."""
+        self.evicted: set[str] = set()
+        """Optimizations and evaluations of which something was removed that was delivered: the limit was reached."""
 
     def start(self, body: bytes) -> bool:
         """Write down spans that have started; without a disk there is nothing to write down for."""
@@ -409,7 +411,7 @@ class Journal:
         """In a forked child: what is there stays the parent's."""
         self._lock = threading.Lock()
         self._limit_lock = contextlib.nullcontext()
-        self.segments, self.kept = [], []
+        self.segments, self.kept, self.evicted = [], [], set()
         if self.place is not None:
             self.place.release()
             self.place = None
@@ -473,6 +475,7 @@ class Journal:
                 while used + len(body) > limit and self.kept:  # these are in MLflow already
                     oldest = self.kept.pop(0)
                     used -= oldest.size
+                    self.evicted |= oldest.groups
                     if oldest.path is not None:
                         _remove(oldest.path)
                 if used + len(body) > limit:

@@ -194,8 +194,10 @@ class Worker:
                 run.name_others({})  # its table of trials is an artifact, too
         self._count_runs()
         for run in self.lacking:
-            account.leave(RUNS, int(run.run_id is None), on_disk(run.key))
-            account.leave(ARTIFACTS, len(run.artifacts), on_disk(run.key))
+            kept = on_disk(run.key) and run.group not in self.journal.evicted
+            account.written[RUNS] -= run.run_id is not None  # it lacks something
+            account.leave(RUNS, 1, kept)
+            account.leave(ARTIFACTS, len(run.artifacts), kept)
 
     def stop(self, when: int) -> None:
         """The program has ended: what still runs is killed (nanoseconds since 1970)."""
