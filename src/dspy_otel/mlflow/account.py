@@ -11,8 +11,6 @@ from typing import Final
 SPANS, TRACES, SCORES, RUNS, ARTIFACTS, LINKS = "spans", "traces", "scores", "runs", "artifacts", "links of traces"
 KINDS: Final = (SPANS, TRACES, RUNS, SCORES, ARTIFACTS)
 """What is accounted for in full."""
-_SHOWN: Final = (SPANS, RUNS, SCORES, ARTIFACTS)
-"""Where there are spans there are traces: a line about both says nothing more."""
 
 
 @dataclass
@@ -63,7 +61,8 @@ class Account:
             set_aside: whether something that was refused is in it.
         """
         said = f"MLflow: written: {_listed(self.written) or 'nothing'}"
-        if kept := _listed(self.kept):
+        # Where there are spans there are traces: what is left to deliver is named once.
+        if kept := _listed({what: count for what, count in self.kept.items() if what != TRACES}):
             said += f"; not written: {kept}, kept in {place}: deliver them with `dspy-otel replay`"
         if refused := _listed(self.refused):
             said += f"; refused: {refused}" + (f", set aside in {place}" if set_aside else "")
@@ -73,5 +72,5 @@ class Account:
 
 
 def _listed(counts: Mapping[str, int]) -> str:
-    shown = [*_SHOWN, *(what for what in counts if what not in KINDS)]
+    shown = [*KINDS, *(what for what in counts if what not in KINDS)]
     return ", ".join(f"{counts[what]} {what}" for what in shown if counts.get(what))
