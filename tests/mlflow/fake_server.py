@@ -356,12 +356,12 @@ class FakeMLflow:
                 "datasets": sorted(run["datasets"]),
                 "artifacts": {path: _timeless(named(text)) for path, text in sorted(run["artifacts"].items())},
             }
+        own = ("trace_id", "span_id", "assessment_name", "feedback", "rationale")
         scores = {
-            score_id: (
-                *(score["trace_id"], score.get("span_id"), score["assessment_name"], str(score["feedback"])),
-                score.get("rationale"),
-                {key: named(value) for key, value in score["metadata"].items()},
-            )
+            score_id: {
+                **{name: score[name] for name in own if name in score},
+                "metadata": {key: named(value) for key, value in score["metadata"].items()},
+            }
             for score_id, score in self.scores.items()
         }
         return {

@@ -301,11 +301,19 @@ class Disk:
     errno: int = 0
 
 
-def run(plan: Plan, uri: str, faults: Faults | None, disk: Disk, timeout: float = 60.0) -> Process:
+def run(
+    plan: Plan,
+    uri: str,
+    faults: Faults | None,
+    disk: Disk,
+    timeout: float = 60.0,
+    experiment: str | None = None,
+    first: int = 1,
+) -> Process:
     """Run a program to its end. Without ``faults`` nothing goes wrong, but it forks and ends as it does with them."""
-    exporter = MLflowSpanExporter(uri, timeout=timeout)
+    exporter = MLflowSpanExporter(uri, timeout=timeout, experiment=experiment)
     process = Process(exporter)
-    ids = Counting()
+    ids = Counting(first)
     provider = TracerProvider(shutdown_on_exit=False, id_generator=ids)
     provider.add_span_processor(BatchSpanProcessor(exporter))
     track_runs(provider)

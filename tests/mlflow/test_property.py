@@ -18,13 +18,15 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from dspy_otel.mlflow import journal, processor, retry
+from dspy_otel.mlflow import replay as replaying
 from dspy_otel.mlflow.account import KINDS
 from dspy_otel.mlflow.backends import rest
 from dspy_otel.mlflow.journal import places, whole_pieces
 from dspy_otel.mlflow.replay import replay
 from dspy_otel.record.otlp import decode
-from tests.mlflow.fake_server import NAMES, FakeMLflow, Fault, fake_mlflow
+from tests.mlflow.fake_server import NAMES, FakeMLflow, Fault, Faults, fake_mlflow
 from tests.mlflow.programs import Disk, Event, Plan, Process, run, stories
+from tests.mlflow.stored import comparable, contents_of, timeless
 
 pytestmark = [pytest.mark.injects_faults, pytest.mark.filterwarnings("ignore:.*fork")]
 
@@ -121,11 +123,11 @@ def scratch() -> Iterator[Path]:
         shutil.rmtree(directory, ignore_errors=True)
 
 
-def without_faults(plan: Plan) -> dict[str, Any]:
+def without_faults(plan: Plan, first: int = 1) -> dict[str, Any]:
     """What MLflow has of a program when nothing goes wrong."""
     plan = replace(plan, threads=False, spool=True, limit=0, memory=0)
     with scratch() as directory, fake_mlflow() as server, quick(plan, directory, Disk(), "180"):
-        run(plan, server.url, None, Disk())
+        run(plan, server.url, None, Disk(), first=first)
         if plan.end == "kill":
             assert replay([directory]).left == []
         return server.contents()
@@ -211,6 +213,63 @@ def flat(value: Any, name: str = "") -> dict[str, str]:
     return {name: repr(value)}
 
 
+# --- a real store ---------------------------------------------------------------------------------------------------
+CAUSES = {"write": "spans", "link": "links", "score": "scores", "run": "create", "values": "log", "datasets": "inputs"}
+
+
+def faulty_store(faults: Faults) -> Any:
+    """An embedded store whose calls fail, before or after they have been made."""
+    from dspy_otel.mlflow.backends.embedded import EmbeddedBackend
+
+    class Faulty(EmbeddedBackend):
+        def deliver(self, batch: Any) -> bool:
+            fault = faults.pop("spans")
+            return False if fault is not None and not fault.applied else super().deliver(batch) and fault is None
+
+        def _call(self, cause: str, call: Any) -> Any:
+            fault = faults.pop({**CAUSES, "artifact": "artifacts"}.get(cause, cause))
+
+            def attempt() -> Any:
+                done = call() if fault is None or fault.applied else None
+                if fault is not None:
+                    raise OSError("database is locked")
+                return done
+
+            return super()._call(cause, attempt)
+
+    return Faulty
+
+
+@pytest.fixture(scope="module")
+def new_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A database without anything in it: MLflow makes one in seconds."""
+    tracking = pytest.importorskip("mlflow.tracking")
+    directory = tmp_path_factory.mktemp("store")
+    client = tracking.MlflowClient(tracking_uri=f"sqlite:///{directory / 'mlflow.db'}")
+    client.create_experiment("property", artifact_location=str(directory / "artifacts"))
+    return directory / "mlflow.db"
+
+
+def check_store(plan: Plan, new: Path) -> None:
+    from mlflow.tracking import MlflowClient
+
+    expected = comparable(without_faults(plan))
+    faults = Faults()
+    with scratch() as directory, quick(plan, directory / "spool", Disk(), "1"), pytest.MonkeyPatch.context() as patch:
+        uri = f"sqlite:///{directory / 'mlflow.db'}"
+        shutil.copy(new, directory / "mlflow.db")
+        for module in (processor, replaying):
+            patch.setattr(module, "open_backend", faulty_store(faults))
+        done = run(plan, uri, faults, Disk(), experiment="property")
+        faults.mend()
+        account = done.account
+        assert account is None or not any(account.waiting(kind) for kind in KINDS), account
+        assert replay([directory / "spool"]).left == []
+        client = MlflowClient(tracking_uri=uri)
+        experiment = client.get_experiment_by_name("property").experiment_id
+        compare(timeless(contents_of(client, experiment, directory)), expected)
+
+
 def settings_for(examples: int, **more: Any) -> settings:
     return settings(max_examples=examples, deadline=None, suppress_health_check=list(HealthCheck), **more)
 
@@ -246,6 +305,13 @@ def test_a_disk_that_fails_and_a_limit(plan: Plan) -> None:
 @given(FORKS)
 def test_a_process_that_forks(plan: Plan) -> None:
     check(plan)
+
+
+@pytest.mark.slow
+@settings_for(25, phases=[Phase.explicit, Phase.generate])
+@given(plan=SERVERS)
+def test_a_real_store(plan: Plan, new_store: Path) -> None:
+    check_store(plan, new_store)
 
 
 @pytest.mark.slow
