@@ -375,7 +375,7 @@ def fork(process: Process, provider: TracerProvider, ids: Counting) -> None:
     if child == 0:
         code = 1
         try:
-            ids.next = 1_000_000 * process.forked
+            ids.next += 1_000_000 * process.forked
             emitter = Emitter(provider)
             for _ in emitter.steps(Call(1), ""):
                 pass

@@ -4,6 +4,7 @@
 * :mod:`.journal` - segments on disk: the queue, and what a killed process leaves;
 * :mod:`.worker` - empties it: sends spans, links traces, writes scores, brings runs up to date; :mod:`.replay` is the
   same for the journal of a process that has ended;
+* :mod:`.account` - what became of everything: written, kept, refused or dropped;
 * :mod:`.retry` - what an answer means, and when to try again;
 * :mod:`.backends` - a server over HTTP, and a SQL store in this process, behind one contract;
 * :mod:`.translate` - pure: finished spans to spans that MLflow shows well;

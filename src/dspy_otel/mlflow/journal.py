@@ -328,17 +328,20 @@ class Journal:
                 last.closed = True
             return True
 
-    def save(self) -> None:
-        """The process ends: write down what is in memory only, should that be possible by now."""
+    def save(self) -> list[Segment]:
+        """The process ends: write down what is in memory only, should that be possible by now; what that was."""
+        saved: list[Segment] = []
         with self._lock, contextlib.suppress(OSError, JournalError):
             for segment in [one for one in self.segments if one.path is None and not one.delivered]:
                 place = self._open()
                 if place is None:
-                    return
+                    break
                 path = place.path / f"{segment.number:06d}.pb"
                 if not self._write(path, segment.body(), reserve=True):
-                    return
+                    break
                 segment.path = path
+                saved.append(segment)
+        return saved
 
     def take(self, segment: Segment) -> None:
         """A segment is going to be looked at: nothing is added to it any more."""

@@ -37,7 +37,7 @@ from dspy_otel.mlflow.target import Target
 from dspy_otel.mlflow.termination import before_termination
 from dspy_otel.mlflow.translate import started_copy, translate
 from dspy_otel.mlflow.worker import EXIT_ATTEMPTS, Worker, group_of, say, start_thread
-from dspy_otel.record.otlp import encode
+from dspy_otel.record.otlp import decode, encode
 from dspy_otel.record.spans import Kind, is_ours, kind_of
 from dspy_otel.version import __version__
 
@@ -416,7 +416,8 @@ class MLflowProcessor(SpanProcessor):
         self._wake.set()
         worker.abandoned = True  # should it wait for an answer still
         idle = worker.busy.acquire(timeout=_LAST_WAIT)
-        journal.save()
+        for segment in journal.save():
+            self._note(decode(segment.body()))
         place = None if journal.place is None else journal.place.path
         worker.leave(lambda key: place is not None and key in self._on_disk)
         account = worker.account
