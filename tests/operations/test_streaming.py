@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import functools
 import re
 
 import dspy
@@ -11,6 +12,7 @@ import pytest
 
 from tests.operations.common import NATIVE, only_native
 from tests.operations.test_lm import ENGINES, on
+from tests.support.waiting import wait_for
 
 USAGE = re.compile(r"gen_ai\.usage\.|dspy\.lm\.cost|dspy\.usage\.(cost|input_tokens|output_tokens|unpriced_calls)")
 
@@ -79,10 +81,8 @@ def test_consumer_stops_early(telemetry, words, caplog, engine, is_async_program
         await asyncio.create_task(consumer())
         # The loop closes the abandoned stream, from a task of its own. The program may run on a thread and notice when
         # it wants to send its next chunk: to a loop that is gone, AnyIO would wait for ever.
-        for _ in range(500):
-            if telemetry.named("invoke_workflow"):
-                break
-            await asyncio.sleep(0.02)
+        ended = functools.partial(telemetry.named, "invoke_workflow")
+        await asyncio.to_thread(wait_for, ended, "the end of the abandoned stream's program")
 
     asyncio.run(application())
     # All closed, below their true parents, and the application's own context is what it was.
