@@ -162,7 +162,7 @@ def _runs_code(model: Any) -> bool:
 
 
 def _inside(value: Any) -> list[Any] | None:
-    """What a value that pydantic dumps holds; ``None`` if that runs code of its class."""
+    """The parts of a value that pydantic dumps; ``None`` if that runs code of its class."""
     kind = type(value)
     if kind in _LEAVES:
         return []
@@ -179,7 +179,7 @@ def _inside(value: Any) -> list[Any] | None:
         return list(dict.values(value))
     if introspection.length(value) is not None:
         return list(islice(introspection.items(value), _MAX_OBJECTS))
-    # Anything else that pydantic does not know would be asked by it for what it is.
+    # pydantic would call code of any other class.
     return [] if introspection.library(kind) in _STANDARD else None
 
 

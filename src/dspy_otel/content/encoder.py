@@ -245,7 +245,7 @@ class _ContentWalker(Walker):
                 value = value.item()  # A number of NumPy's, as Python's.
                 kind = type(value)
             return self.plain(value, kind, depth)
-        except Exception:  # Hostile in a way nobody thought of: it has a class at least.
+        except Exception:  # Hostile in an unforeseen way: it has a class at least.
             return _Shown(_opaque(value))
 
     def plain(self, value: Any, kind: type, depth: int) -> Any:
@@ -375,7 +375,7 @@ def _described(value: Any, kind: type) -> str | None:
 
 
 def moment(value: Any, kind: type) -> str:
-    """A date and time, or a time. A time zone class of the user's is not asked anything."""
+    """A date and time, or a time. No code of a user's time zone class runs."""
     if kind is datetime.datetime or kind is datetime.time:
         zone = type(value.tzinfo)
         if zone is type(None) or zone is datetime.timezone or module_of(zone) in ("zoneinfo", "dateutil.tz.tz"):
@@ -441,7 +441,7 @@ def _share(lengths: Iterable[int], budget: int) -> int:
 
 
 class Content:
-    """How content becomes text, as one set of settings wants it.
+    """How content becomes text, with one set of settings.
 
     Args:
         limit: most bytes (UTF-8) of one text; at least 64.

@@ -100,7 +100,7 @@ def length(value: Any) -> int | None:
 
 
 def items(value: Any) -> Iterator[Any]:
-    """What a list or tuple holds; nothing of anything else."""
+    """The items of a list or tuple; none of anything else."""
     for kind in (list, tuple):
         if is_a(value, kind):
             return kind.__iter__(value)

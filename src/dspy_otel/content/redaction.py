@@ -141,7 +141,7 @@ def hides(name: str, value: Any) -> bool:
 
     Args:
         name: name of the field, header or parameter.
-        value: what it holds; only looked at if it is exactly a ``str``.
+        value: its value; only looked at if it is exactly a ``str``.
     """
     kind = _name_kind(name) if len(name) <= _LONGEST_NAME else 0
     if not kind or value is None or (type(value) is str and not value):
@@ -206,7 +206,7 @@ def remember_settings(settings: Mapping[Any, Any], depth: int = _NESTED) -> None
     for name, value in tuple(islice(settings.items(), _MOST_SETTINGS)):
         kind = type(value)
         if kind is str:
-            # Most names are ordinary, and what is known already is not looked at again.
+            # Most names are ordinary, and a value that is known already is skipped.
             if type(name) is str and hides(name, value) and value not in _known:
                 _remember_setting(value, depth)
             elif value.startswith(("http://", "https://")) and (login := _LOGIN.match(value)):
@@ -396,7 +396,7 @@ def _under_names(raw: bytes, squeezed: bytes, sign: bytes, rules: _Rules, found:
         squeezed: the text, maybe without what may stand between a name and the sign. It has as many signs.
         sign: what follows a name.
         rules: what to look for.
-        found: where to note secrets.
+        found: secrets are added to it.
     """
     tails, words = rules.tails, rules.last_words
     hits = [
@@ -410,7 +410,7 @@ def _under_names(raw: bytes, squeezed: bytes, sign: bytes, rules: _Rules, found:
     done = 0
     for index in hits:
         position = ends[index] + index * len(sign)
-        # A name inside a value that is masked already is part of it: looking again would cost the square of the length.
+        # A name inside a value that is masked already is part of it: a second look would cost the square of the length.
         if done <= position < len(raw) and (secret := _under_name(raw, position, rules)) is not None:
             found.append(secret)
             done = secret[1]

@@ -53,7 +53,7 @@ class Walker(ABC):
         """The entries of a dictionary, or the fields of another object.
 
         Args:
-            owner: the object, to know it again inside of itself.
+            owner: the object, to recognise it inside of itself.
             entries: its entries.
             depth: how many containers it is in.
         """
@@ -89,7 +89,7 @@ class Walker(ABC):
         """The items of a list or another container.
 
         Args:
-            owner: the container, to know it again inside of itself.
+            owner: the container, to recognise it inside of itself.
             items: its first items, or ``None`` when it never stops changing.
             length: how many it has.
             depth: how many containers it is in.
@@ -149,4 +149,4 @@ class Walker(ABC):
 
     @abstractmethod
     def stop(self, reason: str) -> Any:
-        """What stands for a container that is not walked, for one of the reasons above."""
+        """The value in place of a container that is not walked, for one of the reasons above."""

@@ -1,6 +1,6 @@
 """Traces that are dropped, or perhaps dropped later: their spans cost little, or are made when the trace is kept.
 
-Whoever works inside (another instrumentation, another process) sees the parent of a trace that is not sampled.
+Others inside (another instrumentation, another process) see the parent of a trace that is not sampled.
 """
 
 from __future__ import annotations
@@ -179,7 +179,7 @@ class DeferredSpan(Span):
 
     @property
     def dropped_attributes(self) -> int:
-        """How many the SDK had no room for. Before there is a real span, nobody knows: one, to be sure."""
+        """How many the SDK has dropped. That is unknown before there is a real span: one, to be sure."""
         return 1 if self.real is None else getattr(self.real, "dropped_attributes", 0)
 
     def add_event(self, name: str, attributes: Any = None, timestamp: int | None = None) -> None:

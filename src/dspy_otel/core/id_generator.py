@@ -43,7 +43,7 @@ class SystemIds:
         return given[0] if given is not None else int.from_bytes(os.urandom(16), "big") or 1
 
     def is_trace_id_random(self) -> bool:
-        """Whether the ids are evenly distributed, as samplers and W3C's ``random`` flag want them."""
+        """Whether the ids are evenly distributed, as samplers and W3C's ``random`` flag require."""
         return True
 
 

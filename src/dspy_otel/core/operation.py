@@ -163,15 +163,15 @@ class Operation:
         """
 
     def start_attributes(self, call: Call) -> Attributes:
-        """Attributes at the start that are costly, or need the span; only asked for when the span is recorded."""
+        """Attributes at the start that are costly, or need the span; called only when the span is recorded."""
         return {}
 
     def end_attributes(self, call: Call, result: Any, error: BaseException | None) -> Attributes:
-        """Attributes at the end; only asked for when the span is recorded."""
+        """Attributes at the end; called only when the span is recorded."""
         return {}
 
     def measure(self, call: Call, result: Any, error: BaseException | None, seconds: float) -> None:
-        """Metrics, totals and log events; asked for whether or not the span is recorded."""
+        """Metrics, totals and log events; called whether or not the span is recorded."""
 
     # --- opening and closing: twice for each call, so with `try`, which costs nothing, and not with guards ----------
     def open(
@@ -235,7 +235,7 @@ class Operation:
         call.on_closed = None
         call.closed = False
         call.token = None
-        # The one place where names and values enter a span, with the end of the call: whoever gave them.
+        # All names and values enter a span here or at the end of the call, wherever they come from.
         repair(start.attributes)
         call.span = (telemetry.tracer if context.deferred is None else context.deferred).start_span(
             sendable(start.name),
@@ -449,7 +449,7 @@ def _return_to(context: Context) -> None:
 
 
 class _Pending:
-    """A call whose coroutine has yet to be awaited. If nobody ever does, both are closed."""
+    """A call whose coroutine has yet to be awaited. If that never happens, both are closed."""
 
     __slots__ = ("call", "coroutine", "operation", "started")
 
@@ -461,7 +461,7 @@ class _Pending:
 
     def __del__(self) -> None:
         if not self.started:
-            # Python has warned of the coroutine that stands for it.
+            # Python has warned of the coroutine that was returned in its place.
             self.coroutine.close()
             self.operation.close(self.call, None, None)
 

@@ -41,7 +41,7 @@ class IdentityCache:
         ):
             return kept[3]
         result = make()
-        with contextlib.suppress(TypeError):  # An object that cannot be weakly referenced is asked anew each time.
+        with contextlib.suppress(TypeError):  # The result for an object without weak references is made each time.
             handle = weakref.ref(owner, lambda _: self._kept.pop(key, None))
             self._kept[key] = (handle, shape, [_handle(each) for each in objects], result)
         return result

@@ -197,7 +197,7 @@ class LMOperation(Operation):
         inner = functools.reduce(add_usages, state.inner) if state.inner else None
         answered = error is None or response is not None  # An override may fail after an answer that was billed.
         if inner is not None and not _exceeds(usage, inner):
-            # It only hands on what the LMs inside it did: they have been counted.
+            # It only returns what the LMs inside it answered, and those have been counted.
             usage = LMUsage(cache_hit=usage.cache_hit)
         elif answered:
             for totals in context.totals:

@@ -1,4 +1,4 @@
-"""What an LM is asked: from DSPy's LM and the arguments of a call to attributes of the request. Pure mapping."""
+"""Requests to LMs: from DSPy's LM and the arguments of a call to attributes of the request. Pure mapping."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def request_settings(lm: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) 
 
 
 def request_attributes(lm: Any, settings: Mapping[str, Any]) -> Attributes:
-    """What is asked of which model. Never prompts, headers or keys."""
+    """Attributes of the model and of its settings. Never prompts, headers or keys."""
     provider, model = split_model(str(lm.model))
     kind = getattr(lm, "model_type", "chat")
     attributes: Attributes = {

@@ -137,7 +137,7 @@ class _Item(NamedTuple):
     kind: int
 
     def inside(self) -> Iterator[_Item]:
-        """The modules and containers that it holds itself, in DSPy's order."""
+        """The modules and containers directly inside, in DSPy's order."""
         if self.kind == _CONTAINER:
             keyed = introspection.is_a(self.value, dict)
             for position, (key, value) in enumerate(_pairs(self.value)):

@@ -62,7 +62,7 @@ def _add_state(module: Any, shape: list[Any], objects: list[Any]) -> None:
 
 
 def _add_parts(value: Any, objects: list[Any], depth: int) -> None:
-    """Add what a list, dictionary or model holds: it may be changed in place."""
+    """Add the parts of a list, dictionary or model: it may be changed in place."""
     parts: Any = introspection.items(value)
     if introspection.length(value) is None:
         parts = dict.values(value if is_a(value, dict) else introspection.instance_dict(value))
