@@ -539,7 +539,7 @@ SCENARIOS: dict[str, Callable[[], Any]] = {
     "pictures": lambda: pictures(),
     "values": lambda: values(),
 }
-for _name in ("BootstrapFewShotWithRandomSearch", "COPRO", "InferRules", "MIPROv2", "SIMBA", "GEPA", "BetterTogether"):
+for _name in common.RUNS:
     SCENARIOS[_name] = lambda _name=_name: optimized(_name)
 SCENARIOS["BootstrapFewShotWithOptuna"] = lambda: sorted(optimized("BootstrapFewShotWithOptuna"))  # it takes chances
 SCENARIOS["resumed GEPA"] = lambda: resumed()

@@ -9,6 +9,7 @@ import json
 import logging
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
@@ -171,16 +172,42 @@ def run_optuna(lm: Any, seed: int = 0) -> Any:
     return optimizer.compile(ColourFamily(), max_demos=2, trainset=train, valset=val), optimizer
 
 
-RUNS: dict[str, Callable[..., Any]] = {
-    "MIPROv2": run_mipro,
-    "BootstrapFewShotWithRandomSearch": run_random_search,
-    "COPRO": run_copro,
-    "SIMBA": run_simba,
-    "GEPA": run_gepa,
-    "BetterTogether": run_better_together,
-    "InferRules": run_infer_rules,
-    "BootstrapFewShotWithOptuna": run_optuna,
+@dataclass(frozen=True, slots=True)
+class Scenario:
+    """One optimizer, for the tests of all of them.
+
+    Attributes:
+        run: compiles the demo's program with it, and gives the result and the optimizer.
+        roles: of its LM calls.
+        columns: of its own in the trial table of its snapshot; without any, it has none: Optuna's choices are random.
+    """
+
+    run: Callable[..., Any]
+    roles: set[str]
+    columns: tuple[str, ...] = ()
+
+
+_MIPRO = tuple(f"params.{place}_predictor_{part}" for place in (0, 1) for part in ("instruction", "demos"))
+_GEPA = (
+    *("params.iteration", "params.components", "params.minibatch_ids"),
+    *("score_before", "score_after", "accepted", "on_pareto_front"),
+)
+# The quick ones first: a fault of what they share is tested in the first one that meets it.
+SCENARIOS = {
+    "BootstrapFewShotWithRandomSearch": Scenario(
+        run_random_search, {"task", "teacher"}, ("params.seed", "params.strategy")
+    ),
+    "COPRO": Scenario(run_copro, {"task", "proposer"}, ("params.depth", "params.predictor", "params.candidate")),
+    "InferRules": Scenario(run_infer_rules, {"task", "teacher", "proposer"}, ("params.candidate",)),
+    "MIPROv2": Scenario(run_mipro, {"task", "teacher", "proposer"}, _MIPRO),
+    "SIMBA": Scenario(
+        run_simba, {"task", "proposer"}, ("params.step", "params.strategy", "params.applied", "params.source")
+    ),
+    "GEPA": Scenario(run_gepa, {"task", "reflection"}, _GEPA),
+    "BetterTogether": Scenario(run_better_together, {"task", "teacher"}, ("params.strategy", "params.optimizer")),
+    "BootstrapFewShotWithOptuna": Scenario(run_optuna, {"task", "teacher"}),
 }
+RUNS = {name: scenario.run for name, scenario in SCENARIOS.items()}
 
 
 def quietly(run: Callable[..., Any], *arguments: Any, **options: Any) -> Any:

@@ -12,23 +12,6 @@ import pytest
 from tests.optimizers import common
 from tests.optimizers.common import quietly, scripted_lm, table
 
-COLUMNS = {
-    "MIPROv2": [f"trial.params.{place}_predictor_{part}" for place in (0, 1) for part in ("instruction", "demos")],
-    "BootstrapFewShotWithRandomSearch": ["trial.params.seed", "trial.params.strategy"],
-    "COPRO": ["trial.params.depth", "trial.params.predictor", "trial.params.candidate"],
-    "SIMBA": ["trial.params.step", "trial.params.strategy", "trial.params.applied", "trial.params.source"],
-    "GEPA": [
-        "trial.params.iteration",
-        "trial.params.components",
-        "trial.params.minibatch_ids",
-        "trial.score_before",
-        "trial.score_after",
-        "trial.accepted",
-        "trial.on_pareto_front",
-    ],
-    "BetterTogether": ["trial.params.strategy", "trial.params.optimizer"],
-    "InferRules": ["trial.params.candidate"],
-}
 SHOWN = ("compile ", "bootstrap", "propose", "search", "sample", "reflect", "final_evaluation", "trial", "evaluate ")
 
 
@@ -67,14 +50,15 @@ def reported(program: Any) -> list[str]:
     return lines
 
 
-@pytest.mark.parametrize("name", sorted(COLUMNS))
+@pytest.mark.parametrize("name", sorted(name for name, scenario in common.SCENARIOS.items() if scenario.columns))
 def test_picture(telemetry: Any, snapshot: Callable[..., None], name: str) -> None:
     lm = scripted_lm()
     telemetry.instrument()
-    program, _ = quietly(common.RUNS[name], lm)
+    scenario = common.SCENARIOS[name]
+    program, _ = quietly(scenario.run, lm)
     span = common.compile_span(telemetry, name)
-    columns = ["trial.number", "trial.kind", "trial.size", *COLUMNS[name], "candidate.id", "candidate.parent_ids"]
-    columns += ["trial.score", "trial.best_score", "trial.is_best"]
+    columns = ["trial.number", "trial.kind", "trial.size", *(f"trial.{column}" for column in scenario.columns)]
+    columns += ["candidate.id", "candidate.parent_ids", "trial.score", "trial.best_score", "trial.is_best"]
     totals = {
         key.removeprefix("dspy."): value
         for key, value in sorted(span.attributes.items())

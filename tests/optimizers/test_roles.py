@@ -11,16 +11,6 @@ import pytest
 from tests.optimizers import common
 from tests.optimizers.common import compile_span, lm_calls, quietly, scripted_lm, trials
 
-EXPECTED = {
-    "MIPROv2": {"task", "teacher", "proposer"},
-    "BootstrapFewShotWithRandomSearch": {"task", "teacher"},
-    "COPRO": {"task", "proposer"},
-    "SIMBA": {"task", "proposer"},
-    "GEPA": {"task", "reflection"},
-    "BetterTogether": {"task", "teacher"},
-    "InferRules": {"task", "teacher", "proposer"},
-    "BootstrapFewShotWithOptuna": {"task", "teacher"},
-}
 SUMS = {"lm_calls": None, "input_tokens": "gen_ai.usage.input_tokens", "output_tokens": "gen_ai.usage.output_tokens"}
 
 
@@ -54,7 +44,7 @@ def test_lm_calls_add_up(telemetry: Any, name: str) -> None:
     quietly(common.RUNS[name], lm)
     calls = lm_calls(telemetry)
     span = compile_span(telemetry, name)
-    assert {call.attributes["dspy.lm.role"] for call in calls} == EXPECTED[name]
+    assert {call.attributes["dspy.lm.role"] for call in calls} == common.SCENARIOS[name].roles
     assert all("dspy.optimizer.phase" in call.attributes for call in calls)
     assert +told(span) == +sums(calls)
 
