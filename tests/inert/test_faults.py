@@ -424,7 +424,7 @@ MACHINERY = {
     ),
     "optimizers.trackers.gepa.Observer.__getattr__",
     # What registers the trackers, before anything of DSPy's is wrapped.
-    *("optimizers.tracker.tracks", "optimizers.tracker.hooks", "optimizers.tracker.registered"),
+    *("optimizers.tracker.tracks", "optimizers.tracker.registered"),
     "optimizers.trackers.load",
 }
 AT_TIMES = re.compile(
@@ -432,7 +432,7 @@ AT_TIMES = re.compile(
 )
 """Called when something has changed since the last time, or once in a process: which may not be so at the next."""
 
-AT_INSTRUMENT = ("wrap", "around", "watch", "patch", "guarded", "__init_subclass__", "with_system_ids", "hook")
+AT_INSTRUMENT = ("wrap", "watch", "patch", "guarded", "__init_subclass__", "with_system_ids", "hook")
 """What makes the wrappers; what is made there is tested."""
 
 
