@@ -23,15 +23,11 @@ def repair(attributes: Attributes) -> None:
 
     Half a character in one value would cost its whole batch in OTLP, and NUL in a SQL store.
     """
-    values = attributes.values()
-    # One look at all of them: most are ASCII. This runs twice for each span.
-    together = "".join([value for value in values if value.__class__ is str])
-    whole = together.isascii() and "\0" not in together
-    if whole and not [None for value in values if value.__class__ is list or value.__class__ is tuple]:
-        return
+    # Twice for each span, and most texts are ASCII: one look at each.
     for key, value in attributes.items():
         if isinstance(value, str):
-            attributes[key] = sendable(value)
+            if not value.isascii() or "\0" in value:  # as in `sendable`, without a call for each
+                attributes[key] = sendable(value)
         elif isinstance(value, (list, tuple)):
             mended = [sendable(each) if isinstance(each, str) else each for each in value]
             if mended != list(value):
@@ -51,4 +47,6 @@ def restore_dropped(span: Span, attributes: ReadOnlyAttributes) -> None:
 
 def sendable(text: str) -> str:
     """``text`` without half characters and NUL; each is replaced by U+FFFD."""
+    if text.isascii() and "\0" not in text:
+        return text
     return repaired(text).replace("\0", "\N{REPLACEMENT CHARACTER}")
