@@ -58,7 +58,6 @@ class EmbeddedBackend:
         self.name = clean(public_uri(uri))
         self.answered = 0
         self._until = float("inf")
-        self._together = True
         _check_mlflow()
         with _alone(uri):
             try:
@@ -81,14 +80,15 @@ class EmbeddedBackend:
     def deliver(self, batch: Batch) -> bool:
         """Write all in one transaction."""
         store = self._traces.store
-        if not self._together or not hasattr(store, "ManagedSessionMaker"):
+        if not hasattr(store, "ManagedSessionMaker"):
             return False
         try:
             spans = _to_mlflow(batch.body)
             with store.ManagedSessionMaker(read_only=False) as session:
                 shared = copy.copy(store)
                 shared.ManagedSessionMaker = _sharing(session)
-                shared.log_spans(self._experiment_id, spans)
+                with session.no_autoflush, _adding(session, {span.trace_id for span in spans}):
+                    shared.log_spans(self._experiment_id, spans)
                 for run_id, trace_ids in batch.links.items():
                     for start in range(0, len(trace_ids), base.LINKS_AT_ONCE):
                         shared.link_traces_to_run(list(trace_ids[start : start + base.LINKS_AT_ONCE]), run_id)
@@ -288,6 +288,40 @@ def _sharing(session: Any) -> Callable[..., Any]:
         session.flush()
 
     return make
+
+
+@contextmanager
+def _adding(session: Any, trace_ids: set[str]) -> Iterator[None]:
+    """Add the tags and metadata of new traces, where the store would look for each of them first.
+
+    That look-up is a fifth of the time that a trace costs. Rows of traces that are there already are merged as ever.
+    """
+    from mlflow.store.tracking.dbmodels.models import SqlTraceInfo
+    from sqlalchemy import inspect
+
+    known = session.query(SqlTraceInfo.request_id).filter(SqlTraceInfo.request_id.in_(sorted(trace_ids)))
+    new = trace_ids - {trace_id for (trace_id,) in known}
+    added: dict[Any, Any] = {}
+    merge = session.merge
+
+    def add(row: Any, *args: Any, **kwargs: Any) -> Any:
+        if getattr(row, "request_id", None) not in new:
+            return merge(row, *args, **kwargs)
+        mapper = inspect(type(row))
+        key = (mapper, *mapper.primary_key_from_instance(row))
+        if key not in added:
+            added[key] = row
+            session.add(row)
+        else:
+            for column in mapper.column_attrs:
+                setattr(added[key], column.key, getattr(row, column.key))
+        return added[key]
+
+    session.merge = add
+    try:
+        yield
+    finally:
+        del session.merge
 
 
 @contextmanager
