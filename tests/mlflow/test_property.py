@@ -285,6 +285,7 @@ DISKS = plans(
     memory=st.sampled_from([0, 0, 2_000]),
 )
 FORKS = plans(forks)
+ENDLESS = plans(st.builds(Event, _step, st.just("fault"), st.sampled_from(NAMES), st.just(Fault("drip"))))
 
 
 @FEW
@@ -304,6 +305,13 @@ def test_a_disk_that_fails_and_a_limit(plan: Plan) -> None:
 @settings_for(40, phases=[Phase.explicit, Phase.generate])
 @given(FORKS)
 def test_a_process_that_forks(plan: Plan) -> None:
+    check(plan)
+
+
+@pytest.mark.slow
+@settings_for(60, phases=[Phase.explicit, Phase.generate])
+@given(ENDLESS)
+def test_an_answer_that_does_not_end(plan: Plan) -> None:
     check(plan)
 
 

@@ -354,7 +354,7 @@ class Journal:
             if segment in self.segments:
                 self.segments.remove(segment)
             segment.spans, segment.parts = None, []
-            if segment.path is None:
+            if segment.path is None or is_refused(segment.path):
                 return
             if keep:
                 with contextlib.suppress(OSError):
@@ -395,6 +395,16 @@ class Journal:
                 return False
             self.refused += count
             return True
+        return False
+
+    def set_aside_whole(self, segment: Segment) -> bool:
+        """Set a segment aside as it is, where nothing more can be written down; False when it is in memory only."""
+        with self._lock, contextlib.suppress(OSError):
+            if segment.path is not None:
+                if not is_refused(segment.path):
+                    segment.path = segment.path.rename(segment.path.with_suffix(".refused.pb"))
+                self.refused += 1
+                return True
         return False
 
     def close(self, done: bool) -> None:

@@ -8,7 +8,18 @@ from typing import Any
 
 from opentelemetry.sdk.trace import ReadableSpan
 
-from dspy_otel.mlflow.runs import EVALUATION, RUN_ID, TAG_NAME, Dataset, Metric, Run, runs_of
+from dspy_otel.mlflow.runs import (
+    EVALUATION,
+    KILLED,
+    RUN_ID,
+    TAG_NAME,
+    TAG_NOTE,
+    Dataset,
+    Metric,
+    Run,
+    milliseconds,
+    runs_of,
+)
 from dspy_otel.record.history import History
 from dspy_otel.record.model import Optimization, Record, Trial
 from dspy_otel.record.spans import Kind, kind_of
@@ -165,9 +176,16 @@ class PendingRuns:
                 self._add(run, outside, group)
             if isinstance(record, Optimization) and record.ended is not None:
                 for key in [key for key in self._known if key == record.id or key.startswith(f"{record.id}/")]:
-                    del self._known[key]
+                    self._end_lost(self._known.pop(key), record.ended)
             elif isinstance(record, Trial) and record.ended is not None and record.examples_so_far is None:
                 self._known.pop(f"{record.optimization}/{record.number}", None)
+
+    def _end_lost(self, run: Pending, when: int) -> None:
+        """A trial whose optimization is over is over, too: its own end was dropped, for there was no room."""
+        if not run.over:
+            run.over, run.ended = True, (KILLED, milliseconds(when))
+            run.tags[TAG_NOTE] = f"**{KILLED}**: The end of its span was lost."
+            self.runs[run.key] = run
 
     def _add(self, run: Run, outside: Outside | None, group: str | None) -> None:
         known = self._known.get(run.key)

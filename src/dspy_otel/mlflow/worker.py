@@ -416,7 +416,7 @@ class Worker:
     def _set_aside(self, alone: list[tuple[tuple[Any, Any, Any], ExportError]], segment: Segment) -> None:
         for span, error in alone:
             body, roots = _body_of([span]), _roots([span])
-            where = self.journal.set_aside(body, 1)
+            where = self.journal.set_aside(body, 1) or self.journal.set_aside_whole(segment)
             name = clean(span[2].name, 60)
             if where:
                 self.account.refused[SPANS] += 1
