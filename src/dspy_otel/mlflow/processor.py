@@ -16,7 +16,7 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Final
 
 from opentelemetry import metrics
@@ -227,19 +227,22 @@ class MLflowProcessor(SpanProcessor):
             now = len(span.attributes or ())
             if span.end_time is None and kind_of(span) in _STRUCTURE and now != count:
                 changed.append((span, outside, now))
+        if not changed:
+            return
+        written = False
         with contextlib.suppress(Exception):
-            if changed and self.journal.start(encode([started_copy(span, above) for span, above, _ in changed])):
-                for span, above, now in changed:
-                    if span.context is not None and span.context.span_id in self._live:
-                        self._live[span.context.span_id] = (span, above, now)
-                self._note([span for span, _, _ in changed])
+            written = self.journal.start(encode([started_copy(span, above) for span, above, _ in changed]))
+        for span, above, now in changed:
+            if written and span.context is not None and span.context.span_id in self._live:
+                self._live[span.context.span_id] = (span, above, now)
+        self._note([span for span, _, _ in changed], written)
 
-    def _note(self, spans: list[ReadableSpan]) -> None:
-        """Remember the runs that can be made of the journal."""
+    def _note(self, spans: Iterable[ReadableSpan], written: bool = True) -> None:
+        """Remember the runs that can be made of the journal in full."""
         for span in spans:
             with contextlib.suppress(Exception):
                 if is_ours(span) and (key := key_of_start(span)) is not None:
-                    self._on_disk.add(key)
+                    (self._on_disk.add if written else self._on_disk.discard)(key)
 
     def _append(self, spans: list[ReadableSpan]) -> None:
         if not spans:
@@ -271,8 +274,8 @@ class MLflowProcessor(SpanProcessor):
         roots = sum(span.parent is None for span in spans)
         if not self.journal.append(body, spans, groups, roots, needed=needed):
             return False
-        if groups and self.journal.segments[-1].path is not None:
-            self._note(spans)
+        if groups:
+            self._note(spans, self.journal.segments[-1].path is not None)
         cached = 0
         for segment in reversed(self.journal.segments):
             cached += segment.count
