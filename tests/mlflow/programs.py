@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -336,7 +337,8 @@ def run(
     else:
         provider.shutdown()
         process.account = copy.deepcopy(processor.worker.account)
-        for thread in processor._threads:  # the process would be gone by now
+        recoveries = [thread for thread in threading.enumerate() if thread.name == "dspy-otel-mlflow-recovery"]
+        for thread in (*processor._threads, *recoveries):  # the process would be gone by now
             thread.join()
     return process
 
@@ -403,7 +405,8 @@ def abandon(processor: Any) -> None:
     processor.worker.abandoned = True
     processor._new.set()
     processor._wake.set()
-    for thread in processor._threads:
+    recoveries = [thread for thread in threading.enumerate() if thread.name == "dspy-otel-mlflow-recovery"]
+    for thread in (*processor._threads, *recoveries):
         thread.join()
     processor.worker.close()
     if processor.journal.place is not None:

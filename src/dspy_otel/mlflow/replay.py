@@ -7,6 +7,7 @@ MLflow has.
 
 from __future__ import annotations
 
+import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -130,7 +131,8 @@ def _deliver_place(
                 outcome.left.append(f"{place.path}: {why}")
             return
     except JournalError as error:
-        outcome.left.append(str(error))
+        if os.path.lexists(place.path):  # else another has delivered it in the meantime
+            outcome.left.append(str(error))
         return
     try:
         about = place.about()
