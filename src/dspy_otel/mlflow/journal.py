@@ -271,6 +271,7 @@ class Journal:
         self.place: Place | None = None
         self._number = 0
         self._no_disk_until = 0.0
+        self._closed = False
         self.segments: list[Segment] = []
         """Not yet delivered, oldest first."""
         self.kept: list[Segment] = []
@@ -414,6 +415,7 @@ class Journal:
             done: MLflow has all runs as they should be, and all scores.
         """
         with self._lock:
+            self._closed = True  # a thread that is still at it makes no other place
             place, self.place = self.place, None
             if place is not None:
                 if done and not place.waiting():
@@ -459,7 +461,7 @@ class Journal:
         return True
 
     def _open(self) -> Place | None:
-        if self.place is None and self.directory is not None:
+        if self.place is None and self.directory is not None and not self._closed:
             self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
             _check(self.directory, directory=True, private=False)
             place = Place(self.directory / f"{time.strftime('%Y%m%dT%H%M%S')}-{os.getpid()}-{secrets.token_hex(2)}")
