@@ -216,15 +216,13 @@ def _whole(text: str) -> str:
 
 
 def _all_whole(attributes: Mapping[str, Any]) -> bool:
-    for key, value in attributes.items():
-        if not _is_whole(key):
-            return False
-        if value.__class__ is str:
-            if not _is_whole(value):
-                return False
-        elif isinstance(value, (list, tuple)) and not all(_is_whole(v) for v in value if isinstance(v, str)):
-            return False
-    return True
+    texts = list(attributes)  # names, and then values
+    for value in attributes.values():
+        if isinstance(value, str):
+            texts.append(value)
+        elif isinstance(value, (list, tuple)):
+            texts += [part for part in value if isinstance(part, str)]
+    return _is_whole("".join(texts))  # one look at all of them
 
 
 def _all_repaired(attributes: Mapping[str, Any]) -> dict[str, Any]:
