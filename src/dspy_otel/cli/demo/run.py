@@ -65,8 +65,8 @@ def run_demo(*, model: str | None, optimizer: str, tracking_uri: str | None, con
             finish = set_up_telemetry(recorder, tracking_uri, content)
             try:
                 program = task.ColourFamily()
-                train = task.load_examples("train", 50 if quick else 100)
-                val = task.load_examples("val", 20 if quick else 50)
+                train = task.load_examples("train", 50 if quick else 80)
+                val = task.load_examples("val", 20 if quick else 30)
                 try:
                     answer = step(f"ask for {_NAME!r}", lambda: program(colour_name=_NAME), _RUN)
                 except Exception as error:  # a wrong key or model name: say so before anything costs time
@@ -122,7 +122,7 @@ def _mipro(task: Any, lm: Any, train: list[Any], val: list[Any], quick: bool) ->
         max_labeled_demos=4,
         num_threads=_THREADS,
     )
-    trials = 3 if quick else 8
+    trials = 3 if quick else 6
     return optimizer.compile(task.ColourFamily(), trainset=train, valset=val, num_trials=trials, minibatch=False)
 
 
@@ -132,7 +132,7 @@ def _gepa(task: Any, lm: Any, train: list[Any], val: list[Any], quick: bool) -> 
     optimizer = dspy.GEPA(
         metric=task.same_family_with_feedback,
         reflection_lm=lm,
-        max_metric_calls=120 if quick else 500,
+        max_metric_calls=120 if quick else 300,
         reflection_minibatch_size=5,
         num_threads=_THREADS,
     )
