@@ -538,6 +538,7 @@ SCENARIOS: dict[str, Callable[[], Any]] = {
     "program": lambda: observe(),
     "pictures": lambda: pictures(),
     "values": lambda: values(),
+    **({"source": lambda: source()} if hasattr(dspy, "Flex") else {}),  # DSPy 3.2 has none
 }
 for _name in common.RUNS:
     SCENARIOS[_name] = lambda _name=_name: optimized(_name)
@@ -574,6 +575,20 @@ def optimized(name: str) -> Any:
         outcome = test_inert.outcome(name, 1)
     outcome.pop("kept on program")
     return outcome
+
+
+def source() -> Any:
+    """A program that holds a ``dspy.Flex``."""
+
+    class Holder(dspy.Module):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.named = {"a key": [dspy.Flex("question -> answer")]}
+
+        def forward(self, question: str) -> Any:
+            return dspy.Prediction(answer=question)
+
+    return freeze(Holder()(question="q"))
 
 
 def pictures() -> Any:
@@ -687,6 +702,7 @@ NEVER_CALLED = re.compile(
     r"|\.((Enclosed)?Operation|Tracker|Blob|SpanFactory)\.\w+$|_Pending|_moment|moment$"
     r"|secret_rules\._with_digit|redaction\._inner|lineage\.optimization$"
     r"|\.Walker\.(text|integer|real|other|entry|cut|stop)$|_Canonical\.cut"
+    + ("" if hasattr(dspy, "Flex") else r"|places_in_digest|module_tree\._below")
 )
 """Not in a scenario here: other versions of DSPy, GEPA or the SDK, a terminal, a stream, fine-tuning, what runs at
 instrument() or is overridden everywhere. They have tests of their own."""

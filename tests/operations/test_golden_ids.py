@@ -70,6 +70,16 @@ PROGRAM_IDS = {
 }
 
 
+SOURCE_IDS = {
+    "attribute": "37cebd5c2d467e59",
+    "sentence": "4d6f45a6580efb34",
+    "long": "baebc2efe75d51b4",
+    "number": "148bc8e96abfc8d3",
+    "twice": "1e776f7a701ba269",
+    "list and name": "297451d569c772a0",
+}
+
+
 def rows() -> list[Any]:
     return [dspy.Example(**values).with_inputs("question") for values in VALUES.values()]
 
@@ -90,14 +100,6 @@ class Many(dspy.Module):
         self.first = dspy.ChainOfThought("question -> answer: float")
         self.steps = [dspy.Predict("a, b -> c"), dspy.Predict("c -> d: list[str]")]
         self.named = {"left": dspy.Predict("x -> y"), "right": Research()}
-
-
-class Flexible(dspy.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.first = dspy.Flex("question -> answer")
-        self.more = [dspy.Flex("a -> b"), dspy.Predict("c -> d")]
-        self.named = {"left": dspy.Flex("x -> y")}
 
 
 def program_of(name: str) -> Any:
@@ -133,9 +135,26 @@ def test_ids_of_programs():
     assert {name: program_id(program_of(name)) for name in names} == PROGRAM_IDS
 
 
+def with_source(name: str) -> Any:
+    """A program with a ``dspy.Flex`` in one place or another."""
+    program, flex = Fixed(), dspy.Flex("a -> b")
+    if name == "attribute":
+        program.a = flex
+    elif name == "twice":
+        program.a = program.b = flex
+    elif name == "list and name":
+        program.more = [dspy.Predict("c -> d"), flex]
+        program.named = {"left": dspy.Flex("x -> y")}
+    else:
+        key: Any = {"sentence": "not an identifier", "long": "q" * 80, "number": 3}[name]
+        program.named = {key: flex, "x": dspy.Predict("c -> d")} if name == "sentence" else {key: flex}
+    return program
+
+
 @pytest.mark.skipif(not hasattr(dspy, "Flex"), reason="DSPy 3.2 has no Flex")
-def test_id_of_a_program_with_source():
-    assert program_id(Flexible()) == "9934db33e64f3840"
+@pytest.mark.parametrize("name", SOURCE_IDS)
+def test_ids_of_programs_with_source(name):
+    assert program_id(with_source(name)) == SOURCE_IDS[name]
 
 
 def test_the_id_on_spans_is_that_of_the_program(telemetry):

@@ -188,6 +188,46 @@ def named_modules(root: Any) -> list[tuple[str, Any]]:
     return modules
 
 
+def places_in_digest(root: Any) -> list[tuple[str, Any]]:
+    """Every module of a program with the place that stands for it in a program's digest.
+
+    It is not its path: ids of programs are compared over months, and stay what they are. A key that may be data is
+    ``*``, and of two ways to a module the last one counts.
+
+    Args:
+        root: the program.
+    """
+    seen = {id(root)}
+    stack: list[tuple[str, Any]] = [("", root)]
+    found: list[tuple[str, Any]] = []
+    while stack and len(found) < _MAX_MODULES:
+        place, module = entry = stack.pop()
+        found.append(entry)
+        stored = attributes(module)
+        without = _PREDICTOR_STATE if "signature" in stored else _LOGS
+        below: list[tuple[str, Any]] = []
+        for name, value in list(stored.items()):
+            if type(value) not in (list, tuple, dict) or name not in without:
+                below += _below(f"{place}.{name}" if place else name, value, 3)
+        for each in reversed(below):
+            if id(each[1]) not in seen:
+                seen.add(id(each[1]))
+                stack.append(each)
+    return found
+
+
+def _below(place: str, value: Any, depth: int) -> Iterator[tuple[str, Any]]:
+    if _KINDS[type(value)] in (_MODULE, _PREDICTOR):
+        yield place if len(place) <= _MAX_PATH else f"{place[:_MAX_PATH]}…", value
+    elif type(value) in (list, tuple, dict) and depth:
+        for key, inner in islice(value.items() if type(value) is dict else enumerate(value), _MAX_ITEMS):
+            if type(key) is str:
+                shown = repr(key) if len(key) <= _MAX_KEY and key.isidentifier() else "*"
+            else:
+                shown = str(key) if type(key) is int else "*"
+            yield from _below(f"{place}[{shown}]", inner, depth - 1)
+
+
 def _named_parameters(root: Any) -> Iterator[_Item]:
     """The predictors that ``BaseModule.named_parameters()`` names, as it does: depth first, not in frozen modules."""
     stack = [_Item("", root, _MODULE)]

@@ -11,7 +11,7 @@ from dspy_otel.content.introspection import is_a
 from dspy_otel.core.call_context import Program
 from dspy_otel.core.internal_errors import guard
 from dspy_otel.operations.identity_cache import IdentityCache
-from dspy_otel.operations.module_tree import attributes, named_modules, origin, origins, survey
+from dspy_otel.operations.module_tree import attributes, named_modules, origin, origins, places_in_digest, survey
 
 _MAX_ITEMS: Final = 256
 _MAX_OBJECTS: Final = 4096
@@ -88,10 +88,10 @@ def program_digest(program: Any) -> str | None:
     """
     state: dict[str, Any] = {name: _predictor_state(predictor) for name, predictor in program.named_predictors()}
     if any("_module_src" in attributes(module) for module in survey(program)[0]):
-        for path, module in named_modules(program):
+        for place, module in places_in_digest(program):
             source = attributes(module).get("_module_src")
             if isinstance(source, str):  # dspy.Flex: its predictors are in its source.
-                state[f"{path}:source"] = source
+                state[f"{place}:source"] = source
     return digest(state) if state else None
 
 
