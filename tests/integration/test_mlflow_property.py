@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 import pytest
 
 from dspy_otel.mlflow.account import KINDS
-from dspy_otel.mlflow.journal import places
+from dspy_otel.mlflow.journal import journal_directories
 from dspy_otel.mlflow.replay import replay
 from tests.mlflow.fake_server import Fault, Faults, Misbehaving, serving
 from tests.mlflow.programs import Call, Disk, Evaluation, Event, Optimization, Plan, Trial, run
@@ -128,6 +128,6 @@ def test_a_real_server_has_all_of_it_and_once(server_uri: str, tmp_path: Path, n
         proxy.faults.mend()
         disk.errno = 0
         assert replay([tmp_path / "spool"]).left == []
-        assert places(tmp_path / "spool") == []
+        assert journal_directories(tmp_path / "spool") == []
         assert proxy.faults.happened
         compare(timeless(contents_of(client, experiment, tmp_path)), expected)

@@ -18,7 +18,7 @@ from dspy_otel.mlflow.retry import ExportError
 from dspy_otel.mlflow.runs import Score
 from dspy_otel.record.otlp import decode
 
-AWAY = ExportError("unreachable", "MLflow is away.", away=True)
+AWAY = ExportError("unreachable", "MLflow is away.", unavailable=True)
 
 
 class Memory:
@@ -70,7 +70,7 @@ class Memory:
         self.runs[run_id] = {"tags": dict(tags), "metrics": [], "params": {}, "datasets": [], "artifacts": {}}
         if self.lose_answers:
             self.lose_answers -= 1
-            raise ExportError("unreachable", "the answer got lost", away=True)
+            raise ExportError("unreachable", "the answer got lost", unavailable=True)
         return CreatedRun(run_id, "")
 
     def find_run(self, key: str, experiment_id: str | None = None) -> CreatedRun | None:
@@ -116,7 +116,7 @@ class Memory:
     def read_artifact(self, run: CreatedRun, path: str) -> str | None:
         return None
 
-    def hurry(self, until: float) -> None:
+    def set_deadline(self, until: float) -> None:
         pass
 
     def close(self) -> None:

@@ -353,7 +353,7 @@ def happen(
         processor.record()
     elif event.kind == "round":
         processor.record()
-        processor.worker.now()
+        processor.worker.retry_now()
         processor.worker.round()
     elif faults is None:
         return

@@ -121,7 +121,7 @@ def own_world(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(retry, "FIRST_PAUSE", 0.01)
     monkeypatch.setattr(retry, "LONGEST_PAUSE", 0.02)
-    monkeypatch.setattr(processor, "WRITE_DOWN", 0.01)
+    monkeypatch.setattr(processor, "WRITE_INTERVAL", 0.01)
     monkeypatch.setenv("OTEL_DSPY_SPOOL", str(tmp_path / "spool"))
 
 

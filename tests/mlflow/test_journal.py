@@ -27,7 +27,7 @@ from dspy_otel import semconv
 from dspy_otel.mlflow import MLflowSpanExporter, journal, processor, retry
 from dspy_otel.mlflow import replay as replaying
 from dspy_otel.mlflow.exporter import track_runs
-from dspy_otel.mlflow.journal import Journal, Place, places, spool_directory
+from dspy_otel.mlflow.journal import Journal, JournalDirectory, journal_directories, spool_directory
 from dspy_otel.mlflow.replay import replay
 from dspy_otel.record.otlp import decode, encode
 from tests.mlflow.memory import AWAY, Memory, Program
@@ -36,7 +36,7 @@ from tests.support.fault_proxy import fault_proxy
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(processor, "WRITE_DOWN", 0.01)
+    monkeypatch.setattr(processor, "WRITE_INTERVAL", 0.01)
     monkeypatch.setattr(retry, "FIRST_PAUSE", 0.01)
     monkeypatch.setattr(retry, "LONGEST_PAUSE", 0.02)
 
@@ -120,7 +120,7 @@ def test_while_mlflow_is_away_spans_are_on_disk_and_are_sent_in_order(
     assert program.provider.force_flush()
     assert [span.attributes["n"] for span in store.spans.values()] == list(range(1700))
     program.provider.shutdown()
-    assert places(directory) == []
+    assert journal_directories(directory) == []
 
 
 @pytest.fixture
@@ -141,7 +141,7 @@ def test_a_full_spool_drops_traces_of_examples_and_keeps_trials(
     compile_.end()
     with caplog.at_level(logging.WARNING):
         program.provider.shutdown()
-    (place,) = places(directory)
+    (place,) = journal_directories(directory)
     kept = [span.name.split()[0] for path in place.files() for span in decode(path.read_bytes())]
     assert {name: kept.count(name) for name in ("compile", "trial", "evaluate")} == {
         "compile": 1,
@@ -226,7 +226,7 @@ def test_a_replay_writes_what_the_program_would_have_written(directory: Path, st
     outcome = replay([directory])
     assert outcome.left == []
     assert outcome.sent == {"spans": 11, "traces": 7, "runs": 3, "scores": 6, "artifacts": 5}
-    assert places(directory) == []
+    assert journal_directories(directory) == []
     direct = Memory()
     program = Program(direct)
     work(program)
@@ -256,13 +256,13 @@ def test_a_killed_program_loses_no_span_and_its_runs_are_ended(directory: Path, 
     assert "evaluation_table.json" in other.runs["id of r1/1"]["artifacts"]
     assert "report.html" in other.runs["id of r1"]["artifacts"]
     assert [span.name for span in other.spans.values()] == ["chat"]
-    assert places(directory) == []
+    assert journal_directories(directory) == []
     trial.end()
 
 
 def test_a_last_piece_that_was_cut_off_does_no_harm(directory: Path, store: Memory, other: Memory) -> None:
     leave(directory, store)
-    (place,) = places(directory)
+    (place,) = journal_directories(directory)
     (file,) = place.files()
     body = encode(some_spans())
     with file.open("ab") as end:
@@ -273,7 +273,7 @@ def test_a_last_piece_that_was_cut_off_does_no_harm(directory: Path, store: Memo
 
 def test_who_is_at_it_is_left_alone(directory: Path, store: Memory, other: Memory) -> None:
     leave(directory, store)
-    (place,) = places(directory)
+    (place,) = journal_directories(directory)
     assert place.acquire()
     outcome = replay([directory])
     assert not outcome.sent
@@ -285,12 +285,12 @@ def test_who_is_at_it_is_left_alone(directory: Path, store: Memory, other: Memor
 def test_what_cannot_be_read_is_named_and_stays(directory: Path, store: Memory, other: Memory) -> None:
     leave(directory, store)
     leave(directory, store)
-    first, _ = places(directory)
+    first, _ = journal_directories(directory)
     (file,) = first.files()
     file.write_bytes(b"\xff\xff")
     (line,) = replay([directory]).left
     assert "no OTLP request" in line
-    assert [place.path for place in places(directory)] == [first.path]
+    assert [place.path for place in journal_directories(directory)] == [first.path]
     (first.path / "about.json").write_text("{}")
     assert "does not say where" in replay([directory]).left[0]
 
@@ -299,7 +299,7 @@ def test_what_cannot_be_read_is_named_and_stays(directory: Path, store: Memory, 
 def test_a_strangers_directory_is_named_and_not_read(directory: Path, store: Memory, other: Memory) -> None:
     leave(directory, store)
     leave(directory, store)
-    stranger, _ = places(directory)
+    stranger, _ = journal_directories(directory)
     stranger.path.chmod(0o755)
     (directory / "zz-link").symlink_to(stranger.path)
     outcome = replay([directory])
@@ -310,7 +310,7 @@ def test_a_strangers_directory_is_named_and_not_read(directory: Path, store: Mem
 
 def test_a_lock_that_is_a_link_makes_no_file(directory: Path, tmp_path: Path, store: Memory, other: Memory) -> None:
     leave(directory, store)
-    (place,) = places(directory)
+    (place,) = journal_directories(directory)
     (place.path / "lock").unlink()
     (place.path / "lock").symlink_to(tmp_path / "made")
     assert replay([directory]).left
@@ -335,7 +335,7 @@ def test_spans_that_mlflow_refuses_stay_for_another_place(
     monkeypatch.setattr(other, "send", send)
     assert replay([directory]).left == []
     assert len(other.spans) == 11
-    assert places(directory) == []
+    assert journal_directories(directory) == []
 
 
 def test_a_spool_that_cannot_be_written_costs_one_line(
@@ -430,11 +430,11 @@ def test_a_forked_child_writes_to_a_place_of_its_own(tmp_path: Path) -> None:
         put(mine)
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-    taken = {place.path: place.acquire() for place in places(tmp_path)}
+    taken = {place.path: place.acquire() for place in journal_directories(tmp_path)}
     assert sorted(taken.values()) == [False, True]  # the parent's is still in use
     assert taken[mine.place.path] is False
     mine.close(False)
-    assert Place(next(path for path, ours in taken.items() if not ours)).acquire()
+    assert JournalDirectory(next(path for path, ours in taken.items() if not ours)).acquire()
 
 
 def test_the_limit_is_for_all_processes_together(tmp_path: Path) -> None:
@@ -453,7 +453,7 @@ def test_files_are_what_any_otlp_receiver_takes(directory: Path, store: Memory) 
     from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
     leave(directory, store)
-    (place,) = places(directory)
+    (place,) = journal_directories(directory)
     (file,) = place.files()
     request = ExportTraceServiceRequest.FromString(file.read_bytes())
     assert request.resource_spans[0].scope_spans[0].scope.name == semconv.SCOPE_NAME
@@ -474,7 +474,12 @@ def one_span_to(uri: str) -> TracerProvider:
 
 
 def left_in(directory: Path) -> list[str]:
-    return [span.name for place in places(directory) for path in place.files() for span in decode(path.read_bytes())]
+    return [
+        span.name
+        for place in journal_directories(directory)
+        for path in place.files()
+        for span in decode(path.read_bytes())
+    ]
 
 
 def test_a_server_that_never_answers_is_given_up(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:

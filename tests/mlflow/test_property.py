@@ -21,7 +21,7 @@ from dspy_otel.mlflow import journal, processor, retry
 from dspy_otel.mlflow import replay as replaying
 from dspy_otel.mlflow.account import KINDS
 from dspy_otel.mlflow.backends import rest
-from dspy_otel.mlflow.journal import places, whole_pieces
+from dspy_otel.mlflow.journal import complete_messages, journal_directories
 from dspy_otel.mlflow.replay import replay
 from dspy_otel.record.otlp import decode
 from tests.mlflow.fake_server import NAMES, FakeMLflow, Fault, Faults, fake_mlflow
@@ -97,13 +97,13 @@ def quick(plan: Plan, spool: Path, disk: Disk, exit_seconds: str) -> Iterator[No
         append(path, body)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(processor, "WRITE_DOWN", 0.002)
+        patch.setattr(processor, "WRITE_INTERVAL", 0.002)
         patch.setattr(processor, "HANGS_AFTER", 0.2)
         patch.setattr(retry, "FIRST_PAUSE", 0.001)
         patch.setattr(retry, "LONGEST_PAUSE", 0.004)
         patch.setattr(retry, "LONGEST_RETRY_AFTER", 0.004)
         patch.setattr(rest, "FIRST_BATCH_SECONDS", 0.0)
-        patch.setattr(journal, "_DISK_AGAIN", 0.0)
+        patch.setattr(journal, "_DISK_RETRY_SECONDS", 0.0)
         patch.setattr(journal, "_append", append_or_fail)
         patch.setenv("OTEL_DSPY_SPOOL", str(spool) if plan.spool else "off")
         patch.setenv("OTEL_DSPY_EXIT_SECONDS", exit_seconds)
@@ -150,7 +150,7 @@ def check(plan: Plan) -> None:
         else:
             lost = lossy
         assert replay([directory]).left == []
-        assert places(directory) == []
+        assert journal_directories(directory) == []
         if not lost:
             compare(server.contents(), expected)
 
@@ -173,9 +173,9 @@ def check_account(done: Process, expected: dict[str, Any], server: FakeMLflow, s
     held = {int(span_id, 16) for _, span_id in server.spans} & spans
     disk = {
         span.context.span_id
-        for place in places(spool)
-        for path in place.waiting()
-        for span in decode(whole_pieces(path.read_bytes()))
+        for place in journal_directories(spool)
+        for path in place.undelivered()
+        for span in decode(complete_messages(path.read_bytes()))
     } & spans
     # An answer that got lost is of something that MLflow has, but that is not known to be written.
     kept = account.kept["spans"] + account.refused["spans"]

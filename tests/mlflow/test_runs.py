@@ -29,7 +29,7 @@ from tests.mlflow.memory import AWAY, Exporter, Memory, Program
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(processor, "WRITE_DOWN", 0.01)
+    monkeypatch.setattr(processor, "WRITE_INTERVAL", 0.01)
     monkeypatch.setattr(retry, "FIRST_PAUSE", 0.01)
     monkeypatch.setattr(retry, "LONGEST_PAUSE", 0.02)
 

@@ -73,7 +73,7 @@ def points(run: Run) -> dict[str, float]:
 
 def test_a_trial_gives_its_own_run_and_points_for_one_other() -> None:
     own, curves = runs_of(TRIAL, {"dspy.version": "1"}, "users")
-    assert (own.key, own.parent, own.outside, own.name) == ("r/2", "r", "users", "trial 2 full accepted, step 3")
+    assert (own.key, own.parent, own.user_run, own.name) == ("r/2", "r", "users", "trial 2 full accepted, step 3")
     assert (own.started, own.ended, own.status) == (1, 2, "FINISHED")
     assert points(own) == {"score": 75, "score.full": 75, "best_score": 75, "lm_calls": 4}
     assert own.params["qa.instructions"] == "Answer."

@@ -44,7 +44,7 @@ def run(options: argparse.Namespace) -> int:
     if options.list:
         return _list(sources)
     logging.basicConfig(format="%(message)s")
-    outcome = replay(sources, to=options.to, experiment=options.experiment, say=_progress())
+    outcome = replay(sources, to=options.to, experiment=options.experiment, progress=_progress())
     if not outcome.found:
         print(f"Nothing to deliver in {', '.join(map(str, sources))}.")
         return 0
@@ -55,16 +55,16 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _list(sources: list[Path]) -> int:
-    from dspy_otel.mlflow.journal import JournalError, is_refused, places, read_file, whole_pieces
+    from dspy_otel.mlflow.journal import JournalError, complete_messages, is_refused, journal_directories, read_file
     from dspy_otel.record.otlp import decode
 
     status = 0
-    for place in (place for source in sources for place in places(source)):
+    for place in (place for source in sources for place in journal_directories(source)):
         try:
             about = place.about()
             counts = {True: 0, False: 0}
-            for path in place.waiting():
-                counts[is_refused(path)] += len(decode(whole_pieces(read_file(path))))
+            for path in place.undelivered():
+                counts[is_refused(path)] += len(decode(complete_messages(read_file(path))))
             refused = f", {counts[True]:,} of them refused" if counts[True] else ""
             print(
                 f"{place.path}: {sum(counts.values()):,} spans{refused} for {about['tracking_uri']}, "

@@ -1,10 +1,10 @@
-"""Spans to MLflow: ``OTEL_TRACES_EXPORTER=mlflow``. There is one way, from a span to what MLflow has:
+"""Spans to MLflow: ``OTEL_TRACES_EXPORTER=mlflow``. The modules, in the order of a span's way:
 
 * :mod:`.processor` - spans that start and end are written to the journal;
-* :mod:`.journal` - segments on disk: the queue, and what a killed process leaves;
+* :mod:`.journal` - segments on disk: the queue, which survives a kill;
 * :mod:`.worker` - empties it: sends spans, links traces, writes scores, brings runs up to date; :mod:`.replay` is the
   same for the journal of a process that has ended;
-* :mod:`.account` - what became of everything: written, kept, refused or dropped;
+* :mod:`.account` - counts of what was written, kept, refused and dropped;
 * :mod:`.retry` - what an answer means, and when to try again;
 * :mod:`.backends` - a server over HTTP, and a SQL store in this process, behind one contract;
 * :mod:`.translate` - pure: finished spans to spans that MLflow shows well;

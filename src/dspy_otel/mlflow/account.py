@@ -10,22 +10,22 @@ from typing import Final
 
 SPANS, TRACES, SCORES, RUNS, ARTIFACTS, LINKS = "spans", "traces", "scores", "runs", "artifacts", "links of traces"
 KINDS: Final = (SPANS, TRACES, RUNS, SCORES, ARTIFACTS)
-"""What is accounted for in full."""
+"""Kinds whose counts add up."""
 
 
 @dataclass
 class Account:
-    """Counts by kind. For each of ``KINDS``: what is written, kept, refused and dropped is together what was produced.
+    """Counts by kind. For each of ``KINDS``, written, kept, refused and dropped add up to produced.
 
-    While a program runs, the difference is what waits. :attr:`kept` is set when it ends.
+    While a program runs, the difference is what is pending. :attr:`kept` is set when the program ends.
 
     Attributes:
         produced: by the program: spans that ended, traces that began with them, scores and runs that follow from them,
-            and the artifacts of those runs, each time that one gets another content.
-        written: MLflow has it; once the program has ended, a run counts when it lacks nothing.
-        kept: is in the journal, for ``replay``.
+            and the artifacts of those runs, once for each content.
+        written: MLflow has it; once the program has ended, only complete runs count.
+        kept: it is in the journal, for ``replay``.
         refused: MLflow does not take it. Spans, and the scores that follow from them, are set aside in the journal.
-        dropped: is lost, for there was no room or no disk.
+        dropped: it is lost, because there was no room or no disk.
     """
 
     produced: Counter[str] = field(default_factory=Counter)
@@ -34,8 +34,8 @@ class Account:
     refused: Counter[str] = field(default_factory=Counter)
     dropped: Counter[str] = field(default_factory=Counter)
 
-    def leave(self, what: str, count: int, on_disk: bool) -> None:
-        """The program ends, and MLflow has not got something: it is kept, or lost.
+    def add_undelivered(self, what: str, count: int, on_disk: bool) -> None:
+        """Count what MLflow does not have when the program ends: it is kept, or lost.
 
         Args:
             what: one of ``KINDS``.
@@ -45,30 +45,30 @@ class Account:
         (self.kept if on_disk else self.dropped)[what] += count
 
     def waiting(self, what: str) -> int:
-        """How many of a kind nothing has become of yet: 0 once the program has ended."""
+        """How many of a kind are pending: 0 once the program has ended."""
         return self.produced[what] - sum(part[what] for part in (self.written, self.kept, self.refused, self.dropped))
 
     @property
-    def bad(self) -> bool:
-        """Whether MLflow has not got something."""
+    def incomplete(self) -> bool:
+        """Whether MLflow lacks something."""
         return any(count for part in (self.kept, self.refused, self.dropped) for count in part.values())
 
     def line(self, place: Path | None, set_aside: bool) -> str:
-        """All of it for the log, in one line.
+        """The counts in one line for the log.
 
         Args:
             place: where the journal is, if there is one.
             set_aside: whether something that was refused is in it.
         """
-        said = f"MLflow: written: {_listed(self.written) or 'nothing'}"
-        # Where there are spans there are traces: what is left to deliver is named once.
+        line = f"MLflow: written: {_listed(self.written) or 'nothing'}"
+        # Kept spans already stand for kept traces.
         if kept := _listed({what: count for what, count in self.kept.items() if what != TRACES}):
-            said += f"; not written: {kept}, kept in {place}: deliver them with `dspy-otel replay`"
+            line += f"; not written: {kept}, kept in {place}: deliver them with `dspy-otel replay`"
         if refused := _listed(self.refused):
-            said += f"; refused: {refused}" + (f", set aside in {place}" if set_aside else "")
+            line += f"; refused: {refused}" + (f", set aside in {place}" if set_aside else "")
         if dropped := _listed(self.dropped):
-            said += f"; not written: {dropped}, lost"
-        return said
+            line += f"; not written: {dropped}, lost"
+        return line
 
 
 def _listed(counts: Mapping[str, int]) -> str:

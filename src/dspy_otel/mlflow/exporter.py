@@ -1,4 +1,4 @@
-"""The OpenTelemetry span exporter that writes MLflow traces: a thin face of the :mod:`.processor`."""
+"""The OpenTelemetry span exporter that writes MLflow traces. The :mod:`.processor` does the work."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from dspy_otel.mlflow.processor import MLflowProcessor
 from dspy_otel.mlflow.target import DEFAULT_TIMEOUT, Target
 
 WAIT: Final = 30.0
-"""Seconds that a batch waits to be delivered when spans come by the exporter: it is in the journal by then."""
+"""Most seconds that :meth:`MLflowSpanExporter.export` waits for delivery. The batch is in the journal by then."""
 
 
 class MLflowSpanExporter(SpanExporter):
@@ -32,8 +32,9 @@ class MLflowSpanExporter(SpanExporter):
         experiment: name or id of the experiment. Else ``MLFLOW_EXPERIMENT_ID``, else ``MLFLOW_EXPERIMENT_NAME``, else
             MLflow's default experiment (id 0). A name that does not exist is created.
         timeout: seconds for one request to a server, 60 by default.
-        runs: also record optimizations and evaluations as MLflow runs. The instrumentor sees to it when it makes its
-            first span: this exporter must be on the provider by then, in a batch or simple processor of the SDK.
+        runs: also record optimizations and evaluations as MLflow runs. The instrumentor calls :func:`track_runs` when
+            it makes its first span: this exporter must be on the provider by then, in a batch or simple processor
+            of the SDK.
 
     Credentials for a server are those MLflow's client reads: a user and password in the address,
     ``MLFLOW_TRACKING_USERNAME`` and ``MLFLOW_TRACKING_PASSWORD`` (or ``~/.mlflow/credentials``),
@@ -59,21 +60,21 @@ class MLflowSpanExporter(SpanExporter):
         self.target = Target(
             tracking_uri,
             None if experiment is None else str(experiment),
-            directory=os.getcwd(),  # a relative store is meant from here, even if the program moves
+            directory=os.getcwd(),  # a relative path starts here, even if the program changes its directory
             timeout=timeout if timeout is not None and timeout > 0 else DEFAULT_TIMEOUT,
         )
-        # MLflow imports these when it is first used. In a short program that is at exit, when they can no longer be
-        # imported: they start threads, or ask to be told of the exit.
+        # MLflow imports these when it is first used. In a short program that is at exit, which is too late: they start
+        # threads, or register functions with atexit.
         for module in ("opentelemetry.sdk._logs", "concurrent.futures.process"):
             importlib.import_module(module)
         self.processor = MLflowProcessor(self.target, runs=runs)
         self._attached = False
 
     def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
-        """Put a batch into the journal, and wait a while for it to be delivered; never raises.
+        """Put a batch into the journal, and wait up to ``WAIT`` seconds for its delivery; never raises.
 
         Returns:
-            FAILURE when spans were lost. What waits for MLflow is not.
+            FAILURE when spans were lost. Spans in the journal are not lost.
         """
         with contextlib.suppress(Exception):
             return self._export(spans)
@@ -87,13 +88,13 @@ class MLflowSpanExporter(SpanExporter):
         processor.export(spans)
         if not self._attached:
             until = time.monotonic() + WAIT
-            while not processor.force_flush(200) and time.monotonic() < until and worker.away.error is None:
+            while not processor.force_flush(200) and time.monotonic() < until and worker.backoff.error is None:
                 pass
         lost = sum(worker.account.dropped.values()) > before
-        return SpanExportResult.FAILURE if lost or worker.dead else SpanExportResult.SUCCESS
+        return SpanExportResult.FAILURE if lost or worker.failed else SpanExportResult.SUCCESS
 
     def shutdown(self) -> None:
-        """Write what is left. A second call does nothing."""
+        """Deliver what is pending. A second call does nothing."""
         if not self._attached:
             self.processor.shutdown()
 
@@ -110,7 +111,7 @@ class MLflowSpanExporter(SpanExporter):
 
 
 def track_runs(provider: Any) -> None:
-    """Let each of our exporters that a tracer provider feeds see the starts of spans too: runs are made of those.
+    """Give the processors of our exporters on a provider the starts of spans too: runs need them.
 
     Args:
         provider: a tracer provider; one that is not the SDK's is left alone.

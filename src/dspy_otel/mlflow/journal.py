@@ -1,22 +1,22 @@
-"""The journal: finished spans on disk, as they will be sent. It is the queue to MLflow, and what ``replay`` reads.
+"""The journal: finished spans on disk, encoded for sending. It is the queue to MLflow, and ``replay`` reads it.
 
 One directory for each process, with the owner's rights only::
 
     <spool>/20260131T120000-4711-9f3c/
-        about.json         where it goes
-        starts.pb          optimizations, trials and evaluations as they started, so that they can be ended for a
+        about.json         the target
+        starts.pb          optimizations, trials and evaluations as they started, so that replay can end those of a
                            process that was killed
         000001.pb          a segment: the body of one OTLP/HTTP request in protobuf, as any OTLP receiver takes it
-        000002.sent.pb     one that was delivered, and that runs which MLflow does not have in full may need
+        000002.sent.pb     a delivered one that may be needed for runs that MLflow does not have in full
         000003.refused.pb  spans that MLflow refuses
-        lock               locked by the process while it lives, or by who delivers
+        lock               locked by the process while it lives, or by a replay
 
-A segment grows by whole pieces until it is taken to be sent: two OTLP requests one after the other are one, by the
-rules of protobuf. So what a killed process leaves is read up to its last whole piece.
+A segment grows by complete protobuf messages until the worker closes it: concatenated OTLP requests are one request.
+A process that is killed may leave an incomplete message at the end, which is not read.
 
-Only directories and files of the user's own that nobody else may write are read, and no links are followed: what stands
-in them decides where credentials are sent. Nothing is in it that was not on its way to MLflow: prompts and answers only
-if content is captured. The limit is for all processes together; a lock sees to that.
+Only the user's own directories and files that nobody else may write are read, and links are not followed, because the
+target in them decides where credentials are sent. The journal has only what is sent to MLflow: prompts and answers only
+if content is captured. The limit applies to all processes together; a lock guards it.
 """
 
 from __future__ import annotations
@@ -48,24 +48,24 @@ ENV_SPOOL_LIMIT: Final = "OTEL_DSPY_SPOOL_LIMIT"
 DEFAULT_LIMIT: Final = 1024 * 1024 * 1024
 _OFF: Final = frozenset({"off", "false", "0", "no", "none"})
 _RESERVE: Final = 0.1
-"""Share of the limit that is for optimizations, trials and evaluations only."""
+"""Share of the limit that is reserved for optimizations, trials and evaluations."""
 SEGMENT_SPANS: Final = 512
 SEGMENT_BYTES: Final = 4 * 1024 * 1024
 MEMORY_BYTES: Final = 64 * 1024 * 1024
-"""Most bytes of segments that are in memory because nothing can be written to disk."""
+"""Most bytes of segments in memory when the disk cannot be written."""
 _LOCK_SECONDS: Final = 10.0
-_DISK_AGAIN: Final = 30.0
+_DISK_RETRY_SECONDS: Final = 30.0
 """Seconds after a failure to write to disk before the next attempt."""
 _NOFOLLOW: Final = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0)
 _STARTS: Final = "starts.pb"
 
 
 class JournalError(Exception):
-    """Something could not be put on disk, or must not be read; the message says why and where."""
+    """A file cannot be written, or must not be read; the message says why and where."""
 
 
 def spool_directory() -> Path | None:
-    """The directory that the environment names, or the default; None when nothing is to be put on disk."""
+    """The directory that the environment names, or the default; None when the spool is off."""
     named = os.environ.get(ENV_SPOOL, "").strip()
     if named.lower() in _OFF:
         return None
@@ -94,21 +94,21 @@ class Segment:
     """Spans that are sent together.
 
     Attributes:
-        number: its place in the queue.
-        count: spans in it.
+        number: its position in the queue.
+        count: number of spans.
         size: bytes.
-        path: on disk; None for one in memory.
-        parts: of one in memory.
-        spans: as they ended, while they are few enough to be kept beside; else they are read back.
+        path: its file; None for one in memory.
+        parts: OTLP requests, of one in memory.
+        spans: a cache of the spans; None when they must be read back.
         groups: optimizations and evaluations whose spans are in it.
         roots: traces that begin in it.
-        closed: nothing is added any more.
-        digested: its runs, links and scores are known.
+        closed: no spans are added any more.
+        applied: the worker knows its runs, links and scores.
         delivered: its spans are in MLflow, or set aside.
         links: key of a run, and id of a trace that belongs to it.
         scores: of its traces.
-        failures: of sending it, in a row.
-        baseline: how many others had been delivered when it first failed.
+        failures: failed deliveries in a row.
+        baseline: number of deliveries of others before it first failed.
         due: when to try again.
     """
 
@@ -121,7 +121,7 @@ class Segment:
     groups: set[str] = field(default_factory=set)
     roots: int = 0
     closed: bool = False
-    digested: bool = False
+    applied: bool = False
     delivered: bool = False
     links: list[tuple[str, str]] = field(default_factory=list)
     scores: list[Score] = field(default_factory=list)
@@ -137,11 +137,11 @@ class Segment:
         """
         if self.path is None:
             return b"".join(self.parts)
-        return whole_pieces(read_file(self.path))
+        return complete_messages(read_file(self.path))
 
 
-class Place:
-    """What one process has left behind, or is leaving right now.
+class JournalDirectory:
+    """The journal of one process, running or ended.
 
     Args:
         path: its directory.
@@ -152,30 +152,30 @@ class Place:
         self._lock: int | None = None
 
     def check(self) -> None:
-        """Nothing, if it is the user's own and no one else's to write.
+        """Check that it is the user's own and that nobody else may write it.
 
         Raises:
-            JournalError: it is not to be trusted.
+            JournalError: it is not safe to read.
         """
         _check(self.path, directory=True)
 
     def acquire(self) -> bool:
-        """Lock it for this process; False when another has it, or it is gone.
+        """Lock it for this process; False when another process has the lock, or has removed the directory.
 
         Raises:
-            JournalError: it is not to be trusted.
+            JournalError: it is not safe to read.
         """
         self.check()
-        if not self.begin():
+        if not self.lock():
             return False
         if not (self.path / "about.json").exists():
-            # Who had it has removed it in the meantime: then the lock is of a file that is no more.
+            # Another process has delivered and removed it meanwhile.
             self.release()
             return False
         return True
 
-    def begin(self) -> bool:
-        """Lock it while it is being made, and nobody else can know of it."""
+    def lock(self) -> bool:
+        """Take the lock; False when another process has it."""
         try:
             handle = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT | _NOFOLLOW, 0o600)
         except OSError:
@@ -193,10 +193,10 @@ class Place:
             self._lock = None
 
     def about(self) -> dict[str, Any]:
-        """Where its spans were to go.
+        """The target of its spans.
 
         Raises:
-            JournalError: it is not to be trusted.
+            JournalError: it is not safe to read.
             ValueError: the file is broken.
         """
         self.check()
@@ -206,20 +206,20 @@ class Place:
         return loaded
 
     def files(self) -> list[Path]:
-        """Its segments, oldest first, those that were sent or refused among them."""
+        """Its segments, oldest first, including sent and refused ones."""
         with contextlib.suppress(OSError):
             names = [path for path in self.path.iterdir() if path.suffix == ".pb" and path.name[:1].isdigit()]
             return sorted(names, key=lambda path: path.name)
         return []
 
-    def waiting(self) -> list[Path]:
-        """Those that are yet to be delivered, refused ones among them."""
+    def undelivered(self) -> list[Path]:
+        """Segments that are not delivered, including refused ones."""
         return [path for path in self.files() if not is_sent(path)]
 
     def starts(self) -> bytes:
         """Spans as they started."""
         path = self.path / _STARTS
-        return whole_pieces(read_file(path)) if path.exists() else b""
+        return complete_messages(read_file(path)) if path.exists() else b""
 
     def empty(self) -> bool:
         """Whether nothing is left to deliver."""
@@ -234,25 +234,25 @@ class Place:
             self.path.rmdir()
 
 
-def places(directory: Path) -> list[Place]:
-    """What processes have left in a spool, oldest first; the directory may also be that of one process."""
+def journal_directories(directory: Path) -> list[JournalDirectory]:
+    """The journals in a spool, oldest first; the directory may also be that of one process."""
     if (directory / "about.json").exists():
-        return [Place(directory)]
+        return [JournalDirectory(directory)]
     with contextlib.suppress(OSError):
-        return [Place(path) for path in sorted(directory.iterdir()) if path.is_dir() or path.is_symlink()]
+        return [JournalDirectory(path) for path in sorted(directory.iterdir()) if path.is_dir() or path.is_symlink()]
     return []
 
 
 class Journal:
-    """The journal as one process writes it: the queue of segments. Nothing is made before there is something to write.
+    """The journal as one process writes it: the queue of segments. Its directory is created by the first write.
 
     :meth:`append`, :meth:`take` and :meth:`start` may be called by different threads.
 
     Args:
         directory: of all processes; None to keep everything in memory.
         limit: most bytes on disk, those of other processes included.
-        about: says where it goes.
-        warn: is given one line for each thing that goes wrong.
+        about: gives the target.
+        warn: called with a cause and a message when something fails.
     """
 
     def __init__(
@@ -268,21 +268,21 @@ class Journal:
         self._warn = warn
         self._lock = threading.Lock()
         self._limit_lock: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
-        self.place: Place | None = None
+        self.place: JournalDirectory | None = None
         self._number = 0
         self._no_disk_until = 0.0
         self._closed = False
         self.segments: list[Segment] = []
         """Not yet delivered, oldest first."""
         self.kept: list[Segment] = []
-        """Delivered, and still needed."""
+        """Delivered, but still needed."""
         self.refused = 0
         """Spans that were set aside."""
         self.evicted: set[str] = set()
-        """Optimizations and evaluations of which something was removed that was delivered: the limit was reached."""
+        """Optimizations and evaluations with delivered segments that were removed because the limit was reached."""
 
-    def start(self, body: bytes) -> bool:
-        """Write down spans that have started; without a disk there is nothing to write down for."""
+    def append_starts(self, body: bytes) -> bool:
+        """Write spans that have started; False when they are not on disk."""
         with self._lock, contextlib.suppress(OSError, JournalError):
             place = self._open()
             return place is not None and self._write(place.path / _STARTS, body, reserve=True)
@@ -296,7 +296,7 @@ class Journal:
             spans: those that are in it.
             groups: optimizations and evaluations that they belong to.
             roots: traces that begin with them.
-            needed: they are of optimizations, trials or evaluations: they have a reserve of their own.
+            needed: whether they are of optimizations, trials or evaluations, which may use the reserve.
 
         Returns:
             Whether there was room.
@@ -330,7 +330,7 @@ class Journal:
             return True
 
     def save(self) -> list[Segment]:
-        """The process ends: write down what is in memory only, should that be possible by now; what that was."""
+        """Try to write the segments that are only in memory, and return those that were written: the process ends."""
         saved: list[Segment] = []
         with self._lock, contextlib.suppress(OSError, JournalError):
             for segment in [one for one in self.segments if one.path is None and not one.delivered]:
@@ -344,13 +344,13 @@ class Journal:
                 saved.append(segment)
         return saved
 
-    def take(self, segment: Segment) -> None:
-        """A segment is going to be looked at: nothing is added to it any more."""
+    def close_segment(self, segment: Segment) -> None:
+        """Close a segment: no spans are added any more."""
         with self._lock:
             segment.closed = True
 
     def delivered(self, segment: Segment, keep: bool) -> None:
-        """A segment is done with: it is removed, or kept for runs that may need it again."""
+        """Remove a delivered segment, or keep it for runs that may need it again."""
         with self._lock:
             if segment in self.segments:
                 self.segments.remove(segment)
@@ -366,7 +366,7 @@ class Journal:
             _remove(segment.path)
 
     def release(self, needed: Callable[[str], bool]) -> None:
-        """Remove what was kept for groups that are not needed any more."""
+        """Remove kept segments whose groups are not needed any more."""
         with self._lock:
             for segment in list(self.kept):
                 if not any(map(needed, segment.groups)):
@@ -374,19 +374,19 @@ class Journal:
                     if segment.path is not None:
                         _remove(segment.path)
 
-    def finish(self, group: str) -> None:
-        """MLflow has an optimization or evaluation in full: its start is of no use any more."""
+    def mark_finished(self, group: str) -> None:
+        """Mark an optimization or evaluation that MLflow has in full: replay ignores its start."""
         if self.place is not None:
-            self.start(encode([finished(group)]))
+            self.append_starts(encode([finished(group)]))
 
-    def forget_starts(self) -> None:
-        """No optimization or evaluation runs, and MLflow has all of them."""
+    def remove_starts(self) -> None:
+        """Remove the starts: no optimization or evaluation runs, and MLflow has all of them."""
         with self._lock:
             if self.place is not None and not self.kept:
                 _remove(self.place.path / _STARTS)
 
     def set_aside(self, body: bytes, count: int) -> bool:
-        """Write down spans that MLflow refuses; False when that is not possible."""
+        """Write spans that MLflow refuses to a file; False when that is not possible."""
         with self._lock, contextlib.suppress(OSError, JournalError):
             place = self._open()
             if place is None:
@@ -399,7 +399,7 @@ class Journal:
         return False
 
     def set_aside_whole(self, segment: Segment) -> bool:
-        """Set a segment aside as it is, where nothing more can be written down; False when it is in memory only."""
+        """Rename a whole segment as refused, when nothing can be written; False when it is only in memory."""
         with self._lock, contextlib.suppress(OSError):
             if segment.path is not None:
                 if not is_refused(segment.path):
@@ -409,21 +409,21 @@ class Journal:
         return False
 
     def close(self, done: bool) -> None:
-        """The process ends: what is left is free for others to deliver.
+        """Release the journal, for others to deliver the rest: the process ends.
 
         Args:
-            done: MLflow has all runs as they should be, and all scores.
+            done: whether nothing is pending.
         """
         with self._lock:
-            self._closed = True  # a thread that is still at it makes no other place
+            self._closed = True  # a thread that still writes makes no new directory
             place, self.place = self.place, None
             if place is not None:
-                if done and not place.waiting():
+                if done and not place.undelivered():
                     place.discard()
                 place.release()
 
     def after_fork(self) -> None:
-        """In a forked child: what is there stays the parent's."""
+        """In a forked child: leave the segments to the parent."""
         self._lock = threading.Lock()
         self._limit_lock = contextlib.nullcontext()
         self.segments, self.kept, self.evicted = [], [], set()
@@ -433,7 +433,7 @@ class Journal:
 
     # --- on disk ----------------------------------------------------------------------------------------------------
     def _put(self, segment: Segment, body: bytes, needed: bool) -> bool | None:
-        """Whether a piece is on disk; None when there is no room for it."""
+        """Whether a body was written to disk; None when there is no room."""
         if self.directory is None or time.monotonic() < self._no_disk_until:
             return False
         try:
@@ -451,7 +451,7 @@ class Journal:
             segment.path = path
         except (OSError, JournalError) as error:
             why = str(error) if isinstance(error, JournalError) else (error.strerror or str(error))
-            self._no_disk_until = time.monotonic() + _DISK_AGAIN
+            self._no_disk_until = time.monotonic() + _DISK_RETRY_SECONDS
             self._warn(
                 "spool",
                 f"The spool in {self.directory} cannot be written ({why}): spans wait in memory, and what is not sent "
@@ -460,13 +460,15 @@ class Journal:
             return False
         return True
 
-    def _open(self) -> Place | None:
+    def _open(self) -> JournalDirectory | None:
         if self.place is None and self.directory is not None and not self._closed:
             self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
             _check(self.directory, directory=True, private=False)
-            place = Place(self.directory / f"{time.strftime('%Y%m%dT%H%M%S')}-{os.getpid()}-{secrets.token_hex(2)}")
+            place = JournalDirectory(
+                self.directory / f"{time.strftime('%Y%m%dT%H%M%S')}-{os.getpid()}-{secrets.token_hex(2)}"
+            )
             place.path.mkdir(mode=0o700)
-            place.begin()
+            place.lock()
             try:
                 text = json.dumps(dict(self._about()), indent=1).encode()
                 temporary = place.path / ".about"
@@ -481,7 +483,7 @@ class Journal:
         return self.place
 
     def _write(self, path: Path, body: bytes, *, reserve: bool) -> bool:
-        """Add to a file; False when the limit is reached, for all processes together."""
+        """Append to a file; False when all processes together reach the limit."""
         assert self.directory is not None
         limit = self._limit if reserve else self._limit * (1 - _RESERVE)
         try:
@@ -512,7 +514,7 @@ def is_refused(path: Path) -> bool:
 
 
 def read_file(path: Path) -> bytes:
-    """A file of the user's own that is no link.
+    """Read a file that is the user's own and no link.
 
     Raises:
         JournalError: it is not, or cannot be read.
@@ -528,12 +530,12 @@ def read_file(path: Path) -> bytes:
         return file.read()
 
 
-def whole_pieces(body: bytes) -> bytes:
-    """A request without a last piece that was cut off."""
-    return body[: max(_pieces(body), default=0)]
+def complete_messages(body: bytes) -> bytes:
+    """A request without an incomplete last message."""
+    return body[: max(_message_ends(body), default=0)]
 
 
-def _pieces(body: bytes) -> Iterator[int]:
+def _message_ends(body: bytes) -> Iterator[int]:
     """Where each field of the outermost message ends (all of them are ``resource_spans``, number 1)."""
     place = 0
     while place < len(body):
@@ -557,7 +559,7 @@ def _pieces(body: bytes) -> Iterator[int]:
 
 
 def _append(path: Path, body: bytes) -> None:
-    """Add all of it to a file, or nothing."""
+    """Append all of a body to a file, or nothing."""
     handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | _NOFOLLOW, 0o600)
     try:
         before = os.fstat(handle).st_size
@@ -589,7 +591,7 @@ def _used(directory: Path) -> int:
 
 
 def _check(path: Path, *, directory: bool, private: bool = True) -> None:
-    """Nothing, if a path is the user's own, no link, and (``private``) for nobody else's eyes.
+    """Check that a path is the user's own, no link, and, if ``private``, not accessible by others.
 
     Raises:
         JournalError: it is not.

@@ -50,7 +50,7 @@ def load_best(
     try:
         store = open_backend(target)
         runs = store.find_runs(run_id, f"tags.`{TAG_KIND}` = '{COMPILE}' AND attributes.status = 'FINISHED'")
-        # Steps of other optimizations have none of their own.
+        # A run that is a step of another optimization is left out.
         runs = [run for run in runs if run_id is not None or read_optimization(run.tags, {}, {}).parent is None]
         if not runs:
             raise LookupError("MLflow has no finished optimization there" if run_id is None else f"No run {run_id}")

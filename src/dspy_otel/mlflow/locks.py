@@ -1,4 +1,4 @@
-"""Locks between processes of one user: files in the user's state directory, so that no other place is littered."""
+"""Locks between processes of one user: files in the user's state directory, not beside a store or spool."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ import platformdirs
 
 
 def lock_for(what: str, seconds: float) -> filelock.FileLock | None:
-    """A lock that stands for something.
+    """A lock for a path or address.
 
     Args:
-        what: it stands for, a path or an address.
-        seconds: to wait for it, at most; then ``filelock.Timeout`` is raised.
+        what: the path or address.
+        seconds: most time to wait for it; then ``filelock.Timeout`` is raised.
 
     Returns:
         The lock, not yet taken; None where no file can be made.

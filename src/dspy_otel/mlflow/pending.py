@@ -1,4 +1,7 @@
-"""What MLflow lacks: runs as :mod:`.runs` gives them, added up, less what has been written. One thread at a time."""
+"""What MLflow lacks: the runs that :mod:`.runs` gives, merged, without what has been written.
+
+Only one thread may use it at a time.
+"""
 
 from __future__ import annotations
 
@@ -26,8 +29,8 @@ from dspy_otel.record.spans import Kind, kind_of
 
 
 @dataclass(frozen=True, slots=True)
-class Outside:
-    """A run of the user's own around an optimization or evaluation, and the experiment that it is in."""
+class UserRun:
+    """A run that the user started around an optimization or evaluation, and its experiment."""
 
     run_id: str
     experiment_id: str | None = None
@@ -35,30 +38,30 @@ class Outside:
 
 @dataclass(eq=False)
 class Pending:
-    """One MLflow run: what is not yet written of it, and what MLflow has said.
+    """One MLflow run: what is not yet written, and its id in MLflow.
 
     Attributes:
-        key, kind, name, parent, outside, started: as in :class:`~dspy_otel.mlflow.runs.Run`.
-        above: key of its parent, known here or not.
+        key, kind, name, parent, user_run, started: as in :class:`~dspy_otel.mlflow.runs.Run`.
+        parent_key: key of its parent, which may be unknown here.
         tags, params, metrics, datasets, artifacts: not yet written.
         references, candidates: likewise; as in :class:`~dspy_otel.mlflow.runs.Run`.
-        ended: status and time in milliseconds, once it has ended and MLflow has not been told.
+        ended: status and time in milliseconds, once it has ended, until MLflow has them.
         run_id, artifact_uri: from MLflow, once it exists there.
         tried: its creation has been tried, perhaps with success.
         over: it has ended.
         group: the optimization or evaluation whose spans it is made of.
-        experiment: id of the experiment of the user's own run above it, if there is one.
-        produced: artifacts that it has got so far.
-        seen: what has been here before, written or not.
+        experiment: id of the experiment of the user's run that it is a step of, if there is one.
+        produced: artifacts that were added since they were last counted.
+        seen: values that were added before, written or not.
     """
 
     key: str
     kind: str
     name: str
     parent: Pending | None
-    outside: str | None
+    user_run: str | None
     started: int
-    above: str | None = None
+    parent_key: str | None = None
     tags: dict[str, str] = field(default_factory=dict)
     params: dict[str, str] = field(default_factory=dict)
     metrics: list[Metric] = field(default_factory=list)
@@ -84,7 +87,7 @@ class Pending:
         )
 
     def add(self, run: Run) -> None:
-        """Take over what a run should have and has not had before."""
+        """Add what a run should have and was not added before."""
         self.metrics += run.metrics
         for name, value in run.tags.items():
             if self._is_new("tag", name, value):
@@ -105,12 +108,12 @@ class Pending:
             self.over, self.ended = True, (run.status, run.ended)
 
     @property
-    def others(self) -> list[str]:
-        """Keys of the runs that it names."""
+    def referenced(self) -> list[str]:
+        """Keys of the runs that its tags and tables refer to."""
         return [*self.references.values(), *(str(row[RUN_ID]) for row in self.candidates)]
 
-    def name_others(self, ids: Mapping[str, str]) -> None:
-        """Say which runs its trials are: they have ids by now, so far as they exist."""
+    def resolve_references(self, ids: Mapping[str, str]) -> None:
+        """Replace the keys of its trials by the ids that their runs have in MLflow."""
         run = Run(self.key, self.kind, references=self.references, candidates=tuple(self.candidates))
         self.add(run.resolved(ids))
         self.references, self.candidates = {}, []
@@ -130,7 +133,7 @@ class PendingRuns:
         history: reads the spans.
 
     Attributes:
-        history: it.
+        history: reads the spans.
         runs: by key.
     """
 
@@ -141,25 +144,25 @@ class PendingRuns:
         self._known: dict[str, Pending] = {}
         self._live: dict[int, ReadableSpan] = {}
 
-    def start(self, span: ReadableSpan, outside: Outside | None, group: str = "") -> None:
-        """A span has started, within a run of the user's own, if there is one."""
+    def start(self, span: ReadableSpan, user_run: UserRun | None, group: str = "") -> None:
+        """Add a span that has started, in a run that the user started, if there is one."""
         if kind_of(span) is Kind.COMPILE and span.context is not None and span.end_time is None:
             self._live[span.context.span_id] = span
-        self._take(self.history.start(span), outside, group)
+        self._take(self.history.start(span), user_run, group)
 
     def refresh(self) -> None:
-        """Take over what compiles have said since they started, until their end is here: most parameters come later."""
+        """Read the attributes that running compiles have got since they started: most parameters come later."""
         for span in self._live.values():
             self._take(self.history.start(span), None, None)
 
     def end(self, span: ReadableSpan, group: str = "") -> None:
-        """A span has ended."""
+        """Add a span that has ended."""
         if span.context is not None:
             self._live.pop(span.context.span_id, None)
         self._take(self.history.end(span), None, group)
 
     def stop(self, when: int) -> None:
-        """The program ends: whatever still runs is killed."""
+        """End as killed what still runs: the program ends."""
         self.refresh()
         self._take(self.history.stop(when), None, None)
         self._live.clear()
@@ -170,10 +173,10 @@ class PendingRuns:
         if run.over and not run.dirty:
             self.runs.pop(run.key, None)
 
-    def _take(self, changed: Iterable[Record], outside: Outside | None, group: str | None) -> None:
+    def _take(self, changed: Iterable[Record], user_run: UserRun | None, group: str | None) -> None:
         for record in changed:
-            for run in runs_of(record, self._versions, None if outside is None else outside.run_id):
-                self._add(run, outside, group)
+            for run in runs_of(record, self._versions, None if user_run is None else user_run.run_id):
+                self._add(run, user_run, group)
             if isinstance(record, Optimization) and record.ended is not None:
                 for key in [key for key in self._known if key == record.id or key.startswith(f"{record.id}/")]:
                     self._end_lost(self._known.pop(key), record.ended)
@@ -181,22 +184,23 @@ class PendingRuns:
                 self._known.pop(f"{record.optimization}/{record.number}", None)
 
     def _end_lost(self, run: Pending, when: int) -> None:
-        """A trial whose optimization is over is over, too: its own end was dropped, for there was no room."""
+        """End a trial whose optimization has ended: its own end was dropped because there was no room."""
         if not run.over:
             run.over, run.ended = True, (KILLED, milliseconds(when))
             run.tags[TAG_NOTE] = f"**{KILLED}**: The end of its span was lost."
             self.runs[run.key] = run
 
-    def _add(self, run: Run, outside: Outside | None, group: str | None) -> None:
+    def _add(self, run: Run, user_run: UserRun | None, group: str | None) -> None:
         known = self._known.get(run.key)
         if run.name is not None and (known is None or (known.over and run.status is None)):
             parent = self._known.get(run.parent or "")
-            above = None if parent is not None or outside is None else outside
+            if parent is not None:
+                user_run = None
             known = Pending(
-                *(run.key, run.kind, run.name, parent, None if above is None else above.run_id, run.started or 0),
+                *(run.key, run.kind, run.name, parent, None if user_run is None else user_run.run_id, run.started or 0),
                 run.parent,
                 group=group or "",
-                experiment=None if above is None else above.experiment_id,
+                experiment=None if user_run is None else user_run.experiment_id,
             )
             if parent is not None:
                 known.experiment = parent.experiment

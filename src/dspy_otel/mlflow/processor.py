@@ -1,8 +1,8 @@
-"""The way in: one span processor that puts spans into the journal, and sees to the worker that empties it.
+"""The span processor: it puts spans into the journal, and runs the worker that delivers them.
 
-The program's threads only put a span on a queue. One thread writes the queue to the journal, at least once a second; a
-second one is the worker, which sends. They are two because a disk must not wait for a network: what a killed process
-loses is what has not been written down.
+The program's threads only put a span on a queue. One thread writes the queue to the journal, four times a second; a
+second one is the worker, which sends. They are two because a disk must not wait for a network: a killed process loses
+the spans that are not in the journal.
 """
 
 from __future__ import annotations
@@ -29,33 +29,33 @@ from dspy_otel.core.metrics import WithoutExemplars
 from dspy_otel.mlflow.account import SCORES, SPANS, TRACES
 from dspy_otel.mlflow.backends import open_backend
 from dspy_otel.mlflow.journal import Journal, spool_directory, spool_limit
-from dspy_otel.mlflow.pending import Outside
+from dspy_otel.mlflow.pending import UserRun
 from dspy_otel.mlflow.replay import recover
 from dspy_otel.mlflow.retry import clean
 from dspy_otel.mlflow.runs import is_scored, key_of_start
 from dspy_otel.mlflow.target import Target
 from dspy_otel.mlflow.termination import before_termination
 from dspy_otel.mlflow.translate import started_copy, translate
-from dspy_otel.mlflow.worker import EXIT_ATTEMPTS, Worker, group_of, say, start_thread
+from dspy_otel.mlflow.worker import EXIT_ATTEMPTS, Worker, group_of, log_safely, start_thread
 from dspy_otel.record.otlp import decode, encode
 from dspy_otel.record.spans import Kind, is_ours, kind_of
 from dspy_otel.version import __version__
 
 _logger = logging.getLogger(__name__)
 
-WRITE_DOWN: Final = 0.25
+WRITE_INTERVAL: Final = 0.25
 """Seconds between two times that the queue is written to the journal."""
 ENV_EXIT_SECONDS: Final = "OTEL_DSPY_EXIT_SECONDS"
 EXIT_SECONDS: Final = 180.0
-"""Most time that the end of the program waits for what is left."""
+"""Most time that the end of the program waits for the delivery."""
 HANGS_AFTER: Final = 20.0
-"""Seconds without any answer until the end of the program gives MLflow up."""
+"""Seconds without any answer after which :meth:`MLflowProcessor.shutdown` stops waiting."""
 _CACHED_SPANS: Final = 20_000
-"""Most spans that stay in memory beside the journal; others are read back when it is their turn."""
-_LAST_WAIT: Final = 0.5
-"""Seconds that the worker is given at last to finish what it is at, so that the account is exact."""
-_PIECE: Final = 512
-_WORTH_A_LINE: Final = 500
+"""Most spans that stay in memory beside the journal; others are read back from disk."""
+_LAST_SECONDS: Final = 0.5
+"""Seconds that the worker has to finish its last request, so that the account is exact."""
+_BATCH_SPANS: Final = 512
+_REPORTED_FROM: Final = 500
 _RUN_NAMES: Final = frozenset({semconv.SPAN_COMPILE, semconv.SPAN_TRIAL, semconv.SPAN_EVALUATE})
 _STRUCTURE: Final = frozenset({Kind.COMPILE, Kind.TRIAL, Kind.EVALUATION})
 
@@ -68,22 +68,22 @@ class MLflowProcessor(SpanProcessor):
         runs: also record optimizations and evaluations as MLflow runs.
 
     Attributes:
-        since: all spans that end after this time (nanoseconds since 1970) come here by themselves.
+        since: spans that end after this time (nanoseconds since 1970) come by :meth:`on_end`, not by :meth:`export`.
     """
 
     def __init__(self, target: Target, *, runs: bool = True) -> None:
         self._target = target
-        self._wants_runs = runs
+        self._runs = runs
         self.since = 1 << 63
-        self._begin()
+        self._reset()
         if hasattr(os, "register_at_fork"):
             after_fork = weakref.WeakMethod(self._after_fork)
             os.register_at_fork(after_in_child=lambda: (method := after_fork()) and method())
         before_termination(self)
 
-    def _begin(self) -> None:
-        self._queue: deque[tuple[ReadableSpan, Outside | None, bool]] = deque()
-        self._live: dict[int, tuple[ReadableSpan, Outside | None, int]] = {}
+    def _reset(self) -> None:
+        self._queue: deque[tuple[ReadableSpan, UserRun | None, bool]] = deque()
+        self._live: dict[int, tuple[ReadableSpan, UserRun | None, int]] = {}
         self._on_disk: set[str] = set()
         """Keys of runs whose start or end is in the journal."""
         self._lock = threading.Lock()
@@ -96,20 +96,20 @@ class MLflowProcessor(SpanProcessor):
         self._over = threading.Event()
         self._threads: list[threading.Thread] = []
         self._no_threads = False
-        counted = _counter_of_spans()
+        count_spans = _counter_of_spans()
         directory = spool_directory()
         self.journal = Journal(directory, spool_limit(_logger.warning), self._about, self._report)
-        self.worker = Worker(self.journal, self._connect, runs=self._wants_runs, counted=counted)
-        self._counted = counted
+        self.worker = Worker(self.journal, self._connect, runs=self._runs, count_spans=count_spans)
+        self._count_spans = count_spans
         self._recovered = directory is None
 
     def _about(self) -> dict[str, Any]:
-        return {**self._target.about(), "runs": self._wants_runs}
+        return {**self._target.about(), "runs": self._runs}
 
     def _connect(self) -> Any:
         if self._target.is_default:
             path = self._target.uri.partition(":///")[2]
-            say(
+            log_safely(
                 _logger.warning,
                 "MLFLOW_TRACKING_URI is not set: traces go to %s. To look at them: mlflow ui --backend-store-uri %s",
                 path,
@@ -128,11 +128,11 @@ class MLflowProcessor(SpanProcessor):
     # --- in the program's threads -----------------------------------------------------------------------------------
     def on_start(self, span: Span, parent_context: Context | None = None) -> None:
         """Put the start of an optimization, trial or evaluation on the queue."""
-        if not self._wants_runs or span.name.split(" ", 1)[0] not in _RUN_NAMES:
+        if not self._runs or span.name.split(" ", 1)[0] not in _RUN_NAMES:
             return
         try:
             if is_ours(span):
-                self._put(span, None if span.name == semconv.SPAN_TRIAL else self._users_run(), False)
+                self._put(span, None if span.name == semconv.SPAN_TRIAL else self._active_run(), False)
         except Exception:
             _logger.debug("the start of %r is not followed", span.name, exc_info=True)
 
@@ -142,15 +142,15 @@ class MLflowProcessor(SpanProcessor):
             self._put(span, None, True)
 
     def export(self, spans: Sequence[ReadableSpan]) -> None:
-        """Put finished spans on the queue that did not come by :meth:`on_end`."""
+        """Put those finished spans on the queue that did not come by :meth:`on_end`."""
         for span in spans:
             if (span.end_time or 0) < self.since:
                 self._put(span, None, True)
 
-    def _put(self, span: ReadableSpan, outside: Outside | None, ended: bool) -> None:
+    def _put(self, span: ReadableSpan, user_run: UserRun | None, ended: bool) -> None:
         if self._over.is_set():
             return
-        self._queue.append((span, outside, ended))
+        self._queue.append((span, user_run, ended))
         if not self._threads and not self._no_threads:
             self._start_threads()
         if not self._new.is_set():
@@ -159,28 +159,28 @@ class MLflowProcessor(SpanProcessor):
     def _start_threads(self) -> None:
         with self._lock:
             if not self._threads and not self._no_threads:
-                for function, name in ((self._write_down, "journal"), (self._deliver, "worker")):
+                for function, name in ((self._write_journal, "journal"), (self._deliver, "worker")):
                     thread = start_thread(function, f"dspy-otel-mlflow-{name}")
                     if thread is None:
                         self._no_threads = True
                         return
                     self._threads.append(thread)
 
-    def _users_run(self) -> Outside | None:
-        """The run that the user has started around this, if it is in the same place as ours."""
+    def _active_run(self) -> UserRun | None:
+        """The user's active MLflow run, if it is in the same store as ours."""
         fluent = sys.modules.get("mlflow.tracking.fluent")
         if fluent is None:
             return None
         run = fluent.active_run()
         if run is None or not self._target.is_at(sys.modules["mlflow"].get_tracking_uri()):
             return None
-        return Outside(str(run.info.run_id), str(run.info.experiment_id))
+        return UserRun(str(run.info.run_id), str(run.info.experiment_id))
 
     # --- the queue to the journal -----------------------------------------------------------------------------------
-    def _write_down(self) -> None:
+    def _write_journal(self) -> None:
         while not self._over.is_set():
             self._new.wait()
-            self._over.wait(WRITE_DOWN)
+            self._over.wait(WRITE_INTERVAL)
             self._new.clear()
             self.record()
 
@@ -191,19 +191,19 @@ class MLflowProcessor(SpanProcessor):
         try:
             ended: list[ReadableSpan] = []
             for _ in range(len(self._queue)):
-                span, outside, is_end = self._queue.popleft()
+                span, user_run, is_end = self._queue.popleft()
                 if is_end:
                     ended.append(span)
                     if span.context is not None:
                         self._live.pop(span.context.span_id, None)
-                    if len(ended) >= _PIECE:
+                    if len(ended) >= _BATCH_SPANS:
                         self._append(ended)
                         ended = []
                 else:
                     if span.name.startswith(semconv.SPAN_COMPILE):
                         self._append(ended)
                         ended = []
-                    self._record_start(span, outside)
+                    self._record_start(span, user_run)
             self._append(ended)
             self._record_changes()
         finally:
@@ -211,34 +211,36 @@ class MLflowProcessor(SpanProcessor):
         self._idle.clear()
         self._wake.set()
 
-    def _record_start(self, span: ReadableSpan, outside: Outside | None) -> None:
+    def _record_start(self, span: ReadableSpan, user_run: UserRun | None) -> None:
         if span.context is None:
             return
         last = self.journal.segments[-1] if self.journal.segments else None
         if last is not None and span.name.startswith(semconv.SPAN_COMPILE):
-            self.journal.take(last)
-        self.worker.begin(span, outside, -1 if last is None or not last.closed else last.number)
-        self._live[span.context.span_id] = (span, outside, -1)
+            self.journal.close_segment(last)
+        self.worker.add_start(span, user_run, -1 if last is None or not last.closed else last.number)
+        self._live[span.context.span_id] = (span, user_run, -1)
 
     def _record_changes(self) -> None:
-        """Write starts down, again when a span has got more attributes since."""
-        changed: list[tuple[ReadableSpan, Outside | None, int]] = []
-        for span, outside, count in list(self._live.values()):
+        """Write the starts of running spans to the journal, again when a span has more attributes."""
+        changed: list[tuple[ReadableSpan, UserRun | None, int]] = []
+        for span, user_run, count in list(self._live.values()):
             now = len(span.attributes or ())
             if span.end_time is None and kind_of(span) in _STRUCTURE and now != count:
-                changed.append((span, outside, now))
+                changed.append((span, user_run, now))
         if not changed:
             return
         written = False
         with contextlib.suppress(Exception):
-            written = self.journal.start(encode([started_copy(span, above) for span, above, _ in changed]))
-        for span, above, now in changed:
+            written = self.journal.append_starts(
+                encode([started_copy(span, user_run) for span, user_run, _ in changed])
+            )
+        for span, user_run, now in changed:
             if written and span.context is not None and span.context.span_id in self._live:
-                self._live[span.context.span_id] = (span, above, now)
-        self._note([span for span, _, _ in changed], written)
+                self._live[span.context.span_id] = (span, user_run, now)
+        self._add_on_disk([span for span, _, _ in changed], written)
 
-    def _note(self, spans: Iterable[ReadableSpan], written: bool = True) -> None:
-        """Remember the runs that can be made of the journal in full."""
+    def _add_on_disk(self, spans: Iterable[ReadableSpan], written: bool = True) -> None:
+        """Remember which runs the journal has in full."""
         for span in spans:
             with contextlib.suppress(Exception):
                 if is_ours(span) and (key := key_of_start(span)) is not None:
@@ -270,12 +272,12 @@ class MLflowProcessor(SpanProcessor):
 
     def _append_some(self, spans: list[ReadableSpan], needed: bool) -> bool:
         body = encode(translate(spans))
-        groups = {group for span in spans if is_ours(span) and (group := group_of(span))} if self._wants_runs else set()
+        groups = {group for span in spans if is_ours(span) and (group := group_of(span))} if self._runs else set()
         roots = sum(span.parent is None for span in spans)
         if not self.journal.append(body, spans, groups, roots, needed=needed):
             return False
         if groups:
-            self._note(spans, self.journal.segments[-1].path is not None)
+            self._add_on_disk(spans, self.journal.segments[-1].path is not None)
         cached = 0
         for segment in reversed(self.journal.segments):
             cached += segment.count
@@ -293,12 +295,12 @@ class MLflowProcessor(SpanProcessor):
                 "trials and evaluations are kept.",
             )
         account = self.worker.account
-        scores = sum(map(is_scored, spans)) if self._wants_runs else 0
+        scores = sum(map(is_scored, spans)) if self._runs else 0
         account.produced[SCORES] += scores
         account.dropped[SCORES] += scores
         account.dropped[SPANS] += len(spans)
         account.dropped[TRACES] += sum(span.parent is None for span in spans)
-        self._counted(len(spans), why)
+        self._count_spans(len(spans), why)
 
     # --- the journal to MLflow --------------------------------------------------------------------------------------
     def _deliver(self) -> None:
@@ -308,7 +310,7 @@ class MLflowProcessor(SpanProcessor):
                 self._idle.set()
                 if self._stop.is_set():
                     return
-            if self._gives_up():
+            if self._should_stop():
                 return
             if not self._recovered and self.worker.account.written[SPANS]:
                 self._recovered = True
@@ -316,15 +318,15 @@ class MLflowProcessor(SpanProcessor):
             self._wake.wait(min(self.worker.wait_seconds(), 0.2) if self._stop.is_set() else self.worker.wait_seconds())
             self._wake.clear()
 
-    def _gives_up(self) -> bool:
-        """When the program ends: whether MLflow is away, so that what is left stays in the journal."""
-        away = self.worker.away
-        if not self._stop.is_set() or away.error is None or away.error.cause == "slow":
-            return self._stop.is_set() and self.worker.dead
-        return self.worker.dead or away.failures >= EXIT_ATTEMPTS
+    def _should_stop(self) -> bool:
+        """When the program ends: whether MLflow cannot be reached, so that the rest stays in the journal."""
+        backoff = self.worker.backoff
+        if not self._stop.is_set() or backoff.error is None or backoff.error.cause == "slow":
+            return self._stop.is_set() and self.worker.failed
+        return self.worker.failed or backoff.failures >= EXIT_ATTEMPTS
 
     def _recover(self) -> None:
-        """Deliver what earlier processes have left for the same place."""
+        """Deliver the journals that earlier processes left for the same target."""
         with suppress_instrumentation(), contextlib.suppress(Exception):
             recover(self.journal.directory, self._target, self._over.is_set)
 
@@ -338,34 +340,34 @@ class MLflowProcessor(SpanProcessor):
             if not self.worker.done:
                 self._deliver_here(until)
             return self.worker.done
-        self.worker.now()
+        self.worker.retry_now()
         self._idle.clear()
         self._wake.set()
         return self._idle.wait(max(0.0, until - time.monotonic()))
 
     def _deliver_here(self, until: float) -> None:
-        """Deliver in this thread, where no other can be started any more."""
-        while not self.worker.done and time.monotonic() < until and not self._gives_up():
+        """Deliver in this thread: no other can be started any more."""
+        while not self.worker.done and time.monotonic() < until and not self._should_stop():
             self.worker.round()
             if not self.worker.done:
                 time.sleep(min(self.worker.wait_seconds(), 0.2))
 
     # --- the end ----------------------------------------------------------------------------------------------------
     def shutdown(self, seconds: float | None = None) -> None:
-        """Write what is left; the rest stays in the journal. Say what became of it. A second call does nothing.
+        """Deliver what is pending, and log the account. The rest stays in the journal. A second call does nothing.
 
         Args:
-            seconds: most time for it; ``OTEL_DSPY_EXIT_SECONDS`` (three minutes) if that is less.
+            seconds: most time for the delivery; ``OTEL_DSPY_EXIT_SECONDS`` (three minutes) if that is less.
         """
         if not self._ending.acquire(blocking=False):
             return
         interrupted: BaseException | None = None
         try:
             self._finish(min(exit_seconds(), math.inf if seconds is None else seconds))
-        except KeyboardInterrupt as error:  # who presses Ctrl-C again wants to go now
+        except KeyboardInterrupt as error:  # a second Ctrl-C: the user does not wait
             interrupted = error
         with contextlib.suppress(Exception):
-            self._leave()
+            self._close()
         if interrupted is not None and threading.main_thread().is_alive():
             raise interrupted
 
@@ -377,15 +379,17 @@ class MLflowProcessor(SpanProcessor):
             self._stop.set()
             return
         waiting = sum(segment.count for segment in self.journal.segments)
-        if waiting > _WORTH_A_LINE:
-            say(_logger.warning, "MLflow: writing the last %d spans and scores; at most %.0f s.", waiting, seconds)
+        if waiting > _REPORTED_FROM:
+            log_safely(
+                _logger.warning, "MLflow: writing the last %d spans and scores; at most %.0f s.", waiting, seconds
+            )
         if worker.backend is not None:
-            worker.backend.hurry(deadline)
+            worker.backend.set_deadline(deadline)
 
         def stop() -> None:
             worker.stop(time.time_ns())
-            worker.now()
-            worker.away.restart()
+            worker.retry_now()
+            worker.backoff.restart()
             self._stop.set()
             self._wake.set()
 
@@ -399,7 +403,7 @@ class MLflowProcessor(SpanProcessor):
         self._join(self._threads[-1], deadline)
 
     def _join(self, thread: threading.Thread, deadline: float) -> None:
-        """Wait for the worker, as long as it gets on; a server that has answered before is slow, not away."""
+        """Wait for the worker while it makes progress. A server that has answered before is slow, not down."""
         progress, since = -1, time.monotonic()
         while thread.is_alive() and (left := deadline - time.monotonic()) > 0:
             thread.join(min(left, 0.2))
@@ -412,32 +416,32 @@ class MLflowProcessor(SpanProcessor):
             if (hangs or stuck) and time.monotonic() - since > HANGS_AFTER:
                 return
 
-    def _leave(self) -> None:
+    def _close(self) -> None:
         worker, journal = self.worker, self.journal
         self._over.set()
         self._new.set()
         self._wake.set()
-        worker.abandoned = True  # should it wait for an answer still
-        idle = worker.busy.acquire(timeout=_LAST_WAIT)
+        worker.abandoned = True  # if it still waits for an answer
+        idle = worker.busy.acquire(timeout=_LAST_SECONDS)
         for segment in journal.save():
-            self._note(decode(segment.body()))
+            self._add_on_disk(decode(segment.body()))
         place = None if journal.place is None else journal.place.path
-        worker.leave(lambda key: place is not None and key in self._on_disk)
+        worker.account_for_rest(lambda key: place is not None and key in self._on_disk)
         account = worker.account
         lost = sum(segment.count for segment in journal.segments if not segment.path and not segment.delivered)
         if lost:
-            self._counted(lost, "not_sent")
+            self._count_spans(lost, "not_sent")
         journal.close(worker.done)
         if idle:
             worker.close()
             worker.busy.release()
-        if account.bad or any(account.written.values()):
-            log = _logger.warning if account.bad else _logger.info
-            say(log, "%s.", account.line(place, bool(journal.refused)))
+        if account.incomplete or any(account.written.values()):
+            log = _logger.warning if account.incomplete else _logger.info
+            log_safely(log, "%s.", account.line(place, bool(journal.refused)))
 
     def _after_fork(self) -> None:
         backend, journal = self.worker.backend, self.journal
-        self._begin()  # what waits is the parent process's to write
+        self._reset()  # the parent process delivers what is pending
         journal.after_fork()
         if backend is not None:
             with contextlib.suppress(Exception):
@@ -446,20 +450,20 @@ class MLflowProcessor(SpanProcessor):
 
 
 def exit_seconds() -> float:
-    """Most time that the end of the program may take for what is left, from the environment."""
+    """Most time that the end of the program waits for the delivery, from the environment."""
     named = os.environ.get(ENV_EXIT_SECONDS, "").strip()
     try:
         seconds = float(named or EXIT_SECONDS)
     except ValueError:
         seconds = -1.0
     if not 0 <= seconds < math.inf:
-        say(_logger.warning, "dspy-otel: %s: use a number of seconds; using %g", ENV_EXIT_SECONDS, EXIT_SECONDS)
+        log_safely(_logger.warning, "dspy-otel: %s: use a number of seconds; using %g", ENV_EXIT_SECONDS, EXIT_SECONDS)
         return EXIT_SECONDS
     return seconds
 
 
 def _counter_of_spans() -> Callable[[int, str | None], None]:
-    """What counts spans that are done with: sent, or lost for a reason."""
+    """A function that counts spans that were sent, or lost for a reason."""
     counter = WithoutExemplars(
         metrics.get_meter(semconv.SCOPE_NAME, __version__).create_counter(
             semconv.METRIC_SPANS_EXPORTED, "{span}", "Spans that were sent to MLflow, or lost (with error.type)"

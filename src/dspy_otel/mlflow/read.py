@@ -1,4 +1,4 @@
-"""The record of an optimization from what MLflow has of it, also while it runs."""
+"""Read the record of an optimization from MLflow, also while it runs."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def _find(store: Backend, run_id: str | None) -> StoredRun:
         raise LookupError(f"Run {run_id} is no optimization that dspy-otel recorded.")
     if run_id is not None:
         return runs[0]
-    # Steps of other optimizations are in the reports of those.
+    # An optimization that is a step of another one is in the report of that one.
     return max(runs, key=lambda run: (stored.read_optimization(run.tags, {}, {}).parent is None, run.started))
 
 
@@ -122,7 +122,7 @@ class _Reader:
         )
 
     def source(self, server: str | None) -> Source:
-        """Where all that is, for links to it."""
+        """Where runs and traces are, for links to them."""
         versions = {
             name.removesuffix(".version"): value for name, value in self._run.tags.items() if name.endswith(".version")
         }

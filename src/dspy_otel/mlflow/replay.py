@@ -1,8 +1,7 @@
-"""Deliver later what is in the journal of a process that has ended, or in files of OTLP of something else.
+"""Replay delivers the journal of a process that has ended, or other OTLP files.
 
-This is the :mod:`.worker`, started later: it digests the spans, all starts first, and delivers the segments. What still
-ran when the process ended is killed. Everything may be written twice without harm, so it does not matter how much of it
-MLflow has.
+The :mod:`.worker` applies the spans, all starts first, and delivers the segments. What still ran when the process ended
+is ended as killed. Writing everything twice does no harm, so it does not matter how much of it MLflow has.
 """
 
 from __future__ import annotations
@@ -23,31 +22,31 @@ from dspy_otel.mlflow.account import KINDS, SPANS
 from dspy_otel.mlflow.backends import open_backend
 from dspy_otel.mlflow.journal import (
     Journal,
+    JournalDirectory,
     JournalError,
-    Place,
     Segment,
+    complete_messages,
     is_refused,
     is_sent,
-    places,
+    journal_directories,
     read_file,
-    whole_pieces,
 )
 from dspy_otel.mlflow.pending import PendingRuns
 from dspy_otel.mlflow.retry import ExportError
 from dspy_otel.mlflow.runs import evaluation_key, key_of
 from dspy_otel.mlflow.target import Target, public_uri
-from dspy_otel.mlflow.translate import finished_group, outside_of, restore, translate
+from dspy_otel.mlflow.translate import finished_group, restore, translate, user_run_of
 from dspy_otel.mlflow.worker import Worker, group_of, versions
 from dspy_otel.record.history import History, starts
 from dspy_otel.record.otlp import decode, decode_lines, encode
 from dspy_otel.record.spans import Kind, is_ours, kind_of
 
 MOST_FAILURES: Final = 4
-"""In a row, until what is left is left for another time."""
+"""Failures in a row after which a replay stops."""
 _STRUCTURE: Final = frozenset({Kind.COMPILE, Kind.TRIAL, Kind.EVALUATION, Kind.PHASE})
-_AT_ONCE: Final = 512
+_BATCH_SPANS: Final = 512
 
-Say = Callable[[str], object]
+Progress = Callable[[str], object]
 
 
 @dataclass
@@ -55,8 +54,8 @@ class Outcome:
     """What a replay did.
 
     Attributes:
-        sent: how many of what.
-        left: what is still there, with reasons.
+        sent: counts by kind.
+        left: what was not delivered, with reasons.
         found: whether there was anything to deliver.
     """
 
@@ -73,15 +72,15 @@ def replay(
     *,
     to: str | None = None,
     experiment: str | None = None,
-    say: Say = lambda _: None,
+    progress: Progress = lambda _: None,
 ) -> Outcome:
     """Deliver what is in spools and files.
 
     Args:
         sources: directories (a spool, or one process's part), and files of OTLP: protobuf (``.pb``) or lines of JSON.
-        to: where to, instead of where it was to go; for files, ``MLFLOW_TRACKING_URI`` without it.
+        to: tracking URI in place of the journal's; for files, ``MLFLOW_TRACKING_URI`` is the default.
         experiment: name or id, likewise.
-        say: is given lines of progress.
+        progress: called with lines of progress.
 
     Returns:
         What was done. What could not be delivered stays where it is. Files that are not of a spool always stay.
@@ -89,38 +88,43 @@ def replay(
     outcome = Outcome()
     for source in sources:
         if source.is_dir():
-            for place in places(source):
+            for place in journal_directories(source):
                 outcome.found = True
-                _deliver_place(place, to, experiment, say, outcome)
+                _deliver_place(place, to, experiment, progress, outcome)
         elif source.exists():
             outcome.found = True
-            _attempt(_Files(source), Target(to, experiment, create=True), True, say, outcome)
+            _attempt(_Files(source), Target(to, experiment, create=True), True, progress, outcome)
     return outcome
 
 
 def recover(directory: Path | None, target: Target, over: Callable[[], bool]) -> None:
-    """Deliver what ended processes have left in a spool for one place, but for what MLflow refuses.
+    """Deliver the journals of ended processes for one target, except refused spans.
 
     Args:
         directory: of the spool.
-        target: where it was to go.
-        over: whether this process ends: then no further one is begun.
+        target: the target of the journals.
+        over: whether this process ends: then no further journal is started.
     """
     mine = target.about()
-    for place in [] if directory is None else places(directory):
+    for place in [] if directory is None else journal_directories(directory):
         if over():
             return
         try:
             about = place.about()
             same = all(about.get(name) == mine[name] for name in ("tracking_uri", "experiment", "experiment_is_id"))
-            if same and not all(map(is_refused, place.waiting()) if place.waiting() else [place.empty()]):
+            if same and not all(map(is_refused, place.undelivered()) if place.undelivered() else [place.empty()]):
                 _deliver_place(place, None, None, lambda _: None, Outcome(), target)
         except (JournalError, OSError, ValueError):
             continue
 
 
 def _deliver_place(
-    place: Place, to: str | None, experiment: str | None, say: Say, outcome: Outcome, target: Target | None = None
+    place: JournalDirectory,
+    to: str | None,
+    experiment: str | None,
+    progress: Progress,
+    outcome: Outcome,
+    target: Target | None = None,
 ) -> None:
     try:
         if not place.acquire():
@@ -131,7 +135,7 @@ def _deliver_place(
                 outcome.left.append(f"{place.path}: {why}")
             return
     except JournalError as error:
-        if os.path.lexists(place.path):  # else another has delivered it in the meantime
+        if os.path.lexists(place.path):  # else another process has delivered it meanwhile
             outcome.left.append(str(error))
         return
     try:
@@ -143,7 +147,7 @@ def _deliver_place(
                 experiment if experiment is not None else target.experiment,
                 None if experiment is not None else target.experiment_is_id,
             )
-        if _attempt(place, target, bool(about.get("runs", True)), say, outcome):
+        if _attempt(place, target, bool(about.get("runs", True)), progress, outcome):
             place.discard()
     except (JournalError, OSError, ValueError) as error:
         outcome.left.append(f"{place.path}: {error}")
@@ -151,9 +155,11 @@ def _deliver_place(
         place.release()
 
 
-def _attempt(source: Place | _Files, target: Target, runs: bool, say: Say, outcome: Outcome) -> bool:
-    """Deliver one source; whether nothing is left of it."""
-    delivery = _Delivery(source, target, runs, say)
+def _attempt(
+    source: JournalDirectory | _Files, target: Target, runs: bool, progress: Progress, outcome: Outcome
+) -> bool:
+    """Deliver one source; True when nothing is left of it."""
+    delivery = _Delivery(source, target, runs, progress)
     try:
         with suppress_instrumentation():
             delivery.deliver()
@@ -171,7 +177,7 @@ def _attempt(source: Place | _Files, target: Target, runs: bool, say: Say, outco
 
 
 class _Files:
-    """A file that is not of a spool: it is read, and stays."""
+    """An OTLP file that is not of a spool: it is only read."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -187,19 +193,19 @@ class _Files:
 class _Delivery:
     """The delivery of one source."""
 
-    def __init__(self, source: Place | _Files, target: Target, runs: bool, say: Say) -> None:
+    def __init__(self, source: JournalDirectory | _Files, target: Target, runs: bool, progress: Progress) -> None:
         self._source = source
-        self._say = say
+        self._progress = progress
         self._target = target
         self._runs = runs
         self._foreign = isinstance(source, _Files)
-        # What MLflow refuses stays in the file that it is from.
+        # in memory: refused spans stay in the source
         self._journal = Journal(None, 1, target.about, lambda *_: None)
         pending = PendingRuns(versions(), History(forget=not self._foreign))
         self.worker = Worker(self._journal, lambda: open_backend(target), runs=runs, pending=pending)
         self.left: list[str] = []
         self._examples: set[int] = set()
-        """Those that were digested."""
+        """Span ids of examples that were applied."""
         self._known: dict[str, bool] = {}
         """Whether MLflow has a run, by key."""
 
@@ -214,7 +220,7 @@ class _Delivery:
             ExportError: MLflow does not take it now.
             JournalError, OSError, ValueError: a file cannot be read.
         """
-        self._say(f"{self._source.path}: to {public_uri(self._target.raw_uri)}")
+        self._progress(f"{self._source.path}: to {public_uri(self._target.raw_uri)}")
         if self._runs:
             structure = self._begin()
         when = 0
@@ -247,7 +253,7 @@ class _Delivery:
         there any more, adds nothing to a run: MLflow had that in full when the start was removed.
         """
         begun, over = self._begun()
-        outside = {span.context.span_id: outside_of(span) for span in begun if span.context is not None}
+        user_runs = {span.context.span_id: user_run_of(span) for span in begun if span.context is not None}
         ended: dict[int, ReadableSpan] = {}
         set_aside: dict[int, ReadableSpan] = {}
         for path, spans in self._batches():
@@ -258,24 +264,24 @@ class _Delivery:
                 if group_of(span) not in over:
                     found.setdefault(span.context.span_id, span)
         for span_id, span in set_aside.items():
-            if span_id in outside:
+            if span_id in user_runs:
                 ended.setdefault(span_id, span)
         structure = list(ended.values())
         unended = [span for span in begun if span.context is not None and span.context.span_id not in ended]
         for span in starts([*{span.context.span_id: span for span in unended if span.context}.values(), *structure]):
-            above = None if span.context is None else outside.get(span.context.span_id)
-            self.worker.pending.start(span, above, group_of(span))
+            user_run = None if span.context is None else user_runs.get(span.context.span_id)
+            self.worker.pending.start(span, user_run, group_of(span))
         for run in self.worker.pending.runs.values():
             run.tried = True  # it may be in MLflow already
-            if self._foreign and run.parent is None and run.above is not None:
-                self.worker.find(run.above)
+            if self._foreign and run.parent is None and run.parent_key is not None:
+                self.worker.find(run.parent_key)
         return structure
 
     def _begun(self) -> tuple[list[ReadableSpan], set[str]]:
         """Spans as they started, and the optimizations and evaluations that MLflow has in full."""
         begun: list[ReadableSpan] = []
         over: set[str] = set()
-        for span in decode(self._source.starts()) if isinstance(self._source, Place) else ():
+        for span in decode(self._source.starts()) if isinstance(self._source, JournalDirectory) else ():
             group = finished_group(span)
             if group is not None:
                 over.add(group)
@@ -291,11 +297,11 @@ class _Delivery:
                 yield None, spans
             return
         for path in self._source.files():
-            yield path, decode(whole_pieces(read_file(path)))
+            yield path, decode(complete_messages(read_file(path)))
 
     def _segment(self, spans: list[ReadableSpan], *, send: bool) -> Segment | None:
-        """Digest spans; what is to be sent of them."""
-        segment = Segment(0, closed=True, digested=True)
+        """Apply spans; return a segment of them if they are to be sent."""
+        segment = Segment(0, closed=True, applied=True)
         for original in spans if self._runs else ():
             if not is_ours(original):
                 continue
@@ -322,13 +328,13 @@ class _Delivery:
     def _send(self, whole: Segment) -> None:
         """Send spans as segments of the usual size, with the links and scores of each."""
         spans = whole.spans or []
-        for start in range(0, len(spans), _AT_ONCE):
-            some = spans[start : start + _AT_ONCE]
+        for start in range(0, len(spans), _BATCH_SPANS):
+            some = spans[start : start + _BATCH_SPANS]
             ids = {f"tr-{span.context.trace_id:032x}" for span in some if span.context is not None}
             body = encode(translate(some) if self._foreign else some)
             roots = sum(span.parent is None for span in some)
-            last = start + _AT_ONCE >= len(spans)
-            segment = Segment(0, len(some), len(body), parts=[body], roots=roots, closed=True, digested=True)
+            last = start + _BATCH_SPANS >= len(spans)
+            segment = Segment(0, len(some), len(body), parts=[body], roots=roots, closed=True, applied=True)
             self._journal.segments.append(segment)
             segment.links = [one for one in whole.links if one[1] in ids or last]
             whole.links = [one for one in whole.links if one not in segment.links]
@@ -337,23 +343,23 @@ class _Delivery:
             self._settle()
 
     def _settle(self) -> None:
-        """Write all that is known.
+        """Run the worker until it is done.
 
         Raises:
             ExportError: MLflow does not take it now.
         """
         while not self.worker.done:
             self.worker.round()
-            away = self.worker.away
-            if away.error is not None and (away.error.permanent or away.failures >= MOST_FAILURES):
-                raise away.error
+            backoff = self.worker.backoff
+            if backoff.error is not None and (backoff.error.permanent or backoff.failures >= MOST_FAILURES):
+                raise backoff.error
             if self.worker.failures > 2 * MOST_FAILURES:
                 raise ExportError("refused", "MLflow answers with errors")
             if not self.worker.done:
                 time.sleep(min(self.worker.wait_seconds(), 1.0))
 
     def _keep_refused(self, path: Path) -> None:
-        """MLflow refuses something of a file: it stays, for another place to be delivered to."""
+        """Keep a file of which MLflow refuses something, so that it can be delivered elsewhere."""
         refused = self.worker.account.refused[SPANS] + self.worker.account.dropped[SPANS]
         self.left.append(f"{refused} spans")
         self.worker.account.refused[SPANS] = self.worker.account.dropped[SPANS] = 0
@@ -361,7 +367,7 @@ class _Delivery:
             path.rename(path.with_suffix(".refused.pb"))
 
     def _find_run_of(self, span: ReadableSpan) -> None:
-        """Look a run up that is in MLflow, but whose start is not here."""
+        """Look up the run of a span in MLflow when its start is not here."""
         history = self.worker.pending.history
         trace = history.trace(span)
         if trace is None:
@@ -375,7 +381,7 @@ class _Delivery:
             self._find(key)
 
     def _find(self, key: str) -> bool:
-        """Whether there is a run; MLflow is asked once."""
+        """Whether a run exists; MLflow is asked once."""
         if key in self.worker.pending.runs:
             return True
         if key not in self._known:

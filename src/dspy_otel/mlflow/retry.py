@@ -1,7 +1,7 @@
 """What an answer of MLflow means, and when to try again: the one policy for spans, links, scores, runs and artifacts.
 
 :func:`judge` looks at status, type and body of an HTTP answer; errors of a store in this process come with a verdict of
-their own. Whoever sends something catches :class:`ExportError` and does what its ``verdict`` says:
+their own. Callers catch :class:`ExportError` and act on its ``verdict``:
 
 * *delivered*: MLflow's own answer. A page in HTML with status 200 is a proxy's login page, not MLflow's.
 * *try later*: with a :class:`Backoff`, without a limit on the number of attempts. It ends with delivery, or with the
@@ -9,11 +9,11 @@ their own. Whoever sends something catches :class:`ExportError` and does what it
 * *split*: something in the batch is refused; the parts are sent on their own.
 * *refused*: this item, for good. It is set aside on disk, counted, and named in one line.
 
-``try later`` for a status that may be about the item itself (408, 423, 500) becomes ``split`` when other items got
-through between its failures: then MLflow is well, and the item is not.
+A status such as 408, 423 or 500 may concern the item itself: its ``try later`` becomes ``split`` when other items
+got through between its failures, because then MLflow works and the item is the cause.
 
-Only spans can be set aside. What else is refused is lost, so that a refusal of it must be MLflow's own, which has an
-error code: a proxy in between may answer 404 to all for a while.
+Only spans can be set aside; other refused items are lost. So only MLflow's own refusal counts for those, which has
+an error code: a proxy may answer 404 to every request for a while.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ MAX_TEXT: Final = 200
 """Most characters of a server's own words in a log line."""
 
 _random: Final = random.SystemRandom()
-"""Not Python's shared generator: a program that seeds that one gets the same numbers with us."""
+"""A generator of our own: a program that seeds Python's shared one gets the same numbers with us."""
 _LATER: Final = frozenset({408, 421, 423, 425, 429})
 _GATEWAY: Final = frozenset({429, 502, 503, 504})
-"""Statuses that say nothing about the request."""
+"""Statuses that do not depend on the request."""
 _CREDENTIALS: Final = frozenset({401, 403, 407, 511})
 
 
@@ -54,13 +54,13 @@ class Verdict(enum.Enum):
 
 
 class ExportError(Exception):
-    """Something could not be written, or read. It never leaves this package's public functions but where they say so.
+    """Something could not be written or read. Public functions raise it only where their docstrings say so.
 
     Args:
         cause: short stable key; each cause is logged once, so two failures with one cause give one line.
         message: what is wrong and what to do about it, free of credentials.
         verdict: what to do with the item.
-        away: it has nothing to do with the item: nothing else would get through now.
+        unavailable: MLflow as a whole fails, not this item: nothing else would get through now.
         retry_after: seconds that the server asks for.
         permanent: trying again in this process cannot help (MLflow is missing, the URI is unusable).
     """
@@ -71,14 +71,14 @@ class ExportError(Exception):
         message: str,
         verdict: Verdict = Verdict.LATER,
         *,
-        away: bool = False,
+        unavailable: bool = False,
         retry_after: float | None = None,
         permanent: bool = False,
     ) -> None:
         super().__init__(message)
         self.cause = cause
         self.verdict = verdict
-        self.away = away
+        self.unavailable = unavailable
         self.retry_after = retry_after
         self.permanent = permanent
 
@@ -124,8 +124,8 @@ def judge(answer: Answer, *, ours: bool, spans: bool = False) -> Verdict:
 
     Args:
         answer: of the server.
-        ours: whether a success has the form that MLflow gives it.
-        spans: those were sent; they are set aside when they are refused, by whomever.
+        ours: whether the body has the form of MLflow's own success.
+        spans: whether spans were sent. Any refusal counts for those, because they are set aside.
     """
     if answer.ok:
         return Verdict.DELIVERED if ours and not answer.is_page else Verdict.LATER
@@ -136,7 +136,7 @@ def judge(answer: Answer, *, ours: bool, spans: bool = False) -> Verdict:
 
 
 def explain(answer: Answer, verdict: Verdict, name: str, what: str = "") -> ExportError:
-    """An answer that is no delivery as an error.
+    """Make an error of an answer that is no delivery.
 
     Args:
         answer: of the server.
@@ -145,34 +145,34 @@ def explain(answer: Answer, verdict: Verdict, name: str, what: str = "") -> Expo
         what: was sent, for people.
     """
     status = answer.status
-    said = f"{status} {answer.text}".strip()
+    words = f"{status} {answer.text}".strip()
     seconds = retry_after(answer.retry_after)
     if answer.ok:
-        page = "a page (a login page of a proxy?)" if answer.is_page else f"{said!r}"
-        return ExportError("page", f"{name} answers with {page}, which is not MLflow's answer.", away=True)
+        page = "a page (a login page of a proxy?)" if answer.is_page else f"{words!r}"
+        return ExportError("page", f"{name} answers with {page}, which is not MLflow's answer.", unavailable=True)
     if status in _CREDENTIALS:
         return ExportError(
             "credentials",
             f"MLflow at {name} refused the credentials ({status}): set MLFLOW_TRACKING_USERNAME and "
             "MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN.",
-            away=True,
+            unavailable=True,
         )
     if 300 <= status < 400:
         target = clean(answer.location or "elsewhere")
-        return ExportError("redirect", f"MLflow at {name} redirects to {target}: use that address.", away=True)
+        return ExportError("redirect", f"MLflow at {name} redirects to {target}: use that address.", unavailable=True)
     if status in _GATEWAY:
         return ExportError(
             "unreachable",
-            f"MLflow at {name} cannot be reached ({said}): is the server running, and is MLFLOW_TRACKING_URI right?",
-            away=True,
+            f"MLflow at {name} cannot be reached ({words}): is the server running, and is MLFLOW_TRACKING_URI right?",
+            unavailable=True,
             retry_after=seconds,
         )
     prefix = f"{what}: " if what else ""
-    return ExportError(f"status {status}", f"{prefix}MLflow at {name} refused: {said}.", verdict, retry_after=seconds)
+    return ExportError(f"status {status}", f"{prefix}MLflow at {name} refused: {words}.", verdict, retry_after=seconds)
 
 
 def retry_after(header: str | None) -> float | None:
-    """Seconds that a ``Retry-After`` header asks for; None when it says nothing that can be used."""
+    """Seconds that a ``Retry-After`` header asks for; None when it has no usable value."""
     if not header:
         return None
     try:
@@ -186,13 +186,13 @@ def retry_after(header: str | None) -> float | None:
 
 
 def clean(text: str, limit: int = MAX_TEXT) -> str:
-    """A text of somebody else's for a log line: secrets masked, no control characters, in one line and bounded."""
+    """Make a foreign text fit for a log line: masked secrets, no control characters, one bounded line."""
     plain = "".join(" " if unicodedata.category(c)[0] in "CZ" else c for c in text)
     return redaction.mask(" ".join(plain.split()))[:limit]
 
 
 class Backoff:
-    """When to try again: pauses grow up to a ceiling, and the server's own wish for a longer one is honoured.
+    """When to try again: pauses grow to a ceiling, and a longer ``Retry-After`` of the server is respected.
 
     Args:
         clock: seconds, monotonic.
@@ -215,21 +215,21 @@ class Backoff:
         return self._clock() >= self.due
 
     def failed(self, error: ExportError) -> None:
-        """An attempt has failed."""
+        """Record a failed attempt."""
         self.error = error
         pause = min(FIRST_PAUSE * 2 ** min(self.failures, 16), LONGEST_PAUSE)
         self.failures += 1
-        pause *= _random.uniform(0.8, 1.2)  # programs that lost their server together do not come back together
+        pause *= _random.uniform(0.8, 1.2)  # programs that lost one server do not all retry at once
         self.due = self._clock() + max(pause, error.retry_after or 0.0)
 
     def succeeded(self) -> bool:
-        """An attempt has succeeded; True when the one before it had not."""
+        """Record an attempt that succeeded; True when the one before it failed."""
         recovered = self.failures > 0
         self.failures, self.due, self.error = 0, 0.0, None
         return recovered
 
-    def now(self) -> None:
-        """Somebody waits: try at once."""
+    def retry_now(self) -> None:
+        """Try at once: a caller waits for the result."""
         self.due = 0.0
 
     def restart(self) -> None:

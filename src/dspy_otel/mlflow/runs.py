@@ -3,11 +3,11 @@
 :func:`runs_of` is the contract. It gets one record that has changed, and gives what MLflow should have because of it:
 
 * A :class:`Run` is known by its key. Several of one key add up: a tag or an artifact of the same name is replaced, a
-  parameter keeps its first value (MLflow refuses to change one), metric points and datasets are sets. So all of it
-  may be given and written twice without harm, and who brings MLflow up to it writes the difference.
+  parameter keeps its first value (MLflow refuses to change one), metric points and datasets are sets. So giving and
+  writing a run twice does no harm, and the worker writes only the difference.
 * The first of a key has a ``name`` and a ``started``; one that adds to another (a trial's point on the curve of its
   optimization) has None there. If no run of its key is known, it is dropped.
-* ``parent`` is the key of another run. If that is not known either, the run is a step of ``outside``, if there is one.
+* ``parent`` is the key of another run. If that is not known either, the run is a step of ``user_run``, if there is one.
 * A run is over when ``status`` is there. Others of the same key may still come: the winner gets another name when its
   optimization ends.
 * ``references`` and ``candidates`` name other runs by key. :meth:`Run.resolved` puts MLflow's ids in their place,
@@ -16,7 +16,7 @@
 One trial gives its own run, and points for one other: what it costs does not grow with the number of trials. Only the
 end of an optimization looks at all of them.
 
-Traces belong to runs too: :func:`key_of` says to which, :func:`score_of` what their metric said.
+Traces belong to runs too: :func:`key_of` says to which, :func:`score_of` their scores.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ MAX_KEY: Final = 250
 
 TAG_KIND: Final = "dspy.run.kind"
 TAG_KEY: Final = "dspy.run.key"
-"""Names a run before MLflow has: by it, a run is found again whose creation was answered by a broken connection."""
+"""Our key of a run. It finds a run again whose creation got no answer because the connection broke."""
 TAG_CONTENT: Final = "dspy.content"
 TAG_WINNER: Final = "dspy.winner"
 TAG_WINNER_RUN: Final = "dspy.winner.run_id"
@@ -90,12 +90,12 @@ TRACE_ID: Final = "tr-{}"
 """How MLflow writes the id of a trace."""
 
 _STEPS: Final = ("step", "iteration", "depth", "strategy")
-"""Choices that say where in an optimization a trial is."""
+"""Choices that give the step of an optimization that a trial belongs to."""
 RUN_ID: Final = "run_id"
 """Column of the table of trials."""
 
 
-# --- what should be there -------------------------------------------------------------------------------------------
+# --- contents of runs -------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,14 +121,14 @@ class Dataset:
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """What one MLflow run should have, as far as one record says. How several add up, the module says.
+    """What one MLflow run should have because of one record. The module's docstring says how several add up.
 
     Attributes:
         key: our name for it.
         kind: ``compile``, ``trial`` or ``evaluation``.
         name: as the user sees it.
         parent: key of the run that it is a step of.
-        outside: id of a run of the user's own that it is a step of, when it has no parent.
+        user_run: id of the user's run that it is a step of, when it has no parent.
         started: milliseconds since 1970.
         tags, params, metrics, datasets: within MLflow's limits.
         artifacts: texts by path.
@@ -142,7 +142,7 @@ class Run:
     kind: str
     name: str | None = None
     parent: str | None = None
-    outside: str | None = None
+    user_run: str | None = None
     started: int | None = None
     tags: Mapping[str, str] = field(default_factory=dict)
     params: Mapping[str, str] = field(default_factory=dict)
@@ -171,14 +171,14 @@ class Run:
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """What the metric said of one example, for the trace of that example.
+    """The score of one example, for the trace of that example.
 
     Attributes:
         key: of the run that it belongs to.
         trace_id: as MLflow writes it.
         span_id: of the example's span, in 16 hexadecimal digits, when that is not the root of its trace.
         name: of the metric.
-        value: None when the program or the metric raised: ``error`` says what then.
+        value: None when the program or the metric raised; then ``error`` is set.
         rationale: the metric's feedback.
         error: type of what was raised.
         message: of what was raised, with content capture on only.
@@ -220,20 +220,20 @@ class StoredRun:
 # --- records to runs ------------------------------------------------------------------------------------------------
 
 
-def runs_of(record: Record, versions: Mapping[str, str], outside: str | None = None) -> list[Run]:
+def runs_of(record: Record, versions: Mapping[str, str], user_run: str | None = None) -> list[Run]:
     """What MLflow should have because of a record.
 
     Args:
         record: as it is now.
         versions: tags that every run carries.
-        outside: id of the user's own active MLflow run when this began, if there was one.
+        user_run: id of the user's own active MLflow run when this began, if there was one.
     """
     if isinstance(record, Optimization):
-        return _of_optimization(record, versions, outside)
+        return _of_optimization(record, versions, user_run)
     if isinstance(record, Trial):
-        return _of_trial(record, versions, outside)
+        return _of_trial(record, versions, user_run)
     if isinstance(record, Evaluation):
-        return _of_evaluation(record, versions, outside)
+        return _of_evaluation(record, versions, user_run)
     return []  # phases are in the tables of their optimization
 
 
@@ -301,7 +301,7 @@ def evaluation_key(evaluation: str) -> str:
 # --- optimizations --------------------------------------------------------------------------------------------------
 
 
-def _of_optimization(record: Optimization, versions: Mapping[str, str], outside: str | None) -> list[Run]:
+def _of_optimization(record: Optimization, versions: Mapping[str, str], user_run: str | None) -> list[Run]:
     artifacts: dict[str, str] = {}
     tags = {**_common(record, COMPILE, record.id, versions), **stored.optimization_tags(record)}
     datasets: list[Dataset] = []
@@ -316,7 +316,7 @@ def _of_optimization(record: Optimization, versions: Mapping[str, str], outside:
         COMPILE,
         name=as_text(" ".join(part for part in (record.optimizer, record.program_name) if part)),
         parent=record.parent,
-        outside=outside,
+        user_run=user_run,
         started=milliseconds(record.started),
         tags=_tags(tags),
         params=_params(stored.optimization_params(record)),
@@ -402,7 +402,7 @@ def _summary(record: Optimization) -> str | None:
 # --- trials ---------------------------------------------------------------------------------------------------------
 
 
-def _of_trial(record: Trial, versions: Mapping[str, str], outside: str | None) -> list[Run]:
+def _of_trial(record: Trial, versions: Mapping[str, str], user_run: str | None) -> list[Run]:
     key = trial_key(record.optimization, record.number)
     tags = {**_common(record, TRIAL, key, versions), **stored.trial_tags(record)}
     name = as_text(trial_name(record))
@@ -412,7 +412,7 @@ def _of_trial(record: Trial, versions: Mapping[str, str], outside: str | None) -
         TRIAL,
         name=name,
         parent=record.optimization,
-        outside=outside,
+        user_run=user_run,
         started=milliseconds(record.started),
         tags=_tags(tags),
         params=_params(params),
@@ -477,7 +477,7 @@ def _narrow(usage: Usage) -> dict[str, float]:
 # --- evaluations ----------------------------------------------------------------------------------------------------
 
 
-def _of_evaluation(record: Evaluation, versions: Mapping[str, str], outside: str | None) -> list[Run]:
+def _of_evaluation(record: Evaluation, versions: Mapping[str, str], user_run: str | None) -> list[Run]:
     if not record.own:
         return [] if record.ended is None else [_of_trials_evaluation(record)]
     key, parent = evaluation_key(record.id), record.optimization
@@ -489,7 +489,7 @@ def _of_evaluation(record: Evaluation, versions: Mapping[str, str], outside: str
         EVALUATION,
         name=as_text(f"Evaluate {record.program_name or ''}".rstrip()),
         parent=parent,
-        outside=outside,
+        user_run=user_run,
         started=milliseconds(record.started),
         tags=_tags(tags),
         params=_params(stored.evaluation_params(record)),
@@ -570,7 +570,7 @@ def _common(
 
 
 def _cut_short(failure: Failure | None) -> bool:
-    """Whether the program ended before: what there is of results is not all."""
+    """Whether the program ended first, so that the results are not complete."""
     return failure is not None and failure.type is None
 
 
@@ -579,13 +579,13 @@ def _status(failure: Failure | None) -> str:
 
 
 def _note(status: str, failure: Failure | None, summary: str | None = None) -> str | None:
-    """What a run's page says above all else: MLflow has no other place for the reason of a failure."""
+    """The description on top of a run's page: MLflow has no other place for the reason of a failure."""
     reason = None if failure is None else f"**{status}**: {failure}"
     return "\n\n".join(part for part in (reason, summary) if part) or None
 
 
 def _put_program(path: str, program: Candidate, artifacts: dict[str, str], tags: dict[str, Any]) -> None:
-    """Add a program. One that lost something is named so that nobody loads it unaware."""
+    """Add a program. The name of an incomplete one says so, so that nobody loads it unaware."""
     if program.state is None:
         return
     if not program.complete:
@@ -606,7 +606,7 @@ def _put_rows(dataset: model.Dataset, artifacts: dict[str, str], tags: dict[str,
 
 
 def _name_tables(artifacts: Mapping[str, str], tags: dict[str, Any], more: Iterable[str] = ()) -> None:
-    """Tell MLflow which artifacts to show as tables."""
+    """Set the tag by which MLflow shows artifacts as tables."""
     tables = (f"{role}set.json" for role in ("train", "val"))
     paths = [*(path for path in (*tables, EVALUATION_TABLE, PHASE_TABLE) if path in artifacts), *more]
     tags[TAG_TABLES] = json.dumps([{"path": path, "type": "table"} for path in paths]) if paths else None
@@ -622,7 +622,7 @@ def _dataset(name: str, dataset: model.Dataset) -> Dataset:
 
 @functools.lru_cache(maxsize=4)
 def _columns_of_text(text: str) -> tuple[tuple[str, str], ...]:
-    """Every trial on the validation set has that for an input: its rows are looked at once."""
+    """Column types, cached: every trial on the validation set has the same rows."""
     loaded = load_json(text)
     return columns_of(row for row in loaded if isinstance(row, dict)) if isinstance(loaded, list) else ()
 
@@ -672,7 +672,7 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
 def as_text(value: Any) -> str:
     """A value as a parameter or tag."""
     if isinstance(value, str):
-        return value.encode("utf-8", "replace").decode()  # MLflow refuses half a character, and all that comes with it
+        return value.encode("utf-8", "replace").decode()  # MLflow refuses a request with a lone surrogate
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, (list, tuple, dict)):
@@ -697,7 +697,7 @@ def _finite(value: Any) -> Any:
 
 
 def cut(text: str, limit: int) -> str:
-    """At most ``limit`` characters; says so when that is not all."""
+    """At most ``limit`` characters; an ellipsis marks a cut."""
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
 

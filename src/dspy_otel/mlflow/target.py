@@ -28,7 +28,7 @@ class Target:
         experiment_is_id: None when it may be either.
         directory: where a relative sqlite path starts.
         timeout: seconds for one request to a server.
-        create: make what does not exist: the experiment, a sqlite database. False for those who only read.
+        create: create a missing experiment or sqlite database. False for readers.
     """
 
     given: str | None = None
@@ -40,12 +40,12 @@ class Target:
 
     @property
     def raw_uri(self) -> str:
-        """Where to write, before anything is looked at."""
+        """The tracking URI as it is set, unchecked."""
         return self.given or os.environ.get("MLFLOW_TRACKING_URI") or DEFAULT_STORE
 
     @property
     def is_default(self) -> bool:
-        """Whether nobody said where to write."""
+        """Whether no tracking URI is set."""
         return not (self.given or os.environ.get("MLFLOW_TRACKING_URI"))
 
     @property
@@ -71,14 +71,14 @@ class Target:
                 "file store",
                 f"MLflow's file store ({public_uri(uri)}) cannot take OpenTelemetry traces. Use a SQL store, "
                 "for example MLFLOW_TRACKING_URI=sqlite:///mlflow.db, or a server.",
-                away=True,
+                unavailable=True,
                 permanent=True,
             )
         raise ExportError(
             "uri",
             f"The MLflow tracking URI {public_uri(uri)} is not supported: use http(s):// of an MLflow server, "
             "or a SQL store such as sqlite:///mlflow.db.",
-            away=True,
+            unavailable=True,
             permanent=True,
         )
 
@@ -98,7 +98,7 @@ class Target:
         return absolute(tracking_uri, self.directory or os.getcwd()).rstrip("/") == self.uri
 
     def about(self) -> dict[str, Any]:
-        """What the journal keeps of it: no credentials."""
+        """The part that is stored in the journal: no credentials."""
         try:
             uri = self.uri
         except ExportError:
@@ -113,10 +113,10 @@ class Target:
 
     @classmethod
     def from_about(cls, about: Mapping[str, Any]) -> Target:
-        """What a journal was for; the user's own tracking URI gives the credentials, if it is the same place.
+        """The target of a journal. ``MLFLOW_TRACKING_URI`` gives the credentials if it is the same target.
 
         Raises:
-            ValueError: it does not say.
+            ValueError: the target is not in it.
         """
         uri, experiment, is_id = about.get("tracking_uri"), about.get("experiment"), about.get("experiment_is_id")
         if not isinstance(uri, str) or not isinstance(experiment, str) or is_id not in (None, True, False):

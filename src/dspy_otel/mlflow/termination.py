@@ -1,8 +1,8 @@
-"""SIGTERM: a container that is stopped ends without any cleaning up. What is not in MLflow by then goes there first.
+"""SIGTERM ends a process without any clean-up, as when a container stops. This module delivers what is pending first.
 
-The signal is handled only where nobody else does so (Python's default, set from the main thread), and the process ends
-by it as before, a few seconds later at most. A handler that the program sets afterwards replaces ours; a server such as
-uvicorn that handles the signal ends the program in the usual way, and then this module has nothing to do.
+The signal is handled only where no other handler is set, and the process still ends by it, at most a few seconds
+later. A handler that the program sets afterwards replaces ours; a server such as uvicorn that handles the signal ends
+the program in the usual way, and then this module has nothing to do.
 """
 
 from __future__ import annotations
@@ -19,27 +19,27 @@ from typing import Any, Final, Protocol
 from dspy_otel.mlflow.worker import start_thread
 
 SECONDS: Final = 8.0
-"""Most time for what is left. Docker kills a container ten seconds after the signal, Kubernetes after thirty."""
+"""Most time for the delivery. Docker kills a container ten seconds after the signal, Kubernetes after thirty."""
 
 
 class Ending(Protocol):
-    """What wants to be shut down before the process is terminated."""
+    """An object to shut down before the process is terminated."""
 
     def shutdown(self, seconds: float | None = None) -> None:
-        """Deliver what is left, within this time."""
+        """Deliver what is pending, within this time."""
 
 
 _endings: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
 def before_termination(ending: Ending) -> None:
-    """Shut something down, which is held weakly, when the process gets SIGTERM."""
+    """Shut an object down when the process gets SIGTERM; it is referenced weakly."""
     _endings.add(ending)
     if threading.current_thread() is not threading.main_thread():
         return
 
     def terminate(number: int, _: Any) -> None:
-        # In threads of their own: this one may hold any lock right now.
+        # In other threads: the interrupted thread may own any lock.
         with contextlib.suppress(BaseException):
             until = time.monotonic() + SECONDS
             ends = [partial(one.shutdown, SECONDS) for one in list(_endings)]

@@ -1,7 +1,7 @@
 """Finished OpenTelemetry spans to spans that MLflow shows well. Pure: no I/O, no MLflow, no DSPy.
 
-MLflow's store reads ``gen_ai.*`` and OpenInference attributes by itself. What it does not get from them, and what is
-therefore added here as ``mlflow.*`` attributes, on copies:
+MLflow's store reads ``gen_ai.*`` and OpenInference attributes by itself. This module adds on copies, as ``mlflow.*``
+attributes, what the store does not get from them:
 
 * a trace name and trace tags: only from ``mlflow.traceTag.*`` on the span without a parent;
 * types of spans: it knows no ``retrieval`` and no ``invoke_workflow``;
@@ -27,7 +27,7 @@ from opentelemetry.util.types import AttributeValue
 
 from dspy_otel import semconv
 from dspy_otel.core.attributes import sendable
-from dspy_otel.mlflow.pending import Outside
+from dspy_otel.mlflow.pending import UserRun
 from dspy_otel.record.spans import Kind, kind_of
 
 _logger = logging.getLogger(__name__)
@@ -39,9 +39,9 @@ CHAT_TOOLS: Final = "mlflow.chat.tools"
 CHAT_USAGE: Final = "mlflow.chat.tokenUsage"
 LLM_COST: Final = "mlflow.llm.cost"
 TAG_PREFIX: Final = "mlflow.traceTag."
-OUTSIDE_RUN: Final = "mlflow.run.id"
-OUTSIDE_EXPERIMENT: Final = "mlflow.experiment.id"
-"""On spans that have started, in the journal only: the run of the user's own around them."""
+USER_RUN: Final = "mlflow.run.id"
+USER_EXPERIMENT: Final = "mlflow.experiment.id"
+"""The user's run around a span that has started; in the journal only."""
 FINISHED: Final = "dspy_otel.finished"
 TRACE_NAME: Final = TAG_PREFIX + "mlflow.traceName"
 _HALF_ESCAPE: Final = re.compile(
@@ -124,13 +124,13 @@ def translate(spans: Sequence[ReadableSpan]) -> list[ReadableSpan]:
 def _translate_or_keep(span: ReadableSpan) -> ReadableSpan:
     try:
         return translate_span(span)
-    except Exception:  # content nested deeper than json can follow, for one: a plain span is better than none
+    except Exception:  # such as content nested too deep for json: a plain span is better than none
         _logger.debug("span %r is sent as it is", span.name, exc_info=True)
         return span
 
 
 def restore(span: ReadableSpan) -> ReadableSpan:
-    """A span that was translated, with what reads our spans back needs: the inputs and outputs of an example.
+    """A translated span with the attributes that reading it back needs: inputs and outputs of an example.
 
     Args:
         span: as the journal has it.
@@ -147,31 +147,31 @@ def restore(span: ReadableSpan) -> ReadableSpan:
     return _copy(span, at)
 
 
-def started_copy(span: ReadableSpan, outside: Outside | None) -> ReadableSpan:
+def started_copy(span: ReadableSpan, user_run: UserRun | None) -> ReadableSpan:
     """A span that has only started, for the journal."""
     at = dict(span.attributes or {})
-    if outside is not None:
-        at[OUTSIDE_RUN] = outside.run_id
-        if outside.experiment_id is not None:
-            at[OUTSIDE_EXPERIMENT] = outside.experiment_id
+    if user_run is not None:
+        at[USER_RUN] = user_run.run_id
+        if user_run.experiment_id is not None:
+            at[USER_EXPERIMENT] = user_run.experiment_id
     return repair(_copy(span, at))
 
 
-def outside_of(span: ReadableSpan) -> Outside | None:
-    """The run of the user's own around a span, from the journal."""
+def user_run_of(span: ReadableSpan) -> UserRun | None:
+    """The user's run around a span, from the journal."""
     at = span.attributes or {}
-    experiment = at.get(OUTSIDE_EXPERIMENT)
-    return Outside(str(at[OUTSIDE_RUN]), None if experiment is None else str(experiment)) if OUTSIDE_RUN in at else None
+    experiment = at.get(USER_EXPERIMENT)
+    return UserRun(str(at[USER_RUN]), None if experiment is None else str(experiment)) if USER_RUN in at else None
 
 
 def finished(group: str) -> ReadableSpan:
-    """Stands in the journal for the end of an optimization or evaluation that MLflow has in full."""
+    """A span that marks in the journal that MLflow has an optimization or evaluation in full."""
     context = SpanContext(1, 1, is_remote=False)
     return ReadableSpan(FINISHED, context, attributes={FINISHED: group}, start_time=0, end_time=0)
 
 
 def finished_group(span: ReadableSpan) -> str | None:
-    """What such a span is the end of; None for any other span."""
+    """The optimization or evaluation that a span of :func:`finished` marks; None for any other span."""
     group = (span.attributes or {}).get(FINISHED)
     return None if group is None else str(group)
 
@@ -180,58 +180,58 @@ def finished_group(span: ReadableSpan) -> str | None:
 
 
 def repair(span: ReadableSpan) -> ReadableSpan:
-    """A span whose names and texts can all be written: half a character or NUL in one would take the batch with it."""
+    """A span whose names and texts can all be sent: a lone surrogate or NUL makes MLflow refuse the batch."""
     at = span.attributes or {}
-    whole = _is_whole(span.name) and _all_whole(at) and _is_whole(span.status.description or "")
-    whole = whole and all(_is_whole(event.name) and _all_whole(event.attributes or {}) for event in span.events)
-    if whole and all(_all_whole(link.attributes or {}) for link in span.links):
+    whole = _is_sendable(span.name) and _all_sendable(at) and _is_sendable(span.status.description or "")
+    whole = whole and all(_is_sendable(event.name) and _all_sendable(event.attributes or {}) for event in span.events)
+    if whole and all(_all_sendable(link.attributes or {}) for link in span.links):
         return span
     status = span.status
     return ReadableSpan(
-        name=_whole(span.name),
+        name=_sendable(span.name),
         context=span.context,
         parent=span.parent,
         resource=span.resource,
-        attributes=_all_repaired(at),
-        events=[Event(_whole(e.name), _all_repaired(e.attributes or {}), e.timestamp) for e in span.events],
-        links=[Link(link.context, _all_repaired(link.attributes or {})) for link in span.links],
+        attributes=_repaired_attributes(at),
+        events=[Event(_sendable(e.name), _repaired_attributes(e.attributes or {}), e.timestamp) for e in span.events],
+        links=[Link(link.context, _repaired_attributes(link.attributes or {})) for link in span.links],
         kind=span.kind,
         instrumentation_scope=span.instrumentation_scope,
-        status=Status(StatusCode.ERROR, _whole(status.description)) if status.description else status,
+        status=Status(StatusCode.ERROR, _sendable(status.description)) if status.description else status,
         start_time=span.start_time,
         end_time=span.end_time,
     )
 
 
-def _is_whole(text: str) -> bool:
+def _is_sendable(text: str) -> bool:
     if text.isascii():
         return "\0" not in text and "\\ud" not in text and "\\uD" not in text
-    return _whole(text) == text
+    return _sendable(text) == text
 
 
-def _whole(text: str) -> str:
-    """The text without NUL, and without halves of characters, those written as escapes in JSON among them."""
+def _sendable(text: str) -> str:
+    """The text without NUL and lone surrogates, also those that are escaped in JSON."""
     text = sendable(text)
     return _HALF_ESCAPE.sub(r"\\ufffd", text) if "\\ud" in text or "\\uD" in text else text
 
 
-def _all_whole(attributes: Mapping[str, Any]) -> bool:
+def _all_sendable(attributes: Mapping[str, Any]) -> bool:
     texts = list(attributes)  # names, and then values
     for value in attributes.values():
         if isinstance(value, str):
             texts.append(value)
         elif isinstance(value, (list, tuple)):
             texts += [part for part in value if isinstance(part, str)]
-    return _is_whole("".join(texts))  # one look at all of them
+    return _is_sendable("".join(texts))  # one search for all
 
 
-def _all_repaired(attributes: Mapping[str, Any]) -> dict[str, Any]:
-    return {_whole(key): _repaired(value) for key, value in attributes.items()}
+def _repaired_attributes(attributes: Mapping[str, Any]) -> dict[str, Any]:
+    return {_sendable(key): _repaired(value) for key, value in attributes.items()}
 
 
 def _repaired(value: Any) -> Any:
     if isinstance(value, str):
-        return _whole(value)
+        return _sendable(value)
     return [_repaired(part) for part in value] if isinstance(value, (list, tuple)) else value
 
 
@@ -416,11 +416,11 @@ def _content(part: Any) -> dict[str, Any]:
             return {"type": "image_url", "image_url": {"url": part["uri"]}}
         data = part.get("content")
         if kind == "blob" and isinstance(data, str) and data:
-            if data.startswith("data:"):  # Not ours: the conventions want bare base64.
+            if data.startswith("data:"):  # other instrumentations: the conventions ask for bare base64
                 return {"type": "image_url", "image_url": {"url": data}}
             if _BASE64.fullmatch(data):
                 return {"type": "image_url", "image_url": {"url": f"data:{mime};base64,{data}"}}
-            # Too large to keep: only what is said of it.
+            # too large to keep: the content is its description
             return {"type": "text", "text": f"<{mime}> {data}"}
     return {"type": "text", "text": _dump(part)}
 

@@ -1,11 +1,11 @@
-"""The worker: brings MLflow up to the journal. One thread sends spans, links traces, writes scores and runs.
+"""The worker delivers the journal to MLflow: one thread sends spans, links traces, and writes scores and runs.
 
-It takes segments from the journal in order. Each is *digested* first: its spans tell the history of optimizations, from
-which follows what their runs should have, and which traces and scores belong to them. Then runs are written, for links
-and scores name them, and then the segment is delivered and leaves the journal. Everything may be written twice without
-harm, so that a failure at any point means: again.
+It reads segments in order. First it applies a segment to the history of optimizations
+(:mod:`dspy_otel.record.history`), which gives the contents of their runs, and the runs that traces and scores belong
+to. Then it writes the runs, because links and scores need their ids. Then it delivers the segment, which leaves the
+journal. Writing everything twice does no harm, so the worker retries after a failure at any point.
 
-The same worker reads the journal of a process that has ended (:mod:`.replay`): there is no second way to recover.
+:mod:`.replay` uses the same worker for the journal of a process that has ended.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ from opentelemetry.sdk.trace import ReadableSpan
 from dspy_otel import semconv
 from dspy_otel.mlflow.account import ARTIFACTS, LINKS, RUNS, SCORES, SPANS, TRACES, Account
 from dspy_otel.mlflow.backends import Backend, Batch
-from dspy_otel.mlflow.backends.base import LINKS_AT_ONCE, CreatedRun, first_line
+from dspy_otel.mlflow.backends.base import MAX_LINKS, CreatedRun, first_line
 from dspy_otel.mlflow.journal import Journal, JournalError, Segment
-from dspy_otel.mlflow.pending import Outside, Pending, PendingRuns
+from dspy_otel.mlflow.pending import Pending, PendingRuns, UserRun
 from dspy_otel.mlflow.retry import Backoff, ExportError, Verdict, clean
 from dspy_otel.mlflow.runs import COMPILE, TAG_NAME, TAG_PARENT, Score, key_of, score_of, trace_id_of
 from dspy_otel.mlflow.translate import restore
@@ -46,34 +46,34 @@ _Item = TypeVar("_Item")
 HELPERS: Final = 8
 """Threads that put scores on traces of a server: it takes them one by one only, 80 ms each over one connection and 20
 over eight (measured with MLflow 3.17.2 on two cores)."""
-PATIENT_ATTEMPTS: Final = 3
-"""Failures of one item after which its parts, or others, have to show whether it is the item that fails."""
+ATTEMPTS_BEFORE_SPLIT: Final = 3
+"""Failures of one item before the worker finds out, by its parts or by others, whether the item is the cause."""
 EXIT_ATTEMPTS: Final = 3
-"""When the program ends and MLflow is away: what is left is in the journal."""
-REPORTED_FROM: Final = 3
-"""Failures in a row from which on it is said that a server cannot be reached."""
-_ITEMS_AT_ONCE: Final = 100
-_METRICS_AT_ONCE: Final = 800  # with parameters and tags at most 1,000 items in one call
+"""Failures in a row after which the end of the program leaves the rest to the journal."""
+REPORTED_FAILURES: Final = 3
+"""Failures in a row after which an unreachable server is logged."""
+_MAX_ITEMS: Final = 100
+_MAX_METRICS: Final = 800  # with parameters and tags at most 1,000 items in one call
 _LONGEST_WAIT: Final = 1.0
 _STRUCTURE: Final = frozenset({Kind.COMPILE, Kind.TRIAL, Kind.EVALUATION})
 
 
 class Worker:
-    """Brings MLflow up to a journal. All of it runs in one thread but :meth:`begin`, :meth:`wake` and the attributes.
+    """Delivers a journal to MLflow. One thread at a time may use it; any thread may call :meth:`add_start`.
 
     Args:
         journal: what to deliver.
-        connect: opens MLflow.
+        connect: opens the backend.
         runs: also write runs, links and scores.
-        pending: what MLflow lacks of runs.
-        counted: is given spans that are done with: how many, and why they were lost, if they were.
+        pending: runs that MLflow does not have in full.
+        count_spans: called with a number of spans, and the reason if they were lost.
 
     Attributes:
-        account: what became of everything.
+        account: counts of what was written, kept, refused and dropped.
         backend: once it is open.
-        away: when to try again, after something that concerns everything.
-        dead: trying again in this process cannot help.
-        abandoned: nobody waits any more: nothing may be changed.
+        backoff: when to try again after a failure of MLflow as a whole.
+        failed: trying again in this process cannot help.
+        abandoned: the process ends: it writes nothing any more.
     """
 
     def __init__(
@@ -83,26 +83,26 @@ class Worker:
         *,
         runs: bool = True,
         pending: PendingRuns | None = None,
-        counted: Callable[[int, str | None], None] = lambda *_: None,
+        count_spans: Callable[[int, str | None], None] = lambda *_: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.journal = journal
         self._connect = connect
-        self._wants_runs = runs
+        self._runs = runs
         self.pending = pending or PendingRuns(versions())
-        self._counted = counted
+        self._count_spans = count_spans
         self._clock = clock
         self.account = Account()
         self.backend: Backend | None = None
-        self.away = Backoff(clock)
+        self.backoff = Backoff(clock)
         self._spans = Backoff(clock)
         self._items: dict[tuple[str, str], _ItemBackoff] = {}
-        """Of what failed of runs and scores, by kind and name."""
+        """Retries of runs, scores and other items, by kind and name."""
         self._successes: Counter[str] = Counter()
         self._written_before = 0
-        self.dead = False
+        self.failed = False
         self.abandoned = False
-        self._starts: deque[tuple[ReadableSpan, Outside | None, int]] = deque()
+        self._starts: deque[tuple[ReadableSpan, UserRun | None, int]] = deque()
         self._started: set[tuple[int, int]] = set()
         self._open: Counter[str] = Counter()
         self._groups: set[str] = set()
@@ -112,97 +112,99 @@ class Worker:
         self._reported: set[str] = set()
         self._helpers = _Helpers()
         self.busy = threading.Lock()
-        """Held while a round is under way."""
+        """Locked while :meth:`round` runs."""
 
     # --- from other threads -----------------------------------------------------------------------------------------
-    def begin(self, span: ReadableSpan, outside: Outside | None, after: int) -> None:
-        """A span of an optimization, trial or evaluation has started, after the segment of that number."""
-        self._starts.append((span, outside, after))
+    def add_start(self, span: ReadableSpan, user_run: UserRun | None, after: int) -> None:
+        """Add the start of an optimization, trial or evaluation, which follows the segment of that number."""
+        self._starts.append((span, user_run, after))
 
     # --- one round --------------------------------------------------------------------------------------------------
     @property
     def done(self) -> bool:
-        """Whether MLflow has everything that it will take."""
+        """Whether nothing is pending."""
         return not (self._starts or self.journal.segments or self.lacking)
 
     @property
     def failures(self) -> int:
-        """How often one thing has failed, in a row: the most of all."""
+        """The most failures in a row of one item."""
         segments = [segment.failures for segment in self.journal.segments]
         return max([*segments, *(item.failures for item in list(self._items.values()))], default=0)
 
     @property
     def lacking(self) -> list[Pending]:
-        """Runs that MLflow does not have as they should be."""
+        """Runs that MLflow does not have in full."""
         return [run for run in list(self.pending.runs.values()) if run.dirty]
 
     def wait_seconds(self) -> float:
-        """How long there is nothing to do unless something comes in."""
-        if self.done or self.dead:
+        """Seconds until there is something to do, unless spans come in."""
+        if self.done or self.failed:
             return 3600.0
         now = self._clock()
-        if not self.away.ready:
-            return min(max(self.away.due - now, 0.0), _LONGEST_WAIT)
+        if not self.backoff.ready:
+            return min(max(self.backoff.due - now, 0.0), _LONGEST_WAIT)
         dues = [segment.due for segment in self.journal.segments] + [item.due for item in self._items.values()]
         return min([max(due - now, 0.0) for due in dues] + [_LONGEST_WAIT]) if dues else 0.05
 
     def round(self) -> None:
-        """Digest what is new, and write what can be written."""
+        """Apply new segments, and write what can be written."""
         with self.busy, suppress_instrumentation():
-            self._digest_all()
-            if self.dead or self.abandoned or not self.away.ready or self.done:
+            self._apply_all()
+            if self.failed or self.abandoned or not self.backoff.ready or self.done:
                 return
             try:
                 if self.backend is None:
                     self.backend = self._connect()
-                if self._wants_runs:
+                if self._runs:
                     self._write_runs(self.backend)
                     self._finish_groups()
                 self._deliver_all(self.backend)
             except ExportError as error:
-                self._failed(error)
+                self._record_failure(error)
             except Exception as error:
-                self._failed(ExportError(type(error).__name__, f"MLflow: {clean(first_line(error))}.", away=True))
+                self._record_failure(
+                    ExportError(type(error).__name__, f"MLflow: {clean(first_line(error))}.", unavailable=True)
+                )
             else:
-                if self.away.succeeded() or self._reported:
+                if self.backoff.succeeded() or self._reported:
                     self._recovered()
             self._settle()
 
-    def now(self) -> None:
-        """Somebody waits: what has failed is tried at once."""
-        self.away.now()
+    def retry_now(self) -> None:
+        """Retry at once what has failed: a caller waits for the result."""
+        self.backoff.retry_now()
         for segment in self.journal.segments:
             segment.due = 0.0
         for item in self._items.values():
-            item.now()
+            item.retry_now()
 
-    def leave(self, on_disk: Callable[[str], bool]) -> None:
-        """The process ends: say what becomes of what MLflow has not got.
+    def account_for_rest(self, on_disk: Callable[[str], bool]) -> None:
+        """Count what MLflow does not have as kept or dropped: the process ends.
 
         Args:
-            on_disk: whether the journal has what a run follows from, by its key.
+            on_disk: whether the journal has the spans of a run, by its key.
         """
         account = self.account
         for segment in list(self.journal.segments):
             kept = segment.path is not None
             if not segment.delivered:
-                account.leave(SPANS, segment.count, kept)
-                account.leave(TRACES, segment.roots, kept)
-            account.leave(SCORES, len(segment.scores), kept)
+                account.add_undelivered(SPANS, segment.count, kept)
+                account.add_undelivered(TRACES, segment.roots, kept)
+            account.add_undelivered(SCORES, len(segment.scores), kept)
         for run in self.lacking:
             if run.over:
-                run.name_others({})  # its table of trials is an artifact, too
+                run.resolve_references({})  # its table of trials is an artifact too
         self._count_runs()
         for run in self.lacking:
             kept = on_disk(run.key) and run.group not in self.journal.evicted
             account.written[RUNS] -= run.run_id is not None  # it lacks something
-            account.leave(RUNS, 1, kept)
-            account.leave(ARTIFACTS, len(run.artifacts), kept)
+            account.add_undelivered(RUNS, 1, kept)
+            account.add_undelivered(ARTIFACTS, len(run.artifacts), kept)
 
     def stop(self, when: int) -> None:
-        """The program has ended: what still runs is killed (nanoseconds since 1970)."""
+        """End as killed what still runs: the program ended at ``when`` (nanoseconds since 1970)."""
         with self.busy:
-            self._digest_all()
+            self._apply_all()
             with contextlib.suppress(Exception):
                 self.pending.stop(when)
             self._open.clear()
@@ -216,28 +218,28 @@ class Worker:
                 self.backend.close()
 
     # --- spans to runs, links and scores ----------------------------------------------------------------------------
-    def _digest_all(self) -> None:
-        segments = [segment for segment in list(self.journal.segments) if not segment.digested]
+    def _apply_all(self) -> None:
+        segments = [segment for segment in list(self.journal.segments) if not segment.applied]
         for segment in segments:
-            self.journal.take(segment)
-        # Whatever ends in these has started by now.
+            self.journal.close_segment(segment)
+        # The starts of all spans in these segments are here by now.
         while self._starts:
-            span, outside, after = self._starts[0]
-            self._digest_up_to(segments, after)
+            span, user_run, after = self._starts[0]
+            self._apply_up_to(segments, after)
             self._starts.popleft()
-            self._start(span, outside)
-        self._digest_up_to(segments, sys.maxsize)
+            self._start(span, user_run)
+        self._apply_up_to(segments, sys.maxsize)
         with contextlib.suppress(Exception):
             self.pending.refresh()
         self._count_runs()
 
-    def _digest_up_to(self, segments: list[Segment], number: int) -> None:
+    def _apply_up_to(self, segments: list[Segment], number: int) -> None:
         while segments and segments[0].number <= number:
             with contextlib.suppress(Exception):
-                self.pending.refresh()  # a trial's dataset is that of its compile, which may have come with its end
-            self.digest(segments.pop(0))
+                self.pending.refresh()  # a trial needs the dataset of its compile, which may have come late
+            self.apply(segments.pop(0))
 
-    def _start(self, span: ReadableSpan, outside: Outside | None) -> None:
+    def _start(self, span: ReadableSpan, user_run: UserRun | None) -> None:
         try:
             if kind_of(span) not in _STRUCTURE or span.context is None:
                 return
@@ -246,14 +248,14 @@ class Worker:
                 self._started.add(ids)
                 self._open[group_of(span)] += 1
                 self._groups.add(group_of(span))
-            self.pending.start(span, outside, group_of(span))
+            self.pending.start(span, user_run, group_of(span))
         except Exception:
             _logger.debug("the start of %r is not followed", span.name, exc_info=True)
 
-    def digest(self, segment: Segment) -> None:
-        """Find out what belongs to a segment's spans."""
-        segment.digested = True
-        if not self._wants_runs:
+    def apply(self, segment: Segment) -> None:
+        """Apply a segment's spans to the history, and collect its links and scores."""
+        segment.applied = True
+        if not self._runs:
             return
         try:
             spans = segment.spans if segment.spans is not None else [restore(one) for one in decode(segment.body())]
@@ -266,7 +268,7 @@ class Worker:
         segment.spans = None
 
     def end(self, span: ReadableSpan, segment: Segment) -> None:
-        """A span of ours has ended."""
+        """Apply the end of a span of ours."""
         try:
             kind = kind_of(span)
             if kind in _STRUCTURE and span.context is not None:
@@ -282,7 +284,7 @@ class Worker:
             _logger.debug("the end of %r is not followed", span.name, exc_info=True)
 
     def place(self, span: ReadableSpan, segment: Segment) -> None:
-        """Find out which run the trace of an ended span belongs to, and what its score is."""
+        """Collect the link of an ended span's trace to its run, and its score."""
         with contextlib.suppress(Exception):
             trace = self.pending.history.trace(span)
             if trace is None:
@@ -308,7 +310,7 @@ class Worker:
         for segment in list(self.journal.segments):
             if self.abandoned:
                 return
-            if segment.digested and segment.due <= self._clock():
+            if segment.applied and segment.due <= self._clock():
                 self._deliver(backend, segment)
 
     def _deliver(self, backend: Backend, segment: Segment) -> None:
@@ -318,7 +320,7 @@ class Worker:
             self._link(backend, segment)
             self._assess(backend, segment)
         except ExportError as error:
-            if error.away:
+            if error.unavailable:
                 raise
             if not segment.failures:
                 segment.baseline = self._successes[SPANS]
@@ -333,7 +335,7 @@ class Worker:
             body = segment.body()
         except JournalError as error:
             self._report("journal", f"A segment of the journal cannot be read: {error}.")
-            self._lose(segment.count, segment.roots, "unreadable")
+            self._drop(segment.count, segment.roots, "unreadable")
             segment.delivered = True
             return
         together = self._together(segment)
@@ -346,7 +348,7 @@ class Worker:
         try:
             backend.send(body)
         except ExportError as error:
-            if error.away or (error.verdict is Verdict.LATER and not self._is_the_item(segment)):
+            if error.unavailable or (error.verdict is Verdict.LATER and not self._is_the_item(segment)):
                 raise
             self._bisect(backend, segment, body, error)
         else:
@@ -360,14 +362,14 @@ class Worker:
         self._successes[SPANS] += 1
         self.account.written[SPANS] += count
         self.account.written[TRACES] += roots
-        self._counted(count, None)
+        self._count_spans(count, None)
 
     def _is_the_item(self, segment: Segment) -> bool:
-        """Whether it is time to find out if the segment is what fails."""
-        return segment.failures >= PATIENT_ATTEMPTS
+        """Whether it has failed often enough to find out if it is the cause."""
+        return segment.failures >= ATTEMPTS_BEFORE_SPLIT
 
     def _together(self, segment: Segment) -> tuple[dict[str, list[str]], list[tuple[Score, str | None]]] | None:
-        """Links and scores of a segment; None when a run of theirs is not there yet."""
+        """Links and scores of a segment; None when one of their runs does not exist yet."""
         links: dict[str, list[str]] = {}
         for key, trace_id in segment.links:
             run = self._ids.get(key)
@@ -378,10 +380,10 @@ class Worker:
         return links, [(score, self._run_id(score.key)) for score in segment.scores]
 
     def _bisect(self, backend: Backend, segment: Segment, body: bytes, error: ExportError) -> None:
-        """Something in a segment is refused: deliver the rest, and set aside what is left.
+        """Deliver a segment in halves, and set the spans aside that are refused.
 
         Raises:
-            ExportError: nothing got through, so that it may not be about the segment.
+            ExportError: nothing got through, so the segment may not be the cause.
         """
         evidence = error.verdict is not Verdict.LATER or self._successes[SPANS] > segment.baseline
         count = roots = 0
@@ -397,7 +399,7 @@ class Worker:
                 try:
                     backend.send(_body_of(part))
                 except ExportError as again:
-                    if again.away:
+                    if again.unavailable:
                         raise
                     failed.append((part, again))
                     evidence = evidence or again.verdict is not Verdict.LATER
@@ -410,7 +412,7 @@ class Worker:
             waiting += failed
         if not evidence:
             raise error
-        self._sent(segment, count, roots)  # once all of it is known: whoever is interrupted begins again
+        self._sent(segment, count, roots)  # at the end, so that an interrupted delivery starts over
         self._set_aside(alone, segment)
 
     def _set_aside(self, alone: list[tuple[tuple[Any, Any, Any], ExportError]], segment: Segment) -> None:
@@ -423,18 +425,18 @@ class Worker:
                 self.account.refused[TRACES] += roots
                 then = "It is set aside in the spool"
             else:
-                self._lose(1, roots, error.cause)
+                self._drop(1, roots, error.cause)
                 then = "It is lost"
-            self._counted(0 if not where else 1, error.cause)
+            self._count_spans(0 if not where else 1, error.cause)
             self._report(f"refused {error.cause}", f"Span {name!r} could not be written: {error} {then}.")
-            gone = [score for score in segment.scores if _is_of(score, span[2])]
-            segment.scores = [score for score in segment.scores if score not in gone]
-            (self.account.refused if where else self.account.dropped)[SCORES] += len(gone)
+            scores = [score for score in segment.scores if _is_of(score, span[2])]
+            segment.scores = [score for score in segment.scores if score not in scores]
+            (self.account.refused if where else self.account.dropped)[SCORES] += len(scores)
 
-    def _lose(self, count: int, roots: int, why: str) -> None:
+    def _drop(self, count: int, roots: int, why: str) -> None:
         self.account.dropped[SPANS] += count
         self.account.dropped[TRACES] += roots
-        self._counted(count, why)
+        self._count_spans(count, why)
 
     def _pause(self, segment: Segment, error: ExportError) -> None:
         backoff = Backoff(self._clock)
@@ -450,10 +452,10 @@ class Worker:
         for key, trace_ids in by_run.items():
             run = self._ids.get(key)
             if run is None and key in self.pending.runs:
-                continue  # it is not there yet
-            for start in range(0, len(trace_ids) if run is not None else 0, LINKS_AT_ONCE):
-                some = trace_ids[start : start + LINKS_AT_ONCE]
-                self._tolerating(LINKS, key, lambda run=run, some=some: backend.link(run.run_id, some), len(some))  # type: ignore[misc]
+                continue  # it does not exist yet
+            for start in range(0, len(trace_ids) if run is not None else 0, MAX_LINKS):
+                some = trace_ids[start : start + MAX_LINKS]
+                self._write_item(LINKS, key, lambda run=run, some=some: backend.link(run.run_id, some), len(some))  # type: ignore[misc]
             segment.links = [one for one in segment.links if one[0] != key]
 
     def _assess(self, backend: Backend, segment: Segment) -> None:
@@ -462,7 +464,7 @@ class Worker:
             return
 
         def assess(score: Score) -> bool:
-            return self._tolerating(SCORES, score.id, lambda: backend.assess(score, self._run_id(score.key)))
+            return self._write_item(SCORES, score.id, lambda: backend.assess(score, self._run_id(score.key)))
 
         results = self._helpers.run(assess, there, HELPERS if backend.parallel else 0)
         failures = [result for result in results if isinstance(result, Exception)]
@@ -496,10 +498,10 @@ class Worker:
         for run in runs:
             self._each(run, lambda run=run: self._create(backend, run))  # type: ignore[misc]
         there = [run for run in runs if run.run_id is not None]
-        for run in there:  # one after the other: two calls that bring the same new dataset at once fail
+        for run in there:  # one after the other: two calls at once with the same new dataset fail
             if run.datasets:
                 self._each(run, lambda run=run: self._add_datasets(backend, run))  # type: ignore[misc]
-        # A compile that is over comes last: its tables name the runs of its trials.
+        # A compile that has ended comes last: its tables refer to the runs of its trials.
         last = [run for run in there if run.kind == COMPILE and run.over]
         first = [run for run in there if run not in last]
 
@@ -510,15 +512,15 @@ class Worker:
             if isinstance(result, Exception):
                 raise result
         for run in last:
-            if not any(key in self.pending.runs and key not in self._ids for key in run.others):
+            if not any(key in self.pending.runs and key not in self._ids for key in run.referenced):
                 write(run)
 
     def _each(self, run: Pending, call: Callable[[], object]) -> bool:
-        """Do something for one run; what fails holds up no other run, unless nothing would get through."""
+        """Call a function for one run. Its failure stops the others only if MLflow as a whole fails."""
         try:
             call()
         except ExportError as error:
-            if error.away:
+            if error.unavailable:
                 raise
             self._item(RUNS, run.key).failed(error)
             self._report(error.cause, f"{run.name}: {error} It is tried again.")
@@ -531,14 +533,14 @@ class Worker:
             return
         if run.parent is not None and run.parent.run_id is None:
             self._create(backend, run.parent)
-        parent = run.outside if run.parent is None else run.parent.run_id
-        if parent is None and run.above is not None:
-            parent = self._run_id(run.above)
+        parent = run.user_run if run.parent is None else run.parent.run_id
+        if parent is None and run.parent_key is not None:
+            parent = self._run_id(run.parent_key)
         tags = dict(run.tags)
         if parent is not None:
             tags[TAG_PARENT] = parent
         tags.setdefault(TAG_NAME, run.name)
-        some = _some(tags, _ITEMS_AT_ONCE)
+        some = _some(tags, _MAX_ITEMS)
         known, run.tried = run.tried, True
         created = backend.create_run(run.key, some, run.started, run.experiment, known=known)
         run.run_id, run.artifact_uri = created
@@ -547,29 +549,31 @@ class Worker:
             if run.tags.get(name) == some[name]:
                 del run.tags[name]
         self.account.written[RUNS] += 1
-        if known:  # it may have been made with other values
+        if known:  # it may have been created with other values
             run.tags.update(some)
 
     def _add_datasets(self, backend: Backend, run: Pending) -> None:
         assert run.run_id is not None
         run_id, datasets = run.run_id, list(run.datasets)
-        with contextlib.suppress(ExportError):  # another program may have brought the same one at the same time
+        with contextlib.suppress(ExportError):  # another program may have added the same one at the same time
             backend.add_datasets(run_id, datasets)
             del run.datasets[: len(datasets)]
             return
-        self._tolerating("datasets", run.key, lambda: backend.add_datasets(run_id, datasets))
+        self._write_item("datasets", run.key, lambda: backend.add_datasets(run_id, datasets))
         del run.datasets[: len(datasets)]
 
     def _write(self, backend: Backend, run: Pending) -> None:
         assert run.run_id is not None
         run_id, created = run.run_id, CreatedRun(run.run_id, run.artifact_uri)
         if run.over:
-            run.name_others({key: one.run_id for key, one in self._ids.items()})
+            run.resolve_references({key: one.run_id for key, one in self._ids.items()})
             self._count_runs()
-        run.metrics.sort(key=lambda metric: "score" not in metric.key)  # MLflow's table shows columns as they came
+        run.metrics.sort(
+            key=lambda metric: "score" not in metric.key
+        )  # MLflow's table shows columns in order of arrival
         while run.tags or run.params or run.metrics:
-            metrics = run.metrics[:_METRICS_AT_ONCE]
-            params, tags = _some(run.params, _ITEMS_AT_ONCE), _some(run.tags, _ITEMS_AT_ONCE)
+            metrics = run.metrics[:_MAX_METRICS]
+            params, tags = _some(run.params, _MAX_ITEMS), _some(run.tags, _MAX_ITEMS)
             self._log(backend, run, metrics, params, tags)
             del run.metrics[: len(metrics)]
             for name in params:
@@ -580,13 +584,13 @@ class Worker:
         failure = None
         for path, text in list(run.artifacts.items()):
             try:
-                put = self._tolerating(
+                put = self._write_item(
                     ARTIFACTS,
                     f"{run.key}/{path}",
                     lambda p=path, t=text: backend.put_artifact(created, p, t),  # type: ignore[misc]
                 )
             except ExportError as error:
-                if error.away:
+                if error.unavailable:
                     raise
                 failure = error
                 continue
@@ -596,7 +600,7 @@ class Worker:
             raise failure
         if run.ended is not None:
             status, when = run.ended
-            self._tolerating("ends of runs", run.key, lambda: backend.end_run(run_id, status, when))
+            self._write_item("ends of runs", run.key, lambda: backend.end_run(run_id, status, when))
             run.ended = None
 
     def _log(self, backend: Backend, run: Pending, metrics: Any, params: Any, tags: Any) -> None:
@@ -605,16 +609,16 @@ class Worker:
         try:
             backend.log(run_id, metrics, params, tags)
         except ExportError as error:
-            if error.away or error.verdict is Verdict.LATER:
+            if error.unavailable or error.verdict is Verdict.LATER:
                 raise
         else:
             return
         for metric in metrics:
-            self._tolerating("metrics", run.key, lambda m=metric: backend.log(run_id, [m], {}, {}))  # type: ignore[misc]
+            self._write_item("metrics", run.key, lambda m=metric: backend.log(run_id, [m], {}, {}))  # type: ignore[misc]
         for name, value in params.items():
-            self._tolerating("parameters", run.key, lambda n=name, v=value: backend.log(run_id, [], {n: v}, {}))  # type: ignore[misc]
+            self._write_item("parameters", run.key, lambda n=name, v=value: backend.log(run_id, [], {n: v}, {}))  # type: ignore[misc]
         for name, value in tags.items():
-            self._tolerating("tags", run.key, lambda n=name, v=value: backend.log(run_id, [], {}, {n: v}))  # type: ignore[misc]
+            self._write_item("tags", run.key, lambda n=name, v=value: backend.log(run_id, [], {}, {n: v}))  # type: ignore[misc]
 
     # --- failures ---------------------------------------------------------------------------------------------------
     def _item(self, kind: str, name: str) -> _ItemBackoff:
@@ -627,18 +631,18 @@ class Worker:
         found = self._items.get((kind, name))
         return found is None or found.ready
 
-    def _tolerating(self, kind: str, name: str, call: Callable[[], object], count: int = 1) -> bool:
-        """Write one item; False when MLflow will never take it. It is counted either way.
+    def _write_item(self, kind: str, name: str, call: Callable[[], object], count: int = 1) -> bool:
+        """Write and count one item; False when MLflow refuses it for good.
 
         Raises:
             ExportError: it has to be tried again.
         """
         if self.abandoned:
-            raise ExportError("ended", "The program has ended.", away=True)
+            raise ExportError("ended", "The program has ended.", unavailable=True)
         try:
             call()
         except ExportError as error:
-            if error.away:
+            if error.unavailable:
                 raise
             item = self._item(kind, name)
             item.failed(error)
@@ -653,16 +657,16 @@ class Worker:
         self.account.written[kind] += count
         return True
 
-    def _failed(self, error: ExportError) -> None:
+    def _record_failure(self, error: ExportError) -> None:
         written = sum(self.account.written.values())
-        if written > self._written_before:  # something got through since: this is not one long outage
-            self.away.failures = 0
+        if written > self._written_before:  # something got through since: this is a new outage
+            self.backoff.failures = 0
         self._written_before = written
-        self.away.failed(error)
-        if error.cause == "unreachable" and self.away.failures < REPORTED_FROM:
-            return  # a server that is busy for a moment is no news
+        self.backoff.failed(error)
+        if error.cause == "unreachable" and self.backoff.failures < REPORTED_FAILURES:
+            return  # the server may only be busy for a moment
         if error.permanent:
-            self.dead = True
+            self.failed = True
             self._report(error.cause, f"Nothing can be written to MLflow: {error}")
         else:
             self._report(error.cause, f"{error} Spans, runs and scores wait until it works.")
@@ -672,26 +676,26 @@ class Worker:
             self._items or any(segment.failures for segment in self.journal.segments)
         ):
             self._reported = {cause for cause in self._reported if cause.startswith(("refused", "journal", "spool"))}
-            say(_logger.warning, "MLflow works again.")
+            log_safely(_logger.warning, "MLflow works again.")
 
     def _report(self, cause: str, message: str) -> None:
         if cause not in self._reported and not self.abandoned:
             self._reported.add(cause)
-            say(_logger.error, "%s", message)
+            log_safely(_logger.error, "%s", message)
 
     report = _report
     """One line for each cause."""
 
-    # --- what is needed no more -------------------------------------------------------------------------------------
+    # --- clean-up -------------------------------------------------------------------------------------------------
     def _needed(self, group: str) -> bool:
         return self._open[group] > 0 or any(run.group == group for run in self.lacking)
 
     def _finish_groups(self) -> None:
-        """Note in the journal which optimizations and evaluations are over, and in MLflow as they should be."""
+        """Mark in the journal the optimizations and evaluations that have ended and are in MLflow in full."""
         lacking = {run.group for run in self.lacking}
         for group in [one for one in self._groups if one not in lacking and self._open[one] <= 0]:
             self._groups.discard(group)
-            self.journal.finish(group)
+            self.journal.mark_finished(group)
 
     def _settle(self) -> None:
         for run in list(self.pending.runs.values()):
@@ -704,32 +708,32 @@ class Worker:
         if not any(count > 0 for count in self._open.values()) and self.done:
             self._open.clear()
             self._started.clear()
-            self.journal.forget_starts()
+            self.journal.remove_starts()
 
 
 class _ItemBackoff(Backoff):
-    """When to try an item again, and how often it failed while others of its kind got through."""
+    """Backoff of one item, which also counts its failures while others of its kind got through."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
         super().__init__(clock)
-        self._others = -1
-        self._alone = 0
+        self._successes_before = -1
+        self._failed_alone = 0
 
     def is_refused(self, others: int) -> bool:
-        """Whether it is the item that fails; asked after each failure.
+        """Whether the item itself is the cause; called after each failure.
 
-        A success counts for one failure only: those of before an outage say nothing about MLflow during it.
+        Each success counts once: successes before an outage prove nothing during the outage.
 
         Args:
             others: how many of its kind have got through so far.
         """
-        self._alone += others > self._others >= 0
-        self._others = others
-        return self._alone >= PATIENT_ATTEMPTS
+        self._failed_alone += others > self._successes_before >= 0
+        self._successes_before = others
+        return self._failed_alone >= ATTEMPTS_BEFORE_SPLIT
 
 
 class _Helpers:
-    """A few threads that call one function for each of a list of items."""
+    """A pool of threads."""
 
     def __init__(self) -> None:
         self._tasks: SimpleQueue[tuple[Callable[[Any], Any], Any, SimpleQueue[tuple[int, Any]], int] | None]
@@ -737,7 +741,7 @@ class _Helpers:
         self._threads = 0
 
     def run(self, function: Callable[[_Item], bool], items: Sequence[_Item], threads: int) -> list[bool | Exception]:
-        """What ``function`` returned or raised for each item, in order; with no threads, one after the other."""
+        """What ``function`` returns or raises for each item, in order; in this thread if ``threads`` is 0."""
         if len(items) > 1:
             self._start(min(threads, len(items)))
         if not self._threads or not threads or len(items) < 2:
@@ -757,8 +761,8 @@ class _Helpers:
             self._tasks.put(None)
         self._threads = 0
 
-    def _start(self, wanted: int) -> None:
-        while self._threads < wanted:
+    def _start(self, threads: int) -> None:
+        while self._threads < threads:
             if start_thread(self._help, "dspy-otel-mlflow-scores") is None:
                 return
             self._threads += 1
@@ -779,8 +783,8 @@ def group_of(span: ReadableSpan) -> str:
     return "" if group is None or not belongs(span) else str(group)
 
 
-def say(log: Callable[..., object], message: str, *arguments: object) -> None:
-    """Log ``message % arguments``; a handler of the user's that raises must not stop the thread that does it.
+def log_safely(log: Callable[..., object], message: str, *arguments: object) -> None:
+    """Log a message. An exception of a log handler of the user's is suppressed.
 
     Args:
         log: a method of a logger.
@@ -792,7 +796,7 @@ def say(log: Callable[..., object], message: str, *arguments: object) -> None:
 
 
 def start_thread(function: Callable[[], None], name: str) -> threading.Thread | None:
-    """A running daemon thread; None when the interpreter is going down and starts no more."""
+    """Start a daemon thread; None when the interpreter shuts down and starts no threads."""
     thread = threading.Thread(target=function, name=name, daemon=True)
     try:
         thread.start()
@@ -802,7 +806,7 @@ def start_thread(function: Callable[[], None], name: str) -> threading.Thread | 
 
 
 def versions() -> dict[str, str]:
-    """What every run carries of the software that made it."""
+    """Tags of every run: the versions of the software that made it."""
     found = {"dspy_otel.version": __version__, "mlflow.source.type": "LOCAL"}
     for package in ("dspy", "opentelemetry-sdk"):
         with contextlib.suppress(metadata.PackageNotFoundError):
@@ -818,7 +822,7 @@ def _attempt(function: Callable[[_Item], bool], item: _Item) -> bool | Exception
     except ExportError as error:
         return error
     except Exception as error:
-        return ExportError(type(error).__name__, f"MLflow: {clean(first_line(error))}.", away=True)
+        return ExportError(type(error).__name__, f"MLflow: {clean(first_line(error))}.", unavailable=True)
 
 
 def _flat(body: bytes) -> list[tuple[Any, Any, Any]]:
@@ -847,7 +851,7 @@ def _roots(spans: Iterable[tuple[Any, Any, Any]]) -> int:
 
 
 def _is_of(score: Score, span: Any) -> bool:
-    """Whether a score is that of an example's span: then it is made again from what was set aside."""
+    """Whether a score is that of an example's span."""
     if score.trace_id != trace_id_of(int.from_bytes(span.trace_id, "big")):
         return False
     return not span.parent_span_id if score.span_id is None else span.span_id.hex() == score.span_id

@@ -12,7 +12,7 @@ __all__ = ["Backend", "Batch", "open_backend"]
 
 
 def open_backend(target: Target) -> Backend:
-    """Open MLflow. A server is not asked anything yet; a store is opened, and made if that is wanted.
+    """Open MLflow. A server gets no request yet; a store is opened, and created if ``target.create`` is set.
 
     Raises:
         ExportError: the URI cannot be used, or MLflow is missing, or the store cannot be opened.
@@ -24,7 +24,7 @@ def open_backend(target: Target) -> Backend:
         return RestBackend(target)
     path = sqlite_path(uri)
     if not target.create and path is not None and not os.path.exists(path):
-        raise ExportError("store", f"There is no database {path}.", away=True, permanent=True)
+        raise ExportError("store", f"There is no database {path}.", unavailable=True, permanent=True)
     from dspy_otel.mlflow.backends.embedded import EmbeddedBackend
 
     return EmbeddedBackend(target)

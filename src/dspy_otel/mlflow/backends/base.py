@@ -1,4 +1,4 @@
-"""The contract of a way into MLflow, and what both ways share."""
+"""The contract of a backend, and what both backends share."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from dspy_otel.mlflow.runs import Dataset, Metric, Score, StoredRun
 
 OLDEST_MLFLOW: Final = "3.14"
 """First release whose OTLP endpoint keeps trace tags and resource attributes (compared over the wheels)."""
-LINKS_AT_ONCE: Final = 100
+MAX_LINKS: Final = 100
 """MLflow's ``MAX_TRACE_LINKS_PER_REQUEST``."""
 FAILED_EXAMPLE: Final = "The example failed."
-"""What a score says of an example that raised, when content is not captured."""
+"""The message of a score whose example raised, when content is not captured."""
 MAX_ARTIFACT: Final = 256 * 1024 * 1024
 """Most bytes of an artifact that is read back."""
 
@@ -36,7 +36,7 @@ class Batch:
 
 
 class CreatedRun(NamedTuple):
-    """A run that is there, and where its artifacts are."""
+    """A run that exists, and where its artifacts are."""
 
     run_id: str
     artifact_uri: str
@@ -45,34 +45,33 @@ class CreatedRun(NamedTuple):
 class Backend(Protocol):
     """One experiment of one MLflow.
 
-    Every method that writes may be called again with the same arguments, and then changes nothing: spans are known by
-    their ids, runs by the tag with their key, metric points by value, time and step, scores by their own id. So who
-    does not know whether a call got through repeats it.
+    Every method that writes is idempotent: spans have ids, runs a tag with their key, metric points a value, time and
+    step, scores an id. A caller that does not know whether a call succeeded repeats it.
 
     Every method raises :class:`~dspy_otel.mlflow.retry.ExportError` and nothing else; its verdict says what to do.
 
-    One thread at a time may use a backend, but for :meth:`assess` of a backend that is ``parallel``, and for
-    :attr:`answered` and :meth:`hurry`, which any thread may.
+    One thread at a time may use a backend. Exceptions: several threads may call :meth:`assess` of a backend that is
+    ``parallel``, and any thread may use :attr:`answered` and :meth:`set_deadline`.
 
     Attributes:
-        parallel: whether scores are written by several threads with profit.
-        answered: how often it has answered so far, refusals included: whether it is slow or away.
+        parallel: whether several threads write scores faster than one.
+        answered: number of answers so far, refusals included; it tells a slow server from one that is down.
     """
 
     parallel: bool
     answered: int
 
     def deliver(self, batch: Batch) -> bool:
-        """Write spans, links and scores together, all or nothing; False when this has to be done one by one."""
+        """Write spans, links and scores together, all or nothing; False when the backend cannot."""
 
     def send(self, body: bytes) -> None:
         """Write spans, all or nothing: an OTLP request in protobuf."""
 
     def link(self, run_id: str, trace_ids: Sequence[str]) -> None:
-        """Put at most ``LINKS_AT_ONCE`` traces on a run. They need not be there yet."""
+        """Put at most ``MAX_LINKS`` traces on a run. They need not exist yet."""
 
     def assess(self, score: Score, run_id: str | None) -> None:
-        """Put a score on a trace, which must be there."""
+        """Put a score on a trace that exists."""
 
     def create_run(
         self, key: str, tags: Mapping[str, str], started: int, experiment_id: str | None = None, *, known: bool = False
@@ -84,7 +83,7 @@ class Backend(Protocol):
             tags: at most 100, its name and key among them.
             started: milliseconds since 1970.
             experiment_id: where, if not in the backend's own experiment.
-            known: it may be there already: look first.
+            known: it may exist already: look first.
         """
 
     def find_run(self, key: str, experiment_id: str | None = None) -> CreatedRun | None:
@@ -108,8 +107,8 @@ class Backend(Protocol):
     def read_artifact(self, run: CreatedRun, path: str) -> str | None:
         """A text artifact; None when the run has none under that path."""
 
-    def hurry(self, until: float) -> None:
-        """The program ends: no request may take longer than ``until`` (monotonic clock)."""
+    def set_deadline(self, until: float) -> None:
+        """Let no request take longer than ``until`` (monotonic clock): the program ends."""
 
     def close(self) -> None:
         """Release connections."""
@@ -154,17 +153,17 @@ def resolve_experiment(
         found = by_id(value)
         if found is None and is_id:
             raise ExportError(
-                "experiment", f"MLflow has no experiment with id {value} (MLFLOW_EXPERIMENT_ID).", away=True
+                "experiment", f"MLflow has no experiment with id {value} (MLFLOW_EXPERIMENT_ID).", unavailable=True
             )
     if found is None:
         found = by_name(value)
     if found is None and not create:
-        raise ExportError("experiment", f"MLflow has no experiment {value!r}.", away=True, permanent=True)
+        raise ExportError("experiment", f"MLflow has no experiment {value!r}.", unavailable=True, permanent=True)
     if found is None:
         try:
             return make(value)
         except ExportError as error:
-            found = None if error.away else by_name(value)  # another process may have made it since
+            found = None if error.unavailable else by_name(value)  # another process may have created it since
             if found is None:
                 raise
     if found.lifecycle_stage == "deleted":
@@ -172,7 +171,7 @@ def resolve_experiment(
             "experiment",
             f"MLflow experiment {value!r} is deleted: restore it "
             f"(mlflow experiments restore -x {found.experiment_id}) or choose another.",
-            away=True,
+            unavailable=True,
         )
     return found.experiment_id
 
@@ -194,7 +193,7 @@ def dataset_fields(dataset: Dataset) -> dict[str, str]:
 
 
 def score_metadata(score: Score, run_id: str | None) -> dict[str, str]:
-    """What an assessment says beside its value; the run's page shows the scores that name it."""
+    """Metadata of an assessment. The page of a run shows the scores whose metadata has its id."""
     metadata = {} if run_id is None else {"mlflow.assessment.sourceRunId": run_id}
     if score.row is not None:
         metadata["dspy.example.index"] = str(score.row)

@@ -1,10 +1,10 @@
 """An embedded MLflow SQL store (``sqlite:///`` and the like), in this process, without a server.
 
-MLflow has no public way in for finished OpenTelemetry spans. What its own OTLP endpoint does with a request is done
-here in process: decode each span with ``Span.from_otel_proto`` and hand the list to the store's ``log_spans``
-(read in MLflow 3.17.2, ``mlflow/server/otel_api.py``). So a trace looks the same as one that went through a server.
+MLflow has no public API that takes finished OpenTelemetry spans. This module does in process what its OTLP endpoint
+does: decode each span with ``Span.from_otel_proto`` and hand the list to the store's ``log_spans`` (read in MLflow
+3.17.2, ``mlflow/server/otel_api.py``). So a trace looks the same as one that went through a server.
 
-A batch's spans, links and scores are written in one transaction: a commit is what costs most in sqlite. That works on
+A batch's spans, links and scores are written in one transaction: commits cost most in sqlite. That works on
 a copy of MLflow's store object whose calls share one session; where a version of MLflow does not allow it, each call
 is made on its own.
 """
@@ -33,11 +33,11 @@ from dspy_otel.mlflow.translate import CHAT_USAGE, LLM_COST
 _logger = logging.getLogger(__name__)
 _Result = TypeVar("_Result")
 
-_LASTING: Final = ("INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "RESOURCE_ALREADY_EXISTS")
-"""Codes of MLflow's errors that the same call would get again."""
+_PERMANENT: Final = ("INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "RESOURCE_ALREADY_EXISTS")
+"""Codes of errors that MLflow gives again for the same call."""
 _OPEN_SECONDS: Final = 300.0
-"""Most that another process may take to make the store. A new one runs some fifty migrations."""
-_IDS_AT_ONCE: Final = 500
+"""Seconds to wait for another process that creates the store: a new one runs some fifty migrations."""
+_MAX_IDS: Final = 500
 
 
 class EmbeddedBackend:
@@ -59,12 +59,12 @@ class EmbeddedBackend:
         self.answered = 0
         self._until = float("inf")
         _check_mlflow()
-        with _alone(uri):
+        with _opening_lock(uri):
             try:
                 from mlflow.tracing.client import TracingClient
                 from mlflow.tracking import MlflowClient
 
-                _make_whole(uri, MlflowClient)
+                _create_database(uri, MlflowClient)
                 self._client: Any = MlflowClient(tracking_uri=uri)
                 self._traces: Any = TracingClient(uri)
                 self._experiment_id = resolve_experiment(
@@ -74,7 +74,7 @@ class EmbeddedBackend:
                 raise
             except Exception as error:
                 message = f"MLflow cannot open {self.name}: {clean(base.first_line(error))}"
-                raise ExportError("store", message, away=True) from error
+                raise ExportError("store", message, unavailable=True) from error
 
     # --- spans ------------------------------------------------------------------------------------------------------
     def deliver(self, batch: Batch) -> bool:
@@ -90,8 +90,8 @@ class EmbeddedBackend:
                 with session.no_autoflush, _adding(session, {span.trace_id for span in spans}):
                     shared.log_spans(self._experiment_id, spans)
                 for run_id, trace_ids in batch.links.items():
-                    for start in range(0, len(trace_ids), base.LINKS_AT_ONCE):
-                        shared.link_traces_to_run(list(trace_ids[start : start + base.LINKS_AT_ONCE]), run_id)
+                    for start in range(0, len(trace_ids), base.MAX_LINKS):
+                        shared.link_traces_to_run(list(trace_ids[start : start + base.MAX_LINKS]), run_id)
                 self._add_scores(session, batch.scores)
         except Exception as error:
             _logger.debug("not in one transaction: %s", base.first_line(error))
@@ -104,8 +104,8 @@ class EmbeddedBackend:
         from mlflow.store.tracking.dbmodels.models import SqlAssessments, SqlTraceInfo
 
         session.flush()
-        for start in range(0, len(scores), _IDS_AT_ONCE):
-            some = {score.id: (score, run_id) for score, run_id in scores[start : start + _IDS_AT_ONCE]}
+        for start in range(0, len(scores), _MAX_IDS):
+            some = {score.id: (score, run_id) for score, run_id in scores[start : start + _MAX_IDS]}
             there = session.query(SqlAssessments.assessment_id).filter(SqlAssessments.assessment_id.in_(list(some)))
             for (known,) in there:
                 some.pop(known)
@@ -140,7 +140,7 @@ class EmbeddedBackend:
             try:
                 self._traces.log_assessment(score.trace_id, _feedback(score, run_id))
             except Exception:
-                # It may be there already, from an attempt that was cut short.
+                # An attempt that was interrupted may have stored it.
                 with contextlib.suppress(Exception):
                     self._traces.get_assessment(score.trace_id, score.id)
                     return
@@ -228,12 +228,12 @@ class EmbeddedBackend:
         return self._call("artifact", lambda: base.read_with_client(self._client, run.run_id, path))
 
     # --- the store --------------------------------------------------------------------------------------------------
-    def hurry(self, until: float) -> None:
-        """After that, nothing is begun any more."""
+    def set_deadline(self, until: float) -> None:
+        """Start no call after that time."""
         self._until = until
 
     def close(self) -> None:
-        """Nothing: MLflow shares one store per URI in a process, and others may use it."""
+        """Do nothing: MLflow shares one store per URI in a process, and others may use it."""
 
     def after_fork(self) -> None:
         """Forget the parent's database connections without closing them under it."""
@@ -244,15 +244,15 @@ class EmbeddedBackend:
     def _call(self, cause: str, call: Callable[[], _Result]) -> _Result:
         """Make a call of MLflow's client; an error says whether the same call would fail again."""
         if time.monotonic() > self._until:
-            raise ExportError("slow", f"MLflow's store {self.name}: no time is left.", away=True)
+            raise ExportError("slow", f"MLflow's store {self.name}: no time is left.", unavailable=True)
         try:
             result = call()
         except ExportError:
             raise
         except Exception as error:
-            lasting = getattr(error, "error_code", None) in _LASTING
+            permanent = getattr(error, "error_code", None) in _PERMANENT
             message = f"MLflow cannot write to {self.name}: {clean(base.first_line(error))}"
-            raise ExportError(cause, message, Verdict.SPLIT if lasting else Verdict.LATER) from error
+            raise ExportError(cause, message, Verdict.SPLIT if permanent else Verdict.LATER) from error
         self.answered += 1
         return result
 
@@ -280,7 +280,7 @@ class EmbeddedBackend:
 
 
 def _sharing(session: Any) -> Callable[..., Any]:
-    """What stands in for a store's maker of sessions: all get the same one, which its owner commits."""
+    """A session maker for a copy of a store: all calls get one session, which its owner commits."""
 
     @contextmanager
     def make(read_only: bool = True) -> Iterator[Any]:
@@ -292,9 +292,9 @@ def _sharing(session: Any) -> Callable[..., Any]:
 
 @contextmanager
 def _adding(session: Any, trace_ids: set[str]) -> Iterator[None]:
-    """Add the tags and metadata of new traces, where the store would look for each of them first.
+    """Insert the tags and metadata of new traces; the store would look for each of them first.
 
-    That look-up is a fifth of the time that a trace costs. Rows of traces that are there already are merged as ever.
+    That look-up is a fifth of the time that a trace costs. Rows of existing traces are merged as before.
     """
     from mlflow.store.tracking.dbmodels.models import SqlTraceInfo
     from sqlalchemy import inspect
@@ -325,8 +325,8 @@ def _adding(session: Any, trace_ids: set[str]) -> Iterator[None]:
 
 
 @contextmanager
-def _alone(uri: str) -> Iterator[None]:
-    """One process at a time opens a store: MLflow's migrations of a new one do not stand two."""
+def _opening_lock(uri: str) -> Iterator[None]:
+    """One process at a time opens a store: MLflow's migrations of a new one fail in two at once."""
     lock = lock_for(uri, _OPEN_SECONDS)
     if lock is None:
         yield
@@ -335,11 +335,10 @@ def _alone(uri: str) -> Iterator[None]:
         yield
 
 
-def _make_whole(uri: str, client: Callable[..., Any]) -> None:
-    """Make a new sqlite database beside its place, and put it there when all of its tables exist.
+def _create_database(uri: str, client: Callable[..., Any]) -> None:
+    """Create a new sqlite database under another name, and rename it when all of its tables exist.
 
-    MLflow's migrations take seconds, and cannot go on where a process that was killed has left them: the database
-    could never be opened.
+    MLflow's migrations take seconds. MLflow cannot open a database whose migrations were interrupted, as by a kill.
     """
     path = sqlite_path(uri)
     if path is None or os.path.exists(path) or not os.path.isdir(os.path.dirname(path) or "."):
@@ -347,14 +346,14 @@ def _make_whole(uri: str, client: Callable[..., Any]) -> None:
     beside = f"{path}.new"
     try:
         with contextlib.suppress(FileNotFoundError):
-            os.unlink(beside)  # of a process that was killed: only one makes it at a time
+            os.unlink(beside)  # left by a process that was killed; the lock lets only one create it
         made = client(tracking_uri=f"sqlite:///{beside}")
         made.get_experiment("0")
         made._tracking_client.store.engine.dispose()
-        if not os.path.exists(path):  # another program, which is none of ours, may have made it meanwhile
+        if not os.path.exists(path):  # MLflow in another program may have created it meanwhile
             os.rename(beside, path)
-    except Exception as error:  # MLflow makes it in its place then, as it always does
-        _logger.debug("the database is made in its place: %s", base.first_line(error))
+    except Exception as error:  # MLflow creates it in place, as without us
+        _logger.debug("the database is created in place: %s", base.first_line(error))
     finally:
         with contextlib.suppress(OSError):
             os.unlink(beside)
@@ -366,15 +365,15 @@ def _check_mlflow() -> None:
         import mlflow
     except ImportError as error:
         message = f"An embedded MLflow store needs the mlflow package: {install}."
-        raise ExportError("mlflow missing", message, away=True, permanent=True) from error
+        raise ExportError("mlflow missing", message, unavailable=True, permanent=True) from error
     if Version(mlflow.__version__) < Version(OLDEST_MLFLOW):
         message = f"MLflow {mlflow.__version__} is too old for an embedded store; {OLDEST_MLFLOW} or newer is needed."
-        raise ExportError("mlflow old", message, away=True, permanent=True)
+        raise ExportError("mlflow old", message, unavailable=True, permanent=True)
     try:
         import sqlalchemy  # noqa: F401
     except ImportError as error:
         message = f"mlflow-skinny and mlflow-tracing have no SQL store: {install}."
-        raise ExportError("mlflow skinny", message, away=True, permanent=True) from error
+        raise ExportError("mlflow skinny", message, unavailable=True, permanent=True) from error
 
 
 def _to_mlflow(body: bytes) -> list[Any]:

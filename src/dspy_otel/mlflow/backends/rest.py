@@ -45,7 +45,7 @@ _CHUNK: Final = 64 * 1024
 _LOOPBACK: Final = frozenset({"localhost", "127.0.0.1", "::1"})
 _TLS_OFF: Final = frozenset({"true", "1"})  # how MLflow reads its boolean variables
 _ARTIFACTS: Final = "mlflow-artifacts"
-_GONE: Final = "RESOURCE_DOES_NOT_EXIST"
+_NOT_FOUND: Final = "RESOURCE_DOES_NOT_EXIST"
 _NO_ENDPOINT: Final = frozenset({404, 405, 501})
 
 
@@ -74,7 +74,7 @@ class RestBackend:
 
     # --- spans ------------------------------------------------------------------------------------------------------
     def deliver(self, batch: Batch) -> bool:
-        """A server has no call that takes all at once."""
+        """Return False: a server has no call that takes all at once."""
         return False
 
     def send(self, body: bytes) -> None:
@@ -89,15 +89,15 @@ class RestBackend:
         self._batches += 1
         if verdict is Verdict.DELIVERED:
             return
-        if answer.error_code == _GONE:
-            self._experiment_id = None  # deleted while we ran: it is looked up again
-            raise ExportError("experiment", f"{self.name}: the experiment is gone.", away=True)
+        if answer.error_code == _NOT_FOUND:
+            self._experiment_id = None  # deleted meanwhile: it is looked up again
+            raise ExportError("experiment", f"{self.name}: the experiment does not exist any more.", unavailable=True)
         if answer.status in _NO_ENDPOINT:
             raise ExportError(
                 "endpoint",
                 f"{self.name} takes no OpenTelemetry traces ({answer.status} {answer.text}). "
                 f"It needs MLflow {OLDEST_MLFLOW} or newer with a SQL store.",
-                away=True,
+                unavailable=True,
             )
         raise explain(answer, verdict, self.name)
 
@@ -129,8 +129,8 @@ class RestBackend:
         try:
             found = self._rest("POST", path, version="3.0", json={"assessment": assessment})
         except ExportError as error:
-            # It may be there already, from an attempt whose answer got lost.
-            if error.away or self._rest("GET", f"{path}/{score.id}", version="3.0") is None:
+            # An attempt whose answer was lost may have stored it.
+            if error.unavailable or self._rest("GET", f"{path}/{score.id}", version="3.0") is None:
                 raise
             return
         if found is None:
@@ -215,7 +215,7 @@ class RestBackend:
             try:
                 self._experiment_id = self._find_experiment()
             except ExportError as error:
-                error.away = True  # it is not about what was to be written
+                error.unavailable = True  # nothing can be written without an experiment
                 raise
         return self._experiment_id
 
@@ -229,8 +229,8 @@ class RestBackend:
             lambda one: str(self._post("experiments/create", {"name": one})["experiment_id"]),
         )
 
-    def hurry(self, until: float) -> None:
-        """No request may take longer."""
+    def set_deadline(self, until: float) -> None:
+        """Let no request take longer than until then."""
         self._until = until
 
     def close(self) -> None:
@@ -245,7 +245,7 @@ class RestBackend:
         answer = self._request("GET", "/version")
         try:
             old = answer.ok and Version(answer.body[:100].decode("ascii").strip()) < Version(OLDEST_MLFLOW)
-        except (InvalidVersion, UnicodeDecodeError):  # a proxy's own page: the other answers will show it
+        except (InvalidVersion, UnicodeDecodeError):  # a proxy's page: later answers show the reason
             return
         if old:
             _logger.warning(
@@ -259,13 +259,15 @@ class RestBackend:
     def _post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
         answer = self._rest("POST", path, json=body)
         if answer is None:
-            raise base.refusal("gone", f"MLflow at {self.name} says the run or experiment does not exist any more.")
+            raise base.refusal(
+                "not found", f"MLflow at {self.name} says the run or experiment does not exist any more."
+            )
         return answer
 
     def _rest(self, method: str, path: str, *, version: str = "2.0", **kwargs: Any) -> dict[str, Any] | None:
         """Call MLflow's REST API; None when what is asked for does not exist."""
         answer = self._request(method, f"/api/{version}/mlflow/{path}", **kwargs)
-        if answer.error_code == _GONE:
+        if answer.error_code == _NOT_FOUND:
             return None
         verdict = judge(answer, ours=_is_json(answer))
         if verdict is not Verdict.DELIVERED:
@@ -303,13 +305,13 @@ class RestBackend:
             if not self.answered:
                 raise self._unreachable(error) from error
             raise ExportError(
-                "slow", f"MLflow at {self.name} is slow: no answer in {left:.0f} s.", away=True
+                "slow", f"MLflow at {self.name} is slow: no answer in {left:.0f} s.", unavailable=True
             ) from error
         except (requests.ConnectionError, requests.Timeout) as error:
             raise self._unreachable(error) from error
         except Exception as error:  # a malformed URI, a missing certificate file, half an answer, ...
             kind = type(error).__name__
-            raise ExportError("request", f"MLflow at {self.name}: {kind}.", away=True) from error
+            raise ExportError("request", f"MLflow at {self.name}: {kind}.", unavailable=True) from error
         self.answered += 1
         return answer
 
@@ -318,7 +320,7 @@ class RestBackend:
             "unreachable",
             f"MLflow at {self.name} cannot be reached ({type(error).__name__}): is the server running, and is "
             "MLFLOW_TRACKING_URI right?",
-            away=True,
+            unavailable=True,
         )
 
     def _authorize(self, request: requests.PreparedRequest) -> requests.PreparedRequest:
@@ -344,7 +346,7 @@ class RestBackend:
 
 
 def _read(response: requests.Response, limit: int, until: float) -> Answer:
-    """An answer, of bounded size and within bounded time; the connection is kept when all of it was read."""
+    """Read an answer within limits of size and time. The connection is kept when all of it was read."""
     if response.status_code >= 300:
         limit = min(limit, _MAX_REFUSAL)
     parts: list[bytes] = []
@@ -353,7 +355,7 @@ def _read(response: requests.Response, limit: int, until: float) -> Answer:
     raw = response.raw
     try:
         while size <= limit and time.monotonic() < until:
-            # What has arrived; an empty part is no sign of the end where an answer comes in chunks.
+            # read1 gives what has arrived; in a chunked answer an empty part is not yet the end.
             part = raw.read1(_CHUNK, decode_content=True) or raw.read(_CHUNK, decode_content=True)
             if not part:
                 whole = True
