@@ -26,6 +26,7 @@ class Memory:
 
     Attributes:
         runs, links, scores, spans: what it has.
+        asked: number of calls, failures included.
         down: spans alone cannot be sent.
     """
 
@@ -38,7 +39,7 @@ class Memory:
         self.links: dict[str, list[str]] = {}
         self.scores: list[tuple[str, float | None, str | None]] = []
         self.spans: dict[int, ReadableSpan] = {}
-        self.answered = 0
+        self.answered = self.asked = 0
         self.lose_answers = 0
 
     @property
@@ -46,6 +47,7 @@ class Memory:
         return {f"tr-{span.context.trace_id:032x}" for span in self.spans.values()}
 
     def answer(self) -> None:
+        self.asked += 1
         if self.failure is not None:
             raise self.failure
         self.answered += 1

@@ -5,8 +5,8 @@ from __future__ import annotations
 import copy
 import json
 import os
+import signal
 import threading
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,6 +23,7 @@ from dspy_otel.mlflow import MLflowSpanExporter
 from dspy_otel.mlflow.account import Account
 from dspy_otel.mlflow.exporter import track_runs
 from tests.mlflow.fake_server import Fault, Faults
+from tests.support.waiting import wait_for
 
 ROWS = json.dumps([{"q": "1", "n": 2}, {"q": "3", "n": 4}])
 STATE = json.dumps({"qa": {"signature": {"instructions": "Answer."}, "demos": []}})
@@ -389,14 +390,15 @@ def fork(process: Process, provider: TracerProvider, ids: Counting) -> None:
 
 
 def wait(child: int) -> int:
-    for _ in range(6000):
-        done, status = os.waitpid(child, os.WNOHANG)
-        if done:
-            return os.waitstatus_to_exitcode(status)
-        time.sleep(0.01)
-    os.kill(child, 9)
-    os.waitpid(child, 0)
-    raise AssertionError("a forked child hangs")
+    try:
+        _, status = wait_for(
+            lambda: (found := os.waitpid(child, os.WNOHANG))[0] and found, "a forked child", pause=0.01
+        )
+    except BaseException:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        raise
+    return os.waitstatus_to_exitcode(status)
 
 
 def abandon(processor: Any) -> None:

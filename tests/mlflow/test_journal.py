@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import logging
 import os
+import select
 import socket
 import subprocess
 import sys
 import textwrap
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,12 +26,14 @@ from opentelemetry.trace import Link, SpanKind, Status, StatusCode
 from dspy_otel import semconv
 from dspy_otel.mlflow import MLflowSpanExporter, journal, processor, retry
 from dspy_otel.mlflow import replay as replaying
-from dspy_otel.mlflow.exporter import track_runs
+from dspy_otel.mlflow.exporter import exporters_of, track_runs
 from dspy_otel.mlflow.journal import Journal, JournalDirectory, journal_directories, spool_directory
 from dspy_otel.mlflow.replay import replay
 from dspy_otel.record.otlp import decode, encode
 from tests.mlflow.memory import AWAY, Memory, Program
 from tests.support.fault_proxy import fault_proxy
+from tests.support.waiting import run as run_program
+from tests.support.waiting import wait_for
 
 
 @pytest.fixture(autouse=True)
@@ -356,7 +358,7 @@ FULL = """
     from opentelemetry.sdk.trace import TracerProvider
     from opentelemetry.sdk.trace.export import BatchSpanProcessor
     from dspy_otel.mlflow import MLflowSpanExporter
-    from dspy_otel.mlflow.exporter import track_runs
+    from dspy_otel.mlflow.exporter import exporters_of, track_runs
     if {limit}:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))  # of each file
@@ -380,12 +382,9 @@ def test_a_full_disk_does_no_harm(tmp_path: Path, kind: str) -> None:
         if os.geteuid() != 0 or subprocess.run(command, capture_output=True).returncode:
             pytest.skip("cannot mount")
     try:
-        result = subprocess.run(
+        result = run_program(
             [sys.executable, "-c", textwrap.dedent(FULL).format(limit=kind == "limit")],
             env={**os.environ, "OTEL_DSPY_SPOOL": str(mounted / "spool"), "OTEL_DSPY_EXIT_SECONDS": "2"},
-            capture_output=True,
-            text=True,
-            timeout=120,
         )
         left = [path.stat().st_size for path in mounted.rglob("*.pb")]
     finally:
@@ -465,9 +464,9 @@ def test_files_are_what_any_otlp_receiver_takes(directory: Path, store: Memory) 
 # --- the end of the program -----------------------------------------------------------------------------------------
 
 
-def one_span_to(uri: str) -> TracerProvider:
+def one_span_to(uri: str, timeout: float | None = None) -> TracerProvider:
     provider = TracerProvider(shutdown_on_exit=False)
-    provider.add_span_processor(BatchSpanProcessor(MLflowSpanExporter(uri)))
+    provider.add_span_processor(BatchSpanProcessor(MLflowSpanExporter(uri, timeout=timeout)))
     track_runs(provider)
     provider.get_tracer(semconv.SCOPE_NAME).start_span("chat").end()
     return provider
@@ -487,11 +486,11 @@ def test_a_server_that_never_answers_is_given_up(directory: Path, monkeypatch: p
     with socket.socket() as deaf:
         deaf.bind(("127.0.0.1", 0))
         deaf.listen()
-        provider = one_span_to(f"http://127.0.0.1:{deaf.getsockname()[1]}")
-        time.sleep(0.1)
-        began = time.monotonic()
+        provider = one_span_to(f"http://127.0.0.1:{deaf.getsockname()[1]}", timeout=3600)
+        wait_for(lambda: select.select([deaf], [], [], 0)[0], "the first request")
         provider.shutdown()
-        assert time.monotonic() - began < 10
+        (exporter,) = exporters_of(provider)
+        assert exporter.processor.worker.backoff.failures == 0  # no request has reached its timeout
     assert left_in(directory) == ["chat"]
 
 

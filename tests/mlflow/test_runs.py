@@ -20,6 +20,7 @@ from dspy_otel.mlflow import processor, retry, runs
 from dspy_otel.mlflow.exporter import exporters_of, track_runs
 from dspy_otel.mlflow.retry import ExportError, Verdict
 from dspy_otel.mlflow.runs import Score, runs_of, safe_key
+from dspy_otel.mlflow.worker import EXIT_ATTEMPTS
 from dspy_otel.record.history import History
 from dspy_otel.record.model import Candidate
 from dspy_otel.record.otlp import decode
@@ -153,16 +154,25 @@ def test_the_end_of_the_program_kills_what_still_runs(store: Memory, caplog: pyt
     assert "The program ended before it did" in store.runs["id of r1"]["tags"]["mlflow.note.content"]
 
 
-def test_at_the_end_one_line_says_what_was_not_written(store: Memory, caplog: pytest.LogCaptureFixture) -> None:
+def test_at_the_end_one_line_says_what_was_not_written(
+    store: Memory, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     program = Program(store)
     store.failure = AWAY
     with caplog.at_level(logging.WARNING):
         span = program.compile()
         program.trial(span, 1, 50.0, examples=5)
         span.end()
-        began = time.monotonic()
+        backoff = program.exporter.processor.worker.backoff
+        restart = backoff.restart
+
+        def at_the_end() -> None:
+            store.asked = 0
+            restart()
+
+        monkeypatch.setattr(backoff, "restart", at_the_end)
         program.provider.shutdown()
-    assert time.monotonic() - began < 10
+    assert store.asked <= EXIT_ATTEMPTS + 1  # one that was under way
     (line,) = [record.message for record in caplog.records if "not written" in record.message]
     assert "2 runs" in line
     assert "5 scores" in line

@@ -93,7 +93,7 @@ def test_a_trial_gives_its_own_run_and_points_for_one_other() -> None:
 
 
 def test_it_is_pure() -> None:
-    for record in (TRIAL, OVER, Evaluation("e", ended=1)):
+    for record in (TRIAL, OVER, Evaluation("e", started=1, ended=1)):
         assert runs_of(record, {}) == runs_of(record, {})
 
 
