@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 import textwrap
 from collections.abc import Callable, Iterator
@@ -21,6 +20,7 @@ from opentelemetry.trace import SpanKind, Status, StatusCode
 from dspy_otel import semconv
 from dspy_otel.mlflow import MLflowSpanExporter
 from tests.support.mlflow_server import mlflow_server
+from tests.support.waiting import run
 
 pytest.importorskip("mlflow")
 pytestmark = pytest.mark.integration
@@ -286,15 +286,12 @@ def test_a_short_script_writes_to_an_embedded_store_at_exit_and_loads_no_pricing
         provider.get_tracer("{semconv.SCOPE_NAME}").start_span("chat m", attributes=attributes).end()
     """
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("MLFLOW_", "OTEL_"))}
-    result = subprocess.run(
+    result = run(
         [sys.executable, "-c", textwrap.dedent(program)],
         cwd=tmp_path,
         env={**environment, "MLFLOW_EXPERIMENT_NAME": EXPERIMENT},
-        check=True,
-        capture_output=True,
-        text=True,
-        timeout=120,
     )
+    assert result.returncode == 0, result.stderr
     assert result.stdout.strip() == "False"
     assert result.stderr.count("MLFLOW_TRACKING_URI is not set") == 1
     assert list(Store(f"sqlite:///{tmp_path / 'mlflow.db'}").traces()) == ["chat m"]

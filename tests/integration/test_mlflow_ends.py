@@ -17,9 +17,9 @@ from dspy_otel.mlflow.replay import replay
 from tests.support.fault_proxy import FaultProxy, fault_proxy
 from tests.support.mlflow_server import mlflow_server
 from tests.support.mlflow_store import Store
-from tests.support.waiting import wait_for
+from tests.support.waiting import wait_for, wait_for_exit
 
-pytest.importorskip("mlflow")
+MlflowException = pytest.importorskip("mlflow").MlflowException
 pytestmark = pytest.mark.integration
 
 CALLS = """
@@ -27,6 +27,14 @@ CALLS = """
     import dspy, dspy_otel
     from tests.optimizers.common import scripted_lm, ColourFamily, load_examples
     dspy_otel.configure(capture_content="span_only")
+    from opentelemetry import trace
+    from dspy_otel.mlflow.exporter import exporters_of
+    def wait_for_journal():
+        (exporter,) = exporters_of(trace.get_tracer_provider())
+        while exporter.processor._queue:
+            time.sleep(0.05)
+        with exporter.processor._recording:
+            pass
     scripted_lm()
     program = ColourFamily()
     for example in load_examples("train", 20):
@@ -39,15 +47,23 @@ COMPILE = """
     import dspy, dspy_otel
     from tests.optimizers.common import scripted_lm, ColourFamily, load_examples, same_family
     dspy_otel.configure(capture_content="span_only")
+    from opentelemetry import trace
+    from dspy_otel.mlflow.exporter import exporters_of
+    def wait_for_journal():
+        (exporter,) = exporters_of(trace.get_tracer_provider())
+        while exporter.processor._queue:
+            time.sleep(0.05)
+        with exporter.processor._recording:
+            pass
     scripted_lm()
     seen = 0
-    said, sys.stdout = sys.stdout, io.StringIO()  # the optimizer prints
+    stdout, sys.stdout = sys.stdout, io.StringIO()  # the optimizer prints
     def metric(example, prediction, trace=None):
         global seen
         seen += trace is None  # else an example is tried for a demonstration, and has no score
         if seen == 20:
-            time.sleep(1.0)  # what a killed process may lose at most
-            print("there", file=said, flush=True)
+            wait_for_journal()  # what is not in it is lost
+            print("there", file=stdout, flush=True)
             time.sleep(600)
         return same_family(example, prediction)
     optimizer = dspy.BootstrapFewShotWithRandomSearch(metric=metric, num_candidate_programs=2, num_threads=1)
@@ -118,7 +134,7 @@ def test_sigterm_right_after_calls_with_the_server_there(server_uri: str, tmp_pa
     process = start(tmp_path, CALLS.format(then="time.sleep(600)"), server_uri, "terminated")
     assert line(process) == "called"
     process.terminate()
-    assert process.wait() == -signal.SIGTERM
+    assert wait_for_exit(process, "the program") == -signal.SIGTERM
     replay([tmp_path / "spool"])  # a slow machine may need more than the few seconds
     assert found(server_uri, "terminated")[0] == 20
 
@@ -128,7 +144,7 @@ def test_sigterm_while_mlflow_is_away(server_uri: str, proxy: FaultProxy, tmp_pa
     process = start(tmp_path, CALLS.format(then="time.sleep(600)"), proxy.url, "terminated while away")
     assert line(process) == "called"
     process.terminate()
-    assert process.wait() == -signal.SIGTERM
+    assert wait_for_exit(process, "the program") == -signal.SIGTERM
     assert (tmp_path / "program0.err").read_text().count("dspy-otel replay") == 1
     proxy.up()
     assert replay([tmp_path / "spool"]).left == []
@@ -140,7 +156,7 @@ def test_a_handler_of_the_programs_own_stays(server_uri: str, tmp_path: Path) ->
     process = start(tmp_path, setup + textwrap.dedent(CALLS.format(then="time.sleep(600)")), server_uri, "handled")
     assert line(process) == "called"
     process.terminate()
-    assert process.wait() == 3
+    assert wait_for_exit(process, "the program") == 3
     assert found(server_uri, "handled")[0] == 20
 
 
@@ -153,7 +169,7 @@ def test_kill_in_a_compile(server_uri: str, proxy: FaultProxy, tmp_path: Path, a
     process = start(tmp_path, COMPILE, proxy.url, experiment)
     assert line(process) == "there"
     process.kill()
-    process.wait()
+    wait_for_exit(process, "the program")
     if away:
         proxy.up()
     if by == "replay":
@@ -162,13 +178,16 @@ def test_kill_in_a_compile(server_uri: str, proxy: FaultProxy, tmp_path: Path, a
         following = start(tmp_path, CALLS.format(then="time.sleep(600)"), proxy.url, experiment)
         assert line(following) == "called"
 
+        latest: list[Any] = []
+
         def over() -> bool:
-            traces, _, states = found(server_uri, experiment)
+            latest[:] = traces, _, states = found(server_uri, experiment)
             return traces >= 19 + 20 and bool(states) and "RUNNING" not in states
 
-        wait_for(over, "recovery", lambda: found(server_uri, experiment))
+        # A busy server answers with errors, because it has no connection to its database left.
+        wait_for(over, "recovery", lambda: list(latest), ignored=(MlflowException,), pause=1.0)
         following.kill()
-        following.wait()
+        wait_for_exit(following, "the next program")
     traces, scored, states = found(server_uri, experiment)
     assert scored == 19  # the twentieth has no verdict yet
     assert traces >= 19
@@ -181,23 +200,25 @@ def test_kill_in_a_compile(server_uri: str, proxy: FaultProxy, tmp_path: Path, a
 def test_ctrl_c_twice_ends_the_program_at_once_and_the_journal_has_the_rest(
     server_uri: str, proxy: FaultProxy, tmp_path: Path
 ) -> None:
-    proxy.delay = 30
+    proxy.delay = 3600
     process = start(tmp_path, CALLS.format(then="time.sleep(600)"), proxy.url, "twice")
     assert line(process) == "called"
     process.send_signal(signal.SIGINT)
     wait_for(lambda: "KeyboardInterrupt" in (tmp_path / "program0.err").read_text(), "first Ctrl-C")
     process.send_signal(signal.SIGINT)
-    assert process.wait() != 0
+    assert wait_for_exit(process, "the program") != 0
     proxy.delay = 0
     assert replay([tmp_path / "spool"]).left == []
     assert found(server_uri, "twice")[0] == 20
 
 
-@pytest.mark.parametrize("end", ["raise ValueError('mine')", "sys.exit(4)", "import os; time.sleep(1); os._exit(5)"])
+@pytest.mark.parametrize(
+    "end", ["raise ValueError('mine')", "sys.exit(4)", "import os; wait_for_journal(); os._exit(5)"]
+)
 def test_other_ends(server_uri: str, tmp_path: Path, end: str) -> None:
     process = start(tmp_path, CALLS.format(then=end), server_uri, f"end {end[:5]}")
     assert line(process) == "called"
-    assert process.wait() in (1, 4, 5)
+    assert wait_for_exit(process, "the program") in (1, 4, 5)
     replay([tmp_path / "spool"])
     assert found(server_uri, f"end {end[:5]}")[0] == 20
 
@@ -220,7 +241,7 @@ def test_forked_children_write_their_own(server_uri: str, tmp_path: Path) -> Non
     """
     process = start(tmp_path, textwrap.dedent(CALLS).format(then=textwrap.dedent(fork)), server_uri, "forked")
     assert line(process) == "called"
-    assert process.wait() == 0
+    assert wait_for_exit(process, "the program") == 0
     assert found(server_uri, "forked")[0] == 20 + 3 * 5
 
 
@@ -230,7 +251,7 @@ def test_kill_while_a_new_store_is_made_leaves_one_that_can_be_made(tmp_path: Pa
     assert line(process) == "called"
     wait_for(lambda: list(tmp_path.glob("mlflow.db*")), "the store", lambda: process.poll())
     process.kill()
-    process.wait()
+    wait_for_exit(process, "the program")
     assert replay([tmp_path / "spool"]).left == []
     assert found(uri, "made twice")[0] == 20
     assert [path.name for path in tmp_path.glob("mlflow.db*")] == ["mlflow.db"]

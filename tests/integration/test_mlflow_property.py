@@ -92,7 +92,7 @@ def misbehaving(upstream: str) -> Iterator[Proxy]:
         faults, lock = proxy.faults, threading.Lock()
 
         def perform(self, body: bytes) -> tuple[int, str, bytes]:
-            connection = http.client.HTTPConnection(place.hostname or "", place.port, timeout=60)
+            connection = http.client.HTTPConnection(place.hostname or "", place.port)
             try:
                 headers = {key: value for key, value in self.headers.items() if key.lower() != "host"}
                 connection.request(self.command, self.path, body, headers)

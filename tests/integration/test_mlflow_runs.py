@@ -10,7 +10,6 @@ import subprocess
 import sys
 import textwrap
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,7 @@ from dspy_otel.report.examples import compared
 from tests.optimizers.common import RUNS, quietly, scripted_lm
 from tests.support.mlflow_server import mlflow_server
 from tests.support.mlflow_store import Store
-from tests.support.waiting import STALLED
+from tests.support.waiting import wait_for, wait_for_exit
 
 pytest.importorskip("mlflow")
 pytestmark = pytest.mark.integration
@@ -100,14 +99,14 @@ def test_runs_are_what_the_spans_say(store: Store, optimizer: str, tmp_path: Pat
         assert {(point.step, point.value) for point in curve} == expected, kind
 
     # Parameters and totals of the parent.
-    parent, said = runs[top], compiles[top].attributes
-    for key, value in said.items():
+    parent, attributes = runs[top], compiles[top].attributes
+    for key, value in attributes.items():
         if key.startswith(semconv.OPTIMIZER_PARAMS_PREFIX) and not isinstance(value, (str, tuple, bool)):
             assert float(parent.data.params[key.removeprefix(semconv.OPTIMIZER_PARAMS_PREFIX)]) == float(value)
-    assert parent.data.metrics["best_score"] == said[semconv.OPTIMIZER_BEST_SCORE]
-    assert parent.data.metrics["lm_calls"] == said[semconv.USAGE_LM_CALLS]
-    assert parent.data.metrics["cost"] == pytest.approx(said[semconv.USAGE_COST])
-    assert parent.data.metrics["task.input_tokens"] == said["dspy.usage.task.input_tokens"]
+    assert parent.data.metrics["best_score"] == attributes[semconv.OPTIMIZER_BEST_SCORE]
+    assert parent.data.metrics["lm_calls"] == attributes[semconv.USAGE_LM_CALLS]
+    assert parent.data.metrics["cost"] == pytest.approx(attributes[semconv.USAGE_COST])
+    assert parent.data.metrics["task.input_tokens"] == attributes["dspy.usage.task.input_tokens"]
     assert parent.data.tags["dspy.program.id"] == program_id(program)
     assert parent.data.params["task.model"] == "scripted"
     spent = store.client.get_metric_history(ids[top], "lm_calls")
@@ -116,11 +115,11 @@ def test_runs_are_what_the_spans_say(store: Store, optimizer: str, tmp_path: Pat
     # Datasets: real inputs, once each.
     inputs = {item.tags[0].value: item.dataset for item in parent.inputs.dataset_inputs}
     assert len(inputs) == len(parent.inputs.dataset_inputs)
-    assert inputs["train"].digest == said[semconv.DATASET_TRAIN_DIGEST]
-    assert json.loads(inputs["train"].profile) == {"num_rows": said[semconv.DATASET_TRAIN_SIZE]}
+    assert inputs["train"].digest == attributes[semconv.DATASET_TRAIN_DIGEST]
+    assert json.loads(inputs["train"].profile) == {"num_rows": attributes[semconv.DATASET_TRAIN_SIZE]}
     rows = store.artifact(parent, "trainset.json", tmp_path)
     assert rows["columns"] == ["colour_name", "family"]
-    assert len(rows["data"]) == said[semconv.DATASET_TRAIN_SIZE]
+    assert len(rows["data"]) == attributes[semconv.DATASET_TRAIN_SIZE]
 
     # Traces: every example on the run of its trial, with its score.
     for key in trials:
@@ -305,14 +304,16 @@ def test_a_run_is_there_while_it_runs_and_a_failure_has_its_reason(store: Store)
     seen: dict[str, Any] = {}
 
     def metric(example: Any, prediction: Any, trace: Any = None) -> bool:
-        until = time.monotonic() + STALLED
-        while not seen and time.monotonic() < until:
-            if store.client.get_experiment_by_name(store.experiment) is not None:
-                seen.update({run.info.run_name: run.info.status for run in store.runs().values()})
-                found = read_optimization(experiment=store.experiment, tracking_uri=store.uri)
-                seen["outcome"] = found.optimization.outcome
-            time.sleep(0.2)
+        if not seen:
+            seen.update(wait_for(states, "the run", pause=0.2))
         raise ValueError("no verdict today")
+
+    def states() -> dict[str, Any]:
+        if store.client.get_experiment_by_name(store.experiment) is None or not (runs := store.runs()):
+            return {}
+        found = read_optimization(experiment=store.experiment, tracking_uri=store.uri)
+        outcome = {"outcome": found.optimization.outcome}
+        return {run.info.run_name: run.info.status for run in runs.values()} | outcome
 
     store.client.create_experiment("warm up the store " + store.experiment)  # importing MLflow is not what is timed
     optimizer = dspy.BootstrapFewShotWithRandomSearch(
@@ -376,11 +377,11 @@ PROGRAM = """
     def metric(example, prediction, trace=None):
         {metric}
         return same_family(example, prediction)
-    said, sys.stdout = sys.stdout, io.StringIO()  # the optimizer prints
+    stdout, sys.stdout = sys.stdout, io.StringIO()  # the optimizer prints
     optimizer = dspy.BootstrapFewShotWithRandomSearch(metric=metric, num_candidate_programs=2, num_threads=1)
-    print("ready", file=said, flush=True)
+    print("ready", file=stdout, flush=True)
     optimizer.compile(ColourFamily(), trainset=load_examples("train", 6), valset=load_examples("val", 6))
-    print("done", file=said, flush=True)
+    print("done", file=stdout, flush=True)
 """
 
 
@@ -409,16 +410,18 @@ def test_the_environment_alone_is_enough_and_an_interrupted_compile_is_killed(se
         "MLFLOW_EXPERIMENT_NAME": "interrupted",
         "OTEL_TRACES_EXPORTER": "mlflow",
     }
-    process = start(tmp_path, "time.sleep(1)", environment, CONFIGURE)
+    process = start(tmp_path, "time.sleep(2)", environment, CONFIGURE)
     assert process.stdout.readline() == "ready\n"
     store = Store(server_uri, "interrupted")
-    until = time.monotonic() + STALLED
-    while time.monotonic() < until:
-        if store.client.get_experiment_by_name("interrupted") and any("/" in key for key in store.runs()):
-            break
-        time.sleep(0.2)
+
+    def trial() -> bool:
+        return store.client.get_experiment_by_name("interrupted") is not None and any(
+            "/" in key for key in store.runs()
+        )
+
+    wait_for(trial, "the run of a trial", pause=0.2)
     process.send_signal(signal.SIGINT)
-    process.wait(STALLED)
+    wait_for_exit(process, "the program")
     assert "KeyboardInterrupt" in (tmp_path / "stderr.txt").read_text()
     runs = store.runs().values()
     assert {run.info.status for run in runs if "mlflow.parentRunId" not in run.data.tags} == {"KILLED"}
@@ -459,13 +462,11 @@ def test_a_dead_server_costs_the_program_a_line_and_little_time(tmp_path: Path) 
     environment = {"MLFLOW_TRACKING_URI": "http://127.0.0.1:9", "OTEL_TRACES_EXPORTER": "mlflow"}
     process = start(tmp_path, "pass", environment, CONFIGURE)
     assert [process.stdout.readline() for _ in range(2)] == ["ready\n", "done\n"]
-    began = time.monotonic()
-    assert process.wait(STALLED) == 0
-    assert time.monotonic() - began < 150, "it waited as long as for a server that answers"
-    said = (tmp_path / "stderr.txt").read_text()
-    assert said.count("cannot be reached") <= 2
-    assert "not written: " in said
-    assert "Traceback" not in said
+    assert wait_for_exit(process, "the program") == 0
+    stderr = (tmp_path / "stderr.txt").read_text()
+    assert stderr.count("cannot be reached") <= 2
+    assert "not written: " in stderr
+    assert "Traceback" not in stderr
 
 
 def test_a_tracker_never_gets_in_the_way(
