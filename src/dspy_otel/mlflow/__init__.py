@@ -4,6 +4,8 @@
 * :mod:`.journal` - segments on disk: the queue, which survives a kill;
 * :mod:`.worker` - empties it: sends spans, links traces, writes scores, brings runs up to date; :mod:`.replay` is the
   same for the journal of a process that has ended;
+* :mod:`.run_writer`, :mod:`.items`, :mod:`.splitting`, :mod:`.threads` - its parts: runs, single items that are tried
+  again, requests in halves, a pool of threads;
 * :mod:`.account` - counts of what was written, kept, refused and dropped;
 * :mod:`.retry` - what an answer means, and when to try again;
 * :mod:`.backends` - a server over HTTP, and a SQL store in this process, behind one contract;

@@ -144,6 +144,11 @@ class PendingRuns:
         self._known: dict[str, Pending] = {}
         self._live: dict[int, ReadableSpan] = {}
 
+    @property
+    def lacking(self) -> list[Pending]:
+        """Runs that MLflow does not have in full."""
+        return [run for run in list(self.runs.values()) if run.dirty]
+
     def start(self, span: ReadableSpan, user_run: UserRun | None, group: str = "") -> None:
         """Add a span that has started, in a run that the user started, if there is one."""
         if kind_of(span) is Kind.COMPILE and span.context is not None and span.end_time is None:

@@ -35,8 +35,9 @@ from dspy_otel.mlflow.retry import clean
 from dspy_otel.mlflow.runs import is_scored, key_of_start
 from dspy_otel.mlflow.target import Target
 from dspy_otel.mlflow.termination import before_termination
+from dspy_otel.mlflow.threads import log_safely, start_thread
 from dspy_otel.mlflow.translate import started_copy, translate
-from dspy_otel.mlflow.worker import EXIT_ATTEMPTS, Worker, group_of, log_safely, start_thread
+from dspy_otel.mlflow.worker import EXIT_ATTEMPTS, Worker, group_of
 from dspy_otel.record.otlp import decode, encode
 from dspy_otel.record.spans import Kind, is_ours, kind_of
 from dspy_otel.version import __version__

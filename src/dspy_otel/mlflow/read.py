@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from dspy_otel.mlflow.backends import Backend, open_backend
-from dspy_otel.mlflow.backends.base import CreatedRun, first_line
-from dspy_otel.mlflow.retry import ExportError, clean
+from dspy_otel.mlflow.backends.base import CreatedRun, unexpected
+from dspy_otel.mlflow.retry import ExportError
 from dspy_otel.mlflow.runs import (
     BEST_PROGRAM,
     CANDIDATE_TABLE,
@@ -77,7 +77,7 @@ def read_optimization(
     except (ExportError, LookupError):
         raise
     except Exception as error:
-        raise ExportError(type(error).__name__, f"MLflow: {clean(first_line(error))}.") from error
+        raise unexpected(error) from error
     finally:
         store.close()
 

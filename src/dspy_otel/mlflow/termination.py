@@ -16,7 +16,7 @@ import weakref
 from functools import partial
 from typing import Any, Final, Protocol
 
-from dspy_otel.mlflow.worker import start_thread
+from dspy_otel.mlflow.threads import start_thread
 
 SECONDS: Final = 8.0
 """Most time for the delivery. Docker kills a container ten seconds after the signal, Kubernetes after thirty."""

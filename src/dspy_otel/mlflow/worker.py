@@ -17,24 +17,25 @@ import sys
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable
 from importlib import metadata
-from itertools import islice
-from queue import SimpleQueue
 from typing import Any, Final, TypeVar
 
 from opentelemetry.instrumentation.utils import suppress_instrumentation
-from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from opentelemetry.sdk.trace import ReadableSpan
 
 from dspy_otel import semconv
 from dspy_otel.mlflow.account import ARTIFACTS, LINKS, RUNS, SCORES, SPANS, TRACES, Account
 from dspy_otel.mlflow.backends import Backend, Batch
-from dspy_otel.mlflow.backends.base import MAX_LINKS, CreatedRun, first_line
+from dspy_otel.mlflow.backends.base import MAX_LINKS, CreatedRun, unexpected
+from dspy_otel.mlflow.items import ATTEMPTS_BEFORE_SPLIT, Items
 from dspy_otel.mlflow.journal import Journal, JournalError, Segment
-from dspy_otel.mlflow.pending import Pending, PendingRuns, UserRun
+from dspy_otel.mlflow.pending import PendingRuns, UserRun
 from dspy_otel.mlflow.retry import Backoff, ExportError, Verdict, clean
-from dspy_otel.mlflow.runs import COMPILE, TAG_NAME, TAG_PARENT, Score, key_of, score_of, trace_id_of
+from dspy_otel.mlflow.run_writer import RunWriter
+from dspy_otel.mlflow.runs import Score, key_of, score_of, trace_id_of
+from dspy_otel.mlflow.splitting import SentSpan, body_of, count_roots, deliver_in_halves
+from dspy_otel.mlflow.threads import HELPERS, Helpers, log_safely
 from dspy_otel.mlflow.translate import restore
 from dspy_otel.record.otlp import decode
 from dspy_otel.record.spans import Kind, belongs, is_ours, kind_of
@@ -43,17 +44,10 @@ from dspy_otel.version import __version__
 _logger = logging.getLogger(__name__)
 _Item = TypeVar("_Item")
 
-HELPERS: Final = 8
-"""Threads that put scores on traces of a server: it takes them one by one only, 80 ms each over one connection and 20
-over eight (measured with MLflow 3.17.2 on two cores)."""
-ATTEMPTS_BEFORE_SPLIT: Final = 3
-"""Failures of one item before the worker finds out, by its parts or by others, whether the item is the cause."""
 EXIT_ATTEMPTS: Final = 3
 """Failures in a row after which the end of the program leaves the rest to the journal."""
 REPORTED_FAILURES: Final = 3
 """Failures in a row after which an unreachable server is logged."""
-_MAX_ITEMS: Final = 100
-_MAX_METRICS: Final = 800  # with parameters and tags at most 1,000 items in one call
 _LONGEST_WAIT: Final = 1.0
 _STRUCTURE: Final = frozenset({Kind.COMPILE, Kind.TRIAL, Kind.EVALUATION})
 
@@ -95,10 +89,7 @@ class Worker:
         self.account = Account()
         self.backend: Backend | None = None
         self.backoff = Backoff(clock)
-        self._spans = Backoff(clock)
-        self._items: dict[tuple[str, str], _ItemBackoff] = {}
-        """Retries of runs, scores and other items, by kind and name."""
-        self._successes: Counter[str] = Counter()
+        self._items = Items(self.account, self.report, lambda: self.abandoned, clock)
         self._written_before = 0
         self.failed = False
         self.abandoned = False
@@ -110,7 +101,10 @@ class Worker:
         self._ids: dict[str, CreatedRun] = {}
         self._counted_runs: set[int] = set()
         self._reported: set[str] = set()
-        self._helpers = _Helpers()
+        self._helpers = Helpers()
+        self._run_writer = RunWriter(
+            self.pending, self._ids, self._items, self.account, self._helpers, self.report, self._count_runs
+        )
         self.busy = threading.Lock()
         """Locked while :meth:`round` runs."""
 
@@ -123,18 +117,13 @@ class Worker:
     @property
     def done(self) -> bool:
         """Whether nothing is pending."""
-        return not (self._starts or self.journal.segments or self.lacking)
+        return not (self._starts or self.journal.segments or self.pending.lacking)
 
     @property
     def failures(self) -> int:
         """The most failures in a row of one item."""
         segments = [segment.failures for segment in self.journal.segments]
-        return max([*segments, *(item.failures for item in list(self._items.values()))], default=0)
-
-    @property
-    def lacking(self) -> list[Pending]:
-        """Runs that MLflow does not have in full."""
-        return [run for run in list(self.pending.runs.values()) if run.dirty]
+        return max([*segments, *(item.failures for item in self._items.failing)], default=0)
 
     def wait_seconds(self) -> float:
         """Seconds until there is something to do, unless spans come in."""
@@ -143,7 +132,7 @@ class Worker:
         now = self._clock()
         if not self.backoff.ready:
             return min(max(self.backoff.due - now, 0.0), _LONGEST_WAIT)
-        dues = [segment.due for segment in self.journal.segments] + [item.due for item in self._items.values()]
+        dues = [segment.due for segment in self.journal.segments] + [item.due for item in self._items.failing]
         return min([max(due - now, 0.0) for due in dues] + [_LONGEST_WAIT]) if dues else 0.05
 
     def round(self) -> None:
@@ -156,15 +145,13 @@ class Worker:
                 if self.backend is None:
                     self.backend = self._connect()
                 if self._runs:
-                    self._write_runs(self.backend)
+                    self._run_writer.write(self.backend)
                     self._finish_groups()
                 self._deliver_all(self.backend)
             except ExportError as error:
                 self._record_failure(error)
             except Exception as error:
-                self._record_failure(
-                    ExportError(type(error).__name__, f"MLflow: {clean(first_line(error))}.", unavailable=True)
-                )
+                self._record_failure(unexpected(error))
             else:
                 if self.backoff.succeeded() or self._reported:
                     self._recovered()
@@ -175,7 +162,7 @@ class Worker:
         self.backoff.retry_now()
         for segment in self.journal.segments:
             segment.due = 0.0
-        for item in self._items.values():
+        for item in self._items.failing:
             item.retry_now()
 
     def account_for_rest(self, on_disk: Callable[[str], bool]) -> None:
@@ -191,11 +178,11 @@ class Worker:
                 account.add_undelivered(SPANS, segment.count, kept)
                 account.add_undelivered(TRACES, segment.roots, kept)
             account.add_undelivered(SCORES, len(segment.scores), kept)
-        for run in self.lacking:
+        for run in self.pending.lacking:
             if run.over:
                 run.resolve_references({})  # its table of trials is an artifact too
         self._count_runs()
-        for run in self.lacking:
+        for run in self.pending.lacking:
             kept = on_disk(run.key) and run.group not in self.journal.evicted
             account.written[RUNS] -= run.run_id is not None  # it lacks something
             account.add_undelivered(RUNS, 1, kept)
@@ -260,7 +247,7 @@ class Worker:
         try:
             spans = segment.spans if segment.spans is not None else [restore(one) for one in decode(segment.body())]
         except (JournalError, ValueError) as error:
-            self._report("journal", f"A segment of the journal cannot be read: {error}.")
+            self.report("journal", f"A segment of the journal cannot be read: {error}.")
             return
         for span in spans:
             if is_ours(span):
@@ -323,10 +310,10 @@ class Worker:
             if error.unavailable:
                 raise
             if not segment.failures:
-                segment.baseline = self._successes[SPANS]
+                segment.baseline = self._items.successes[SPANS]
             segment.failures += 1
             self._pause(segment, error)
-            self._report(error.cause, f"{error} What waits for it is tried again.")
+            self.report(error.cause, f"{error} What waits for it is tried again.")
         if segment.delivered and not segment.links and not segment.scores:
             self.journal.delivered(segment, any(map(self._needed, segment.groups)))
 
@@ -334,39 +321,32 @@ class Worker:
         try:
             body = segment.body()
         except JournalError as error:
-            self._report("journal", f"A segment of the journal cannot be read: {error}.")
+            self.report("journal", f"A segment of the journal cannot be read: {error}.")
             self._drop(segment.count, segment.roots, "unreadable")
             segment.delivered = True
             return
         together = self._together(segment)
         if together is not None and backend.deliver(Batch(body, *together)):
             self.account.written[SCORES] += len(segment.scores)
-            self._successes[SCORES] += len(segment.scores)
+            self._items.successes[SCORES] += len(segment.scores)
             segment.links, segment.scores = [], []
             self._sent(segment, segment.count, segment.roots)
             return
         try:
             backend.send(body)
         except ExportError as error:
-            if error.unavailable or (error.verdict is Verdict.LATER and not self._is_the_item(segment)):
+            if error.unavailable or (error.verdict is Verdict.LATER and segment.failures < ATTEMPTS_BEFORE_SPLIT):
                 raise
-            self._bisect(backend, segment, body, error)
+            self._split(backend, segment, body, error)
         else:
             self._sent(segment, segment.count, segment.roots)
 
     def _sent(self, segment: Segment, count: int, roots: int) -> None:
         segment.delivered, segment.failures = True, 0
-        self._written(count, roots)
-
-    def _written(self, count: int, roots: int) -> None:
-        self._successes[SPANS] += 1
+        self._items.successes[SPANS] += 1
         self.account.written[SPANS] += count
         self.account.written[TRACES] += roots
         self._count_spans(count, None)
-
-    def _is_the_item(self, segment: Segment) -> bool:
-        """Whether it has failed often enough to find out if it is the cause."""
-        return segment.failures >= ATTEMPTS_BEFORE_SPLIT
 
     def _together(self, segment: Segment) -> tuple[dict[str, list[str]], list[tuple[Score, str | None]]] | None:
         """Links and scores of a segment; None when one of their runs does not exist yet."""
@@ -379,45 +359,19 @@ class Worker:
                 return None
         return links, [(score, self._run_id(score.key)) for score in segment.scores]
 
-    def _bisect(self, backend: Backend, segment: Segment, body: bytes, error: ExportError) -> None:
-        """Deliver a segment in halves, and set the spans aside that are refused.
+    def _split(self, backend: Backend, segment: Segment, body: bytes, error: ExportError) -> None:
+        """Deliver a segment in halves, and set the spans aside that are refused."""
 
-        Raises:
-            ExportError: nothing got through, so the segment may not be the cause.
-        """
-        evidence = error.verdict is not Verdict.LATER or self._successes[SPANS] > segment.baseline
-        count = roots = 0
-        waiting: list[tuple[list[tuple[Any, Any, Any]], ExportError]] = [(_flat(body), error)]
-        alone: list[tuple[tuple[Any, Any, Any], ExportError]] = []
-        while waiting:
-            spans, error = waiting.pop()
-            if len(spans) == 1:
-                alone.append((spans[0], error))
-                continue
-            half, failed = len(spans) // 2, []
-            for part in (spans[:half], spans[half:]):
-                try:
-                    backend.send(_body_of(part))
-                except ExportError as again:
-                    if again.unavailable:
-                        raise
-                    failed.append((part, again))
-                    evidence = evidence or again.verdict is not Verdict.LATER
-                else:
-                    evidence = True
-                    self._successes[SPANS] += 1
-                    count, roots = count + len(part), roots + _roots(part)
-            if len(failed) == 2 and not evidence:
-                raise failed[-1][1]
-            waiting += failed
-        if not evidence:
-            raise error
-        self._sent(segment, count, roots)  # at the end, so that an interrupted delivery starts over
-        self._set_aside(alone, segment)
+        def count() -> None:
+            self._items.successes[SPANS] += 1
 
-    def _set_aside(self, alone: list[tuple[tuple[Any, Any, Any], ExportError]], segment: Segment) -> None:
+        split = deliver_in_halves(backend.send, body, error, self._items.successes[SPANS] > segment.baseline, count)
+        self._sent(segment, split.delivered, split.roots)  # at the end, so that an interrupted delivery starts over
+        self._set_aside(split.refused, segment)
+
+    def _set_aside(self, alone: list[tuple[SentSpan, ExportError]], segment: Segment) -> None:
         for span, error in alone:
-            body, roots = _body_of([span]), _roots([span])
+            body, roots = body_of([span]), count_roots([span])
             where = self.journal.set_aside(body, 1) or self.journal.set_aside_whole(segment)
             name = clean(span[2].name, 60)
             if where:
@@ -428,7 +382,7 @@ class Worker:
                 self._drop(1, roots, error.cause)
                 then = "It is lost"
             self._count_spans(0 if not where else 1, error.cause)
-            self._report(f"refused {error.cause}", f"Span {name!r} could not be written: {error} {then}.")
+            self.report(f"refused {error.cause}", f"Span {name!r} could not be written: {error} {then}.")
             scores = [score for score in segment.scores if _is_of(score, span[2])]
             segment.scores = [score for score in segment.scores if score not in scores]
             (self.account.refused if where else self.account.dropped)[SCORES] += len(scores)
@@ -455,7 +409,7 @@ class Worker:
                 continue  # it does not exist yet
             for start in range(0, len(trace_ids) if run is not None else 0, MAX_LINKS):
                 some = trace_ids[start : start + MAX_LINKS]
-                self._write_item(LINKS, key, lambda run=run, some=some: backend.link(run.run_id, some), len(some))  # type: ignore[misc]
+                self._items.write(LINKS, key, lambda run=run, some=some: backend.link(run.run_id, some), len(some))  # type: ignore[misc]
             segment.links = [one for one in segment.links if one[0] != key]
 
     def _assess(self, backend: Backend, segment: Segment) -> None:
@@ -464,7 +418,7 @@ class Worker:
             return
 
         def assess(score: Score) -> bool:
-            return self._write_item(SCORES, score.id, lambda: backend.assess(score, self._run_id(score.key)))
+            return self._items.write(SCORES, score.id, lambda: backend.assess(score, self._run_id(score.key)))
 
         results = self._helpers.run(assess, there, HELPERS if backend.parallel else 0)
         failures = [result for result in results if isinstance(result, Exception)]
@@ -493,170 +447,7 @@ class Worker:
             self._ids[key] = found
         return self._ids[key].run_id
 
-    def _write_runs(self, backend: Backend) -> None:
-        runs = [run for run in self.lacking if self._may_try(RUNS, run.key)]
-        for run in runs:
-            self._each(run, lambda run=run: self._create(backend, run))  # type: ignore[misc]
-        there = [run for run in runs if run.run_id is not None]
-        for run in there:  # one after the other: two calls at once with the same new dataset fail
-            if run.datasets:
-                self._each(run, lambda run=run: self._add_datasets(backend, run))  # type: ignore[misc]
-        # A compile that has ended comes last: its tables refer to the runs of its trials.
-        last = [run for run in there if run.kind == COMPILE and run.over]
-        first = [run for run in there if run not in last]
-
-        def write(run: Pending) -> bool:
-            return self._each(run, lambda: self._write(backend, run))
-
-        for result in self._helpers.run(write, first, HELPERS if backend.parallel else 0):
-            if isinstance(result, Exception):
-                raise result
-        for run in last:
-            if not any(key in self.pending.runs and key not in self._ids for key in run.referenced):
-                write(run)
-
-    def _each(self, run: Pending, call: Callable[[], object]) -> bool:
-        """Call a function for one run. Its failure stops the others only if MLflow as a whole fails."""
-        try:
-            call()
-        except ExportError as error:
-            if error.unavailable:
-                raise
-            self._item(RUNS, run.key).failed(error)
-            self._report(error.cause, f"{run.name}: {error} It is tried again.")
-            return False
-        self._items.pop((RUNS, run.key), None)
-        return True
-
-    def _create(self, backend: Backend, run: Pending) -> None:
-        if run.run_id is not None:
-            return
-        if run.parent is not None and run.parent.run_id is None:
-            self._create(backend, run.parent)
-        parent = run.user_run if run.parent is None else run.parent.run_id
-        if parent is None and run.parent_key is not None:
-            parent = self._run_id(run.parent_key)
-        tags = dict(run.tags)
-        if parent is not None:
-            tags[TAG_PARENT] = parent
-        tags.setdefault(TAG_NAME, run.name)
-        some = _some(tags, _MAX_ITEMS)
-        known, run.tried = run.tried, True
-        created = backend.create_run(run.key, some, run.started, run.experiment, known=known)
-        run.run_id, run.artifact_uri = created
-        self._ids[run.key] = created
-        for name in some:
-            if run.tags.get(name) == some[name]:
-                del run.tags[name]
-        self.account.written[RUNS] += 1
-        if known:  # it may have been created with other values
-            run.tags.update(some)
-
-    def _add_datasets(self, backend: Backend, run: Pending) -> None:
-        assert run.run_id is not None
-        run_id, datasets = run.run_id, list(run.datasets)
-        with contextlib.suppress(ExportError):  # another program may have added the same one at the same time
-            backend.add_datasets(run_id, datasets)
-            del run.datasets[: len(datasets)]
-            return
-        self._write_item("datasets", run.key, lambda: backend.add_datasets(run_id, datasets))
-        del run.datasets[: len(datasets)]
-
-    def _write(self, backend: Backend, run: Pending) -> None:
-        assert run.run_id is not None
-        run_id, created = run.run_id, CreatedRun(run.run_id, run.artifact_uri)
-        if run.over:
-            run.resolve_references({key: one.run_id for key, one in self._ids.items()})
-            self._count_runs()
-        run.metrics.sort(
-            key=lambda metric: "score" not in metric.key
-        )  # MLflow's table shows columns in order of arrival
-        while run.tags or run.params or run.metrics:
-            metrics = run.metrics[:_MAX_METRICS]
-            params, tags = _some(run.params, _MAX_ITEMS), _some(run.tags, _MAX_ITEMS)
-            self._log(backend, run, metrics, params, tags)
-            del run.metrics[: len(metrics)]
-            for name in params:
-                del run.params[name]
-            for name, value in tags.items():
-                if run.tags.get(name) == value:
-                    del run.tags[name]
-        failure = None
-        for path, text in list(run.artifacts.items()):
-            try:
-                put = self._write_item(
-                    ARTIFACTS,
-                    f"{run.key}/{path}",
-                    lambda p=path, t=text: backend.put_artifact(created, p, t),  # type: ignore[misc]
-                )
-            except ExportError as error:
-                if error.unavailable:
-                    raise
-                failure = error
-                continue
-            if put or path in run.artifacts:
-                del run.artifacts[path]
-        if failure is not None:
-            raise failure
-        if run.ended is not None:
-            status, when = run.ended
-            self._write_item("ends of runs", run.key, lambda: backend.end_run(run_id, status, when))
-            run.ended = None
-
-    def _log(self, backend: Backend, run: Pending, metrics: Any, params: Any, tags: Any) -> None:
-        """Write values; when some of them are refused, the others are written one by one."""
-        run_id = str(run.run_id)
-        try:
-            backend.log(run_id, metrics, params, tags)
-        except ExportError as error:
-            if error.unavailable or error.verdict is Verdict.LATER:
-                raise
-        else:
-            return
-        for metric in metrics:
-            self._write_item("metrics", run.key, lambda m=metric: backend.log(run_id, [m], {}, {}))  # type: ignore[misc]
-        for name, value in params.items():
-            self._write_item("parameters", run.key, lambda n=name, v=value: backend.log(run_id, [], {n: v}, {}))  # type: ignore[misc]
-        for name, value in tags.items():
-            self._write_item("tags", run.key, lambda n=name, v=value: backend.log(run_id, [], {}, {n: v}))  # type: ignore[misc]
-
     # --- failures ---------------------------------------------------------------------------------------------------
-    def _item(self, kind: str, name: str) -> _ItemBackoff:
-        found = self._items.get((kind, name))
-        if found is None:
-            found = self._items[kind, name] = _ItemBackoff(self._clock)
-        return found
-
-    def _may_try(self, kind: str, name: str) -> bool:
-        found = self._items.get((kind, name))
-        return found is None or found.ready
-
-    def _write_item(self, kind: str, name: str, call: Callable[[], object], count: int = 1) -> bool:
-        """Write and count one item; False when MLflow refuses it for good.
-
-        Raises:
-            ExportError: it has to be tried again.
-        """
-        if self.abandoned:
-            raise ExportError("ended", "The program has ended.", unavailable=True)
-        try:
-            call()
-        except ExportError as error:
-            if error.unavailable:
-                raise
-            item = self._item(kind, name)
-            item.failed(error)
-            if error.verdict is Verdict.LATER and not item.is_refused(self._successes[kind]):
-                raise
-            self._items.pop((kind, name), None)
-            self.account.refused[kind] += count
-            self._report(f"refused {error.cause}", f"{kind}: {error} This is left out.")
-            return False
-        self._items.pop((kind, name), None)
-        self._successes[kind] += count
-        self.account.written[kind] += count
-        return True
-
     def _record_failure(self, error: ExportError) -> None:
         written = sum(self.account.written.values())
         if written > self._written_before:  # something got through since: this is a new outage
@@ -667,32 +458,30 @@ class Worker:
             return  # the server may only be busy for a moment
         if error.permanent:
             self.failed = True
-            self._report(error.cause, f"Nothing can be written to MLflow: {error}")
+            self.report(error.cause, f"Nothing can be written to MLflow: {error}")
         else:
-            self._report(error.cause, f"{error} Spans, runs and scores wait until it works.")
+            self.report(error.cause, f"{error} Spans, runs and scores wait until it works.")
 
     def _recovered(self) -> None:
         if any(not cause.startswith(("refused", "journal", "spool")) for cause in self._reported) and not (
-            self._items or any(segment.failures for segment in self.journal.segments)
+            self._items.failing or any(segment.failures for segment in self.journal.segments)
         ):
             self._reported = {cause for cause in self._reported if cause.startswith(("refused", "journal", "spool"))}
             log_safely(_logger.warning, "MLflow works again.")
 
-    def _report(self, cause: str, message: str) -> None:
+    def report(self, cause: str, message: str) -> None:
+        """Log one line for each cause."""
         if cause not in self._reported and not self.abandoned:
             self._reported.add(cause)
             log_safely(_logger.error, "%s", message)
 
-    report = _report
-    """One line for each cause."""
-
     # --- clean-up -------------------------------------------------------------------------------------------------
     def _needed(self, group: str) -> bool:
-        return self._open[group] > 0 or any(run.group == group for run in self.lacking)
+        return self._open[group] > 0 or any(run.group == group for run in self.pending.lacking)
 
     def _finish_groups(self) -> None:
         """Mark in the journal the optimizations and evaluations that have ended and are in MLflow in full."""
-        lacking = {run.group for run in self.lacking}
+        lacking = {run.group for run in self.pending.lacking}
         for group in [one for one in self._groups if one not in lacking and self._open[one] <= 0]:
             self._groups.discard(group)
             self.journal.mark_finished(group)
@@ -703,75 +492,12 @@ class Worker:
                 self._counted_runs.discard(id(run))
             self.pending.settle(run)
         if self.journal.kept:
-            lacking = {run.group for run in self.lacking}
+            lacking = {run.group for run in self.pending.lacking}
             self.journal.release(lambda group: self._open[group] > 0 or group in lacking)
         if not any(count > 0 for count in self._open.values()) and self.done:
             self._open.clear()
             self._started.clear()
             self.journal.remove_starts()
-
-
-class _ItemBackoff(Backoff):
-    """Backoff of one item, which also counts its failures while others of its kind got through."""
-
-    def __init__(self, clock: Callable[[], float]) -> None:
-        super().__init__(clock)
-        self._successes_before = -1
-        self._failed_alone = 0
-
-    def is_refused(self, others: int) -> bool:
-        """Whether the item itself is the cause; called after each failure.
-
-        Each success counts once: successes before an outage prove nothing during the outage.
-
-        Args:
-            others: how many of its kind have got through so far.
-        """
-        self._failed_alone += others > self._successes_before >= 0
-        self._successes_before = others
-        return self._failed_alone >= ATTEMPTS_BEFORE_SPLIT
-
-
-class _Helpers:
-    """A pool of threads."""
-
-    def __init__(self) -> None:
-        self._tasks: SimpleQueue[tuple[Callable[[Any], Any], Any, SimpleQueue[tuple[int, Any]], int] | None]
-        self._tasks = SimpleQueue()
-        self._threads = 0
-
-    def run(self, function: Callable[[_Item], bool], items: Sequence[_Item], threads: int) -> list[bool | Exception]:
-        """What ``function`` returns or raises for each item, in order; in this thread if ``threads`` is 0."""
-        if len(items) > 1:
-            self._start(min(threads, len(items)))
-        if not self._threads or not threads or len(items) < 2:
-            return [_attempt(function, item) for item in items]
-        done: SimpleQueue[tuple[int, Any]] = SimpleQueue()
-        for place, item in enumerate(items):
-            self._tasks.put((function, item, done, place))
-        found: list[Any] = [None] * len(items)
-        for _ in items:
-            place, result = done.get()
-            found[place] = result
-        return found
-
-    def close(self) -> None:
-        """End the threads."""
-        for _ in range(self._threads):
-            self._tasks.put(None)
-        self._threads = 0
-
-    def _start(self, threads: int) -> None:
-        while self._threads < threads:
-            if start_thread(self._help, "dspy-otel-mlflow-scores") is None:
-                return
-            self._threads += 1
-
-    def _help(self) -> None:
-        with suppress_instrumentation():
-            while (task := self._tasks.get()) is not None:
-                function, item, done, place = task
-                done.put((place, _attempt(function, item)))
 
 
 def group_of(span: ReadableSpan) -> str:
@@ -781,28 +507,6 @@ def group_of(span: ReadableSpan) -> str:
     if group is None and semconv.EVALUATION_ID in at:
         group = f"evaluation/{at[semconv.EVALUATION_ID]!s}"
     return "" if group is None or not belongs(span) else str(group)
-
-
-def log_safely(log: Callable[..., object], message: str, *arguments: object) -> None:
-    """Log a message. An exception of a log handler of the user's is suppressed.
-
-    Args:
-        log: a method of a logger.
-        message: a %-format.
-        arguments: for the format.
-    """
-    with contextlib.suppress(Exception):
-        log(message, *arguments)
-
-
-def start_thread(function: Callable[[], None], name: str) -> threading.Thread | None:
-    """Start a daemon thread; None when the interpreter shuts down and starts no threads."""
-    thread = threading.Thread(target=function, name=name, daemon=True)
-    try:
-        thread.start()
-    except RuntimeError:
-        return None
-    return thread
 
 
 def versions() -> dict[str, str]:
@@ -816,46 +520,8 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _attempt(function: Callable[[_Item], bool], item: _Item) -> bool | Exception:
-    try:
-        return function(item)
-    except ExportError as error:
-        return error
-    except Exception as error:
-        return ExportError(type(error).__name__, f"MLflow: {clean(first_line(error))}.", unavailable=True)
-
-
-def _flat(body: bytes) -> list[tuple[Any, Any, Any]]:
-    """The spans of a request, each with its resource and scope."""
-    return [
-        (of_resource, of_scope, span)
-        for of_resource in ExportTraceServiceRequest.FromString(body).resource_spans
-        for of_scope in of_resource.scope_spans
-        for span in of_scope.spans
-    ]
-
-
-def _body_of(spans: Iterable[tuple[Any, Any, Any]]) -> bytes:
-    request = ExportTraceServiceRequest()
-    for of_resource, of_scope, span in spans:
-        resource = request.resource_spans.add(schema_url=of_resource.schema_url)
-        resource.resource.CopyFrom(of_resource.resource)
-        scope = resource.scope_spans.add(schema_url=of_scope.schema_url)
-        scope.scope.CopyFrom(of_scope.scope)
-        scope.spans.add().CopyFrom(span)
-    return bytes(request.SerializeToString())
-
-
-def _roots(spans: Iterable[tuple[Any, Any, Any]]) -> int:
-    return sum(not span.parent_span_id for _, _, span in spans)
-
-
 def _is_of(score: Score, span: Any) -> bool:
     """Whether a score is that of an example's span."""
     if score.trace_id != trace_id_of(int.from_bytes(span.trace_id, "big")):
         return False
     return not span.parent_span_id if score.span_id is None else span.span_id.hex() == score.span_id
-
-
-def _some(values: Mapping[str, str], most: int) -> dict[str, str]:
-    return dict(islice(values.items(), most))

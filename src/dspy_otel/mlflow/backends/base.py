@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, NamedTuple, Protocol
 
-from dspy_otel.mlflow.retry import ExportError, Verdict
+from dspy_otel.mlflow.retry import ExportError, Verdict, clean
 from dspy_otel.mlflow.runs import Dataset, Metric, Score, StoredRun
 
 OLDEST_MLFLOW: Final = "3.14"
@@ -215,6 +215,11 @@ def first_line(error: BaseException) -> str:
     """Type and first line of an error: SQLAlchemy's go on with statements and parameters, which are content."""
     lines = str(error).splitlines()
     return f"{type(error).__name__}: {lines[0][:300] if lines else ''}"
+
+
+def unexpected(error: BaseException) -> ExportError:
+    """Make an error of an exception that no backend should raise."""
+    return ExportError(type(error).__name__, f"MLflow: {clean(first_line(error))}.", unavailable=True)
 
 
 def refusal(cause: str, message: str) -> ExportError:

@@ -1,0 +1,189 @@
+"""Writes to MLflow what :class:`~dspy_otel.mlflow.pending.PendingRuns` has."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Mapping
+from itertools import islice
+from typing import Any, Final
+
+from dspy_otel.mlflow.account import ARTIFACTS, RUNS, Account
+from dspy_otel.mlflow.backends import Backend
+from dspy_otel.mlflow.backends.base import CreatedRun
+from dspy_otel.mlflow.items import Items
+from dspy_otel.mlflow.pending import Pending, PendingRuns
+from dspy_otel.mlflow.retry import ExportError, Verdict
+from dspy_otel.mlflow.runs import COMPILE, TAG_NAME, TAG_PARENT
+from dspy_otel.mlflow.threads import HELPERS, Helpers
+
+_MAX_ITEMS: Final = 100
+_MAX_METRICS: Final = 800  # with parameters and tags at most 1,000 items in one call
+
+
+class RunWriter:
+    """Creates runs, and writes their values, datasets, artifacts and ends.
+
+    Args:
+        pending: the runs.
+        ids: runs that are in MLflow, by key; created ones are added.
+        items: writes single items.
+        account: where runs are counted.
+        helpers: threads for a backend that is ``parallel``.
+        report: called with a cause and a message when a run fails.
+        count_runs: called when runs got artifacts.
+    """
+
+    def __init__(
+        self,
+        pending: PendingRuns,
+        ids: dict[str, CreatedRun],
+        items: Items,
+        account: Account,
+        helpers: Helpers,
+        report: Callable[[str, str], object],
+        count_runs: Callable[[], object],
+    ) -> None:
+        self._pending = pending
+        self._ids = ids
+        self._items = items
+        self._account = account
+        self._helpers = helpers
+        self._report = report
+        self._count_runs = count_runs
+
+    def write(self, backend: Backend) -> None:
+        """Write what MLflow lacks of all runs.
+
+        Raises:
+            ExportError: MLflow as a whole fails.
+        """
+        runs = [run for run in self._pending.lacking if self._items.is_due(RUNS, run.key)]
+        for run in runs:
+            self._each(run, lambda run=run: self._create(backend, run))  # type: ignore[misc]
+        there = [run for run in runs if run.run_id is not None]
+        for run in there:  # one after the other: two calls at once with the same new dataset fail
+            if run.datasets:
+                self._each(run, lambda run=run: self._add_datasets(backend, run))  # type: ignore[misc]
+        # A compile that has ended comes last: its tables refer to the runs of its trials.
+        last = [run for run in there if run.kind == COMPILE and run.over]
+        first = [run for run in there if run not in last]
+
+        def write(run: Pending) -> bool:
+            return self._each(run, lambda: self._write(backend, run))
+
+        for result in self._helpers.run(write, first, HELPERS if backend.parallel else 0):
+            if isinstance(result, Exception):
+                raise result
+        for run in last:
+            if not any(key in self._pending.runs and key not in self._ids for key in run.referenced):
+                write(run)
+
+    def _each(self, run: Pending, call: Callable[[], object]) -> bool:
+        """Call a function for one run. Its failure stops the others only if MLflow as a whole fails."""
+        try:
+            call()
+        except ExportError as error:
+            if error.unavailable:
+                raise
+            self._items.failed(RUNS, run.key, error)
+            self._report(error.cause, f"{run.name}: {error} It is tried again.")
+            return False
+        self._items.succeeded(RUNS, run.key)
+        return True
+
+    def _create(self, backend: Backend, run: Pending) -> None:
+        if run.run_id is not None:
+            return
+        if run.parent is not None and run.parent.run_id is None:
+            self._create(backend, run.parent)
+        parent = run.user_run if run.parent is None else run.parent.run_id
+        if parent is None and run.parent_key is not None:
+            above = self._ids.get(run.parent_key)
+            parent = None if above is None else above.run_id
+        tags = dict(run.tags)
+        if parent is not None:
+            tags[TAG_PARENT] = parent
+        tags.setdefault(TAG_NAME, run.name)
+        some = _some(tags, _MAX_ITEMS)
+        known, run.tried = run.tried, True
+        created = backend.create_run(run.key, some, run.started, run.experiment, known=known)
+        run.run_id, run.artifact_uri = created
+        self._ids[run.key] = created
+        for name in some:
+            if run.tags.get(name) == some[name]:
+                del run.tags[name]
+        self._account.written[RUNS] += 1
+        if known:  # it may have been created with other values
+            run.tags.update(some)
+
+    def _add_datasets(self, backend: Backend, run: Pending) -> None:
+        assert run.run_id is not None
+        run_id, datasets = run.run_id, list(run.datasets)
+        with contextlib.suppress(ExportError):  # another program may have added the same one at the same time
+            backend.add_datasets(run_id, datasets)
+            del run.datasets[: len(datasets)]
+            return
+        self._items.write("datasets", run.key, lambda: backend.add_datasets(run_id, datasets))
+        del run.datasets[: len(datasets)]
+
+    def _write(self, backend: Backend, run: Pending) -> None:
+        assert run.run_id is not None
+        run_id, created = run.run_id, CreatedRun(run.run_id, run.artifact_uri)
+        if run.over:
+            run.resolve_references({key: one.run_id for key, one in self._ids.items()})
+            self._count_runs()
+        run.metrics.sort(
+            key=lambda metric: "score" not in metric.key
+        )  # MLflow's table shows columns in order of arrival
+        while run.tags or run.params or run.metrics:
+            metrics = run.metrics[:_MAX_METRICS]
+            params, tags = _some(run.params, _MAX_ITEMS), _some(run.tags, _MAX_ITEMS)
+            self._log(backend, run, metrics, params, tags)
+            del run.metrics[: len(metrics)]
+            for name in params:
+                del run.params[name]
+            for name, value in tags.items():
+                if run.tags.get(name) == value:
+                    del run.tags[name]
+        failure = None
+        for path, text in list(run.artifacts.items()):
+            try:
+                put = self._items.write(
+                    ARTIFACTS,
+                    f"{run.key}/{path}",
+                    lambda p=path, t=text: backend.put_artifact(created, p, t),  # type: ignore[misc]
+                )
+            except ExportError as error:
+                if error.unavailable:
+                    raise
+                failure = error
+                continue
+            if put or path in run.artifacts:
+                del run.artifacts[path]
+        if failure is not None:
+            raise failure
+        if run.ended is not None:
+            status, when = run.ended
+            self._items.write("ends of runs", run.key, lambda: backend.end_run(run_id, status, when))
+            run.ended = None
+
+    def _log(self, backend: Backend, run: Pending, metrics: Any, params: Any, tags: Any) -> None:
+        """Write values; when some of them are refused, the others are written one by one."""
+        run_id = str(run.run_id)
+        try:
+            backend.log(run_id, metrics, params, tags)
+        except ExportError as error:
+            if error.unavailable or error.verdict is Verdict.LATER:
+                raise
+        else:
+            return
+        for metric in metrics:
+            self._items.write("metrics", run.key, lambda m=metric: backend.log(run_id, [m], {}, {}))  # type: ignore[misc]
+        for name, value in params.items():
+            self._items.write("parameters", run.key, lambda n=name, v=value: backend.log(run_id, [], {n: v}, {}))  # type: ignore[misc]
+        for name, value in tags.items():
+            self._items.write("tags", run.key, lambda n=name, v=value: backend.log(run_id, [], {}, {n: v}))  # type: ignore[misc]
+
+
+def _some(values: Mapping[str, str], most: int) -> dict[str, str]:
+    return dict(islice(values.items(), most))
