@@ -134,7 +134,8 @@ class Exporter(MLflowSpanExporter):
     def __init__(self, store: Memory, runs: bool = True) -> None:
         super().__init__("sqlite:///never-opened.db", runs=runs)
         self.store = store
-        self.processor.worker._connect = lambda: store
+        self.processor._connect = self.processor.worker._connect = lambda: store  # in a forked child too
+        self.processor._recovered = True  # what other tests have left is not for this store
 
 
 class Program:
