@@ -143,18 +143,25 @@ def _saved(value: Any) -> Any:
     Not where that would run code of a user's class (serializers, computed fields): such a model is known by its fields.
     """
     kind = type(value)
-    if "__pydantic_fields__" not in introspection.members_of(kind) or _runs_code(value):
+    if "__pydantic_fields__" not in introspection.members_of(kind) or runs_code(value):
         return value
     return kind.model_dump(value, mode="json")
 
 
-def _runs_code(model: Any) -> bool:
-    """Whether dumping a model, or one that it holds, runs code that is not pydantic's or DSPy's, or is a long job."""
-    waiting = [model]
+def runs_code(value: Any, examples: bool = False) -> bool:
+    """Whether dumping a model, or what holds one, runs code that is not pydantic's or DSPy's, or is a long job.
+
+    Args:
+        value: the model, or a dictionary, list or tuple.
+        examples: DSPy's examples inside are dumped by DSPy, and not by pydantic.
+    """
+    waiting = [value]
     for _ in range(_MAX_OBJECTS):
         if not waiting:
             return False
-        inner = _inside(waiting.pop())
+        each = waiting.pop()
+        store = introspection.store_of(each) if examples and introspection.library(type(each)) == "dspy" else None
+        inner = _inside(each) if store is None else list(dict.values(store))
         if inner is None:
             return True
         waiting += inner

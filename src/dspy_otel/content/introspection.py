@@ -21,6 +21,7 @@ arguments_of: Final[Callable[[BaseException], tuple[Any, ...]]] = BaseException.
 _DICT_SLOTS: Final = (types.GetSetDescriptorType, types.MemberDescriptorType)
 # What DSPy hands around is of these packages: their properties are no code of the user's.
 _TRUSTED: Final = frozenset({"dspy", "litellm", "openai", "pydantic"})
+_PLAIN: Final = frozenset({bool, int, float, str, bytes, type(None), list, tuple, dict, set, frozenset})
 _ABSENT: Final = object()
 
 
@@ -137,6 +138,21 @@ def real(value: Any) -> float | None:
         except (TypeError, ValueError, OverflowError):
             return None
     return None
+
+
+def truth(value: Any) -> bool | None:
+    """What ``bool(value)`` gives, where that runs no code of a user's class; ``None`` where it would."""
+    if type(value) in _PLAIN:
+        return bool(value)
+    store = store_of(value)
+    if store is not None:  # DSPy's examples and predictions are as long as they have fields.
+        return bool(store) if library(type(value)) == "dspy" else None
+    return bool(value) if library(type(value)) == "numpy" and getattr(value, "shape", None) == () else None
+
+
+def has_method(value: Any, name: str) -> bool:
+    """Whether the class of ``value`` has ``name``; ``hasattr`` would ask its ``__getattr__``."""
+    return any(name in members_of(base) for base in bases_of(type(value)))
 
 
 def bounded(value: Any, most: int) -> tuple[list[Any], list[Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import types
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -50,7 +51,16 @@ class Asking:
         here = threading.get_ident()
         with self._lock:
             entries = list(self._waiting.get(id(embedder), ()))
-        return [context for query, thread, context in entries if thread != here and query in texts]
+        known = {text for text in texts if type(text) is str}
+        return [context for query, thread, context in entries if thread != here and query in known]
+
+
+_NAMED: Final = (types.FunctionType, types.BuiltinFunctionType, types.MethodType)
+
+
+def _qualified_name(function: Any) -> str:
+    plain = type(function) in _NAMED or introspection.is_a(function, type)
+    return str(function.__qualname__ if plain else introspection.name_of(type(function)).rpartition(".")[2])
 
 
 ASKING = Asking()
@@ -99,7 +109,7 @@ class EmbeddingOperation(Operation):
         settings = {**(getattr(instance, "default_kwargs", None) or {}), **kwargs}
         with _SETTINGS:
             redaction.remember_settings(settings)
-        model = instance.model if hosted else getattr(instance.model, "__qualname__", type(instance.model).__name__)
+        model = instance.model if hosted else _qualified_name(instance.model)
         provider, name = split_model(model) if hosted else (None, model)
         attributes: Attributes = {
             semconv.GEN_AI_OPERATION_NAME: semconv.OPERATION_EMBEDDINGS,
@@ -107,7 +117,8 @@ class EmbeddingOperation(Operation):
         }
         if provider is not None:
             attributes[semconv.GEN_AI_PROVIDER_NAME] = provider
-        attributes.update(server_attributes(settings.get("api_base") or settings.get("base_url")))
+        address = settings.get("api_base")
+        attributes.update(server_attributes(settings.get("base_url") if address is None else address))
         context = CallContext(self.kind, instance, parent, EmbeddingState(attributes.copy()))
         openinference(attributes, self.telemetry, semconv.KIND_EMBEDDING)
         kind = SpanKind.CLIENT if hosted else SpanKind.INTERNAL

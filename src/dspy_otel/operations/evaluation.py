@@ -84,7 +84,11 @@ class EvaluateOperation(Operation):
         self, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any], parent: CallContext | None
     ) -> SpanStart | None:
         given = arguments(instance, args, kwargs)
-        program = self.programs.find(given["program"]) if hasattr(given["program"], "named_predictors") else None
+        program = (
+            self.programs.find(given["program"])
+            if introspection.has_method(given["program"], "named_predictors")
+            else None
+        )
         state = EvaluationState(
             program=given["program"] if program is not None else None,
             program_name=program.name if program else callable_name(given["program"]),
@@ -258,7 +262,9 @@ def arguments(evaluate: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> d
     order = ("program", "metric", "devset", "num_threads")
     given = dict(zip(order, args, strict=False))
     given.update({name: kwargs[name] for name in order if name in kwargs})
-    return {name: given.get(name) if given.get(name) is not None else getattr(evaluate, name, None) for name in order}
+    return {
+        name: given.get(name) if given.get(name) is not None else introspection.field(evaluate, name) for name in order
+    }
 
 
 def size_attributes(given: dict[str, Any]) -> Attributes:

@@ -76,7 +76,7 @@ def request_settings(lm: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) 
 
 def request_attributes(lm: Any, settings: Mapping[str, Any]) -> Attributes:
     """Attributes of the model and of its settings. Never prompts, headers or keys."""
-    provider, model = split_model(str(lm.model))
+    provider, model = split_model(introspection.text(lm.model) or str(introspection.name_of(type(lm))))
     kind = getattr(lm, "model_type", "chat")
     attributes: Attributes = {
         semconv.GEN_AI_OPERATION_NAME: semconv.OPERATION_TEXT_COMPLETION if kind == "text" else semconv.OPERATION_CHAT,

@@ -135,7 +135,13 @@ class ModuleOperation(Operation):
 def caller_attributes() -> Attributes:
     """Session and user that the application has put into OpenTelemetry's baggage, for all spans of a program call."""
     found = baggage.get_all()
-    return {key: str(found[key]) for key in (semconv.SESSION_ID, semconv.USER_ID) if key in found} if found else {}
+    attributes: Attributes = {}
+    for key in (semconv.SESSION_ID, semconv.USER_ID):
+        value = found.get(key)
+        shown = introspection.text(value) if introspection.is_a(value, str) else introspection.whole(value)
+        if shown is not None:
+            attributes[key] = str(shown)
+    return attributes
 
 
 def is_agent(instance: Any) -> bool:

@@ -44,8 +44,9 @@ class ParallelOperation(Operation):
         size = introspection.length(args[1])
         if size is not None:
             attributes[semconv.PARALLEL_SIZE] = size
-        if isinstance(instance.num_threads, int):
-            attributes[semconv.PARALLEL_NUM_THREADS] = instance.num_threads
+        threads = introspection.whole(instance.num_threads)
+        if threads is not None:
+            attributes[semconv.PARALLEL_NUM_THREADS] = threads
         openinference(attributes, self.telemetry, semconv.KIND_CHAIN)
         return SpanStart(semconv.SPAN_PARALLEL, CallContext(self.kind, instance, parent), attributes)
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 from opentelemetry.trace import Link
 
 from dspy_otel import semconv
+from dspy_otel.content import introspection
 from dspy_otel.core.attributes import Attributes
 from dspy_otel.core.call_context import CallContext, current_call_context
 from dspy_otel.core.internal_errors import guard
@@ -118,7 +119,8 @@ class CompileOperation(Operation):
         """Which program is optimized: the argument ``student``, or else the first one that is a program."""
         if run.student is not None:
             return {}
-        programs = (value for value in (given.get("student"), *given.values()) if hasattr(value, "named_predictors"))
+        candidates = (given.get("student"), *given.values())
+        programs = (value for value in candidates if introspection.has_method(value, "named_predictors"))
         student = next(programs, None)
         program = None if student is None else self.programs.find(student)
         if program is None:
@@ -204,7 +206,7 @@ class CompileOperation(Operation):
         if checkpoint is not None:
             checkpoint.outcome = outcome_of(error)
         run.report_spending()
-        if error is None and hasattr(result, "named_predictors"):
+        if error is None and introspection.has_method(result, "named_predictors"):
             program = self.programs.find(result)
             if program is not None and program.id is not None:
                 state.result_id = program.id

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from dspy_otel import semconv
+from dspy_otel.content import introspection
 from dspy_otel.core.attributes import Attributes
 from dspy_otel.core.call_context import CallContext, current_call_context
 from dspy_otel.core.internal_errors import guard
@@ -58,7 +59,7 @@ class CandidateEvaluation(EnclosedOperation, EvaluateOperation):
     def _describe(self, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Evaluation:
         given = arguments(instance, args, kwargs)
         program = given["program"]
-        found = self.programs.find(program) if hasattr(program, "named_predictors") else None
+        found = self.programs.find(program) if introspection.has_method(program, "named_predictors") else None
         metadata = kwargs.get("callback_metadata")
         return Evaluation(
             program,

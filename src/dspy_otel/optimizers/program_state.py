@@ -8,6 +8,7 @@ from typing import Any, Final
 
 from dspy_otel import semconv
 from dspy_otel.content import introspection
+from dspy_otel.content.digest import digest, runs_code
 from dspy_otel.content.encoder import Content
 from dspy_otel.core.attributes import Attributes
 from dspy_otel.core.internal_errors import guard
@@ -54,10 +55,12 @@ def differences(parent: dict[str, Any], child: dict[str, Any]) -> dict[str, Any]
         change: dict[str, Any] = {
             part: {"before": before[part], "after": state[part]}
             for part in ("instructions", "prefixes", "decisions")
-            if state[part] != before[part]
+            if digest(state[part]) != digest(before[part])
         }
-        added = [demo for demo in state["demos"] if demo not in before["demos"]]
-        removed = sum(demo not in state["demos"] for demo in before["demos"])
+        # By digest: comparing them would run code of the classes of their values.
+        old, new = [digest(demo) for demo in before["demos"]], [digest(demo) for demo in state["demos"]]
+        added = [demo for demo, known in zip(state["demos"], new, strict=True) if known not in old]
+        removed = sum(known not in new for known in old)
         if added or removed:
             change["demos"] = {"added": added, "removed": removed}
         if change:
@@ -72,6 +75,28 @@ def saved(program: Any) -> dict[str, Any]:
     return {**program.dump_state(), "metadata": {"dependency_versions": get_dependency_versions()}}
 
 
+def _saved_safely(program: Any) -> tuple[dict[str, Any], bool]:
+    """The state, and whether it is as DSPy saves it.
+
+    DSPy would run code of the classes of a demo's values (serializers, ``__class__``, ``toDict``): such demos are taken
+    as they are.
+    """
+    demos = {name: introspection.instance_dict(each).get("demos") for name, each in program.named_parameters()}
+    kept = {name: [_copied(demo) for demo in introspection.items(each)] for name, each in demos.items()}
+    unsafe = {name for name, each in kept.items() if runs_code(each, examples=True)}
+    if not unsafe:
+        return saved(program), True
+    state: dict[str, Any] = {}
+    for name, parameter in program.named_parameters():
+        if name in unsafe:
+            without_demos = object.__new__(type(parameter))
+            introspection.instance_dict(without_demos).update({**introspection.instance_dict(parameter), "demos": []})
+            state[name] = {**without_demos.dump_state(), "demos": kept[name]}
+        else:
+            state[name] = parameter.dump_state()
+    return state, False
+
+
 def put_state(telemetry: Telemetry, attributes: Attributes, program: Any, key: str = semconv.PROGRAM_STATE) -> None:
     """Add a program's saved state under ``key``, if content may be on spans.
 
@@ -83,11 +108,11 @@ def put_state(telemetry: Telemetry, attributes: Attributes, program: Any, key: s
 
 
 def _state_attributes(telemetry: Telemetry, program: Any, key: str) -> Attributes:
-    state = saved(program)
+    state, loadable = _saved_safely(program)
     content = telemetry.content
     text = Content(max(content.limit, MOST), content.media, content.redact).json(state)
     attributes: Attributes = {key: text}
-    if not _is_whole(state, text):
+    if not loadable or not _is_whole(state, text):
         attributes[key + semconv.STATE_COMPLETE] = False
     return attributes
 

@@ -27,10 +27,11 @@ class BetterTogetherTracker(Tracker):
     def arguments_known(self) -> None:
         if "optimizers" not in introspection.instance_dict(self.instance):
             return  # Before DSPy 3.2 it evaluates nothing between its steps.
-        strategy = self.arguments.get("strategy")
-        self.steps = strategy.split(_SEPARATOR) if isinstance(strategy, str) else []
+        strategy = introspection.text(self.arguments.get("strategy"))
+        self.steps = strategy.split(_SEPARATOR) if strategy is not None else []
         ratio = self.arguments.get("valset_ratio")
-        if self.arguments.get("valset") or ratio is None or ratio > 0:
+        share = introspection.real(ratio)
+        if introspection.truth(self.arguments.get("valset")) or ratio is None or (share is not None and share > 0):
             self.run.plan_trials(1 + len(self.steps))
 
     def params(self, about: Evaluation) -> Attributes:

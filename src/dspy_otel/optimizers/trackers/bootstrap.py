@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from opentelemetry.trace import Link
 
 from dspy_otel import semconv
+from dspy_otel.content import introspection
 from dspy_otel.core.attributes import Attributes
 from dspy_otel.core.call_context import CallContext
 from dspy_otel.core.operation import Call, Operation, SpanStart, openinference
@@ -72,7 +73,7 @@ class AttemptOperation(Operation):
         if metric is not None:
             attributes[semconv.EVALUATION_METRIC_NAME] = metric
         tried = args[1] if len(args) > 1 else kwargs.get("round_idx", 0)
-        if isinstance(tried, int):
+        if type(tried) is int:
             attributes[semconv.BOOTSTRAP_ROUND] = tried
         openinference(attributes, self.telemetry, semconv.KIND_CHAIN)
         begin_example(self.telemetry, context)
@@ -101,16 +102,18 @@ class AttemptOperation(Operation):
         phase = call.context.parent
         if phase is not None and isinstance(phase.state, PhaseState):
             counts = phase.state.phase.attributes
-            for name, one in ((semconv.BOOTSTRAP_ATTEMPTS, True), (semconv.BOOTSTRAP_ACCEPTED, bool(result))):
+            accepted = introspection.truth(result)
+            for name, one in ((semconv.BOOTSTRAP_ATTEMPTS, True), (semconv.BOOTSTRAP_ACCEPTED, bool(accepted))):
                 so_far = counts.get(name, 0)
                 counts[name] = (so_far if isinstance(so_far, int) else 0) + one
 
     def close(self, call: Call, result: Any, error: BaseException | None) -> None:
         super().close(call, result, error)
-        end_example(call, failed=error is not None or not result)
+        end_example(call, failed=error is not None or introspection.truth(result) is False)
 
     def end_attributes(self, call: Call, result: Any, error: BaseException | None) -> Attributes:
-        return {} if error is not None else {semconv.BOOTSTRAP_ACCEPTED: bool(result)}
+        accepted = introspection.truth(result)
+        return {} if error is not None or accepted is None else {semconv.BOOTSTRAP_ACCEPTED: accepted}
 
 
 @hooks

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from dspy_otel import semconv
+from dspy_otel.content import introspection
 from dspy_otel.core.attributes import Attributes
 from dspy_otel.optimizers.run import Run
 from dspy_otel.optimizers.tracker import Evaluation, Phase, Tracker, hooks, tracks
@@ -29,7 +30,10 @@ class COPROTracker(Tracker):
     def arguments_known(self) -> None:
         if self.run.student is None:
             return
-        predictors, breadth, depth = len(self.run.student.predictors()), self.instance.breadth, self.instance.depth
+        predictors = len(self.run.student.predictors())
+        breadth, depth = introspection.whole(self.instance.breadth), introspection.whole(self.instance.depth)
+        if breadth is None or depth is None:
+            return
         # A single predictor's new proposals are scored; of several predictors, all proposals at each depth.
         rounds = depth if predictors == 1 else depth * (depth + 1) // 2
         self.run.plan_trials(predictors * breadth * rounds)

@@ -335,7 +335,7 @@ def patch(optimizers: Optimizers, patches: Patches) -> None:
     def observing(tracker: GEPATracker, kwargs: dict[str, Any]) -> dict[str, Any]:
         tracker.phases = optimizers.phases
         budget = kwargs.get("max_metric_calls")
-        tracker.run.planned_examples = budget if isinstance(budget, int) else None
+        tracker.run.planned_examples = budget if type(budget) is int else None
         return {**kwargs, "callbacks": [*(kwargs.get("callbacks") or ()), Observer(tracker)]}
 
     if resolve("dspy.teleprompt.gepa.gepa", "GEPA") is None:

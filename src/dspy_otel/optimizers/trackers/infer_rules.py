@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from dspy_otel import semconv
+from dspy_otel.content import introspection
 from dspy_otel.core.attributes import Attributes
 from dspy_otel.optimizers.tracker import Evaluation, Phase, Tracker, hooks, tracks
 from dspy_otel.patching import Patches, resolve
@@ -18,8 +19,9 @@ class InferRulesTracker(Tracker):
     """The rules are in the candidate's instructions: its state and its difference to the parent show them."""
 
     def begin(self) -> None:
-        if isinstance(self.instance.num_candidates, int):
-            self.run.plan_trials(self.instance.num_candidates)
+        planned = introspection.whole(self.instance.num_candidates)
+        if planned is not None:
+            self.run.plan_trials(planned)
 
     def params(self, about: Evaluation) -> Attributes:
         return {"candidate": self._trials - 1}

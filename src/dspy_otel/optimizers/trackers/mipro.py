@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from dspy_otel import semconv
+from dspy_otel.content import introspection
 from dspy_otel.core.attributes import Attributes
 from dspy_otel.optimizers.run import Run
 from dspy_otel.optimizers.tracker import Evaluation, Phase, Tracker, hooks, tracks
@@ -34,7 +35,7 @@ class MIPROv2Tracker(Tracker):
 
     def choose(self, params: Mapping[str, Any]) -> None:
         """Set what the next candidate is made of: ``{"0_predictor_instruction": 1, "0_predictor_demos": 2, ...}``."""
-        self.chosen = {name: index for name, index in params.items() if isinstance(index, int)}
+        self.chosen = {name: index for name, index in params.items() if type(index) is int}
 
 
 @hooks
@@ -60,10 +61,10 @@ def patch(optimizers: Optimizers, patches: Patches) -> None:
 def _search(tracker: Tracker, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Phase:
     # (program, instruction_candidates, demo_candidates, evaluate, valset, num_trials, minibatch, minibatch_size,
     #  minibatch_full_eval_steps, seed)
-    trials = argument(args, kwargs, 5, "num_trials")
-    minibatch = argument(args, kwargs, 6, "minibatch")
-    steps = argument(args, kwargs, 8, "minibatch_full_eval_steps")
-    if isinstance(trials, int):
-        full = trials // steps + bool(trials % steps) if minibatch and isinstance(steps, int) else 0
+    trials = introspection.whole(argument(args, kwargs, 5, "num_trials"))
+    minibatch = introspection.truth(argument(args, kwargs, 6, "minibatch"))
+    steps = introspection.whole(argument(args, kwargs, 8, "minibatch_full_eval_steps"))
+    if trials is not None and minibatch is not None:
+        full = trials // steps + bool(trials % steps) if minibatch and steps else 0
         tracker.run.plan_trials(1 + trials + full)
     return Phase(semconv.PHASE_SEARCH, semconv.ROLE_PROPOSER, has_trials=True)

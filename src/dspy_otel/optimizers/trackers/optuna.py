@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from dspy_otel.content import introspection
 from dspy_otel.core.attributes import Attributes
 from dspy_otel.optimizers.run import Run
 from dspy_otel.optimizers.tracker import Evaluation, Tracker, hooks, tracks
@@ -23,8 +24,9 @@ class OptunaTracker(Tracker):
         self.trial: Any = None
 
     def begin(self) -> None:
-        if isinstance(self.instance.num_candidate_sets, int):
-            self.run.plan_trials(self.instance.num_candidate_sets)
+        planned = introspection.whole(self.instance.num_candidate_sets)
+        if planned is not None:
+            self.run.plan_trials(planned)
 
     def params(self, about: Evaluation) -> Attributes:
         return {} if self.trial is None else dict(self.trial.params)

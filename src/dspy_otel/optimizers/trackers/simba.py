@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 from opentelemetry import context as otel_context
 
 from dspy_otel import semconv
+from dspy_otel.content import introspection
 from dspy_otel.core.attributes import Attributes
 from dspy_otel.core.call_context import current_call_context
 from dspy_otel.core.internal_errors import guard
@@ -144,7 +145,9 @@ class _Strategies:
                 if error is None:
                     # False: the strategy found nothing to use, and the candidate is a copy with some demos dropped.
                     with guard("SIMBA strategy"):
-                        made["applied"] = phase.attributes[f"{prefix}applied"] = bool(result)
+                        applied = introspection.truth(result)
+                        if applied is not None:
+                            made["applied"] = phase.attributes[f"{prefix}applied"] = applied
                 if call is not None:
                     optimizers.phases.close(call, result, error)
 
