@@ -6,9 +6,11 @@ import base64
 import json
 from typing import Any
 
+import dspy
 import pytest
 from dspy.utils import DummyLM
 
+import dspy_otel
 from dspy_otel.content.encoder import Content, base64_size
 from dspy_otel.mlflow.translate import translate
 from dspy_otel.operations.messages import described, input_messages
@@ -71,3 +73,51 @@ def test_an_address_and_data_that_is_not_base64() -> None:
 @pytest.mark.parametrize("size", range(9))
 def test_size_leaves_padding_out(size: int) -> None:
     assert base64_size("xx" + base64.b64encode(bytes(size)).decode(), 2) == size
+
+
+def test_a_saved_program_has_no_media_unless_asked_for_and_says_so(telemetry: Recorder) -> None:
+    """DSPy saves an image of a demo as a text with a data URL in its middle, and audio as base64 inside JSON."""
+    image = dspy.Image(url=f"data:image/png;base64,{BASE64}")
+    audio = dspy.Audio(data=BASE64, audio_format="wav")
+    row = dspy.Example(picture=image, voice=audio, more=[image, {"inner": image}], answer="a")
+    rows = [row.with_inputs("picture", "voice")]
+
+    def compiled(**options: Any) -> tuple[Any, Any]:
+        telemetry.clear()
+        telemetry.instrument(capture_content="span_only", **options)
+        program = dspy.LabeledFewShot(k=1).compile(dspy.Predict("picture: dspy.Image, voice -> answer"), trainset=rows)
+        (span,) = telemetry.named("compile")
+        return program, span.attributes
+
+    program, attributes = compiled()
+    assert BASE64[:64] not in str(dict(attributes))
+    assert "data:image/png;base64,<512 bytes>" in attributes["dspy.program.state"]
+    assert attributes["dspy.program.state"].count("<512 bytes>") == 4
+    assert attributes["dspy.program.state.complete"] is False
+    dspy_otel.uninstrument()
+    program, attributes = compiled(capture_media=True)
+    assert "dspy.program.state.complete" not in attributes
+    loaded = dspy.Predict("picture: dspy.Image, voice -> answer")
+    loaded.load_state(json.loads(attributes["dspy.program.state"]))
+    assert loaded.dump_state()["demos"] == program.dump_state()["demos"]
+
+
+@pytest.mark.parametrize("where", ["a prompt with {} inside", "{}", "x={}, y", '{{"data": "{}"}}'])
+def test_base64_anywhere_in_a_text_is_named_by_size(where: str) -> None:
+    text = where.format(BASE64)
+    assert Content(65536).text(text) == where.format("<512 bytes>")
+    assert Content(65536).json([text]) == json.dumps([where.format("<512 bytes>")])
+    assert Content(65536, media=True).text(text) == text
+
+
+@pytest.mark.parametrize("before", [0, 1, 100, 200, 900, 1000])
+def test_media_at_the_place_where_a_text_is_cut_is_not_shown_in_part(before: int) -> None:
+    long = base64.b64encode(bytes(range(256)) * 2000).decode()
+    shown = Content(1000).text("ä " * (before // 2) + f"data:image/png;base64,{long} and {long} " + "z " * 5000)
+    assert long[:48] not in shown
+
+
+def test_what_only_looks_like_media_stays() -> None:
+    path = "/" + "/".join(["usr"] * 100)
+    for text in ("a" * 600, "ACGT" * 200, "0123456789" * 60, path, "data: a, b", "x" * 255 + " " + "Y1" * 120):
+        assert Content(65536).text(text) == text

@@ -66,7 +66,13 @@ _ARRAY_LIBRARIES: Final = frozenset({"numpy", "pandas", "polars", "torch", "tens
 _EXAMPLES: Final = ("dspy.primitives.example", "dspy.primitives.prediction")
 _BASE64_LENGTH: Final = 256
 _BASE64: Final = re.compile(r"[A-Za-z0-9+/]+")
-_DATA_URI: Final = re.compile(r"data:([\w.+/-]{0,80})(?:;[\w=.+-]{0,80}){0,8};base64,")
+_PROBE: Final = _BASE64_LENGTH // 2
+# Binary data inside a text: a data URL, or base64 alone. DSPy writes an image of a demo, a history or a tool's result
+# into a text that way when it saves a program or makes a prompt.
+_MEDIA: Final = re.compile(
+    r"(data:[\w.+/-]{0,80}(?:;[\w=.+-]{0,80}){0,8};base64,)[A-Za-z0-9+/_-]*={0,2}"
+    rf"|(?<![A-Za-z0-9+/])[A-Za-z0-9+/]{{{_BASE64_LENGTH},}}={{0,2}}"
+)
 
 
 def type_name(kind: type) -> str:
@@ -99,6 +105,52 @@ def _is_base64(start: str) -> bool:
         and any(map(str.isupper, start))
         and any(map(str.isdigit, start))
     )
+
+
+def _has_base64(text: str) -> bool:
+    """Whether base64 of at least ``_BASE64_LENGTH`` characters may be in a text: any has one of these pieces whole."""
+    return any(
+        " " not in (piece := text[start : start + _PROBE]) and _BASE64.fullmatch(piece) is not None
+        for start in range(0, len(text) - _PROBE + 1, _PROBE)
+    )
+
+
+def _has_media(text: str) -> bool:
+    return ("data:" in text and ";base64," in text) or (len(text) >= _BASE64_LENGTH and _has_base64(text))
+
+
+def without_media(text: str, most: int) -> tuple[str, int]:
+    """``text`` with the size of binary data in place of it, and how many characters of it were not looked at.
+
+    Args:
+        text: any text; of a long one no more is copied than what comes back.
+        most: about how many characters may come back.
+    """
+    length, position, room = str.__len__(text), 0, most
+    parts: list[str] = []
+    while room > 0 and position < length:
+        stop = min(position + room, length)
+        # One that begins before `stop` shows at its first characters; how long it is, only where it ends.
+        found = _MEDIA.search(text, position, stop + _BASE64_LENGTH)
+        if found is not None:
+            found = _MEDIA.match(text, found.start()) if found.start() < stop else None
+        if found is None:
+            parts.append(str.__getitem__(text, slice(position, stop)))
+            position = stop
+        else:
+            parts.append(str.__getitem__(text, slice(position, found.start())) + _described_media(text, found))
+            position = found.end()
+        room -= len(parts[-1])
+    return "".join(parts), length - position
+
+
+def _described_media(text: str, found: re.Match[str]) -> str:
+    start, end = found.span()
+    data = start if found.start(1) < 0 else found.end(1)
+    if data == start and not _is_base64(str.__getitem__(text, slice(start, start + _BASE64_LENGTH))):
+        return str.__getitem__(text, slice(start, end))
+    padding = str.count(text, "=", max(data, end - 2), end)
+    return f"{str.__getitem__(text, slice(start, data))}<{(end - data) * 3 // 4 - padding} bytes>"
 
 
 def base64_size(text: str, start: int = 0) -> int:
@@ -159,7 +211,7 @@ class _ContentWalker(Walker):
         total, limit = 0, self.content.limit
         for text in self.strings:
             total += (length := len(text))
-            if total > limit or (length >= _BASE64_LENGTH and _is_base64(text[:_BASE64_LENGTH])):
+            if total > limit or (length >= _BASE64_LENGTH and _has_base64(text)):
                 return False
         together = "\n".join(self.strings)
         return "data:" not in together and not redaction.suspect(together)
@@ -188,21 +240,13 @@ class _ContentWalker(Walker):
     def show(self, value: str, longest: int) -> str:
         """At most ``longest`` characters of ``value`` (and a mark), without secrets, redacted."""
         length = str.__len__(value)
-        if (
-            str.startswith(value, "data:")
-            and (not self.content.media or length > longest)
-            and (match := _DATA_URI.match(_exact(value, 1024)))
-        ):
-            return f"{match.group(0)}<{base64_size(value, match.end())} bytes>"
-        if (
-            length >= _BASE64_LENGTH
-            and (not self.content.media or length > longest)
-            and _is_base64(_exact(value, _BASE64_LENGTH))
-        ):
-            return f"<{base64_size(value)} bytes>"
         beyond = redaction.lookahead()
-        piece = _exact(value, longest + beyond if length > longest else length)
-        unseen = length - len(piece)
+        most, unseen = longest + beyond, 0
+        if (not self.content.media or length > longest) and _has_media(_exact(value, most + _BASE64_LENGTH)):
+            value, unseen = without_media(value, most)
+            length = len(value)
+        piece = _exact(value, most if length > longest else length)
+        unseen += length - len(piece)
         shown = redaction.mask(piece)
         if self.content.redact is not None:
             try:
