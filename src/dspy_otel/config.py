@@ -20,6 +20,7 @@ Redact = Callable[[str], str]
 ENV_CAPTURE_CONTENT: Final = "OTEL_INSTRUMENTATION_GENAI_CAPTURE_MESSAGE_CONTENT"
 ENV_CONTENT_LIMIT: Final = "OTEL_DSPY_CONTENT_LIMIT"
 ENV_CAPTURE_MEDIA: Final = "OTEL_DSPY_CAPTURE_MEDIA"
+ENV_ID_KEY: Final = "OTEL_DSPY_ID_KEY"
 ENV_REDACT: Final = "OTEL_DSPY_REDACT"
 ENV_ADAPTER_SPANS: Final = "OTEL_DSPY_ADAPTER_SPANS"
 ENV_EVALUATION_TRACES: Final = "OTEL_DSPY_EVALUATION_TRACES"
@@ -83,6 +84,12 @@ def _positive_integer(value: Any) -> int:
     return number
 
 
+def _key(value: Any) -> str:
+    if not isinstance(value, str) or len(value) < 16:  # A shorter one can be guessed, as the rows can.
+        raise _Unusable("use a text of at least 16 characters")
+    return value
+
+
 def _function(value: Any) -> Redact | None:
     if value is None or callable(value):
         return cast("Redact | None", value)
@@ -96,8 +103,8 @@ def _function(value: Any) -> Redact | None:
     return cast("Redact", found)
 
 
-def _setting(default: Any, env: str, parse: Callable[[Any], Any]) -> Any:
-    return dataclasses.field(default=default, metadata={"env": env, "parse": parse})
+def _setting(default: Any, env: str, parse: Callable[[Any], Any], secret: bool = False) -> Any:
+    return dataclasses.field(default=default, metadata={"env": env, "parse": parse}, repr=not secret)
 
 
 @dataclass(frozen=True)
@@ -118,6 +125,9 @@ class Config:
 
     redact: Redact | None = _setting(None, ENV_REDACT, _function)
     """Called with each piece of content text, gives what may be recorded. If it raises, that content is dropped."""
+
+    id_key: str | None = _setting(None, ENV_ID_KEY, _key, secret=True)
+    """With content off: the key of ids of dataset rows. Default: one of the user's own, in the state directory."""
 
     adapter_spans: bool = _setting(False, ENV_ADAPTER_SPANS, _boolean)
     """Spans for an adapter's format and parse. Off: parse failures and fallbacks are events on the Predict span."""

@@ -15,6 +15,7 @@ from wrapt import register_post_import_hook
 from dspy_otel.coexistence import OtherInstrumentations
 from dspy_otel.config import Config
 from dspy_otel.content import redaction
+from dspy_otel.content.id_key import IdKey
 from dspy_otel.core.errors import formatting_without_our_frames
 from dspy_otel.core.id_generator import OwnJitter
 from dspy_otel.core.internal_errors import failed, guard, reset_warnings, warn_once
@@ -140,7 +141,8 @@ def track_runs(provider: Any) -> None:
 
 def apply(telemetry: Telemetry, patches: Patches) -> None:
     """Put every patch in force that this DSPy has a place for."""
-    programs = Programs()
+    # A plain digest of a row tells it to whoever can guess it: only where the row itself may stand beside it.
+    programs = Programs(None if telemetry.config.content_on_spans else IdKey(telemetry.config.id_key))
     lm = LMOperation(telemetry)
     optimizers = Optimizers(telemetry, programs)  # has operations of its own for modules, evaluations and examples
     module, evaluate = optimizers.module, optimizers.evaluate

@@ -48,7 +48,7 @@ def test_seeds_that_only_iterating_tells_are_all_left_to_dspy(restrict: Callable
     assert len(trials) == 2
     assert not any("dspy.trial.params.seed" in trial.attributes for trial in trials)  # not known: absent
     (compiled,) = telemetry.named("compile BootstrapFewShotWithRandomSearch")
-    assert "dspy.optimizer.trials_planned" not in compiled.attributes
+    assert "dspy.optimizer.trials.planned" not in compiled.attributes
 
 
 @pytest.mark.parametrize("restrict", [[-3, 1], (-3, 1), {-3, 1}, range(-3, 2, 4)])

@@ -202,6 +202,7 @@ WRONG = {
     "OTEL_DSPY_EVALUATION_TRACES": ("evaluation_traces", "tree", "linked"),
     "OTEL_DSPY_OPTIMIZATION_TRACES": ("optimization_traces", "some", "all"),
     "OTEL_DSPY_PROGRESS": ("progress", "bar", False),
+    "OTEL_DSPY_ID_KEY": ("id_key", "too short", None),
     "OTEL_DSPY_OPENINFERENCE": ("openinference", "y e s", True),
     "OTEL_DSPY_METRICS": ("metrics", "none", True),
 }
@@ -214,6 +215,7 @@ RIGHT = {
     "OTEL_DSPY_EVALUATION_TRACES": ("evaluation_traces", "Nested", "nested"),
     "OTEL_DSPY_OPTIMIZATION_TRACES": ("optimization_traces", "None", "none"),
     "OTEL_DSPY_PROGRESS": ("progress", "yes", True),
+    "OTEL_DSPY_ID_KEY": ("id_key", "a key of the team", "a key of the team"),
     "OTEL_DSPY_OPENINFERENCE": ("openinference", "off", False),
     "OTEL_DSPY_METRICS": ("metrics", "False", False),
 }

@@ -7,6 +7,7 @@ from typing import Any, Final
 
 from dspy_otel.content import introspection
 from dspy_otel.content.digest import digest
+from dspy_otel.content.id_key import IdKey
 from dspy_otel.content.introspection import is_a
 from dspy_otel.core.call_context import Program
 from dspy_otel.core.internal_errors import guard
@@ -119,9 +120,14 @@ def _demo_state(demo: Any) -> Any:
 
 
 class Programs:
-    """Knows the programs that were called: their name, id, and the paths of their modules."""
+    """Knows the programs that were called: their name, id, and the paths of their modules.
 
-    def __init__(self) -> None:
+    Args:
+        id_key: of the ids of dataset rows; ``None`` for plain digests.
+    """
+
+    def __init__(self, id_key: IdKey | None = None) -> None:
+        self._id_key = id_key
         self._programs = IdentityCache()
         self._examples = IdentityCache()
         self._signatures = IdentityCache()
@@ -166,12 +172,16 @@ class Programs:
 
     @guard("example id")
     def example_id(self, example: Any) -> str | None:
-        """A stable id of a dataset row: a digest of its fields, the same in every evaluation that uses the row."""
+        """A stable id of a dataset row: the same in every evaluation that uses the row, and in the next process."""
         values = introspection.store_of(example)
         if values is None:
             return None
-        found: str = self._examples.get(example, [], list(dict.values(values)), lambda: digest(values))
+        found: str = self._examples.get(example, [], list(dict.values(values)), lambda: self._row_id(values))
         return found
+
+    def _row_id(self, values: dict[Any, Any]) -> str:
+        plain = digest(values)
+        return plain if self._id_key is None else self._id_key.of(plain)
 
     @guard("signature fields")
     def signature_fields(self, signature: Any) -> str:
