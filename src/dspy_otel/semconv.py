@@ -23,6 +23,8 @@ SCOPE_NAME: Final = "dspy_otel"
 
 # --- OpenTelemetry, general -------------------------------------------------------------------------------------
 ERROR_TYPE: Final = "error.type"
+ERROR_SCORE_NOT_FINITE: Final = "score_not_finite"
+"""An example whose metric returned NaN or infinity."""
 EXCEPTION_TYPE: Final = "exception.type"
 EXCEPTION_MESSAGE: Final = "exception.message"
 EXCEPTION_STACKTRACE: Final = "exception.stacktrace"

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import threading
 
 import dspy
 import numpy as np
 import pytest
+from dspy.utils import DummyLM
 
 from tests.operations.common import dummy
 from tests.support.waiting import wait_for
@@ -236,3 +238,30 @@ def test_cancelled_evaluation_ends_its_span(telemetry):
     span = telemetry.only("evaluate")
     assert span.status.status_code.name == "ERROR"
     assert "dspy.evaluation.score" not in span.attributes
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf], ids=str)
+@pytest.mark.parametrize("shape", [lambda score: score, lambda score: dspy.Prediction(score=score, feedback="f")])
+def test_a_score_that_is_not_finite_is_a_failure_with_its_reason(telemetry, bad, shape):
+    """A metric divides by the length of an empty answer: DSPy averages that, and names no row."""
+    telemetry.instrument()
+    rows = [dspy.Example(question=f"q{number}").with_inputs("question") for number in range(3)]
+
+    def metric(example, prediction, trace=None):
+        return shape(bad if example.question == "q1" else 1.0)
+
+    with dspy.context(lm=DummyLM([{"answer": "a"}] * 3)):
+        evaluate = dspy.Evaluate(devset=rows, metric=metric, num_threads=1, display_progress=False)
+        evaluate(dspy.Predict("question -> answer"))
+    by_index = {span.attributes["dspy.example.index"]: span for span in telemetry.named("example")}
+    failed = by_index[1]
+    assert failed.status.status_code.name == "ERROR"
+    assert failed.status.description == f"the metric returned {bad}"
+    assert failed.attributes["error.type"] == "score_not_finite"
+    assert "dspy.example.score" not in failed.attributes
+    assert [by_index[index].attributes["dspy.example.score"] for index in (0, 2)] == [1.0, 1.0]
+    assert telemetry.only("evaluate").attributes["dspy.evaluation.failures"] == 1
+    events = [event.attributes for event in telemetry.events if event.event_name == "gen_ai.evaluation.result"]
+    assert [event.get("error.type") for event in events] == [None, "score_not_finite", None]
+    points = telemetry.metric("dspy.evaluation.examples")
+    assert {point.attributes["dspy.example.outcome"]: point.value for point in points} == {"scored": 2, "failed": 1}

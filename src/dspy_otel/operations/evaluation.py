@@ -9,7 +9,7 @@ import types
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from opentelemetry.trace import Link
+from opentelemetry.trace import Link, Status, StatusCode
 
 from dspy_otel import semconv
 from dspy_otel.content import introspection
@@ -208,6 +208,10 @@ class ExampleOperation(Operation):
         state: ExampleState = call.context.state
         if score is not None and not state.superseded:
             attributes[semconv.EXAMPLE_SCORE] = score
+        unusable = unusable_score(verdict)
+        if unusable is not None:
+            attributes[semconv.ERROR_TYPE] = semconv.ERROR_SCORE_NOT_FINITE
+            call.span.set_status(Status(StatusCode.ERROR, unusable))
         feedback = feedback_of(verdict)
         if feedback is not None:
             self.telemetry.put_text(attributes, semconv.EXAMPLE_FEEDBACK, feedback)
@@ -222,13 +226,14 @@ class ExampleOperation(Operation):
             state: ExampleState = call.context.state
             state.superseded = True
             return
-        (evaluation.failed if error is not None else evaluation.scored).add(key)
-        if error is not None:
+        verdict = result[1] if type(result) is tuple and len(result) == 2 else None
+        failed = error is not None or unusable_score(verdict) is not None
+        (evaluation.failed if failed else evaluation.scored).add(key)
+        if failed:
             labels[semconv.EXAMPLE_OUTCOME] = semconv.OUTCOME_FAILED
         else:
             labels[semconv.EXAMPLE_OUTCOME] = semconv.OUTCOME_SCORED
         self.telemetry.metrics.evaluation_examples.add(1, labels, call.otel_context)
-        verdict = result[1] if type(result) is tuple and len(result) == 2 else None
         self._emit_result(call, verdict, error)
 
     def _emit_result(self, call: Call, verdict: Any, error: BaseException | None) -> None:
@@ -247,6 +252,8 @@ class ExampleOperation(Operation):
             attributes[semconv.GEN_AI_EVALUATION_SCORE_VALUE] = score
         if error is not None:
             attributes[semconv.ERROR_TYPE] = error_type(error)
+        elif unusable_score(verdict) is not None:
+            attributes[semconv.ERROR_TYPE] = semconv.ERROR_SCORE_NOT_FINITE
         feedback = feedback_of(verdict)
         if feedback is not None and self.telemetry.config.content_on_events:
             with _CONTENT:
@@ -296,10 +303,19 @@ def metric_name(metric: Any) -> str | None:
 
 def score_of(verdict: Any) -> float | None:
     """The score in what a metric returned: a number, a boolean, or something with a ``score``. Not finite: ``None``."""
-    number = introspection.real(verdict)
-    if number is None:
-        number = introspection.real(introspection.field(verdict, "score"))
+    number = _number_of(verdict)
     return number if number is not None and math.isfinite(number) else None
+
+
+def unusable_score(verdict: Any) -> str | None:
+    """Why the score in what a metric returned counts as a failure (it is NaN or infinite); ``None`` for any other."""
+    number = _number_of(verdict)
+    return None if number is None or math.isfinite(number) else f"the metric returned {number}"
+
+
+def _number_of(verdict: Any) -> float | None:
+    number = introspection.real(verdict)
+    return introspection.real(introspection.field(verdict, "score")) if number is None else number
 
 
 def feedback_of(verdict: Any) -> str | None:

@@ -12,7 +12,7 @@ from dspy_otel.core.attributes import Attributes
 from dspy_otel.core.call_context import CallContext, current_call_context
 from dspy_otel.core.internal_errors import guard
 from dspy_otel.core.operation import Call, SpanStart, detach
-from dspy_otel.operations.evaluation import EvaluateOperation, ExampleOperation, ExampleRun, arguments
+from dspy_otel.operations.evaluation import EvaluateOperation, ExampleOperation, ExampleRun, arguments, score_of
 from dspy_otel.optimizers.enclosing import EnclosedOperation
 from dspy_otel.optimizers.parameters import dataset_attributes
 from dspy_otel.optimizers.phases import PhaseOperation
@@ -140,8 +140,9 @@ class CandidateExample(ExampleOperation):
         return start
 
     def end_attributes(self, call: Call, result: Any, error: BaseException | None) -> Attributes:
-        if isinstance(result, (bool, int, float)):  # ReAnchor keeps only the score.
-            return {semconv.EXAMPLE_SCORE: float(result)}
+        score = score_of(result) if isinstance(result, (bool, int, float)) else None
+        if score is not None:  # ReAnchor keeps only the score.
+            return {semconv.EXAMPLE_SCORE: score}
         return super().end_attributes(call, as_pair(result), error)
 
     def measure(self, call: Call, result: Any, error: BaseException | None, seconds: float) -> None:
