@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Sequence
 from typing import Any, Final
 
 from opentelemetry.context import Context
 from opentelemetry.metrics import Histogram, Meter
 
 from dspy_otel import semconv
+from dspy_otel.content.names import OTHER
+from dspy_otel.core.attributes import sendable
 
 SCORE_BUCKETS = tuple(float(percent) for percent in range(0, 101, 10))
 TRIAL_SCORE_BUCKETS = (*(tenth / 10 for tenth in range(11)), *SCORE_BUCKETS[1:])
@@ -15,6 +19,60 @@ TRIAL_SCORE_BUCKETS = (*(tenth / 10 for tenth in range(11)), *SCORE_BUCKETS[1:])
 
 # Not empty: the SDK takes an empty context for none, and uses the current one.
 _NOWHERE: Final = Context({"dspy_otel.nowhere": True})
+
+
+MOST_VALUES: Final = 100
+"""Different values of one label that others make up; all further ones are ``other``."""
+
+_MADE_UP: Final = frozenset({semconv.GEN_AI_RESPONSE_MODEL, semconv.GEN_AI_TOOL_NAME, semconv.ERROR_TYPE})
+
+
+class Labels:
+    """Values of labels as they may be on metrics: every exporter can send them, and their number is bounded.
+
+    Each set of labels is a series, kept in memory as long as the process lives: a server that names another model in
+    each answer would make one for each call.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._known: dict[str, dict[str, str]] = {name: {} for name in _MADE_UP}
+
+    def of(self, labels: Any) -> Any:
+        """``labels``, or a copy with other values."""
+        changed: dict[str, Any] = {}
+        for name, value in labels.items() if labels else ():
+            if name in _MADE_UP:
+                shown = self._known[name].get(value) or self._admit(name, value)
+                if shown != value:
+                    changed[name] = shown
+            elif type(value) is str and (not value.isascii() or "\0" in value):
+                changed[name] = sendable(value)
+        return {**labels, **changed} if changed else labels
+
+    def _admit(self, name: str, value: Any) -> str:
+        known = self._known[name]
+        with self._lock:
+            if len(known) >= MOST_VALUES and value not in known:
+                return OTHER
+            return known.setdefault(value, sendable(str(value)))
+
+
+class Bounded:
+    """A histogram with bounded labels.
+
+    Args:
+        histogram: an OpenTelemetry ``Histogram``.
+        labels: those of all instruments together.
+    """
+
+    def __init__(self, histogram: Histogram, labels: Labels) -> None:
+        self._record = histogram.record
+        self._labels = labels
+
+    def record(self, amount: float, attributes: Any = None, context: Context | None = None) -> None:
+        """Record ``amount`` in ``context``."""
+        self._record(amount, self._labels.of(attributes), context)
 
 
 class WithoutExemplars:
@@ -25,14 +83,16 @@ class WithoutExemplars:
 
     Args:
         instrument: an OpenTelemetry ``Counter`` or ``Gauge``.
+        labels: those of all instruments together; default, its own.
     """
 
-    def __init__(self, instrument: Any) -> None:
+    def __init__(self, instrument: Any, labels: Labels | None = None) -> None:
+        self._labels = labels or Labels()
         self._record = instrument.set if hasattr(instrument, "set") else instrument.add
 
     def add(self, amount: float, attributes: Any = None, context: Context | None = None) -> None:
         """Count ``amount``; the context is not passed on."""
-        self._record(amount, attributes, _NOWHERE)
+        self._record(amount, self._labels.of(attributes), _NOWHERE)
 
     set = add
     """Set to ``amount``; the context is not passed on."""
@@ -48,23 +108,27 @@ class Metrics:
     """
 
     def __init__(self, meter: Meter) -> None:
-        def seconds(name: str, description: str) -> Histogram:
-            return meter.create_histogram(
-                name, "s", description, explicit_bucket_boundaries_advisory=list(semconv.DURATION_BUCKETS)
-            )
+        labels = Labels()
+
+        def histogram(name: str, unit: str, description: str, buckets: Sequence[float]) -> Bounded:
+            made = meter.create_histogram(name, unit, description, explicit_bucket_boundaries_advisory=list(buckets))
+            return Bounded(made, labels)
+
+        def seconds(name: str, description: str) -> Bounded:
+            return histogram(name, "s", description, semconv.DURATION_BUCKETS)
 
         def count(name: str, unit: str, description: str) -> WithoutExemplars:
-            return WithoutExemplars(meter.create_counter(name, unit, description))
+            return WithoutExemplars(meter.create_counter(name, unit, description), labels)
 
         def gauge(name: str, unit: str, description: str) -> WithoutExemplars:
-            return WithoutExemplars(meter.create_gauge(name, unit, description))
+            return WithoutExemplars(meter.create_gauge(name, unit, description), labels)
 
         self.operation_duration = seconds(semconv.METRIC_OPERATION_DURATION, "Duration of LM and embedding calls")
-        self.token_usage = meter.create_histogram(
+        self.token_usage = histogram(
             semconv.METRIC_TOKEN_USAGE,
             "{token}",
             "Input and output tokens of LM calls",
-            explicit_bucket_boundaries_advisory=list(semconv.TOKEN_BUCKETS),
+            semconv.TOKEN_BUCKETS,
         )
         self.time_to_first_chunk = seconds(semconv.METRIC_TIME_TO_FIRST_CHUNK, "Time until a streamed answer begins")
         self.tool_duration = seconds(semconv.METRIC_TOOL_DURATION, "Duration of tool calls")
@@ -73,21 +137,21 @@ class Metrics:
         self.cache_hits = count(semconv.METRIC_LM_CACHE_HITS, "{call}", "LM calls answered from DSPy's cache")
         self.retries = count(semconv.METRIC_LM_RETRIES, "{retry}", "Retries of LM requests")
         self.evaluation_examples = count(semconv.METRIC_EVALUATION_EXAMPLES, "{example}", "Examples evaluated")
-        self.evaluation_score = meter.create_histogram(
+        self.evaluation_score = histogram(
             semconv.METRIC_EVALUATION_SCORE,
             "1",
             "Score of an evaluation, as DSPy reports it (percent)",
-            explicit_bucket_boundaries_advisory=list(SCORE_BUCKETS),
+            SCORE_BUCKETS,
         )
         self.optimizer_trials = count(semconv.METRIC_OPTIMIZER_TRIALS, "{trial}", "Candidates scored by an optimizer")
         self.optimizer_trials_planned = gauge(
             semconv.METRIC_OPTIMIZER_TRIALS_PLANNED, "{trial}", "Trials the current optimization is going to run"
         )
-        self.optimizer_trial_score = meter.create_histogram(
+        self.optimizer_trial_score = histogram(
             semconv.METRIC_OPTIMIZER_TRIAL_SCORE,
             "1",
             "Score of a trial, as the optimizer reports it (percent, or a mean)",
-            explicit_bucket_boundaries_advisory=list(TRIAL_SCORE_BUCKETS),
+            TRIAL_SCORE_BUCKETS,
         )
         self.optimizer_best_score = gauge(
             semconv.METRIC_OPTIMIZER_BEST_SCORE, "1", "Best score so far of the current optimization"
@@ -97,9 +161,9 @@ class Metrics:
         )
         self.optimizer_lm_calls = count(semconv.METRIC_OPTIMIZER_LM_CALLS, "{call}", "LM calls inside optimizations")
         self.optimizer_cost = count(semconv.METRIC_OPTIMIZER_COST, "{USD}", "Billed cost of LM calls in optimizations")
-        self.optimizer_duration = meter.create_histogram(
+        self.optimizer_duration = histogram(
             semconv.METRIC_OPTIMIZER_DURATION,
             "s",
             "Duration of optimizations",
-            explicit_bucket_boundaries_advisory=list(semconv.SECONDS_OF_A_RUN),
+            semconv.SECONDS_OF_A_RUN,
         )

@@ -9,6 +9,7 @@ from urllib.parse import urlsplit
 from dspy_otel import semconv
 from dspy_otel.content import introspection
 from dspy_otel.content.introspection import field, is_a
+from dspy_otel.content.names import plain_word, without_secrets
 from dspy_otel.core.attributes import Attributes
 
 # DSPy's model prefixes (LiteLLM's and lm15's provider ids) as the GenAI conventions name those providers.
@@ -76,7 +77,7 @@ def request_settings(lm: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) 
 
 def request_attributes(lm: Any, settings: Mapping[str, Any]) -> Attributes:
     """Attributes of the model and of its settings. Never prompts, headers or keys."""
-    provider, model = split_model(introspection.text(lm.model) or str(introspection.name_of(type(lm))))
+    provider, model = split_model(without_secrets(introspection.text(lm.model) or str(introspection.name_of(type(lm)))))
     kind = getattr(lm, "model_type", "chat")
     attributes: Attributes = {
         semconv.GEN_AI_OPERATION_NAME: semconv.OPERATION_TEXT_COMPLETION if kind == "text" else semconv.OPERATION_CHAT,
@@ -101,7 +102,7 @@ def request_attributes(lm: Any, settings: Mapping[str, Any]) -> Attributes:
         attributes[semconv.GEN_AI_REQUEST_CHOICE_COUNT] = count
     effort = introspection.text(settings.get("reasoning_effort"), 64)
     if effort is not None:
-        attributes[semconv.GEN_AI_REQUEST_REASONING_LEVEL] = effort
+        attributes[semconv.GEN_AI_REQUEST_REASONING_LEVEL] = plain_word(effort)
     if settings.get("response_format") is not None:
         attributes[semconv.GEN_AI_OUTPUT_TYPE] = "json"
     rollout = settings.get("rollout_id")

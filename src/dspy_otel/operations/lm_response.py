@@ -9,6 +9,7 @@ from typing import Any, Final
 from dspy_otel import semconv
 from dspy_otel.content import introspection
 from dspy_otel.content.introspection import field, is_a
+from dspy_otel.content.names import LONGEST, plain_name, plain_word
 from dspy_otel.core.attributes import Attributes
 from dspy_otel.core.usage import LMUsage
 
@@ -39,8 +40,15 @@ class LMResponse:
 
 
 def short_text(value: Any) -> str | None:
-    """``value`` if it is a text, cut to 256 characters; ``None`` for an empty one and for anything else."""
-    return introspection.text(value, 256) or None
+    """``value`` if it is a text, as a plain name; ``None`` for an empty one and for anything else."""
+    text = introspection.text(value, LONGEST)
+    return plain_name(text) if text else None
+
+
+def finish_reason(value: Any) -> str | None:
+    """Why an answer ended, as the server says it, if it is a word; ``None`` for nothing."""
+    text = introspection.text(value, LONGEST)
+    return plain_word(text) if text else None
 
 
 def usage_counters(usage: Any) -> dict[str, Any]:
@@ -52,7 +60,7 @@ def response_of_call_result(result: Any) -> LMResponse:
     """From DSPy 3.4's ``CallResult``: lm15 responses, or the raw response of LiteLLM or a custom LM."""
     responses = result.responses
     if responses:
-        reasons = [str(each.finish_reason) for each in responses if each.finish_reason]
+        reasons = [reason for each in responses if (reason := finish_reason(each.finish_reason))]
         response_id = short_text(getattr(responses[0], "id", None))
     else:
         reasons, response_id = choice_reasons(result.raw), short_text(field(result.raw, "id"))
@@ -97,10 +105,10 @@ def choice_reasons(response: Any) -> list[str]:
     if introspection.length(choices) is None:
         if introspection.text(field(response, "status")) == "completed":
             return ["stop"]
-        reason = short_text(field(field(response, "incomplete_details"), "reason"))
+        reason = finish_reason(field(field(response, "incomplete_details"), "reason"))
         return [reason] if reason else []
     first, _ = introspection.bounded(choices, _MOST_CHOICES)
-    return [reason for choice in first if (reason := short_text(field(choice, "finish_reason")))]
+    return [reason for choice in first if (reason := finish_reason(field(choice, "finish_reason")))]
 
 
 def _count(holder: Any, key: str, counters: Mapping[str, Any], other: str) -> int | None:

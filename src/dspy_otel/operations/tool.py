@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any, Final
 
 from dspy_otel import semconv
+from dspy_otel.content import introspection
+from dspy_otel.content.names import without_secrets
 from dspy_otel.core.attributes import Attributes
 from dspy_otel.core.call_context import CallContext
 from dspy_otel.core.errors import error_type
@@ -12,6 +14,11 @@ from dspy_otel.core.operation import Call, Operation, SpanStart, openinference
 
 # How DSPy's agents say "I am done" in the form of a tool; nothing is executed.
 _END_MARKERS: Final = {"ReAct": "finish", "ReActV2": "submit"}
+
+
+def name_of(tool: Any) -> str:
+    """The name of a tool, which may come from a server (MCP) or an LM."""
+    return without_secrets(introspection.text(tool.name) or "")
 
 
 class ToolOperation(Operation):
@@ -22,7 +29,7 @@ class ToolOperation(Operation):
     def start(
         self, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any], parent: CallContext | None
     ) -> SpanStart | None:
-        name = str(instance.name)
+        name = name_of(instance)
         if parent is not None and _END_MARKERS.get(type(parent.owner).__name__) == name:
             return None
         attributes: Attributes = {
@@ -49,7 +56,7 @@ class ToolOperation(Operation):
         return attributes
 
     def measure(self, call: Call, result: Any, error: BaseException | None, seconds: float) -> None:
-        labels: Attributes = {semconv.GEN_AI_TOOL_NAME: str(call.instance.name)}
+        labels: Attributes = {semconv.GEN_AI_TOOL_NAME: name_of(call.instance)}
         if call.context.program is not None:
             labels[semconv.PROGRAM_NAME] = call.context.program.name
         if error is not None:
