@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 from typing import Any
 
 import dspy
@@ -81,3 +82,15 @@ def test_redaction_that_raises_takes_nothing_but_content(telemetry: Recorder) ->
     (details,) = telemetry.events
     assert details.attributes["gen_ai.request.model"] == "m"
     assert "gen_ai.input.messages" not in details.attributes
+
+
+@pytest.mark.skipif("engine" not in inspect.signature(dspy.LM).parameters, reason="before DSPy 3.4 there is one engine")
+@pytest.mark.parametrize("engine", ["lm15", "litellm"])
+def test_a_connection_that_is_refused_has_no_http_status(telemetry, engine):
+    telemetry.instrument()
+    lm = dspy.LM("openai/x", api_base="http://127.0.0.1:9/v1", api_key="k", cache=False, num_retries=0, engine=engine)
+    with pytest.raises(Exception, match=r"(?i)connect"):
+        lm("hi")
+    span = telemetry.only("chat")
+    assert span.status.status_code.name == "ERROR"
+    assert "http.response.status_code" not in span.attributes

@@ -17,6 +17,8 @@ module_of: Final[Callable[[type], Any]] = type.__dict__["__module__"].__get__
 bases_of: Final[Callable[[type], tuple[type, ...]]] = type.__dict__["__mro__"].__get__
 members_of: Final[Callable[[type], Any]] = type.__dict__["__dict__"].__get__
 arguments_of: Final[Callable[[BaseException], tuple[Any, ...]]] = BaseException.__dict__["args"].__get__
+cause_of: Final[Callable[[BaseException], Any]] = BaseException.__dict__["__cause__"].__get__
+context_of: Final[Callable[[BaseException], Any]] = BaseException.__dict__["__context__"].__get__
 
 _DICT_SLOTS: Final = (types.GetSetDescriptorType, types.MemberDescriptorType)
 # What DSPy hands around is of these packages: their properties are no code of the user's.

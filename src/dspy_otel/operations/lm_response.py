@@ -174,11 +174,35 @@ def response_attributes(response: LMResponse, usage: LMUsage) -> Attributes:
     return attributes
 
 
+_ANSWERED: Final = frozenset({"APIStatusError", "HTTPStatusError"})
+_UNANSWERED: Final = frozenset({"APIConnectionError", "TransportError", "ConnectionError"})
+_MOST_CAUSES: Final = 16
+
+
+def was_answered(error: BaseException) -> bool:
+    """Whether an HTTP answer may be behind an error: LiteLLM says 500 for a connection that was refused, too.
+
+    The classes of OpenAI's client and httpx tell, and Python's own.
+    """
+    cause: BaseException | None = error
+    for _ in range(_MOST_CAUSES):
+        if cause is None:
+            break
+        names = {introspection.name_of(base) for base in introspection.bases_of(type(cause))}
+        if introspection.library(type(cause)) in ("openai", "httpx", "builtins"):
+            if names & _ANSWERED:
+                return True
+            if names & _UNANSWERED:
+                return False
+        cause = introspection.cause_of(cause) or introspection.context_of(cause)
+    return True
+
+
 def error_attributes(error: BaseException) -> Attributes:
     """HTTP status and request id of a failed request, where DSPy's ``LMError`` knows them."""
     attributes: Attributes = {}
     status = introspection.whole(field(error, "status"))
-    if status is not None:
+    if status is not None and was_answered(error):
         attributes[semconv.HTTP_STATUS_CODE] = status
     request_id = short_text(field(error, "request_id"))
     if request_id is not None:
