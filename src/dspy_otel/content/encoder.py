@@ -66,7 +66,7 @@ _ARRAY_LIBRARIES: Final = frozenset({"numpy", "pandas", "polars", "torch", "tens
 _EXAMPLES: Final = ("dspy.primitives.example", "dspy.primitives.prediction")
 _BASE64_LENGTH: Final = 256
 _BASE64: Final = re.compile(r"[A-Za-z0-9+/]+")
-_PROBE: Final = _BASE64_LENGTH // 2
+_UP_TO_OTHER: Final = re.compile(r".*[^A-Za-z0-9+/]", re.DOTALL)
 # Binary data inside a text: a data URL, or base64 alone. DSPy writes an image of a demo, a history or a tool's result
 # into a text that way when it saves a program or makes a prompt.
 _MEDIA: Final = re.compile(
@@ -108,11 +108,19 @@ def _is_base64(start: str) -> bool:
 
 
 def _has_base64(text: str) -> bool:
-    """Whether base64 of at least ``_BASE64_LENGTH`` characters may be in a text: any has one of these pieces whole."""
-    return any(
-        " " not in (piece := text[start : start + _PROBE]) and _BASE64.fullmatch(piece) is not None
-        for start in range(0, len(text) - _PROBE + 1, _PROBE)
-    )
+    """Whether a run of at least ``_BASE64_LENGTH`` characters of base64 is in a text."""
+    start, length = 0, len(text)
+    while start + _BASE64_LENGTH <= length:
+        end = start + _BASE64_LENGTH
+        # Behind the last character that belongs to no such run; a space is found faster.
+        space = text.rfind(" ", start, end)
+        if space >= 0:
+            start = space + 1
+        elif (found := _UP_TO_OTHER.match(text, start, end)) is not None:
+            start = found.end()
+        else:
+            return True
+    return False
 
 
 def _has_media(text: str) -> bool:
