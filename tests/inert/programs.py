@@ -33,7 +33,7 @@ from tests.support.waiting import Stalled, wait_for
 
 # --- what a program is made of -----------------------------------------------------------------------------------
 
-_ADDRESS = re.compile(r":\d{10,20}")
+_ADDRESS = re.compile(r":\d{7,20}")
 
 
 class OracleError(RuntimeError):
@@ -611,7 +611,7 @@ def pickles(program: Any) -> Any:
 def instructions(dumped: bytes) -> list[tuple[str, Any]]:
     """A pickle as what it says, one after the other.
 
-    Pydantic names schemas by the address of the class, which has 14 or 15 digits: the sizes of frames tell that, too.
+    Pydantic names schemas by the address of the class, which has 8 to 15 digits: the sizes of frames tell that, too.
     """
     return [
         (code.name, _ADDRESS.sub(":0", argument) if isinstance(argument, str) else argument)
