@@ -151,6 +151,19 @@ def test_sigterm_while_mlflow_is_away(server_uri: str, proxy: FaultProxy, tmp_pa
     assert found(server_uri, "terminated while away")[0] == 20
 
 
+def test_sigterm_while_the_program_waits_for_its_end(server_uri: str, proxy: FaultProxy, tmp_path: Path) -> None:
+    proxy.delay = 3600
+    process = start(tmp_path, CALLS.format(then=""), proxy.url, "terminated at its end")
+    assert line(process) == "called"
+    wait_for(lambda: list(tmp_path.glob("spool/*/*.pb")), "the journal", lambda: process.poll())
+    process.terminate()
+    assert wait_for_exit(process, "the program") == -signal.SIGTERM
+    assert "dspy-otel replay" in (tmp_path / "program0.err").read_text()
+    proxy.delay = 0
+    assert replay([tmp_path / "spool"]).left == []
+    assert found(server_uri, "terminated at its end")[0] == 20
+
+
 def test_a_handler_of_the_programs_own_stays(server_uri: str, tmp_path: Path) -> None:
     setup = "import signal; signal.signal(signal.SIGTERM, lambda *_: sys.exit(3))\n"
     process = start(tmp_path, setup + textwrap.dedent(CALLS.format(then="time.sleep(600)")), server_uri, "handled")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -134,6 +135,7 @@ def test_a_full_spool_drops_traces_of_examples_and_keeps_trials(
     directory: Path, store: Memory, monkeypatch: pytest.MonkeyPatch, lost: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("OTEL_DSPY_SPOOL_LIMIT", "60000")
+    monkeypatch.setattr(journal, "MEMORY_BYTES", 100)
     program = Program(store)
     store.failure = AWAY
     compile_ = program.compile()
@@ -157,6 +159,46 @@ def test_a_full_spool_drops_traces_of_examples_and_keeps_trials(
     line = caplog.records[-1].message
     assert f"not written: {len(kept)} spans, 11 runs" in line
     assert f"not written: {221 - len(kept)} spans, " in line
+
+
+def test_a_full_spool_costs_nothing_while_mlflow_is_there(
+    directory: Path, store: Memory, monkeypatch: pytest.MonkeyPatch, lost: Any
+) -> None:
+    """What other programs have left, for an MLflow that is gone, fills it."""
+    monkeypatch.setenv("OTEL_DSPY_SPOOL_LIMIT", "1000")
+    program = Program(store)
+    work(program)
+    program.provider.shutdown()
+    assert lost() == {None: 11}
+    assert len(store.spans) == 11
+    assert {run["status"] for run in store.runs.values()} == {"FINISHED"}
+
+
+def test_a_segment_that_cannot_be_read_for_a_moment_is_delivered_later(
+    directory: Path, store: Memory, monkeypatch: pytest.MonkeyPatch, lost: Any
+) -> None:
+    """Too many files are open."""
+    monkeypatch.setattr(processor, "_CACHED_SPANS", 0)
+    program = Program(store)
+    store.failure = AWAY
+    work(program)
+    assert not program.provider.force_flush(200)
+    program.exporter.processor.record()
+    store.failure = None
+    fails = iter([OSError(errno.EMFILE, "Too many open files")] * 3)
+    open_ = os.open
+
+    def busy(path: Any, flags: int, *more: Any) -> int:
+        if str(path).endswith(".pb") and not flags & os.O_WRONLY and (error := next(fails, None)) is not None:
+            raise error
+        return open_(path, flags, *more)
+
+    monkeypatch.setattr(os, "open", busy)
+    assert program.provider.force_flush()
+    program.provider.shutdown()
+    assert next(fails, None) is None
+    assert lost() == {None: 11}
+    assert {run["status"] for run in store.runs.values()} == {"FINISHED"}
 
 
 def test_without_a_disk_what_is_above_the_limit_is_counted(
@@ -415,7 +457,7 @@ def one(directory: Path, limit: int) -> Journal:
 
 def put(journal: Journal, *, needed: bool = False) -> bool:
     spans = some_spans()
-    return journal.append(encode(spans), spans, set(), 1, needed=needed)
+    return journal.append(encode(spans), spans, set(), 1, needed=needed) is not None
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")

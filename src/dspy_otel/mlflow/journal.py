@@ -22,6 +22,7 @@ if content is captured. The limit applies to all processes together; a lock guar
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import secrets
@@ -61,7 +62,16 @@ _STARTS: Final = "starts.pb"
 
 
 class JournalError(Exception):
-    """A file cannot be written, or must not be read; the message says why and where."""
+    """A file cannot be written, or must not be read; the message says why and where.
+
+    Args:
+        message: for the log.
+        passing: another attempt may succeed, as when too many files are open.
+    """
+
+    def __init__(self, message: str, passing: bool = False) -> None:
+        super().__init__(message)
+        self.passing = passing
 
 
 def spool_directory() -> Path | None:
@@ -288,7 +298,16 @@ class Journal:
             return place is not None and self._write(place.path / _STARTS, body, reserve=True)
         return False
 
-    def append(self, body: bytes, spans: list[ReadableSpan], groups: set[str], roots: int, *, needed: bool) -> bool:
+    def append(
+        self,
+        body: bytes,
+        spans: list[ReadableSpan],
+        groups: set[str],
+        roots: int,
+        *,
+        needed: bool,
+        although_full: bool = False,
+    ) -> Segment | None:
         """Add spans to the end of the queue.
 
         Args:
@@ -297,25 +316,32 @@ class Journal:
             groups: optimizations and evaluations that they belong to.
             roots: traces that begin with them.
             needed: whether they are of optimizations, trials or evaluations, which may use the reserve.
+            although_full: keep them in memory when the limit of the spool is reached.
 
         Returns:
-            Whether there was room.
+            The segment that has them; None when there was no room.
         """
         with self._lock:
             last = self.segments[-1] if self.segments else None
-            if last is None or last.closed or last.count + len(spans) > SEGMENT_SPANS or last.size > SEGMENT_BYTES:
+            if (
+                last is None
+                or last.closed
+                or last.count + len(spans) > SEGMENT_SPANS
+                or last.size > SEGMENT_BYTES
+                or (needed and last.path is None and last.count)  # the reserve on disk is for these
+            ):
                 self._number += 1
                 last = Segment(self._number)
             on_disk = (last.path is not None or not last.count) and self._put(last, body, needed)
-            if on_disk is None:
-                return False
+            if on_disk is None and not although_full:
+                return None
             if not on_disk:
                 if last.path is not None:
                     self._number += 1
                     last = Segment(self._number)
                 room = MEMORY_BYTES * (2 if needed else 1)
                 if sum(segment.size for segment in self.segments if segment.path is None) + len(body) > room:
-                    return False
+                    return None
                 last.parts.append(body)
             last.count += len(spans)
             last.size += len(body)
@@ -327,7 +353,7 @@ class Journal:
                 self.segments.append(last)
             if last.count >= SEGMENT_SPANS:
                 last.closed = True
-            return True
+            return last
 
     def save(self) -> list[Segment]:
         """Try to write the segments that are only in memory, and return those that were written: the process ends."""
@@ -433,7 +459,7 @@ class Journal:
 
     # --- on disk ----------------------------------------------------------------------------------------------------
     def _put(self, segment: Segment, body: bytes, needed: bool) -> bool | None:
-        """Whether a body was written to disk; None when there is no room."""
+        """Whether a body was written to disk; None when the limit of the spool is reached."""
         if self.directory is None or time.monotonic() < self._no_disk_until:
             return False
         try:
@@ -444,8 +470,8 @@ class Journal:
             if not self._write(path, body, reserve=needed):
                 self._warn(
                     "spool full",
-                    f"The spool in {self.directory} is full: traces of examples and calls are dropped, those of "
-                    "optimizations, trials and evaluations are kept.",
+                    f"The spool in {self.directory} is full: spans wait in memory, and what is not sent when the "
+                    "program ends, or is killed, is lost. `dspy-otel replay --list` shows what fills it.",
                 )
                 return None
             segment.path = path
@@ -520,14 +546,14 @@ def read_file(path: Path) -> bytes:
         JournalError: it is not, or cannot be read.
     """
     try:
-        handle = os.open(path, os.O_RDONLY | _NOFOLLOW)
+        with os.fdopen(os.open(path, os.O_RDONLY | _NOFOLLOW), "rb") as file:
+            found = os.fstat(file.fileno())
+            if not stat.S_ISREG(found.st_mode) or (os.name == "posix" and found.st_uid != os.getuid()):
+                raise JournalError(f"{path.name} is no file of this user's")
+            return file.read()
     except OSError as error:
-        raise JournalError(f"{path.name} cannot be read ({error.strerror})") from error
-    with os.fdopen(handle, "rb") as file:
-        found = os.fstat(file.fileno())
-        if not stat.S_ISREG(found.st_mode) or (os.name == "posix" and found.st_uid != os.getuid()):
-            raise JournalError(f"{path.name} is no file of this user's")
-        return file.read()
+        passing = error.errno not in (errno.ENOENT, errno.ELOOP)
+        raise JournalError(f"{path.name} cannot be read ({error.strerror})", passing) from error
 
 
 def complete_messages(body: bytes) -> bytes:

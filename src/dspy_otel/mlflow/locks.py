@@ -6,10 +6,37 @@ import contextlib
 import hashlib
 import os
 import tempfile
+import threading
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Final
 
 import filelock
 import platformdirs
+
+_importing = threading.Lock()
+_FORK_SECONDS: Final = 60.0
+
+
+@contextlib.contextmanager
+def importing() -> Iterator[None]:
+    """Import in this thread what no fork may interrupt: a child would have a lock of Python's that nobody releases."""
+    with _importing:
+        yield
+
+
+def _before_fork() -> None:
+    _owned.append(_importing.acquire(timeout=_FORK_SECONDS))
+
+
+def _after_fork() -> None:
+    if _owned.pop():
+        _importing.release()
+
+
+_owned: list[bool] = []
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=_before_fork, after_in_parent=_after_fork, after_in_child=_after_fork)
 
 
 def lock_for(what: str, seconds: float) -> filelock.FileLock | None:

@@ -183,7 +183,10 @@ class MLflowProcessor(SpanProcessor):
             self._new.wait()
             self._over.wait(WRITE_INTERVAL)
             self._new.clear()
-            self.record()
+            try:
+                self.record()
+            except Exception as error:  # the thread must not end: the queue would grow
+                self._report("journal thread", f"Spans could not be written to the journal: {type(error).__name__}.")
 
     def record(self, seconds: float = 60.0) -> None:
         """Write the queue to the journal."""
@@ -254,12 +257,12 @@ class MLflowProcessor(SpanProcessor):
         account.produced[SPANS] += len(spans)
         account.produced[TRACES] += sum(span.parent is None for span in spans)
         try:
-            if not self._append_some(spans, False):
+            if not self._append_some(spans):
+                # The limit is reached: what runs are made of has a reserve on disk, the rest waits in memory.
                 needed = [span for span in spans if is_ours(span) and kind_of(span) in _STRUCTURE]
-                others = [span for span in spans if span not in needed]
-                if needed and not self._append_some(needed, True):
-                    others = spans
-                self._drop(others, "spool_full" if self.journal.directory is not None else "queue_full")
+                for some in (needed, [span for span in spans if span not in needed]):
+                    if some and not self._append_some(some, needed=some is needed, although_full=True):
+                        self._drop(some, "spool_full" if self.journal.directory is not None else "queue_full")
         except Exception as error:
             _logger.debug("spans cannot be encoded", exc_info=True)
             if len(spans) == 1:
@@ -271,25 +274,26 @@ class MLflowProcessor(SpanProcessor):
             for span in spans:
                 self._append([span])
 
-    def _append_some(self, spans: list[ReadableSpan], needed: bool) -> bool:
+    def _append_some(self, spans: list[ReadableSpan], needed: bool = False, although_full: bool = False) -> bool:
         body = encode(translate(spans))
         groups = {group for span in spans if is_ours(span) and (group := group_of(span))} if self._runs else set()
         roots = sum(span.parent is None for span in spans)
-        if not self.journal.append(body, spans, groups, roots, needed=needed):
+        segment = self.journal.append(body, spans, groups, roots, needed=needed, although_full=although_full)
+        if segment is None:
             return False
         if groups:
-            self._add_on_disk(spans, self.journal.segments[-1].path is not None)
+            self._add_on_disk(spans, segment.path is not None)
         cached = 0
-        for segment in reversed(self.journal.segments):
-            cached += segment.count
-            if cached > _CACHED_SPANS and segment.path is not None and segment.closed:
-                segment.spans = None
+        for each in reversed(list(self.journal.segments)):
+            cached += each.count
+            if cached > _CACHED_SPANS and each.path is not None and each.closed:
+                each.spans = None
         return True
 
     def _drop(self, spans: list[ReadableSpan], why: str) -> None:
         if not spans:
             return
-        if why == "queue_full":
+        if why in ("queue_full", "spool_full"):
             self._report(
                 why,
                 "Too many spans wait for MLflow: traces of examples and calls are dropped, those of optimizations, "
@@ -306,7 +310,10 @@ class MLflowProcessor(SpanProcessor):
     # --- the journal to MLflow --------------------------------------------------------------------------------------
     def _deliver(self) -> None:
         while not self._over.is_set():
-            self.worker.round()
+            try:
+                self.worker.round()
+            except Exception as error:  # likewise
+                self._report("worker thread", f"A step of the delivery failed: {type(error).__name__}.")
             if self.worker.done and not self._queue:
                 self._idle.set()
                 if self._stop.is_set():
@@ -361,6 +368,10 @@ class MLflowProcessor(SpanProcessor):
             seconds: most time for the delivery; ``OTEL_DSPY_EXIT_SECONDS`` (three minutes) if that is less.
         """
         if not self._ending.acquire(blocking=False):
+            if seconds is not None and not self._over.is_set():  # SIGTERM while the program already waits for its end
+                if self._threads:
+                    self._join(self._threads[-1], time.monotonic() + seconds)
+                self._close()
             return
         interrupted: BaseException | None = None
         try:

@@ -106,7 +106,13 @@ class RunWriter:
         tags.setdefault(TAG_NAME, run.name)
         some = _some(tags, _MAX_ITEMS)
         known, run.tried = run.tried, True
-        created = backend.create_run(run.key, some, run.started, run.experiment, known=known)
+        try:
+            created = backend.create_run(run.key, some, run.started, run.experiment, known=known)
+        except ExportError as error:
+            if error.unavailable or error.verdict is Verdict.LATER or run.experiment is None:
+                raise
+            run.experiment = None  # that of the user's run does not exist any more
+            created = backend.create_run(run.key, some, run.started, None, known=known)
         run.run_id, run.artifact_uri = created
         self._ids[run.key] = created
         for name in some:

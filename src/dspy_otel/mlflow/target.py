@@ -6,8 +6,9 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
+from dspy_otel.content import redaction
 from dspy_otel.mlflow.retry import ExportError
 from dspy_otel.version import __version__
 
@@ -126,9 +127,17 @@ class Target:
 
 
 def public_uri(uri: str) -> str:
-    """A URI without a user name or password, fit for a log line."""
+    """A URI without a user name or password, also in its query, fit for a log line."""
     parts = urlsplit(uri)
-    return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl() if "@" in parts.netloc else uri
+    pairs = [pair for pair in parts.query.split("&") if not _is_credential(pair.partition("=")[0])]
+    query = "&".join(pairs)
+    if "@" not in parts.netloc and query == parts.query:
+        return uri
+    return parts._replace(netloc=parts.netloc.rpartition("@")[2], query=query).geturl()
+
+
+def _is_credential(name: str) -> bool:
+    return name.lower() in ("user", "username") or redaction.is_secret_name(unquote(name))
 
 
 def absolute(uri: str, directory: str) -> str:
@@ -141,7 +150,7 @@ def absolute(uri: str, directory: str) -> str:
 
 def sqlite_path(uri: str) -> str | None:
     """The file of a sqlite store; None for another store, or one in memory."""
-    path = uri.partition(":///")[2] if _scheme(uri) == "sqlite" else ""
+    path = uri.partition(":///")[2].partition("?")[0] if _scheme(uri) == "sqlite" else ""
     return path if path and not path.startswith((":memory:", "file:")) else None
 
 

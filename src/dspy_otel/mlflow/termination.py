@@ -20,6 +20,8 @@ from dspy_otel.mlflow.threads import start_thread
 
 SECONDS: Final = 8.0
 """Most time for the delivery. Docker kills a container ten seconds after the signal, Kubernetes after thirty."""
+_LAST: Final = 2.0
+"""Of these, what is left when delivery has to stop: for the journal, and for the line in the log."""
 
 
 class Ending(Protocol):
@@ -42,12 +44,13 @@ def before_termination(ending: Ending) -> None:
         # In other threads: the interrupted thread may own any lock.
         with contextlib.suppress(BaseException):
             until = time.monotonic() + SECONDS
-            ends = [partial(one.shutdown, SECONDS) for one in list(_endings)]
+            ends = [partial(one.shutdown, SECONDS - _LAST) for one in list(_endings)]
             threads = [start_thread(end, "dspy-otel-mlflow-end") for end in ends]
             for thread in filter(None, threads):
                 thread.join(max(0.0, until - time.monotonic()))
         signal.signal(number, signal.SIG_DFL)
         os.kill(os.getpid(), number)
+        os._exit(128 + number)  # the first process of a container: the kernel ignores the signal there
 
     with contextlib.suppress(Exception):
         if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:

@@ -241,14 +241,16 @@ class Worker:
 
     def apply(self, segment: Segment) -> None:
         """Apply a segment's spans to the history, and collect its links and scores."""
-        segment.applied = True
         if not self._runs:
+            segment.applied = True
             return
         try:
             spans = segment.spans if segment.spans is not None else [restore(one) for one in decode(segment.body())]
         except (JournalError, ValueError) as error:
             self.report("journal", f"A segment of the journal cannot be read: {error}.")
+            segment.applied = not (isinstance(error, JournalError) and error.passing)
             return
+        segment.applied = True
         for span in spans:
             if is_ours(span):
                 self.end(span, segment)
@@ -321,7 +323,11 @@ class Worker:
         try:
             body = segment.body()
         except JournalError as error:
-            self.report("journal", f"A segment of the journal cannot be read: {error}.")
+            message = f"A segment of the journal cannot be read: {error}."
+            if error.passing:
+                raise ExportError("journal", message) from error
+            self.report("journal", message)
+            self.journal.set_aside_whole(segment)
             self._drop(segment.count, segment.roots, "unreadable")
             segment.delivered = True
             return

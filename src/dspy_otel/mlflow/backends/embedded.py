@@ -24,7 +24,7 @@ from packaging.version import Version
 
 from dspy_otel.mlflow.backends import base
 from dspy_otel.mlflow.backends.base import OLDEST_MLFLOW, Batch, CreatedRun, FoundExperiment, resolve_experiment
-from dspy_otel.mlflow.locks import lock_for
+from dspy_otel.mlflow.locks import importing, lock_for
 from dspy_otel.mlflow.retry import ExportError, Verdict, clean
 from dspy_otel.mlflow.runs import TAG_KEY, TAG_NAME, Dataset, Metric, Score, StoredRun
 from dspy_otel.mlflow.target import Target, public_uri, sqlite_path
@@ -343,15 +343,15 @@ def _create_database(uri: str, client: Callable[..., Any]) -> None:
     path = sqlite_path(uri)
     if path is None or os.path.exists(path) or not os.path.isdir(os.path.dirname(path) or "."):
         return
-    beside = f"{path}.new"
+    directory, name = os.path.split(path)
+    beside = os.path.join(directory, f".{name}.dspy-otel-new")
     try:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(beside)  # left by a process that was killed; the lock lets only one create it
         made = client(tracking_uri=f"sqlite:///{beside}")
         made.get_experiment("0")
         made._tracking_client.store.engine.dispose()
-        if not os.path.exists(path):  # MLflow in another program may have created it meanwhile
-            os.rename(beside, path)
+        os.link(beside, path)  # not over one that MLflow in another program has created meanwhile
     except Exception as error:  # MLflow creates it in place, as without us
         _logger.debug("the database is created in place: %s", base.first_line(error))
     finally:
@@ -360,6 +360,11 @@ def _create_database(uri: str, client: Callable[..., Any]) -> None:
 
 
 def _check_mlflow() -> None:
+    with importing():
+        _import_mlflow()
+
+
+def _import_mlflow() -> None:
     install = "pip install 'dspy-otel[mlflow]'"
     try:
         import mlflow
@@ -370,7 +375,7 @@ def _check_mlflow() -> None:
         message = f"MLflow {mlflow.__version__} is too old for an embedded store; {OLDEST_MLFLOW} or newer is needed."
         raise ExportError("mlflow old", message, unavailable=True, permanent=True)
     try:
-        import sqlalchemy  # noqa: F401
+        import mlflow.store.tracking.sqlalchemy_store  # and with it all that is imported later
     except ImportError as error:
         message = f"mlflow-skinny and mlflow-tracing have no SQL store: {install}."
         raise ExportError("mlflow skinny", message, unavailable=True, permanent=True) from error

@@ -39,6 +39,8 @@ FIRST_BATCH_SECONDS: Final = 300.0
 which takes 5 to 60 s, more on a loaded machine. An attribute that spares it would show a cost of 0, which is not true.
 """
 _CONNECT_SECONDS: Final = 5.0
+_SLOWEST: Final = 50_000
+"""Bytes a second. A new connection sends its first body within the time for connecting."""
 _MAX_ANSWER: Final = 32 * 1024 * 1024
 _MAX_REFUSAL: Final = 64 * 1024
 _CHUNK: Final = 64 * 1024
@@ -88,6 +90,9 @@ class RestBackend:
         verdict = judge(answer, ours=_is_otlp(answer), spans=True)
         self._batches += 1
         if verdict is Verdict.DELIVERED:
+            if rejected := _rejected(answer):
+                message = f"MLflow at {self.name} rejected {rejected} spans."
+                raise ExportError("rejected", message, Verdict.SPLIT)
             return
         if answer.error_code == _NOT_FOUND:
             self._experiment_id = None  # deleted meanwhile: it is looked up again
@@ -178,7 +183,7 @@ class RestBackend:
             self._with_client(lambda client: client.log_text(run.run_id, text, path), path)
             return
         answer = self._request("PUT", place, data=text.encode("utf-8", "replace"))
-        verdict = judge(answer, ours=not answer.body.strip() or _is_json(answer))
+        verdict = judge(answer, ours=answer.body.strip() in (b"", b"{}"))
         if verdict is not Verdict.DELIVERED:
             raise explain(answer, verdict, self.name, path)
 
@@ -293,7 +298,7 @@ class RestBackend:
                 self._uri + path,
                 headers={**_workspace(), **(headers or {})},
                 auth=self._authorize,
-                timeout=(min(_CONNECT_SECONDS, left), left),
+                timeout=(min(_CONNECT_SECONDS + len(kwargs.get("data") or b"") / _SLOWEST, left), left),
                 # A redirected POST would arrive as a GET without its body.
                 allow_redirects=False,
                 stream=True,
@@ -381,14 +386,22 @@ def _read(response: requests.Response, limit: int, until: float) -> Answer:
 
 
 def _is_otlp(answer: Answer) -> bool:
-    """Whether an answer to spans is that of an OTLP receiver: nothing, or its message in protobuf or JSON."""
-    if not answer.body.strip() or _is_json(answer):
-        return True
+    """Whether an answer to spans is that of an OTLP receiver: its message in protobuf or JSON."""
+    if "protobuf" not in answer.kind:
+        return _is_json(answer) and json.loads(answer.body).keys() <= {"partialSuccess"}
     try:
         ExportTraceServiceResponse.FromString(answer.body)
     except DecodeError:
         return False
-    return "protobuf" in answer.kind
+    return True
+
+
+def _rejected(answer: Answer) -> int:
+    """How many spans an OTLP receiver rejected, by its own answer."""
+    if "protobuf" in answer.kind:
+        return int(ExportTraceServiceResponse.FromString(answer.body).partial_success.rejected_spans)
+    part = json.loads(answer.body).get("partialSuccess")
+    return int(part.get("rejectedSpans") or 0) if isinstance(part, dict) else 0
 
 
 def _is_json(answer: Answer) -> bool:
