@@ -541,6 +541,7 @@ SCENARIOS: dict[str, Callable[[], Any]] = {
     "program": lambda: observe(),
     "pictures": lambda: pictures(),
     "values": lambda: values(),
+    "restricted": lambda: restricted(),
     **({"source": lambda: source()} if hasattr(dspy, "Flex") else {}),  # DSPy 3.2 has none
 }
 for _name in common.RUNS:
@@ -594,6 +595,15 @@ def source() -> Any:
     return freeze(Holder()(question="q"))
 
 
+def restricted() -> Any:
+    """A random search of the seeds that are named."""
+    optimizer = dspy.BootstrapFewShotWithRandomSearch(metric=lambda *_: 1.0, num_candidate_programs=1, num_threads=1)
+    rows = common.load_examples("train", 2)
+    with dspy.context(lm=common.scripted_lm()):
+        best = common.quietly(optimizer.compile, common.ColourFamily(), trainset=rows, restrict=[-3])
+    return dspy_otel.program_id(best)
+
+
 def pictures() -> Any:
     """LM calls with everything that messages can hold."""
     random.seed(3)
@@ -601,6 +611,7 @@ def pictures() -> Any:
     parts = [
         {"type": "image_url", "image_url": {"url": "data:image/png;base64,QUJD"}},
         {"type": "input_audio", "input_audio": {"data": "QUJD", "format": "wav"}},
+        {"type": "text", "text": f"scanned: {'QUJDREVG' * 60} end"},
         {"type": "tool_result", "id": "1", "content": [{"type": "text", "text": "t"}]},
     ]
     call = {"id": "1", "function": {"name": "f", "arguments": "{}"}}
