@@ -103,6 +103,7 @@ def start(directory: Path, text: str, uri: str, experiment: str, **more: str) ->
         stdout=subprocess.PIPE,
         stderr=script.with_suffix(".err").open("w"),
         text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored where tests run in the background
     )
 
 

@@ -398,6 +398,7 @@ def start(tmp_path: Path, metric: str, environment: dict[str, str], setup: str =
         stdout=subprocess.PIPE,
         stderr=(tmp_path / "stderr.txt").open("w"),
         text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored where tests run in the background
     )
 
 
