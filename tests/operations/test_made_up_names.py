@@ -9,7 +9,7 @@ import dspy
 import pytest
 
 from dspy_otel.content.names import plain_name, plain_word
-from dspy_otel.core.metrics import MOST_VALUES, Labels
+from dspy_otel.core.metrics import MOST_VALUES, MetricAttributes
 from tests.support.spans import Recorder
 
 KEY = "sk-proj-" + "aB3dE6gH9jK2mN5pQ8sT" * 2
@@ -102,8 +102,8 @@ def test_labels_can_be_sent_by_every_exporter(telemetry: Recorder) -> None:
 
 def test_labels_that_are_good_are_not_copied() -> None:
     labels = {"gen_ai.response.model": "m", "dspy.program.name": "P", "server.port": 1}
-    assert Labels().of(labels) is labels
-    assert Labels().of(None) is None
+    assert MetricAttributes().of(labels) is labels
+    assert MetricAttributes().of(None) is None
 
 
 def test_a_text_is_no_name_of_a_parameter(telemetry: Recorder) -> None:

@@ -22,33 +22,44 @@ _NOWHERE: Final = Context({"dspy_otel.nowhere": True})
 
 
 MOST_VALUES: Final = 100
-"""Different values of one label that others make up; all further ones are ``other``."""
+"""Different values of one attribute that others make up; all further ones are ``other``."""
+_MOST_SERIES: Final = 1000
 
 _MADE_UP: Final = frozenset({semconv.GEN_AI_RESPONSE_MODEL, semconv.GEN_AI_TOOL_NAME, semconv.ERROR_TYPE})
 
 
-class Labels:
-    """Values of labels as they may be on metrics: every exporter can send them, and their number is bounded.
+class MetricAttributes:
+    """Attributes as they may be on metrics: every exporter can send their values, and the number of values is bounded.
 
-    Each set of labels is a series, kept in memory as long as the process lives: a server that names another model in
-    each answer would make one for each call.
+    Each set of attributes is a series, kept in memory as long as the process lives: a server that names another model
+    in each answer would make one for each call.
     """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._known: dict[str, dict[str, str]] = {name: {} for name in _MADE_UP}
+        self._unchanged: set[Any] = set()
 
-    def of(self, labels: Any) -> Any:
-        """``labels``, or a copy with other values."""
+    def of(self, attributes: Any) -> Any:
+        """``attributes``, or a copy with other values."""
+        if not attributes:
+            return attributes
+        series = tuple(attributes.items())
+        if series in self._unchanged:  # four times for each Predict
+            return attributes
         changed: dict[str, Any] = {}
-        for name, value in labels.items() if labels else ():
+        for name, value in series:
             if name in _MADE_UP:
                 shown = self._known[name].get(value) or self._admit(name, value)
                 if shown != value:
                     changed[name] = shown
             elif type(value) is str and (not value.isascii() or "\0" in value):
                 changed[name] = sendable(value)
-        return {**labels, **changed} if changed else labels
+        if changed:
+            return {**attributes, **changed}
+        if len(self._unchanged) < _MOST_SERIES:
+            self._unchanged.add(series)
+        return attributes
 
     def _admit(self, name: str, value: Any) -> str:
         known = self._known[name]
@@ -58,21 +69,21 @@ class Labels:
             return known.setdefault(value, sendable(str(value)))
 
 
-class Bounded:
-    """A histogram with bounded labels.
+class BoundedHistogram:
+    """A histogram with bounded attributes.
 
     Args:
         histogram: an OpenTelemetry ``Histogram``.
-        labels: those of all instruments together.
+        attributes: those of all instruments together.
     """
 
-    def __init__(self, histogram: Histogram, labels: Labels) -> None:
+    def __init__(self, histogram: Histogram, attributes: MetricAttributes) -> None:
         self._record = histogram.record
-        self._labels = labels
+        self._attributes = attributes
 
     def record(self, amount: float, attributes: Any = None, context: Context | None = None) -> None:
         """Record ``amount`` in ``context``."""
-        self._record(amount, self._labels.of(attributes), context)
+        self._record(amount, self._attributes.of(attributes), context)
 
 
 class WithoutExemplars:
@@ -83,16 +94,16 @@ class WithoutExemplars:
 
     Args:
         instrument: an OpenTelemetry ``Counter`` or ``Gauge``.
-        labels: those of all instruments together; default, its own.
+        attributes: those of all instruments together; default, its own.
     """
 
-    def __init__(self, instrument: Any, labels: Labels | None = None) -> None:
-        self._labels = labels or Labels()
+    def __init__(self, instrument: Any, attributes: MetricAttributes | None = None) -> None:
+        self._attributes = attributes or MetricAttributes()
         self._record = instrument.set if hasattr(instrument, "set") else instrument.add
 
     def add(self, amount: float, attributes: Any = None, context: Context | None = None) -> None:
         """Count ``amount``; the context is not passed on."""
-        self._record(amount, self._labels.of(attributes), _NOWHERE)
+        self._record(amount, self._attributes.of(attributes), _NOWHERE)
 
     set = add
     """Set to ``amount``; the context is not passed on."""
@@ -108,20 +119,20 @@ class Metrics:
     """
 
     def __init__(self, meter: Meter) -> None:
-        labels = Labels()
+        attributes = MetricAttributes()
 
-        def histogram(name: str, unit: str, description: str, buckets: Sequence[float]) -> Bounded:
+        def histogram(name: str, unit: str, description: str, buckets: Sequence[float]) -> BoundedHistogram:
             made = meter.create_histogram(name, unit, description, explicit_bucket_boundaries_advisory=list(buckets))
-            return Bounded(made, labels)
+            return BoundedHistogram(made, attributes)
 
-        def seconds(name: str, description: str) -> Bounded:
+        def seconds(name: str, description: str) -> BoundedHistogram:
             return histogram(name, "s", description, semconv.DURATION_BUCKETS)
 
         def count(name: str, unit: str, description: str) -> WithoutExemplars:
-            return WithoutExemplars(meter.create_counter(name, unit, description), labels)
+            return WithoutExemplars(meter.create_counter(name, unit, description), attributes)
 
         def gauge(name: str, unit: str, description: str) -> WithoutExemplars:
-            return WithoutExemplars(meter.create_gauge(name, unit, description), labels)
+            return WithoutExemplars(meter.create_gauge(name, unit, description), attributes)
 
         self.operation_duration = seconds(semconv.METRIC_OPERATION_DURATION, "Duration of LM and embedding calls")
         self.token_usage = histogram(
