@@ -6,7 +6,7 @@ import json
 import os
 import sys
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,6 @@ from opentelemetry.trace import SpanKind, Status, StatusCode
 
 from dspy_otel import semconv
 from dspy_otel.mlflow import MLflowSpanExporter
-from tests.support.mlflow_server import mlflow_server
 from tests.support.waiting import run
 
 pytest.importorskip("mlflow")
@@ -144,12 +143,6 @@ class Store:
         experiment = self.client.get_experiment_by_name(EXPERIMENT)
         found = self.client.search_traces(locations=[experiment.experiment_id])
         return {trace.info.tags["mlflow.traceName"]: trace for trace in found}
-
-
-@pytest.fixture(scope="module")
-def server_uri(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    with mlflow_server(tmp_path_factory.mktemp("mlflow-server")) as url:
-        yield url
 
 
 @pytest.fixture(scope="module", params=["server", "sqlite"])

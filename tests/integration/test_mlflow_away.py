@@ -25,8 +25,7 @@ from dspy_otel.mlflow.replay import replay
 from dspy_otel.record.otlp import encode
 from tests.integration.test_mlflow_runs import CONFIGURE, start
 from tests.optimizers.common import RUNS, quietly, scripted_lm
-from tests.support.fault_proxy import FaultProxy, fault_proxy
-from tests.support.mlflow_server import mlflow_server
+from tests.support.fault_proxy import FaultProxy
 from tests.support.mlflow_store import Store
 from tests.support.otlp_receiver import OtlpReceiver
 from tests.support.waiting import run as run_program
@@ -35,18 +34,6 @@ from tests.support.waiting import wait_for, wait_for_exit
 pytest.importorskip("mlflow")
 pytestmark = pytest.mark.integration
 RANDOM_SEARCH = "BootstrapFewShotWithRandomSearch"
-
-
-@pytest.fixture(scope="module")
-def server_uri(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    with mlflow_server(tmp_path_factory.mktemp("mlflow-server")) as url:
-        yield url
-
-
-@pytest.fixture
-def proxy(server_uri: str) -> Iterator[FaultProxy]:
-    with fault_proxy(server_uri) as proxy:
-        yield proxy
 
 
 @pytest.fixture

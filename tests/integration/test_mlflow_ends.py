@@ -7,15 +7,13 @@ import signal
 import subprocess
 import sys
 import textwrap
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from dspy_otel.mlflow.replay import replay
-from tests.support.fault_proxy import FaultProxy, fault_proxy
-from tests.support.mlflow_server import mlflow_server
+from tests.support.fault_proxy import FaultProxy
 from tests.support.mlflow_store import Store
 from tests.support.waiting import wait_for, wait_for_exit
 
@@ -69,18 +67,6 @@ COMPILE = """
     optimizer = dspy.BootstrapFewShotWithRandomSearch(metric=metric, num_candidate_programs=2, num_threads=1)
     optimizer.compile(ColourFamily(), trainset=load_examples("train", 6), valset=load_examples("val", 6))
 """
-
-
-@pytest.fixture(scope="module")
-def server_uri(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    with mlflow_server(tmp_path_factory.mktemp("mlflow-server")) as url:
-        yield url
-
-
-@pytest.fixture
-def proxy(server_uri: str) -> Iterator[FaultProxy]:
-    with fault_proxy(server_uri) as proxy:
-        yield proxy
 
 
 def start(directory: Path, text: str, uri: str, experiment: str, **more: str) -> subprocess.Popen[str]:

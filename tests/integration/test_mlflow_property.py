@@ -20,7 +20,6 @@ from tests.mlflow.fake_server import Fault, Faults, Misbehaving, serving
 from tests.mlflow.programs import Call, Disk, Evaluation, Event, Optimization, Plan, Trial, run
 from tests.mlflow.stored import comparable, contents_of, timeless
 from tests.mlflow.test_property import compare, quick, without_faults
-from tests.support.mlflow_server import mlflow_server
 
 pytest.importorskip("mlflow")
 pytestmark = [pytest.mark.integration, pytest.mark.injects_faults, pytest.mark.filterwarnings("ignore:.*fork")]
@@ -103,12 +102,6 @@ def misbehaving(upstream: str) -> Iterator[Proxy]:
 
     with serving(Handler) as proxy.url:
         yield proxy
-
-
-@pytest.fixture(scope="module")
-def server_uri(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    with mlflow_server(tmp_path_factory.mktemp("mlflow-server")) as url:
-        yield url
 
 
 @pytest.mark.parametrize("name", PLANS)

@@ -35,12 +35,6 @@ pytestmark = pytest.mark.integration
 OPTIMIZERS = ["MIPROv2", "GEPA", "SIMBA", "COPRO", "BootstrapFewShotWithRandomSearch", "BetterTogether"]
 
 
-@pytest.fixture(scope="module")
-def server_uri(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    with mlflow_server(tmp_path_factory.mktemp("mlflow-server")) as url:
-        yield url
-
-
 @pytest.fixture(params=["server", "sqlite"])
 def uri(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     if request.param == "server":
