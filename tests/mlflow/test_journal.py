@@ -30,6 +30,7 @@ from dspy_otel.mlflow import replay as replaying
 from dspy_otel.mlflow.exporter import exporters_of, track_runs
 from dspy_otel.mlflow.journal import Journal, JournalDirectory, journal_directories, spool_directory
 from dspy_otel.mlflow.replay import replay
+from dspy_otel.mlflow.worker import Worker
 from dspy_otel.record.otlp import decode, encode
 from tests.mlflow.memory import AWAY, Memory, Program
 from tests.support.fault_proxy import fault_proxy
@@ -199,6 +200,67 @@ def test_a_segment_that_cannot_be_read_for_a_moment_is_delivered_later(
     assert next(fails, None) is None
     assert lost() == {None: 11}
     assert {run["status"] for run in store.runs.values()} == {"FINISHED"}
+
+
+def test_a_program_that_shuts_nothing_down_leaves_what_it_has_just_recorded(directory: Path) -> None:
+    """As after a second Ctrl-C, which interrupts the shutdown of the provider."""
+    program = """
+        from opentelemetry.sdk.trace import TracerProvider
+        from dspy_otel.mlflow.processor import MLflowProcessor
+        from dspy_otel.mlflow.target import Target
+        provider = TracerProvider(shutdown_on_exit=False)
+        provider.add_span_processor(MLflowProcessor(Target("http://127.0.0.1:9")))
+        provider.get_tracer("x").start_span("the last").end()
+    """
+    run_program([sys.executable, "-c", textwrap.dedent(program)], env=dict(os.environ))
+    (place,) = journal_directories(directory)
+    assert [span.name for path in place.files() for span in decode(path.read_bytes())] == ["the last"]
+
+
+def test_a_journal_that_is_being_removed_is_gone_for_others(
+    directory: Path, store: Memory, other: Memory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    leave(directory, store)
+    unlink, seen = Path.unlink, []
+
+    def look(path: Path, missing_ok: bool = False) -> None:
+        seen.append((path.name, journal_directories(directory)))
+        unlink(path, missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", look)
+    assert replay([directory]).left == []
+    assert all(found == [] for name, found in seen if name in ("about.json", "lock"))
+    assert {"about.json", "lock"} <= {name for name, _ in seen}
+    assert list(directory.iterdir()) == []
+
+
+def test_a_segment_that_cannot_be_read_is_tried_with_pauses(
+    tmp_path: Path, store: Memory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 0.0
+    mine = one(tmp_path, 10**6)
+    assert put(mine)
+    worker = Worker(mine, lambda: store, clock=lambda: now)
+    (segment,) = mine.segments
+    segment.spans, body, reads = None, segment.body(), 0
+
+    def read(_: journal.Segment) -> bytes:
+        nonlocal reads
+        reads += 1
+        if reads < 3:
+            raise journal.JournalError("000001.pb cannot be read (Input/output error)", passing=True)
+        return body
+
+    monkeypatch.setattr(journal.Segment, "body", read)
+    for attempt in (1, 2):
+        worker.round()
+        worker.round()  # at once: nothing is read
+        assert reads == attempt
+        assert worker.wait_seconds() > 0
+        now += 60
+    worker.round()
+    assert worker.done
+    assert len(store.spans) == len(some_spans())
 
 
 def test_without_a_disk_what_is_above_the_limit_is_counted(

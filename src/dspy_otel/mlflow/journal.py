@@ -236,7 +236,9 @@ class JournalDirectory:
         return not self.files() and not (self.path / _STARTS).exists()
 
     def discard(self) -> None:
-        """Remove all of it."""
+        """Remove all of it. Other processes never see a part: it gets a hidden name first."""
+        with contextlib.suppress(OSError):  # Windows renames no directory with open files
+            self.path = self.path.rename(self.path.with_name(f".{self.path.name}"))
         with contextlib.suppress(OSError):
             for path in self.path.iterdir():
                 if not stat.S_ISDIR(path.lstat().st_mode):
@@ -249,14 +251,15 @@ def journal_directories(directory: Path) -> list[JournalDirectory]:
     if (directory / "about.json").exists():
         return [JournalDirectory(directory)]
     with contextlib.suppress(OSError):
-        return [JournalDirectory(path) for path in sorted(directory.iterdir()) if path.is_dir() or path.is_symlink()]
+        shown = [path for path in sorted(directory.iterdir()) if not path.name.startswith(".")]
+        return [JournalDirectory(path) for path in shown if path.is_dir() or path.is_symlink()]
     return []
 
 
 class Journal:
     """The journal as one process writes it: the queue of segments. Its directory is created by the first write.
 
-    :meth:`append`, :meth:`take` and :meth:`start` may be called by different threads.
+    Its methods may be called by different threads.
 
     Args:
         directory: of all processes; None to keep everything in memory.

@@ -7,6 +7,7 @@ the spans that are not in the journal.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import logging
 import math
@@ -34,12 +35,12 @@ from dspy_otel.mlflow.replay import recover
 from dspy_otel.mlflow.retry import clean
 from dspy_otel.mlflow.runs import is_scored, key_of_start
 from dspy_otel.mlflow.target import Target
-from dspy_otel.mlflow.termination import before_termination
+from dspy_otel.mlflow.termination import after_shutdown, before_termination
 from dspy_otel.mlflow.threads import log_safely, start_thread
 from dspy_otel.mlflow.translate import started_copy, translate
 from dspy_otel.mlflow.worker import EXIT_ATTEMPTS, Worker, group_of
 from dspy_otel.record.otlp import decode, encode
-from dspy_otel.record.spans import Kind, is_ours, kind_of
+from dspy_otel.record.spans import RUN_KINDS, is_ours, kind_of
 from dspy_otel.version import __version__
 
 _logger = logging.getLogger(__name__)
@@ -58,7 +59,6 @@ _LAST_SECONDS: Final = 0.5
 _BATCH_SPANS: Final = 512
 _REPORTED_FROM: Final = 500
 _RUN_NAMES: Final = frozenset({semconv.SPAN_COMPILE, semconv.SPAN_TRIAL, semconv.SPAN_EVALUATE})
-_STRUCTURE: Final = frozenset({Kind.COMPILE, Kind.TRIAL, Kind.EVALUATION})
 
 
 class MLflowProcessor(SpanProcessor):
@@ -81,6 +81,8 @@ class MLflowProcessor(SpanProcessor):
             after_fork = weakref.WeakMethod(self._after_fork)
             os.register_at_fork(after_in_child=lambda: (method := after_fork()) and method())
         before_termination(self)
+        at_exit = weakref.WeakMethod(self._record_at_exit)
+        atexit.register(lambda: (method := at_exit()) and method())
 
     def _reset(self) -> None:
         self._queue: deque[tuple[ReadableSpan, UserRun | None, bool]] = deque()
@@ -215,6 +217,11 @@ class MLflowProcessor(SpanProcessor):
         self._idle.clear()
         self._wake.set()
 
+    def _record_at_exit(self) -> None:
+        """A second Ctrl-C may interrupt the provider before it shuts this processor down: the journal has the queue."""
+        if not self._over.is_set():
+            self.record(2.0)
+
     def _record_start(self, span: ReadableSpan, user_run: UserRun | None) -> None:
         if span.context is None:
             return
@@ -229,7 +236,7 @@ class MLflowProcessor(SpanProcessor):
         changed: list[tuple[ReadableSpan, UserRun | None, int]] = []
         for span, user_run, count in list(self._live.values()):
             now = len(span.attributes or ())
-            if span.end_time is None and kind_of(span) in _STRUCTURE and now != count:
+            if span.end_time is None and kind_of(span) in RUN_KINDS and now != count:
                 changed.append((span, user_run, now))
         if not changed:
             return
@@ -259,7 +266,7 @@ class MLflowProcessor(SpanProcessor):
         try:
             if not self._append_some(spans):
                 # The limit is reached: what runs are made of has a reserve on disk, the rest waits in memory.
-                needed = [span for span in spans if is_ours(span) and kind_of(span) in _STRUCTURE]
+                needed = [span for span in spans if is_ours(span) and kind_of(span) in RUN_KINDS]
                 for some in (needed, [span for span in spans if span not in needed]):
                     if some and not self._append_some(some, needed=some is needed, although_full=True):
                         self._drop(some, "spool_full" if self.journal.directory is not None else "queue_full")
@@ -314,6 +321,7 @@ class MLflowProcessor(SpanProcessor):
                 self.worker.round()
             except Exception as error:  # likewise
                 self._report("worker thread", f"A step of the delivery failed: {type(error).__name__}.")
+                self._stop.wait(1.0)
             if self.worker.done and not self._queue:
                 self._idle.set()
                 if self._stop.is_set():
@@ -380,6 +388,7 @@ class MLflowProcessor(SpanProcessor):
             interrupted = error
         with contextlib.suppress(Exception):
             self._close()
+        after_shutdown(self)
         if interrupted is not None and threading.main_thread().is_alive():
             raise interrupted
 

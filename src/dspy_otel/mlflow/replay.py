@@ -33,17 +33,17 @@ from dspy_otel.mlflow.journal import (
 )
 from dspy_otel.mlflow.pending import PendingRuns
 from dspy_otel.mlflow.retry import ExportError
-from dspy_otel.mlflow.runs import evaluation_key, key_of
+from dspy_otel.mlflow.runs import evaluation_key, key_of, trace_id_of
 from dspy_otel.mlflow.target import Target, public_uri
 from dspy_otel.mlflow.translate import finished_group, restore, translate, user_run_of
 from dspy_otel.mlflow.worker import Worker, group_of, versions
 from dspy_otel.record.history import History, starts
 from dspy_otel.record.otlp import decode, decode_lines, encode
-from dspy_otel.record.spans import Kind, is_ours, kind_of
+from dspy_otel.record.spans import RUN_KINDS, Kind, is_ours, kind_of
 
 MOST_FAILURES: Final = 4
 """Failures in a row after which a replay stops."""
-_STRUCTURE: Final = frozenset({Kind.COMPILE, Kind.TRIAL, Kind.EVALUATION, Kind.PHASE})
+_STRUCTURE: Final = RUN_KINDS | {Kind.PHASE}
 _BATCH_SPANS: Final = 512
 
 Progress = Callable[[str], object]
@@ -319,7 +319,7 @@ class _Delivery:
                 trace = self.worker.pending.history.trace(span)
                 key = None if trace is None or not trace.root else key_of(trace)
                 if trace is not None and key is not None:
-                    segment.links.append((key, f"tr-{trace.trace_id:032x}"))
+                    segment.links.append((key, trace_id_of(trace.trace_id)))
         if not send:
             return None
         segment.spans = spans
@@ -330,7 +330,7 @@ class _Delivery:
         spans = whole.spans or []
         for start in range(0, len(spans), _BATCH_SPANS):
             some = spans[start : start + _BATCH_SPANS]
-            ids = {f"tr-{span.context.trace_id:032x}" for span in some if span.context is not None}
+            ids = {trace_id_of(span.context.trace_id) for span in some if span.context is not None}
             body = encode(translate(some) if self._foreign else some)
             roots = sum(span.parent is None for span in some)
             last = start + _BATCH_SPANS >= len(spans)

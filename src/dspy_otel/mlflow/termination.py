@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import threading
 import time
 import weakref
 from functools import partial
@@ -24,34 +23,53 @@ _LAST: Final = 2.0
 """Of these, what is left when delivery has to stop: for the journal, and for the line in the log."""
 
 
-class Ending(Protocol):
+class SupportsShutdown(Protocol):
     """An object to shut down before the process is terminated."""
 
     def shutdown(self, seconds: float | None = None) -> None:
         """Deliver what is pending, within this time."""
 
 
-_endings: weakref.WeakSet[Any] = weakref.WeakSet()
+_running: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
-def before_termination(ending: Ending) -> None:
+def before_termination(running: SupportsShutdown) -> None:
     """Shut an object down when the process gets SIGTERM; it is referenced weakly."""
-    _endings.add(ending)
-    if threading.current_thread() is not threading.main_thread():
-        return
+    _running.add(running)
+    if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        _set(_terminate)
 
-    def terminate(number: int, _: Any) -> None:
-        # In other threads: the interrupted thread may own any lock.
-        with contextlib.suppress(BaseException):
-            until = time.monotonic() + SECONDS
-            ends = [partial(one.shutdown, SECONDS - _LAST) for one in list(_endings)]
-            threads = [start_thread(end, "dspy-otel-mlflow-end") for end in ends]
-            for thread in filter(None, threads):
-                thread.join(max(0.0, until - time.monotonic()))
-        signal.signal(number, signal.SIG_DFL)
-        os.kill(os.getpid(), number)
-        os._exit(128 + number)  # the first process of a container: the kernel ignores the signal there
 
-    with contextlib.suppress(Exception):
-        if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
-            signal.signal(signal.SIGTERM, terminate)
+def after_shutdown(ended: SupportsShutdown) -> None:
+    """Leave SIGTERM as it was found, once nothing needs it any more."""
+    _running.discard(ended)
+    if not _running:
+        _restore()
+
+
+def _terminate(number: int, _: Any) -> None:
+    # In other threads: the interrupted thread may own any lock.
+    with contextlib.suppress(BaseException):
+        until = time.monotonic() + SECONDS
+        ends = [partial(one.shutdown, SECONDS - _LAST) for one in list(_running)]
+        threads = [start_thread(end, "dspy-otel-mlflow-end") for end in ends]
+        for thread in filter(None, threads):
+            thread.join(max(0.0, until - time.monotonic()))
+    signal.signal(number, signal.SIG_DFL)
+    os.kill(os.getpid(), number)
+    os._exit(128 + number)  # the first process of a container: the kernel ignores the signal there
+
+
+def _set(handler: Any) -> None:
+    with contextlib.suppress(ValueError):  # only the main thread may do so
+        signal.signal(signal.SIGTERM, handler)
+
+
+def _restore() -> None:
+    if signal.getsignal(signal.SIGTERM) is _terminate:
+        _set(signal.SIG_DFL)
+
+
+if hasattr(os, "register_at_fork"):
+    # A handler in Python runs when native code returns, and a pool ends its workers by SIGTERM in the middle of that.
+    os.register_at_fork(after_in_child=_restore)

@@ -19,7 +19,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable
 from importlib import metadata
-from typing import Any, Final, TypeVar
+from typing import Any, Final
 
 from opentelemetry.instrumentation.utils import suppress_instrumentation
 from opentelemetry.sdk.trace import ReadableSpan
@@ -33,23 +33,21 @@ from dspy_otel.mlflow.journal import Journal, JournalError, Segment
 from dspy_otel.mlflow.pending import PendingRuns, UserRun
 from dspy_otel.mlflow.retry import Backoff, ExportError, Verdict, clean
 from dspy_otel.mlflow.run_writer import RunWriter
-from dspy_otel.mlflow.runs import Score, key_of, score_of, trace_id_of
+from dspy_otel.mlflow.runs import Score, evaluation_key, key_of, score_of, trace_id_of
 from dspy_otel.mlflow.splitting import SentSpan, body_of, count_roots, deliver_in_halves
 from dspy_otel.mlflow.threads import HELPERS, Helpers, log_safely
 from dspy_otel.mlflow.translate import restore
 from dspy_otel.record.otlp import decode
-from dspy_otel.record.spans import Kind, belongs, is_ours, kind_of
+from dspy_otel.record.spans import RUN_KINDS, Kind, belongs, is_ours, kind_of
 from dspy_otel.version import __version__
 
 _logger = logging.getLogger(__name__)
-_Item = TypeVar("_Item")
 
 EXIT_ATTEMPTS: Final = 3
 """Failures in a row after which the end of the program leaves the rest to the journal."""
 REPORTED_FAILURES: Final = 3
 """Failures in a row after which an unreachable server is logged."""
 _LONGEST_WAIT: Final = 1.0
-_STRUCTURE: Final = frozenset({Kind.COMPILE, Kind.TRIAL, Kind.EVALUATION})
 
 
 class Worker:
@@ -206,7 +204,8 @@ class Worker:
 
     # --- spans to runs, links and scores ----------------------------------------------------------------------------
     def _apply_all(self) -> None:
-        segments = [segment for segment in list(self.journal.segments) if not segment.applied]
+        now = self._clock()
+        segments = [one for one in list(self.journal.segments) if not one.applied and one.due <= now]
         for segment in segments:
             self.journal.close_segment(segment)
         # The starts of all spans in these segments are here by now.
@@ -228,7 +227,7 @@ class Worker:
 
     def _start(self, span: ReadableSpan, user_run: UserRun | None) -> None:
         try:
-            if kind_of(span) not in _STRUCTURE or span.context is None:
+            if kind_of(span) not in RUN_KINDS or span.context is None:
                 return
             ids = (span.context.trace_id, span.context.span_id)
             if ids not in self._started:
@@ -247,8 +246,12 @@ class Worker:
         try:
             spans = segment.spans if segment.spans is not None else [restore(one) for one in decode(segment.body())]
         except (JournalError, ValueError) as error:
-            self.report("journal", f"A segment of the journal cannot be read: {error}.")
-            segment.applied = not (isinstance(error, JournalError) and error.passing)
+            message = f"A segment of the journal cannot be read: {error}."
+            self.report("journal", message)
+            if isinstance(error, JournalError) and error.passing:
+                self._retry_later(segment, ExportError("journal", message))
+            else:
+                segment.applied = True
             return
         segment.applied = True
         for span in spans:
@@ -260,7 +263,7 @@ class Worker:
         """Apply the end of a span of ours."""
         try:
             kind = kind_of(span)
-            if kind in _STRUCTURE and span.context is not None:
+            if kind in RUN_KINDS and span.context is not None:
                 ids = (span.context.trace_id, span.context.span_id)
                 if ids not in self._started:  # a sampler may have taken the attributes that its start had
                     self._start(span, None)
@@ -311,10 +314,7 @@ class Worker:
         except ExportError as error:
             if error.unavailable:
                 raise
-            if not segment.failures:
-                segment.baseline = self._items.successes[SPANS]
-            segment.failures += 1
-            self._pause(segment, error)
+            self._retry_later(segment, error)
             self.report(error.cause, f"{error} What waits for it is tried again.")
         if segment.delivered and not segment.links and not segment.scores:
             self.journal.delivered(segment, any(map(self._needed, segment.groups)))
@@ -398,7 +398,11 @@ class Worker:
         self.account.dropped[TRACES] += roots
         self._count_spans(count, why)
 
-    def _pause(self, segment: Segment, error: ExportError) -> None:
+    def _retry_later(self, segment: Segment, error: ExportError) -> None:
+        """Count a failure of a segment, and set when it is tried again."""
+        if not segment.failures:
+            segment.baseline = self._items.successes[SPANS]
+        segment.failures += 1
         backoff = Backoff(self._clock)
         backoff.failures = segment.failures - 1
         backoff.failed(error)
@@ -511,7 +515,7 @@ def group_of(span: ReadableSpan) -> str:
     at = span.attributes or {}
     group = at.get(semconv.OPTIMIZER_ROOT_RUN_ID) or at.get(semconv.OPTIMIZER_RUN_ID)
     if group is None and semconv.EVALUATION_ID in at:
-        group = f"evaluation/{at[semconv.EVALUATION_ID]!s}"
+        group = evaluation_key(str(at[semconv.EVALUATION_ID]))
     return "" if group is None or not belongs(span) else str(group)
 
 

@@ -28,7 +28,7 @@ from dspy_otel.record.model import (
     Trial,
     Usage,
 )
-from dspy_otel.record.spans import Kind, belongs, kind_of, read
+from dspy_otel.record.spans import RUN_KINDS, Kind, belongs, kind_of, read
 
 MAX_PROGRAMS: Final = 64 * 1024 * 1024
 """Most characters of candidates' states that are kept for one optimization; the initial program's always is."""
@@ -45,7 +45,6 @@ MAX_KNOWN: Final = 100_000
 
 _ENDED_BEFORE: Final = "The program ended before it did."
 _ORDER: Final = {Kind.COMPILE: 0, Kind.TRIAL: 1, Kind.EVALUATION: 2}
-_STARTS: Final = frozenset(_ORDER)
 TRIALS: Final = "trials"
 """The phase of trials that are in none."""
 
@@ -83,7 +82,7 @@ class History:
             What has changed.
         """
         kind = kind_of(span)
-        part = read(span, kind) if kind in _STARTS else None
+        part = read(span, kind) if kind in RUN_KINDS else None
         if isinstance(part, Optimization):
             return self._start_optimization(dataclasses.replace(part, ended=None))
         if isinstance(part, Trial):
@@ -287,7 +286,7 @@ def optimizations(spans: Iterable[ReadableSpan]) -> list[Optimization]:
 
 def starts(spans: Iterable[ReadableSpan]) -> list[ReadableSpan]:
     """Those of ended spans that a :class:`History` has to be given as started before anything else, in their order."""
-    found = [(span.start_time or 0, _ORDER[kind], span) for span in spans if (kind := kind_of(span)) in _STARTS]
+    found = [(span.start_time or 0, _ORDER[kind], span) for span in spans if (kind := kind_of(span)) in RUN_KINDS]
     return [span for _, _, span in sorted(found, key=lambda one: one[:2])]
 
 

@@ -44,6 +44,9 @@ class Kind(enum.Enum):
     OTHER = "other"
 
 
+RUN_KINDS: Final = frozenset({Kind.COMPILE, Kind.TRIAL, Kind.EVALUATION})
+"""Kinds of spans whose start counts, too: what they stand for is shown while it runs."""
+
 Part: TypeAlias = Optimization | Phase | Trial | Evaluation | Example | LMCall
 """The record of one span alone."""
 
