@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from queue import SimpleQueue
 from typing import Any, Final, TypeVar
 
@@ -60,6 +61,47 @@ class Helpers:
             while (task := self._tasks.get()) is not None:
                 function, item, done, place = task
                 done.put((place, attempt(function, item)))
+
+
+class Throttle:
+    """Rests of a thread that works beside a program that computes: Python runs one thread of a process at a time.
+
+    A program that waits for its models uses no CPU, so the thread rests for one step only. It rests at most for some
+    seconds in a row of work, so what has to be written never waits much longer than it would without.
+    """
+
+    SHARE: Final = 3.0
+    """Seconds of rest for each CPU second of work: a busy program is slowed down by a quarter at most."""
+    MOST_SECONDS: Final = 10.0
+    """Seconds that a row of work takes before it is done without rests."""
+    _STEP: Final = 0.05
+    _BUSY: Final = 0.3
+    """CPU seconds per second of a program that computes."""
+
+    def __init__(self) -> None:
+        self._urgent = threading.Event()
+        self.restart()
+
+    def restart(self) -> None:
+        """Begin a row of work: all earlier work is done."""
+        self._until = time.monotonic() + self.MOST_SECONDS
+
+    def hurry(self, urgent: bool = True) -> None:
+        """Do not rest while somebody waits for the work; any thread may call this."""
+        (self._urgent.set if urgent else self._urgent.clear)()
+
+    @contextlib.contextmanager
+    def work(self) -> Iterator[None]:
+        """Work, and rest afterwards."""
+        before = time.thread_time()
+        yield
+        until = min(time.monotonic() + self.SHARE * (time.thread_time() - before), self._until)
+        while (left := until - time.monotonic()) > 0:
+            began, used = time.monotonic(), time.process_time()
+            if self._urgent.wait(min(left, self._STEP)):
+                return
+            if time.process_time() - used < self._BUSY * (time.monotonic() - began):
+                return
 
 
 def attempt(function: Callable[[_Item], bool], item: _Item) -> bool | Exception:

@@ -35,7 +35,7 @@ from dspy_otel.mlflow.retry import Backoff, ExportError, Verdict, clean
 from dspy_otel.mlflow.run_writer import RunWriter
 from dspy_otel.mlflow.runs import Score, evaluation_key, key_of, score_of, trace_id_of
 from dspy_otel.mlflow.splitting import SentSpan, body_of, count_roots, deliver_in_halves
-from dspy_otel.mlflow.threads import HELPERS, Helpers, log_safely
+from dspy_otel.mlflow.threads import HELPERS, Helpers, Throttle, log_safely
 from dspy_otel.mlflow.translate import restore
 from dspy_otel.record.otlp import decode
 from dspy_otel.record.spans import RUN_KINDS, Kind, belongs, is_ours, kind_of
@@ -59,6 +59,7 @@ class Worker:
         runs: also write runs, links and scores.
         pending: runs that MLflow does not have in full.
         count_spans: called with a number of spans, and the reason if they were lost.
+        throttle: rests between segments; None for no rests.
 
     Attributes:
         account: counts of what was written, kept, refused and dropped.
@@ -76,6 +77,7 @@ class Worker:
         runs: bool = True,
         pending: PendingRuns | None = None,
         count_spans: Callable[[int, str | None], None] = lambda *_: None,
+        throttle: Throttle | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.journal = journal
@@ -83,6 +85,7 @@ class Worker:
         self._runs = runs
         self.pending = pending or PendingRuns(versions())
         self._count_spans = count_spans
+        self._throttle = throttle
         self._clock = clock
         self.account = Account()
         self.backend: Backend | None = None
@@ -303,7 +306,8 @@ class Worker:
             if self.abandoned:
                 return
             if segment.applied and segment.due <= self._clock():
-                self._deliver(backend, segment)
+                with self._throttle.work() if self._throttle else contextlib.nullcontext():
+                    self._deliver(backend, segment)
 
     def _deliver(self, backend: Backend, segment: Segment) -> None:
         try:

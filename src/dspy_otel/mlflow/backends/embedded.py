@@ -292,9 +292,10 @@ def _sharing(session: Any) -> Callable[..., Any]:
 
 @contextmanager
 def _adding(session: Any, trace_ids: set[str]) -> Iterator[None]:
-    """Insert the tags and metadata of new traces; the store would look for each of them first.
+    """Insert new traces together, and their tags and metadata without a look-up.
 
-    That look-up is a fifth of the time that a trace costs. Rows of existing traces are merged as before.
+    The store would look for each tag first, and flush each new trace on its own: half of the time that a trace costs.
+    Rows of existing traces are merged as before. What is to be flushed is flushed before the next statement.
     """
     from mlflow.store.tracking.dbmodels.models import SqlTraceInfo
     from sqlalchemy import inspect
@@ -317,11 +318,27 @@ def _adding(session: Any, trace_ids: set[str]) -> Iterator[None]:
                 setattr(added[key], column.key, getattr(row, column.key))
         return added[key]
 
-    session.merge = add
+    flush, execute = session.flush, session.execute
+    deferred = False
+
+    def defer(*_: Any) -> None:
+        nonlocal deferred
+        deferred = True
+
+    def execute_after_flush(*args: Any, **kwargs: Any) -> Any:
+        nonlocal deferred
+        if deferred:
+            deferred = False
+            flush()
+        return execute(*args, **kwargs)
+
+    session.merge, session.flush, session.execute = add, defer, execute_after_flush
     try:
         yield
     finally:
-        del session.merge
+        del session.merge, session.flush, session.execute
+    if deferred:
+        flush()
 
 
 @contextmanager
