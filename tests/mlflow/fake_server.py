@@ -48,7 +48,7 @@ class Fault:
     """What one answer is instead of what it should be.
 
     Attributes:
-        kind: ``status``, ``page`` (200, HTML), ``text`` (200, no JSON), ``redirect``, ``drip`` (an answer that does not
+        kind: ``status``, ``database`` (400, no free connection), ``page`` (200, HTML), ``text`` (200, no JSON), ``redirect``, ``drip`` (an answer that does not
             end), ``reset``, ``half`` (of an answer).
         status: for ``status``.
         applied: the server has done what it was asked.
@@ -132,6 +132,8 @@ class Misbehaving(BaseHTTPRequestHandler):
         if fault.kind == "status":
             more = {} if fault.retry_after is None else {"Retry-After": fault.retry_after}
             self.send(fault.status, "text/plain", b"no", more)
+        elif fault.kind == "database":  # seen under load
+            self.send(400, "application/json", b'{"error_code": "BAD_REQUEST", "message": "QueuePool limit reached"}')
         elif fault.kind == "page":
             self.send(200, "text/html; charset=utf-8", PAGE)
         elif fault.kind == "text":

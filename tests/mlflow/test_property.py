@@ -39,7 +39,7 @@ _before = st.sampled_from(
         *(Fault("status", status) for status in (400, 401, 403, 404, 406, 408, 409, 413, 422, 423, 425, 500, 501)),
         *(Fault("status", status) for status in (502, 503, 504, 507)),
         *(Fault("status", 429, retry_after=text) for text in ("1", "0", "soon", "Fri, 31 Dec 2100 23:59:59 GMT")),
-        *(Fault(kind) for kind in ("page", "text", "redirect", "reset", "half")),
+        *(Fault(kind) for kind in ("database", "page", "text", "redirect", "reset", "half")),
     ]
 )
 _after = st.sampled_from([*(Fault(k, applied=True) for k in ("reset", "half", "page")), Fault("status", 500, True)])

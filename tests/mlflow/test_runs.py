@@ -122,6 +122,28 @@ def test_what_mlflow_never_takes_does_not_hold_up_the_rest(
     assert len(store.scores) == 2
 
 
+def test_a_value_that_the_database_never_takes_does_not_hold_up_the_others(
+    program: Program, store: Memory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = store.log
+
+    def log_or_fail(run_id: str, metrics: Any, params: Any, tags: Any) -> None:
+        if any(name.endswith("too_long") for name in params):
+            raise ExportError("status 400", "Data too long for column", Verdict.LATER)
+        log(run_id, metrics, params, tags)
+
+    monkeypatch.setattr(store, "log", log_or_fail)
+    span = program.compile()
+    program.trial(span, 1, 50.0, examples=2)
+    span.set_attribute("dspy.optimizer.params.too_long", 1)
+    span.set_attribute("dspy.optimizer.params.num_trials", 7)
+    span.end()
+    assert program.provider.force_flush()
+    run = store.runs["id of r1"]
+    assert run["status"] == "FINISHED"
+    assert [name for name in run["params"] if name.endswith(("too_long", "num_trials"))] == ["num_trials"]
+
+
 def test_compiles_in_two_threads_do_not_mix(program: Program, store: Memory) -> None:
     def compile_(run_id: str) -> None:
         span = program.compile(run_id)

@@ -36,7 +36,7 @@ from dspy_otel.mlflow.retry import clean
 from dspy_otel.mlflow.runs import is_scored, key_of_start
 from dspy_otel.mlflow.target import Target
 from dspy_otel.mlflow.termination import after_shutdown, before_termination
-from dspy_otel.mlflow.threads import log_safely, start_thread
+from dspy_otel.mlflow.threads import Throttle, log_safely, start_thread
 from dspy_otel.mlflow.translate import started_copy, translate
 from dspy_otel.mlflow.worker import EXIT_ATTEMPTS, Worker, group_of
 from dspy_otel.record.otlp import decode, encode
@@ -56,6 +56,8 @@ _CACHED_SPANS: Final = 20_000
 """Most spans that stay in memory beside the journal; others are read back from disk."""
 _LAST_SECONDS: Final = 0.5
 """Seconds that the worker has to finish its last request, so that the account is exact."""
+_LAST_RECORD_SECONDS: Final = 2.0
+"""Seconds that the journal's thread has for what is still on the queue."""
 _BATCH_SPANS: Final = 512
 _REPORTED_FROM: Final = 500
 _RUN_NAMES: Final = frozenset({semconv.SPAN_COMPILE, semconv.SPAN_TRIAL, semconv.SPAN_EVALUATE})
@@ -93,6 +95,9 @@ class MLflowProcessor(SpanProcessor):
         self._recording = threading.Lock()
         self._ending = threading.Lock()
         self._new = threading.Event()
+        self._urgent = threading.Event()
+        self._waiting: deque[threading.Event] = deque()
+        """Of callers that wait until the queue is in the journal."""
         self._wake = threading.Event()
         self._idle = threading.Event()
         self._stop = threading.Event()
@@ -102,7 +107,10 @@ class MLflowProcessor(SpanProcessor):
         count_spans = _counter_of_spans()
         directory = spool_directory()
         self.journal = Journal(directory, spool_limit(_logger.warning), self._about, self._report)
-        self.worker = Worker(self.journal, self._connect, runs=self._runs, count_spans=count_spans)
+        self._throttle = Throttle()
+        self.worker = Worker(
+            self.journal, self._connect, runs=self._runs, count_spans=count_spans, throttle=self._throttle
+        )
         self._count_spans = count_spans
         self._recovered = directory is None
 
@@ -183,18 +191,36 @@ class MLflowProcessor(SpanProcessor):
     def _write_journal(self) -> None:
         while not self._over.is_set():
             self._new.wait()
-            self._over.wait(WRITE_INTERVAL)
+            self._urgent.wait(WRITE_INTERVAL)
             self._new.clear()
+            self._urgent.clear()
+            waiting = [self._waiting.popleft() for _ in range(len(self._waiting))]
             try:
-                self.record()
+                self._record()
             except Exception as error:  # the thread must not end: the queue would grow
                 self._report("journal thread", f"Spans could not be written to the journal: {type(error).__name__}.")
+            for recorded in waiting:
+                recorded.set()
 
     def record(self, seconds: float = 60.0) -> None:
-        """Write the queue to the journal."""
-        if not self._recording.acquire(timeout=seconds):
+        """Write the queue to the journal.
+
+        Its thread does so, if there is one: Ctrl-C interrupts the main thread, which would lose what it was writing.
+
+        Args:
+            seconds: most time to wait.
+        """
+        if not self._threads or not self._threads[0].is_alive():
+            self._record()
             return
-        try:
+        recorded = threading.Event()
+        self._waiting.append(recorded)
+        self._new.set()
+        self._urgent.set()
+        recorded.wait(seconds)
+
+    def _record(self) -> None:
+        with self._recording:
             ended: list[ReadableSpan] = []
             for _ in range(len(self._queue)):
                 span, user_run, is_end = self._queue.popleft()
@@ -212,15 +238,18 @@ class MLflowProcessor(SpanProcessor):
                     self._record_start(span, user_run)
             self._append(ended)
             self._record_changes()
-        finally:
-            self._recording.release()
         self._idle.clear()
         self._wake.set()
 
     def _record_at_exit(self) -> None:
         """A second Ctrl-C may interrupt the provider before it shuts this processor down: the journal has the queue."""
-        if not self._over.is_set():
-            self.record(2.0)
+        if self._over.is_set():
+            return
+        try:
+            self.record(_LAST_RECORD_SECONDS)
+        except KeyboardInterrupt:
+            self.record(_LAST_RECORD_SECONDS)
+            raise
 
     def _record_start(self, span: ReadableSpan, user_run: UserRun | None) -> None:
         if span.context is None:
@@ -323,6 +352,7 @@ class MLflowProcessor(SpanProcessor):
                 self._report("worker thread", f"A step of the delivery failed: {type(error).__name__}.")
                 self._stop.wait(1.0)
             if self.worker.done and not self._queue:
+                self._throttle.restart()
                 self._idle.set()
                 if self._stop.is_set():
                     return
@@ -356,10 +386,14 @@ class MLflowProcessor(SpanProcessor):
             if not self.worker.done:
                 self._deliver_here(until)
             return self.worker.done
+        self._throttle.hurry()
         self.worker.retry_now()
         self._idle.clear()
         self._wake.set()
-        return self._idle.wait(max(0.0, until - time.monotonic()))
+        try:
+            return self._idle.wait(max(0.0, until - time.monotonic()))
+        finally:
+            self._throttle.hurry(self._stop.is_set())
 
     def _deliver_here(self, until: float) -> None:
         """Deliver in this thread: no other can be started any more."""
@@ -394,6 +428,7 @@ class MLflowProcessor(SpanProcessor):
 
     def _finish(self, seconds: float) -> None:
         deadline = time.monotonic() + seconds
+        self._throttle.hurry()
         self.record()
         worker = self.worker
         if worker.done and not self._live and not self.journal.place:
@@ -439,8 +474,10 @@ class MLflowProcessor(SpanProcessor):
 
     def _close(self) -> None:
         worker, journal = self.worker, self.journal
+        self.record(_LAST_RECORD_SECONDS)
         self._over.set()
         self._new.set()
+        self._urgent.set()
         self._wake.set()
         worker.abandoned = True  # if it still waits for an answer
         idle = worker.busy.acquire(timeout=_LAST_SECONDS)

@@ -9,7 +9,7 @@ their own. Callers catch :class:`ExportError` and act on its ``verdict``:
 * *split*: something in the batch is refused; the parts are sent on their own.
 * *refused*: this item, for good. It is set aside on disk, counted, and named in one line.
 
-A status such as 408, 423 or 500 may concern the item itself: its ``try later`` becomes ``split`` when other items
+An answer such as 408, 423, 500 or ``BAD_REQUEST`` may concern the item itself: its ``try later`` becomes ``split`` when other items
 got through between its failures, because then MLflow works and the item is the cause.
 
 Only spans can be set aside; other refused items are lost. So only MLflow's own refusal counts for those, which has
@@ -42,6 +42,8 @@ _LATER: Final = frozenset({408, 421, 423, 425, 429})
 _GATEWAY: Final = frozenset({429, 502, 503, 504})
 """Statuses that do not depend on the request."""
 _CREDENTIALS: Final = frozenset({401, 403, 407, 511})
+_DATABASE: Final = "BAD_REQUEST"
+"""MLflow's error code for errors of its database: a value that does not fit, or no free connection for a while."""
 
 
 class Verdict(enum.Enum):
@@ -130,7 +132,7 @@ def judge(answer: Answer, *, ours: bool, spans: bool = False) -> Verdict:
     if answer.ok:
         return Verdict.DELIVERED if ours and not answer.is_page else Verdict.LATER
     status = answer.status
-    if status < 400 or status >= 500 or status in _LATER or status in _CREDENTIALS:
+    if status < 400 or status >= 500 or status in _LATER or status in _CREDENTIALS or answer.error_code == _DATABASE:
         return Verdict.LATER
     return Verdict.SPLIT if spans or answer.error_code is not None else Verdict.LATER
 

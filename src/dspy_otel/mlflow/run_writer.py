@@ -10,13 +10,15 @@ from typing import Any, Final
 from dspy_otel.mlflow.account import ARTIFACTS, RUNS, Account
 from dspy_otel.mlflow.backends import Backend
 from dspy_otel.mlflow.backends.base import CreatedRun
-from dspy_otel.mlflow.items import Items
+from dspy_otel.mlflow.items import ATTEMPTS_BEFORE_SPLIT, Items
 from dspy_otel.mlflow.pending import Pending, PendingRuns
 from dspy_otel.mlflow.retry import ExportError, Verdict
 from dspy_otel.mlflow.runs import COMPILE, TAG_NAME, TAG_PARENT
 from dspy_otel.mlflow.threads import HELPERS, Helpers
 
 _MAX_ITEMS: Final = 100
+VALUES: Final = "values of runs"
+"""Metrics, parameters and tags."""
 _MAX_METRICS: Final = 800  # with parameters and tags at most 1,000 items in one call
 
 
@@ -174,21 +176,30 @@ class RunWriter:
             run.ended = None
 
     def _log(self, backend: Backend, run: Pending, metrics: Any, params: Any, tags: Any) -> None:
-        """Write values; when some of them are refused, the others are written one by one."""
+        """Write values; when some of them are refused, they are written one by one."""
         run_id = str(run.run_id)
         try:
             backend.log(run_id, metrics, params, tags)
         except ExportError as error:
-            if error.unavailable or error.verdict is Verdict.LATER:
+            if error.unavailable:
+                raise
+            backoff = self._items.failed(VALUES, run.key, error)
+            if error.verdict is Verdict.LATER and backoff.failures < ATTEMPTS_BEFORE_SPLIT:
                 raise
         else:
+            self._items.succeeded(VALUES, run.key)
+            self._items.successes[VALUES] += 1
             return
         for metric in metrics:
-            self._items.write("metrics", run.key, lambda m=metric: backend.log(run_id, [m], {}, {}))  # type: ignore[misc]
+            self._log_one(run, metric.key, lambda m=metric: backend.log(run_id, [m], {}, {}))  # type: ignore[misc]
         for name, value in params.items():
-            self._items.write("parameters", run.key, lambda n=name, v=value: backend.log(run_id, [], {n: v}, {}))  # type: ignore[misc]
+            self._log_one(run, name, lambda n=name, v=value: backend.log(run_id, [], {n: v}, {}))  # type: ignore[misc]
         for name, value in tags.items():
-            self._items.write("tags", run.key, lambda n=name, v=value: backend.log(run_id, [], {}, {n: v}))  # type: ignore[misc]
+            self._log_one(run, name, lambda n=name, v=value: backend.log(run_id, [], {}, {n: v}))  # type: ignore[misc]
+        self._items.succeeded(VALUES, run.key)
+
+    def _log_one(self, run: Pending, name: str, call: Callable[[], object]) -> None:
+        self._items.write(VALUES, f"{run.key}/{name}", call)
 
 
 def _some(values: Mapping[str, str], most: int) -> dict[str, str]:
