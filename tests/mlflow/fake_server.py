@@ -48,8 +48,8 @@ class Fault:
     """What one answer is instead of what it should be.
 
     Attributes:
-        kind: ``status``, ``database`` (400, no free connection), ``page`` (200, HTML), ``text`` (200, no JSON), ``redirect``, ``drip`` (an answer that does not
-            end), ``reset``, ``half`` (of an answer).
+        kind: ``status``, ``database`` (400, no free connection), ``page`` (200, HTML), ``text`` (200, no JSON),
+            ``redirect``, ``drip`` (an answer that does not end), ``reset``, ``half`` (of an answer).
         status: for ``status``.
         applied: the server has done what it was asked.
         retry_after: seconds, for ``status``.

@@ -9,8 +9,8 @@ their own. Callers catch :class:`ExportError` and act on its ``verdict``:
 * *split*: something in the batch is refused; the parts are sent on their own.
 * *refused*: this item, for good. It is set aside on disk, counted, and named in one line.
 
-An answer such as 408, 423, 500 or ``BAD_REQUEST`` may concern the item itself: its ``try later`` becomes ``split`` when other items
-got through between its failures, because then MLflow works and the item is the cause.
+An answer such as 408, 423, 500 or ``BAD_REQUEST`` may concern the item itself: its ``try later`` becomes ``split`` when
+other items got through between its failures, because then MLflow works and the item is the cause.
 
 Only spans can be set aside; other refused items are lost. So only MLflow's own refusal counts for those, which has
 an error code: a proxy may answer 404 to every request for a while.
