@@ -73,9 +73,9 @@ def points(run: Run) -> dict[str, float]:
 
 def test_a_trial_gives_its_own_run_and_points_for_one_other() -> None:
     own, curves = runs_of(TRIAL, {"dspy.version": "1"}, "users")
-    assert (own.key, own.parent, own.user_run, own.name) == ("r/2", "r", "users", "trial 2 full accepted, step 3")
+    assert (own.key, own.parent, own.user_run, own.name) == ("r/2", "r", "users", "2 ✓ 75.0 full, step 3")
     assert (own.started, own.ended, own.status) == (1, 2, "FINISHED")
-    assert points(own) == {"score": 75, "score.full": 75, "best_score": 75, "lm_calls": 4}
+    assert points(own) == {"score": 75, "seconds": 0.001, "lm_calls": 4}
     assert own.params["qa.instructions"] == "Answer."
     assert own.artifacts == {"model.json": STATE}
     (dataset,) = own.datasets
@@ -90,6 +90,26 @@ def test_a_trial_gives_its_own_run_and_points_for_one_other() -> None:
     }
     assert (curves.tags, curves.params, curves.artifacts) == ({}, {}, {})
     assert {point.step for run in (own, curves) for point in run.metrics} == {2}
+
+
+@pytest.mark.parametrize(
+    ("changes", "name", "sentence"),
+    [
+        ({}, "2 ✓ 75.0 full", "75.0"),
+        ({"accepted": False, "kind": "minibatch"}, "2 ✗ minibatch", "75.0"),
+        ({"accepted": None, "score": 0.784, "is_best": True}, "2 0.78 full", "0.78, best so far"),
+        (
+            {"changes": '{"describe": {}, "choose": {}}', "made_from": (1, 18)},
+            "2 ✓ 75.0 full",
+            "75.0; changed `describe`, `choose`; made from trials 1, 18",
+        ),
+        ({"score": None, "failure": Failure("ValueError")}, "2 ✓ full", "**FAILED**: ValueError"),
+        ({"params": {"step": 3, "strategy": "append_a_demo"}}, "2 ✓ 75.0 full, step 3 append_a_demo", "75.0"),
+    ],
+)
+def test_a_trials_name_and_description(changes: dict[str, Any], name: str, sentence: str) -> None:
+    own = runs_of(dataclasses.replace(TRIAL, **{"params": {}, **changes}), {})[0]
+    assert (own.name, own.tags["mlflow.note.content"]) == (name, sentence)
 
 
 def test_it_is_pure() -> None:
@@ -108,7 +128,7 @@ def test_a_run_that_has_begun_says_what_it_is_and_nothing_of_results() -> None:
 
 def test_an_optimization_that_is_over_names_its_trials_runs() -> None:
     over, winner = runs_of(OVER, {})
-    assert (winner.key, winner.tags["mlflow.runName"]) == ("r/2", "trial 2 full accepted (winner), step 3")
+    assert (winner.key, winner.tags["mlflow.runName"]) == ("r/2", "2 ★ 75.0 full, step 3")
     assert "candidates.json" not in over.artifacts
     found = over.resolved({"r/2": "id2"})
     assert found.tags["dspy.winner.run_id"] == "id2"

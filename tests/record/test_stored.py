@@ -53,14 +53,25 @@ def test_a_trials_row_is_the_trial(trial: Trial) -> None:
 @given(trials)
 def test_a_trials_own_names_and_values_are_the_trial(trial: Trial) -> None:
     trial = dataclasses.replace(trial, optimization="r", evaluated=trial.size)
-    metrics = {"score": trial.score, "best_score": trial.best, **trial.usage.flat()}
+    metrics = {"score": trial.score, **trial.usage.flat()}
     found = stored.read_trial(
         texts(stored.trial_tags(trial)),
         texts(stored.trial_params(trial)),
         {name: value for name, value in metrics.items() if value is not None},
         failed=trial.failure is not None,
     )
-    for part in ("number", "kind", "candidate", "parents", "score", "best", "size", "accepted", "reason", "on_front"):
+    for part in (
+        "number",
+        "kind",
+        "candidate",
+        "parents",
+        "score",
+        "is_best",
+        "size",
+        "accepted",
+        "reason",
+        "on_front",
+    ):
         assert getattr(found, part) == getattr(trial, part), part
     assert (found.phase, found.usage, found.optimization) == (trial.phase, trial.usage, "r")
     assert found.params == {name: str(value) for name, value in trial.params.items()}

@@ -141,10 +141,12 @@ class _Reader:
         rows = _rows(self._read(self._run, CANDIDATE_TABLE))
         if rows:
             return [stored.read_trial_row(row) for row in rows]
-        return [
-            stored.read_trial(child.tags, child.params, child.metrics, child.status == FAILED)
-            for child in self._children.values()
-        ]
+        trials, best = [], None
+        for child in self._children.values():
+            trial = stored.read_trial(child.tags, child.params, child.metrics, child.status == FAILED)
+            best = trial.score if trial.is_best else best
+            trials.append(dataclasses.replace(trial, best=best))
+        return trials
 
     def _candidates(self, optimization: Optimization) -> dict[str, Candidate]:
         places = [

@@ -33,6 +33,7 @@ from typing import Any, Final
 
 from opentelemetry.sdk.trace import ReadableSpan
 
+from dspy_otel import semconv
 from dspy_otel.record import model, stored
 from dspy_otel.record.model import (
     Candidate,
@@ -89,6 +90,7 @@ HOW_TO_GET_CONTENT: Final = (
 TRACE_ID: Final = "tr-{}"
 """How MLflow writes the id of a trace."""
 
+_MARKS: Final = {True: "✓", False: "✗"}
 _STEPS: Final = ("step", "iteration", "depth", "strategy")
 """Choices that give the step of an optimization that a trial belongs to."""
 RUN_ID: Final = "run_id"
@@ -373,9 +375,8 @@ def _of_result(
 
 
 def _of_winner(optimization: str, trial: Trial) -> Run:
-    what, comma, where = trial_name(trial).partition(", ")
-    name = f"{what} (winner){comma}{where}"
-    return Run(trial_key(optimization, trial.number), TRIAL, tags=_tags({TAG_NAME: name, TAG_WINNER: True}))
+    tags = {TAG_NAME: trial_name(trial, winner=True), TAG_WINNER: True}
+    return Run(trial_key(optimization, trial.number), TRIAL, tags=_tags(tags))
 
 
 def _put_report(record: Optimization, run: Run, artifacts: dict[str, str], versions: Mapping[str, str]) -> None:
@@ -427,12 +428,13 @@ def _of_trial(record: Trial, versions: Mapping[str, str], user_run: str | None) 
     if record.changes is not None:
         artifacts[CHANGES] = record.changes
     status = _status(record.failure)
-    scores = {"score": record.score, f"score.{record.kind}": record.score, "best_score": record.best}
+    seconds = None if record.started is None else (record.ended - record.started) / 1e9
+    results = {"score": record.score, "seconds": seconds, **_narrow(record.usage)}
     over = dataclasses.replace(
         run,
-        tags=_tags({**tags, TAG_NAME: name, TAG_NOTE: _note(status, record.failure)}),
+        tags=_tags({**tags, TAG_NAME: name, TAG_NOTE: _note(status, record.failure, _sentence(record))}),
         params=_params(params),
-        metrics=(*_points(scores, when, record.number), *_points(_narrow(record.usage), when, record.number)),
+        metrics=_points(results, when, record.number),
         datasets=()
         if record.dataset is None
         else (_dataset(record.program_name or record.optimizer or "", record.dataset),),
@@ -456,11 +458,15 @@ def _curves(record: Trial, when: int) -> Run:
     return Run(record.optimization, COMPILE, metrics=_points(values, when, record.number))
 
 
-def trial_name(record: Trial) -> str:
-    """A trial's number, kind and verdict first, for tables are narrow; then the step of the optimizer it is part of."""
-    name = f"trial {record.number} {record.kind}".rstrip()
-    if record.accepted is not None:
-        name += " accepted" if record.accepted else " rejected"
+def trial_name(record: Trial, winner: bool = False) -> str:
+    """Number, verdict and score first, for MLflow's tables show ten characters; then kind, and step of the optimizer.
+
+    Scores on parts of the validation set are left out: they cannot be compared with others.
+    """
+    mark = "★" if winner else None if record.accepted is None else _MARKS[record.accepted]
+    compared = record.kind != semconv.TRIAL_MINIBATCH and record.failure is None
+    parts = [str(record.number), mark, rounded(record.score) if compared else None, record.kind]
+    name = " ".join(part for part in parts if part)
     chosen = [
         str(value) if part == "strategy" else f"{part} {value}"
         for part in _STEPS
@@ -469,9 +475,30 @@ def trial_name(record: Trial) -> str:
     return ", ".join([name, *([" ".join(chosen)] if chosen else [])])
 
 
+def _sentence(record: Trial) -> str | None:
+    """What a trial was, as its run's description."""
+    if record.score is None:
+        return None
+    parts = [f"{rounded(record.score)}{', best so far' if record.is_best else ''}"]
+    changes = load_json(record.changes)
+    if isinstance(changes, dict) and changes:
+        parts.append("changed " + ", ".join(f"`{name}`" for name in changes))
+    if record.made_from:
+        several = "s" if len(record.made_from) > 1 else ""
+        parts.append(f"made from trial{several} {', '.join(map(str, record.made_from))}")
+    return "; ".join(parts)
+
+
+def rounded(score: float | None) -> str | None:
+    """A score for people: two digits after the point up to 1, else one."""
+    if score is None:
+        return None
+    return f"{score:.2f}" if abs(score) <= 1 else f"{score:.1f}"
+
+
 def _narrow(usage: Usage) -> dict[str, float]:
-    """Usage by role only when there is more than one: MLflow's table has a column for each name."""
-    return usage.flat() if len(usage.by_role) > 1 else dataclasses.replace(usage, by_role={}).flat()
+    """Usage without its roles and without what is zero: MLflow's table has a column for each name."""
+    return {name: value for name, value in dataclasses.replace(usage, by_role={}).flat().items() if value}
 
 
 # --- evaluations ----------------------------------------------------------------------------------------------------

@@ -80,6 +80,8 @@ ROOT_TAGS: Final = (
     semconv.EXAMPLE_SCORE,
 )
 """Root attributes that become tags of the trace under their own names, so that traces can be searched by them."""
+ROW_TAG: Final = "mlflow.eval.requestId"
+"""The tag by which MLflow pairs the traces of two runs, row by row; its value is that of ``dspy.example.id``."""
 
 _LM_OPERATIONS: Final = frozenset(
     {semconv.OPERATION_CHAT, semconv.OPERATION_TEXT_COMPLETION, semconv.OPERATION_EMBEDDINGS}
@@ -268,6 +270,8 @@ def _add_trace_tags(name: str, attributes: dict[str, AttributeValue]) -> None:
     for key in ROOT_TAGS:
         if (value := attributes.get(key)) is not None:
             attributes.setdefault(TAG_PREFIX + key, str(value))
+    if (example := attributes.get(semconv.EXAMPLE_ID)) is not None:
+        attributes.setdefault(TAG_PREFIX + ROW_TAG, str(example))
 
 
 def _move_content(attributes: dict[str, AttributeValue]) -> None:

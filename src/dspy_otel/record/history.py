@@ -308,6 +308,8 @@ class _Running:
         self._spent = Usage()
         self._inside: dict[int, Usage] = {}
         self._candidates: dict[str, Candidate] = {}
+        self._first: dict[str, int] = {}
+        """Numbers of the trials that scored each candidate first."""
         self._size = 0
         self._examples: dict[int, tuple[Example, ...]] = {}
         self._baseline: int | None = None
@@ -363,11 +365,14 @@ class _Running:
             trial,
             spent=self._spent,
             program=program,
+            made_from=tuple(self._first[one] for one in trial.parents if one in self._first),
             dataset=validation if whole else None,
             examples_so_far=self._evaluated,
             accepted_so_far=self._verdicts.get(True),
             rejected_so_far=self._verdicts.get(False),
         )
+        if trial.candidate is not None:
+            self._first.setdefault(trial.candidate, trial.number)
         self.trials[trial.number] = dataclasses.replace(trial, program=None)
         self._choose_examples(trial)
         return trial

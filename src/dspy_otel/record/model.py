@@ -288,6 +288,7 @@ class Trial:
         kind: ``baseline``, ``minibatch``, ``full``, ``sample`` or ``validation``.
         candidate: id of the program that was scored; None when several were mixed.
         parents: ids of the programs it was made from.
+        made_from: numbers of the first trials that scored those.
         score: on the optimizer's scale.
         best: best score so far, of those that can be compared.
         is_best: it has that score, and is the first that has.
@@ -317,6 +318,7 @@ class Trial:
     kind: str = ""
     candidate: str | None = None
     parents: tuple[str, ...] = ()
+    made_from: tuple[int, ...] = ()
     score: float | None = None
     best: float | None = None
     is_best: bool | None = None

@@ -264,7 +264,7 @@ def read_trial(
         candidate=tags.get(semconv.CANDIDATE_ID),
         parents=tuple(map(str, json.loads(tags.get(semconv.CANDIDATE_PARENT_IDS, "[]")))),
         score=number(metrics.get("score")),
-        best=number(metrics.get("best_score")),
+        is_best=_truth(tags.get(semconv.TRIAL_IS_BEST)),
         size=_whole(params.get("examples")),
         accepted=_truth(tags.get(semconv.TRIAL_ACCEPTED)),
         reason=tags.get(semconv.TRIAL_REASON),
