@@ -28,6 +28,7 @@ ENV_OPTIMIZATION_TRACES: Final = "OTEL_DSPY_OPTIMIZATION_TRACES"
 ENV_OPENINFERENCE: Final = "OTEL_DSPY_OPENINFERENCE"
 ENV_PROGRESS: Final = "OTEL_DSPY_PROGRESS"
 ENV_METRICS: Final = "OTEL_DSPY_METRICS"
+ENV_LIGHT_METRICS: Final = "OTEL_DSPY_LIGHT_METRICS"
 
 _CONTENT_MODES: Final[Mapping[str, CaptureContent]] = {
     "no_content": "no_content",
@@ -143,6 +144,9 @@ class Config:
 
     metrics: bool = _setting(True, ENV_METRICS, _boolean)
     """Record metrics (they cost nothing without a meter provider)."""
+
+    light_metrics: bool = _setting(True, ENV_LIGHT_METRICS, _boolean)
+    """Find the SDK's aggregation of a series once. Off, or with an SDK that is not known: for each measurement."""
 
     progress: bool = _setting(False, ENV_PROGRESS, _boolean)
     """Show running optimizations on stderr, if that is a terminal (needs ``rich``)."""

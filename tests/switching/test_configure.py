@@ -205,6 +205,7 @@ WRONG = {
     "OTEL_DSPY_ID_KEY": ("id_key", "too short", None),
     "OTEL_DSPY_OPENINFERENCE": ("openinference", "y e s", True),
     "OTEL_DSPY_METRICS": ("metrics", "none", True),
+    "OTEL_DSPY_LIGHT_METRICS": ("light_metrics", "heavy", True),
 }
 RIGHT = {
     "OTEL_INSTRUMENTATION_GENAI_CAPTURE_MESSAGE_CONTENT": ("capture_content", "SPAN_AND_EVENT", "span_and_event"),
@@ -218,6 +219,7 @@ RIGHT = {
     "OTEL_DSPY_ID_KEY": ("id_key", "a key of the team", "a key of the team"),
     "OTEL_DSPY_OPENINFERENCE": ("openinference", "off", False),
     "OTEL_DSPY_METRICS": ("metrics", "False", False),
+    "OTEL_DSPY_LIGHT_METRICS": ("light_metrics", "no", False),
 }
 
 

@@ -12,6 +12,7 @@ from opentelemetry.metrics import Histogram, Meter
 from dspy_otel import semconv
 from dspy_otel.content.names import OTHER
 from dspy_otel.core.attributes import sendable
+from dspy_otel.core.measurements import BoundSeries, bind, real_histogram
 
 SCORE_BUCKETS = tuple(float(percent) for percent in range(0, 101, 10))
 TRIAL_SCORE_BUCKETS = (*(tenth / 10 for tenth in range(11)), *SCORE_BUCKETS[1:])
@@ -24,6 +25,7 @@ _NOWHERE: Final = Context({"dspy_otel.nowhere": True})
 MOST_VALUES: Final = 100
 """Different values of one attribute that others make up; all further ones are ``other``."""
 _MOST_SERIES: Final = 1000
+_INFINITY: Final = float("inf")
 
 _MADE_UP: Final = frozenset({semconv.GEN_AI_RESPONSE_MODEL, semconv.GEN_AI_TOOL_NAME, semconv.ERROR_TYPE})
 
@@ -75,15 +77,29 @@ class BoundedHistogram:
     Args:
         histogram: an OpenTelemetry ``Histogram``.
         attributes: those of all instruments together.
+        light: whether to bind series to what counts them in the SDK.
     """
 
-    def __init__(self, histogram: Histogram, attributes: MetricAttributes) -> None:
-        self._record = histogram.record
+    def __init__(self, histogram: Histogram, attributes: MetricAttributes, light: bool = False) -> None:
+        self._histogram = histogram
         self._attributes = attributes
+        self._most_series = _MOST_SERIES if light else 0
+        self._bound: dict[Any, BoundSeries | None] = {}
 
     def record(self, amount: float, attributes: Any = None, context: Context | None = None) -> None:
         """Record ``amount`` in ``context``."""
-        self._record(amount, self._attributes.of(attributes), context)
+        # With types: 1, 1.0 and True are equal, and three series.
+        series = (*attributes.items(), *map(type, attributes.values())) if attributes else ()
+        bound = self._bound.get(series)
+        if bound is not None and 0 <= amount < _INFINITY and bound.record(amount, context):
+            return
+        shown = self._attributes.of(attributes)
+        self._histogram.record(amount, shown, context)
+        # One that could not be bound is not tried a second time.
+        if bound is not None or (len(self._bound) < self._most_series and series not in self._bound):
+            real = real_histogram(self._histogram)
+            if real is not None:
+                self._bound[series] = bind(real, shown or {})
 
 
 class WithoutExemplars:
@@ -116,14 +132,15 @@ class Metrics:
 
     Args:
         meter: where the instruments belong.
+        light: whether histograms bind their series to what counts them in the SDK.
     """
 
-    def __init__(self, meter: Meter) -> None:
+    def __init__(self, meter: Meter, light: bool = False) -> None:
         attributes = MetricAttributes()
 
         def histogram(name: str, unit: str, description: str, buckets: Sequence[float]) -> BoundedHistogram:
             made = meter.create_histogram(name, unit, description, explicit_bucket_boundaries_advisory=list(buckets))
-            return BoundedHistogram(made, attributes)
+            return BoundedHistogram(made, attributes, light)
 
         def seconds(name: str, description: str) -> BoundedHistogram:
             return histogram(name, "s", description, semconv.DURATION_BUCKETS)

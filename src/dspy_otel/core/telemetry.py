@@ -74,7 +74,8 @@ class Telemetry:
         self.default_call_context = None if default_parent is None else current_call_context(default_parent)
 
     def _make_metrics(self, provider: MeterProvider | None) -> Metrics:
-        return Metrics(metrics.get_meter(semconv.SCOPE_NAME, __version__, provider, schema_url=semconv.SCHEMA_URL))
+        meter = metrics.get_meter(semconv.SCOPE_NAME, __version__, provider, schema_url=semconv.SCHEMA_URL)
+        return Metrics(meter, self.config.light_metrics)
 
     def _make_logger(self, provider: _logs.LoggerProvider | None) -> _logs.Logger:
         return _logs.get_logger(

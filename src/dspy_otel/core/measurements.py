@@ -1,0 +1,217 @@
+"""Histograms that find the SDK's aggregation of a series once, and not for each measurement.
+
+The SDK cleans, copies, sorts and hashes the attributes of each measurement to find the aggregation that counts it,
+which takes more than half of the time of ``Histogram.record``. A program of DSPy has few series, and each is recorded
+again and again. What counts a series is the SDK's own aggregation all the same: nothing is counted here.
+
+This reaches into the SDK. It is done only for the SDK's own histograms, in versions that are known, where a check finds
+the points to be those of the public way, and until OpenTelemetry can bind attributes to an instrument itself. In all
+other cases, and whenever a series is not found as it was, the measurement goes the public way.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+import time
+from collections.abc import Sequence
+from itertools import islice
+from typing import Any, Final, NamedTuple
+
+from opentelemetry.context import Context, get_current
+from opentelemetry.metrics import Histogram
+from opentelemetry.trace import NonRecordingSpan, SpanContext, TraceFlags, set_span_in_context
+
+from dspy_otel.core.attributes import Attributes
+
+_VERSIONS: Final = range(38, 46)
+"""Minor versions of the SDK's 1.x that tests have run with."""
+_INTERNAL: Final = "opentelemetry.sdk.metrics._internal"
+_NEWEST: Final = 64
+"""How many of an instrument's series are searched. One that has just been recorded is among the newest."""
+_CHECKED: Final[Sequence[tuple[float, Attributes]]] = (
+    (0.5, {"a": "x", "n": 1}),
+    (7.0, {"a": "y"}),
+    (0.0, {"a": "x", "n": 1}),
+    (7, {"a": "y"}),
+)
+
+
+class _Counted(NamedTuple):
+    """Where one view of one reader counts a series.
+
+    Attributes:
+        match: the SDK's storage of the instrument's series, for one view of one reader.
+        series: all of them. A reader with delta temporality replaces the dictionary when it collects.
+        aggregation: the one of this series.
+        lock: held while something is counted, by a reader that replaces the dictionary; else ``None``.
+    """
+
+    match: Any
+    series: Any
+    aggregation: Any
+    lock: Any
+
+
+class BoundSeries:
+    """One series of a histogram: the set of its attributes, and what counts it for each reader and view.
+
+    Args:
+        histogram: an instrument of the SDK.
+        attributes: as the SDK has cleaned them.
+        storages: of the readers that there are.
+        counted: where it is counted.
+        measurement: the SDK's class of measurements.
+    """
+
+    __slots__ = ("_attributes", "_consumer", "_counted", "_enabled", "_histogram", "_measurement", "_storages")
+
+    def __init__(
+        self,
+        histogram: Any,
+        attributes: dict[str, Any],
+        storages: Any,
+        counted: Sequence[_Counted],
+        measurement: type[Any],
+    ) -> None:
+        self._histogram = histogram
+        self._consumer = histogram._measurement_consumer
+        self._enabled = getattr(histogram, "_is_enabled", None)  # A configurator of meters may change it at any time.
+        self._attributes = attributes
+        self._storages = storages
+        self._counted = counted
+        self._measurement = measurement
+
+    def record(self, amount: float, context: Context | None = None) -> bool:
+        """Record ``amount`` in ``context``, as the histogram would, unless the SDK no longer has the series as it was.
+
+        Returns:
+            Whether it is recorded. If not, the caller records it with the histogram itself.
+        """
+        histogram, consumer = self._histogram, self._consumer
+        if consumer._reader_storages is not self._storages or (self._enabled is not None and not self._enabled()):
+            return False
+        for counted in self._counted:
+            if counted.match._attributes_aggregation is not counted.series:
+                return False
+        context = context or get_current()
+        now = time.time_ns()
+        measurement: Any = object.__new__(self._measurement)
+        # Its constructor would clean the attributes, and sets each field through a check of being frozen.
+        measurement.__dict__.update(
+            value=amount, time_unix_nano=now, instrument=histogram, context=context, attributes=self._attributes
+        )
+        sampled = consumer._sdk_config.exemplar_filter.should_sample(amount, now, self._attributes, context)
+        for match, series, aggregation, lock in self._counted:
+            if lock is None:
+                aggregation.aggregate(measurement, sampled)
+                continue
+            with lock:
+                same = match._attributes_aggregation is series
+                if same:
+                    aggregation.aggregate(measurement, sampled)
+            if not same:  # It has been collected meanwhile.
+                match.consume_measurement(measurement, sampled)
+        return True
+
+
+def real_histogram(histogram: Histogram) -> Any:
+    """What stands behind OpenTelemetry's proxy, as soon as there is a provider; ``None`` until then."""
+    return getattr(histogram, "_real_instrument", histogram)
+
+
+def bind(histogram: Any, attributes: Attributes) -> BoundSeries | None:
+    """Find what counts a series that has just been recorded.
+
+    Args:
+        histogram: any instrument.
+        attributes: of the series.
+
+    Returns:
+        The series, or ``None`` when it must be recorded the public way.
+    """
+    if not is_known(histogram) or not same_points():
+        return None
+    try:
+        return _find(histogram, attributes)
+    except Exception:  # Another SDK than its version says.
+        return None
+
+
+def is_known(histogram: Any) -> bool:
+    """Whether this is a histogram of an SDK that is known, and that cannot bind attributes itself."""
+    kind = type(histogram)
+    if kind.__module__ != f"{_INTERNAL}.instrument" or kind.__name__ != "_Histogram" or hasattr(histogram, "bind"):
+        return False
+    from opentelemetry.sdk import version
+
+    major, _, rest = version.__version__.partition(".")
+    minor = rest.partition(".")[0]
+    return major == "1" and minor.isdecimal() and int(minor) in _VERSIONS
+
+
+def _find(histogram: Any, attributes: Attributes) -> BoundSeries | None:
+    consumer = histogram._measurement_consumer
+    storages = consumer._reader_storages
+    measurement = sys.modules[f"{_INTERNAL}.measurement"].Measurement
+    cleaned = measurement(0, 0, histogram, Context(), attributes).attributes
+    found: list[_Counted] = []
+    for storage in storages.values():
+        for match in storage._instrument_view_instrument_matches[histogram]:
+            keys = match._view._attribute_keys
+            shown = cleaned if keys is None else {key: value for key, value in cleaned.items() if key in keys}
+            series = match._attributes_aggregation
+            newest = islice(reversed(list(series.values())), _NEWEST)
+            aggregation = next((each for each in newest if _same(each._attributes, shown)), None)
+            # Beyond the limit of cardinality, a series has no aggregation of its own.
+            if aggregation is None or type(aggregation).__module__ != f"{_INTERNAL}.aggregation":
+                return None
+            lock = match._lock if getattr(match, "_reset_on_collect", False) else None
+            found.append(_Counted(match, series, aggregation, lock))
+    return BoundSeries(histogram, cleaned, storages, found, measurement)
+
+
+def _same(one: Any, other: dict[str, Any]) -> bool:
+    """Whether two sets of attributes make one series. ``1``, ``1.0`` and ``True`` are equal, and are not the same."""
+    return bool(one == other) and all(type(one[key]) is type(value) for key, value in other.items())
+
+
+@functools.lru_cache(maxsize=1)
+def same_points() -> bool:
+    """Whether a bound series gives the very points that the histogram itself gives. Checked once for each process."""
+    try:
+        return bool(public := _collected(bound=False)) and _collected(bound=True) == public
+    except Exception:
+        return False
+
+
+def _collected(bound: bool) -> list[Any]:
+    """The points of some measurements, with one reader of each temporality, collected two times."""
+    from opentelemetry.sdk.metrics import Histogram, MeterProvider
+    from opentelemetry.sdk.metrics.export import AggregationTemporality, InMemoryMetricReader
+    from opentelemetry.sdk.resources import Resource
+
+    readers = [
+        InMemoryMetricReader(preferred_temporality={Histogram: temporality})
+        for temporality in (AggregationTemporality.DELTA, AggregationTemporality.CUMULATIVE)
+    ]
+    provider = MeterProvider(readers, resource=Resource.get_empty(), shutdown_on_exit=False)
+    histogram = provider.get_meter("dspy_otel.check").create_histogram("checked")
+    sampled = SpanContext(1, 1, is_remote=False, trace_flags=TraceFlags(TraceFlags.SAMPLED))
+    context = set_span_in_context(NonRecordingSpan(sampled), Context())
+    points: list[Any] = []
+    for _ in range(2):
+        for amount, attributes in _CHECKED:
+            histogram.record(amount, attributes)
+            series = _find(histogram, attributes) if bound else None
+            if series is None:
+                histogram.record(2 * amount, attributes, context)
+            elif not series.record(2 * amount, context):
+                return []
+        for reader in readers:
+            data: Any = reader.get_metrics_data()
+            for point in data.resource_metrics[0].scope_metrics[0].metrics[0].data.data_points:
+                exemplars = [(each.value, each.span_id, each.filtered_attributes) for each in point.exemplars]
+                counts = point.bucket_counts, point.explicit_bounds
+                points.append((dict(point.attributes), point.count, point.sum, point.min, point.max, counts, exemplars))
+    return points
