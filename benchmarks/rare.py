@@ -2,9 +2,10 @@
 
     python benchmarks/rare.py
 
-A program that is seeded while its OTLP backend is away (``OwnJitter``), an exception that passes several spans
-(``Recorded``), a sampler that drops attributes (``restore_dropped``), half a character in a text (``repair``), and an
-optimization that is killed and goes on later (``Checkpoint``). Each has a test of that situation.
+A program that is seeded while its OTLP backend is away, or that switches on another instrumentation
+(``before_each_program``), an exception that passes several spans (``Recorded``), a sampler that drops attributes
+(``restore_dropped``), half a character in a text (``repair``), and an optimization that is killed and goes on later
+(``Checkpoint``). Each has a test of that situation.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from opentelemetry.sdk.trace import TracerProvider
 import dspy_otel
 from dspy_otel.core.attributes import repair, restore_dropped
 from dspy_otel.core.errors import Recorded
-from dspy_otel.core.id_generator import OwnJitter
+from dspy_otel.instrumentor import before_each_program
 
 ATTRIBUTES: dict[str, Any] = {
     "gen_ai.operation.name": "chat",
@@ -104,11 +105,11 @@ def main() -> None:
     whole = cost(lambda: program(question="what?"), 100)
     print(f"{'a watched Predict':44} {whole:8.1f} us")
     error, span = raised(), provider.get_tracer("benchmark").start_span("span", attributes=ATTRIBUTES)
-    jitter, recorded = OwnJitter(), Recorded.of(error, "lm")
+    check, recorded = before_each_program(content=False), Recorded.of(error, "lm")
     for name, call, times in (
-        ("OwnJitter, once a Predict", jitter.replace, 1),
+        ("before_each_program, once a Predict", check, 1),
         ("restore_dropped, twice a Predict", lambda: restore_dropped(span, ATTRIBUTES), 2),
-        ("repair, four times a Predict", lambda: repair(ATTRIBUTES), 4),
+        ("repair, twice a Predict", lambda: repair(ATTRIBUTES), 2),
         ("Recorded, once for each span an error passes", lambda: Recorded.of(error, "lm"), 1),
         ("and to recognize it", lambda: recorded.is_(error, "module"), 1),
     ):

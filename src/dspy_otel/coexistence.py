@@ -31,18 +31,26 @@ class OtherInstrumentations:
     """Watches for other instrumentations, which may be switched on before ours or at any time after it."""
 
     def __init__(self) -> None:
-        self._modules = 0
         self._space: Mapping[str, Any] | None = None
         self._entry: Any = None
         self._ours: Any = None
 
     def check(self) -> None:
-        """Warn once about each one that is active, and once if one has removed our wrappers.
-
-        It is cheap enough for each outermost call.
-        """
-        self._check_modules()
+        """Warn once about each one that is active, and once if one has removed our wrappers."""
+        for name, doubles in active_instrumentations().items():
+            warn_once(
+                ("other instrumentation", name),
+                "%s is active too: %s will show twice. Switch one of the two off (ours by "
+                "dspy_otel.uninstrument(), or OTEL_PYTHON_DISABLED_INSTRUMENTATIONS=dspy_otel with "
+                "opentelemetry-instrument)",
+                name,
+                doubles,
+            )
         self._check_entry()
+
+    def entry_changed(self) -> bool:
+        """Whether the entry point of modules is another than at the last check. Cheap: it is asked for each program."""
+        return self._space is None or self._space.get("__call__") is not self._entry
 
     def _check_entry(self) -> None:
         """Warn once when the entry point of modules is a function that our wrapper replaced.
@@ -63,26 +71,6 @@ class OtherInstrumentations:
                 ("other instrumentation", "removed"),
                 "dspy.Module.__call__ is no longer ours, as after another instrumentation's uninstrument(): modules "
                 "are not recorded. dspy_otel.uninstrument() and dspy_otel.instrument() bring them back",
-            )
-
-    def _check_modules(self) -> None:
-        """Warn once about each one that is active.
-
-        An instrumentation must be imported to be switched on, and a program soon stops importing. So nothing is done
-        unless the number of modules has changed since the last check.
-        """
-        modules = len(sys.modules)
-        if modules == self._modules:
-            return
-        self._modules = modules
-        for name, doubles in active_instrumentations().items():
-            warn_once(
-                ("other instrumentation", name),
-                "%s is active too: %s will show twice. Switch one of the two off (ours by "
-                "dspy_otel.uninstrument(), or OTEL_PYTHON_DISABLED_INSTRUMENTATIONS=dspy_otel with "
-                "opentelemetry-instrument)",
-                name,
-                doubles,
             )
 
 

@@ -17,7 +17,7 @@ from dspy_otel.config import Config
 from dspy_otel.content import redaction
 from dspy_otel.content.id_key import IdKey
 from dspy_otel.core.errors import formatting_without_our_frames
-from dspy_otel.core.id_generator import OwnJitter
+from dspy_otel.core.id_generator import give_exporters_a_generator
 from dspy_otel.core.internal_errors import failed, guard, reset_warnings, warn_once
 from dspy_otel.core.operation import Operation
 from dspy_otel.core.telemetry import Telemetry
@@ -118,13 +118,19 @@ class DSPyInstrumentor(BaseInstrumentor):  # type: ignore[misc]
 
 def before_each_program(content: bool) -> Callable[[], None]:
     """What is checked before each outermost call, because it may have changed since the last one."""
-    others = guard("other instrumentations")(OtherInstrumentations().check)
-    exporters = guard("exporters")(OwnJitter().replace)
+    others = OtherInstrumentations()
+    check_others = guard("other instrumentations")(others.check)
+    check_exporters = guard("exporters")(give_exporters_a_generator)
     refresh = guard("secrets of the environment")(redaction.refresh_environment)
+    modules = 0
 
     def check() -> None:
-        others()
-        exporters()
+        nonlocal modules
+        # Both other instrumentations and exporters must be imported first, and a program soon stops importing.
+        if len(sys.modules) != modules or others.entry_changed():
+            modules = len(sys.modules)
+            check_others()
+            check_exporters()
         if content:
             refresh()
 

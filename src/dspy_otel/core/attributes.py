@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TypeAlias
+from typing import Final, TypeAlias
 
 from opentelemetry.trace import Span
 
@@ -16,6 +16,7 @@ Attributes: TypeAlias = dict[str, AttributeValue]
 ReadOnlyAttributes: TypeAlias = Mapping[str, AttributeValue]
 
 EMPTY: ReadOnlyAttributes = {}
+_NUMBERS: Final = frozenset({int, float, bool})
 
 
 def repair(attributes: Attributes) -> None:
@@ -23,15 +24,25 @@ def repair(attributes: Attributes) -> None:
 
     Half a character in one value would cost its whole batch in OTLP, and NUL in a SQL store.
     """
-    # Twice for each span, and most texts are ASCII: one look at each.
+    # For each span, and most texts are ASCII: one look at each.
     for key, value in attributes.items():
-        if isinstance(value, str):
-            if not value.isascii() or "\0" in value:  # as in `sendable`, without a call for each
-                attributes[key] = sendable(value)
-        elif isinstance(value, (list, tuple)):
-            mended = [sendable(each) if isinstance(each, str) else each for each in value]
-            if mended != list(value):
+        kind = type(value)
+        if kind is str:
+            if not value.isascii() or "\0" in value:  # type: ignore[union-attr, operator]  # as in `sendable`
+                attributes[key] = sendable(value)  # type: ignore[arg-type]
+        elif kind not in _NUMBERS:
+            mended = _mended(value)
+            if mended is not value:
                 attributes[key] = mended
+
+
+def _mended(value: AttributeValue) -> AttributeValue:
+    if isinstance(value, str):
+        return sendable(value)
+    if isinstance(value, (list, tuple)):
+        mended = [sendable(each) if isinstance(each, str) else each for each in value]
+        return value if mended == list(value) else mended
+    return value
 
 
 def restore_dropped(span: Span, attributes: ReadOnlyAttributes) -> None:

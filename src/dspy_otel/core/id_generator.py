@@ -66,8 +66,8 @@ _RETRYING: Final = (
 )
 
 
-class OwnJitter:
-    """Gives the modules of the OTLP exporters a random generator of their own, in place of the shared one.
+def give_exporters_a_generator() -> None:
+    """Give the modules of the OTLP exporters that are imported a random generator of their own, not the shared one.
 
     While a backend is away, the exporters of every SDK from 1.38 on draw ``random.uniform()`` before each retry: in the
     program's thread with a ``SimpleSpanProcessor``, and in the worker's with a batch, at a moment that depends on the
@@ -75,17 +75,7 @@ class OwnJitter:
 
     It stays after ``uninstrument()``: an exporter may still be retrying then.
     """
-
-    def __init__(self) -> None:
-        self._modules = 0
-
-    def replace(self) -> None:
-        """Do so for those that are imported. Cheap enough for each outermost call: mostly nothing new is imported."""
-        count = len(sys.modules)
-        if count == self._modules:
-            return
-        self._modules = count
-        for name in _RETRYING:
-            module = sys.modules.get(name)
-            if getattr(module, "random", None) is random:
-                module.random = random.Random()  # type: ignore[union-attr]
+    for name in _RETRYING:
+        module = sys.modules.get(name)
+        if getattr(module, "random", None) is random:
+            module.random = random.Random()  # type: ignore[union-attr]

@@ -49,6 +49,8 @@ class SpanStart:
         kind: OpenTelemetry span kind.
         root: begin a new trace.
         links: spans this one is linked to.
+        repaired: whether name and attributes can be sent by every exporter as they are, for they are made once for many
+            calls.
         identity: names of attributes without which the span cannot be assigned to its evaluation, run or trial. They
             are set once more at the end if the SDK had to drop some: it drops the oldest when there are too many (128,
             unless ``OTEL_SPAN_ATTRIBUTE_COUNT_LIMIT`` says otherwise).
@@ -60,6 +62,7 @@ class SpanStart:
     kind: SpanKind = SpanKind.INTERNAL
     root: bool = False
     links: Sequence[Link] = ()
+    repaired: bool = False
     identity: tuple[str, ...] = ()
 
 
@@ -223,8 +226,13 @@ class Operation:
             outside = set_span_in_context(INVALID_SPAN, surrounding)
         elif telemetry.default_parent is not None and not get_current_span(surrounding).get_span_context().is_valid:
             outside = set_span_in_context(get_current_span(telemetry.default_parent), surrounding)
+        name, attributes = start.name, start.attributes
         if context.inherited:
-            start.attributes.update(context.inherited)
+            attributes.update(context.inherited)
+        # All names and values enter a span here or at the end of the call, wherever they come from.
+        if not start.repaired or context.inherited:
+            name = sendable(name)
+            repair(attributes)
         call = Call()
         call.operation = self
         call.instance = instance
@@ -235,13 +243,11 @@ class Operation:
         call.on_closed = None
         call.closed = False
         call.token = None
-        # All names and values enter a span here or at the end of the call, wherever they come from.
-        repair(start.attributes)
         call.span = (telemetry.tracer if context.deferred is None else context.deferred).start_span(
-            sendable(start.name),
+            name,
             outside,
             start.kind,
-            start.attributes,
+            attributes,
             start.links or None,
             record_exception=False,
             set_status_on_exception=False,
@@ -252,9 +258,9 @@ class Operation:
         call.attributes = {}
         call.identity = None
         if call.recording:
-            restore_dropped(call.span, start.attributes)
+            restore_dropped(call.span, attributes)
             if start.identity:
-                call.identity = {key: start.attributes[key] for key in start.identity if key in start.attributes}
+                call.identity = {key: attributes[key] for key in start.identity if key in attributes}
             try:
                 call.attributes = self.start_attributes(call)
             except Exception as error:

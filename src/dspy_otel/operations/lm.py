@@ -16,13 +16,14 @@ from opentelemetry.trace import SpanKind
 
 from dspy_otel import semconv
 from dspy_otel.content import redaction
-from dspy_otel.core.attributes import Attributes
+from dspy_otel.core.attributes import Attributes, repair, sendable
 from dspy_otel.core.call_context import CallContext, current_call_context, current_state, enclosing_state
 from dspy_otel.core.errors import error_type
 from dspy_otel.core.internal_errors import guard
 from dspy_otel.core.operation import Call, Operation, SpanStart, openinference
+from dspy_otel.core.telemetry import Telemetry
 from dspy_otel.core.usage import LMUsage, add_usages
-from dspy_otel.operations.lm_request import PROVIDERS, request_attributes, request_settings
+from dspy_otel.operations.lm_request import PROVIDERS, request_attributes, request_key, request_settings
 from dspy_otel.operations.lm_response import (
     LMResponse,
     combined,
@@ -42,17 +43,64 @@ _ENGINES: Final = {
     "LegacyEngine": "legacy",
     "AsyncLegacyEngine": "legacy",
 }
-_METRIC_KEYS: Final = (
+_OF_REQUEST: Final = (
     semconv.GEN_AI_OPERATION_NAME,
     semconv.GEN_AI_PROVIDER_NAME,
     semconv.GEN_AI_REQUEST_MODEL,
     semconv.SERVER_ADDRESS,
     semconv.SERVER_PORT,
 )
+_OF_PROGRAM: Final = (semconv.PROGRAM_NAME, semconv.LM_ROLE)
+_MOST_DESCRIPTIONS: Final = 512
+_MOST_LABELS: Final = 32
 _SETTINGS: Final = guard("LM settings")
 _INPUT: Final = guard("LM input content")
 _CONTENT: Final = guard("content")
 _EVENT: Final = guard("LM content event")
+
+
+@dataclass(frozen=True, slots=True)
+class LMDescription:
+    """What all LM calls share that have the same model and settings, in the same program and for the same role.
+
+    Attributes:
+        span: span name.
+        attributes: of the span's start. Never changed, as all here.
+        request: those of them that are the request's, for metrics and events.
+        stop: stop sequences, which are content.
+    """
+
+    span: str
+    attributes: Attributes
+    request: Attributes
+    stop: Any
+    _labels: dict[tuple[str | None, str | None, str | None], Attributes] = field(default_factory=dict)
+
+    def labels(
+        self, provider: str | None = None, model: str | None = None, token_type: str | None = None
+    ) -> Attributes:
+        """Low-cardinality attributes of a call's metrics. Not to be changed: they are made once.
+
+        Args:
+            provider: who serves it, if the model's name has no provider.
+            model: the model that answered.
+            token_type: which tokens are counted.
+        """
+        key = provider, model, token_type
+        kept = self._labels.get(key)
+        if kept is not None:
+            return kept
+        labels: Attributes = {name: self.attributes[name] for name in _OF_REQUEST if name in self.attributes}
+        if provider is not None:
+            labels[semconv.GEN_AI_PROVIDER_NAME] = provider
+        labels.update((name, self.attributes[name]) for name in _OF_PROGRAM if name in self.attributes)
+        if model is not None:
+            labels[semconv.GEN_AI_RESPONSE_MODEL] = model
+        if token_type is not None:
+            labels[semconv.GEN_AI_TOKEN_TYPE] = token_type
+        if len(self._labels) < _MOST_LABELS:
+            self._labels[key] = labels
+        return labels
 
 
 @dataclass(slots=True)
@@ -60,8 +108,7 @@ class LMCallState:
     """What is known of an LM call so far. Written in the thread or task of the call, unless a field has another writer.
 
     Attributes:
-        request: attributes of the request, for metrics and events.
-        stop: stop sequences, which are content.
+        description: what is known of it before it begins.
         response: of the last request that has come back.
         earlier: of the requests before, when a subclass's override calls the method it overrides several times.
         usage: what the call used, once it has ended.
@@ -73,8 +120,7 @@ class LMCallState:
         first_chunk: when the first one came, by ``time.perf_counter()``.
     """
 
-    request: Attributes
-    stop: Any = None
+    description: LMDescription
     response: LMResponse | None = None
     earlier: LMResponse | None = None
     usage: LMUsage | None = None
@@ -103,6 +149,10 @@ class LMOperation(Operation):
 
     kind = "lm"
 
+    def __init__(self, telemetry: Telemetry) -> None:
+        super().__init__(telemetry)
+        self._descriptions: dict[tuple[Any, ...], LMDescription] = {}
+
     def start(
         self, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any], parent: CallContext | None
     ) -> SpanStart | None:
@@ -113,10 +163,30 @@ class LMOperation(Operation):
                 redaction.remember_settings(own)
             if kwargs:
                 redaction.remember_settings(kwargs)
-        attributes = request_attributes(instance, settings)
+        context = CallContext(self.kind, instance, parent)
+        description = self._description(instance, settings, context)
+        context.state = LMCallState(description)
+        return SpanStart(description.span, context, description.attributes.copy(), SpanKind.CLIENT, repaired=True)
+
+    def _description(self, lm: Any, settings: dict[str, Any], context: CallContext) -> LMDescription:
+        """Of this call. It is kept for the next ones like it."""
+        key = request_key(lm, settings)
+        if key is None:
+            return self._describe(lm, settings, context)
+        program = context.program
+        key = (*key, context.role, *((program.name, program.id) if program is not None else ()))
+        description = self._descriptions.get(key)
+        if description is None:
+            if len(self._descriptions) >= _MOST_DESCRIPTIONS:  # rollout ids, for one
+                self._descriptions.clear()
+            description = self._descriptions[key] = self._describe(lm, settings, context)
+        return description
+
+    def _describe(self, lm: Any, settings: dict[str, Any], context: CallContext) -> LMDescription:
+        attributes = request_attributes(lm, settings)
         # Text that a user wrote: content, like the prompt.
         stop = attributes.pop(semconv.GEN_AI_REQUEST_STOP_SEQUENCES, None)
-        context = CallContext(self.kind, instance, parent, LMCallState(attributes.copy(), stop))
+        request = attributes.copy()
         if context.role is not None:
             attributes[semconv.LM_ROLE] = context.role
         if context.program is not None:
@@ -125,7 +195,8 @@ class LMOperation(Operation):
                 attributes[semconv.PROGRAM_ID] = context.program.id
         openinference(attributes, self.telemetry, semconv.KIND_LLM)
         name = f"{attributes[semconv.GEN_AI_OPERATION_NAME]} {attributes[semconv.GEN_AI_REQUEST_MODEL]}"
-        return SpanStart(name, context, attributes, SpanKind.CLIENT)
+        repair(attributes)
+        return LMDescription(sendable(name), attributes, request, stop)
 
     def overridden(
         self, context: CallContext, args: tuple[Any, ...], kwargs: dict[str, Any], override_of: type | None
@@ -140,10 +211,10 @@ class LMOperation(Operation):
             return attributes
         with _INPUT:
             attributes = self._input_content(call)
-        state: LMCallState = call.context.state
-        if state.stop:
+        stop = call.context.state.description.stop
+        if stop:
             with _CONTENT:
-                attributes[semconv.GEN_AI_REQUEST_STOP_SEQUENCES] = list(map(self.telemetry.content.text, state.stop))
+                attributes[semconv.GEN_AI_REQUEST_STOP_SEQUENCES] = list(map(self.telemetry.content.text, stop))
         return attributes
 
     def _input_content(self, call: Call) -> Attributes:
@@ -215,9 +286,8 @@ class LMOperation(Operation):
     def _record(self, call: Call, usage: LMUsage, error: BaseException | None, seconds: float) -> None:
         metrics = self.telemetry.metrics
         state: LMCallState = call.context.state
-        labels = metric_attributes(call.context, state)
-        if state.response is not None and state.response.model is not None:
-            labels[semconv.GEN_AI_RESPONSE_MODEL] = state.response.model
+        described, model = state.description, None if state.response is None else state.response.model
+        labels = described.labels(state.provider, model)
         if usage.cache_hit:
             metrics.cache_hits.add(1, labels, call.otel_context)
         else:
@@ -229,7 +299,8 @@ class LMOperation(Operation):
                 (semconv.TOKEN_TYPE_OUTPUT, usage.output_tokens),
             ):
                 if tokens is not None:
-                    metrics.token_usage.record(tokens, {**labels, semconv.GEN_AI_TOKEN_TYPE: kind}, call.otel_context)
+                    labels_of_kind = described.labels(state.provider, model, kind)
+                    metrics.token_usage.record(tokens, labels_of_kind, call.otel_context)
             if usage.cost:
                 metrics.lm_cost.add(usage.cost, labels, call.otel_context)
         if state.chunks:
@@ -238,7 +309,7 @@ class LMOperation(Operation):
     def _emit_details(self, call: Call) -> None:
         """The call's content as an ``inference.operation.details`` event."""
         state: LMCallState = call.context.state
-        attributes: Attributes = dict(state.request)
+        attributes: Attributes = dict(state.description.request)
         with _INPUT:
             attributes.update(self._input_content(call))
         response = state.response
@@ -268,7 +339,7 @@ class LMOperation(Operation):
         backend, _engine, provider = chosen
         name = type(backend).__name__
         state.engine = _ENGINES.get(name, name)
-        if isinstance(provider, str) and semconv.GEN_AI_PROVIDER_NAME not in state.request:
+        if isinstance(provider, str) and semconv.GEN_AI_PROVIDER_NAME not in state.description.request:
             state.provider = PROVIDERS.get(provider, provider)
 
     def record_retry(self, _: None, args: tuple[Any, ...], kwargs: dict[str, Any], seconds: Any) -> None:
@@ -285,7 +356,7 @@ class LMOperation(Operation):
             **error_attributes(error),
         }
         self.telemetry.add_event(context.span, semconv.EVENT_LM_RETRY, attributes)
-        labels = metric_attributes(context, context.state)
+        labels = context.state.description.labels(context.state.provider)
         self.telemetry.metrics.retries.add(1, {**labels, semconv.ERROR_TYPE: error_type(error)})
 
     def record_chunk(self, _: None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -293,18 +364,6 @@ class LMOperation(Operation):
         state = current_state(LMCallState)
         if state is not None:
             state.count_chunk(time.perf_counter())
-
-
-def metric_attributes(context: CallContext, state: LMCallState) -> Attributes:
-    """Low-cardinality attributes of an LM call's metrics."""
-    labels: Attributes = {key: state.request[key] for key in _METRIC_KEYS if key in state.request}
-    if state.provider is not None:
-        labels[semconv.GEN_AI_PROVIDER_NAME] = state.provider
-    if context.program is not None:
-        labels[semconv.PROGRAM_NAME] = context.program.name
-    if context.role is not None:
-        labels[semconv.LM_ROLE] = context.role
-    return labels
 
 
 def _exceeds(usage: LMUsage, inner: LMUsage) -> bool:

@@ -40,6 +40,12 @@ _REQUEST_NUMBERS: Final = {
     "seed": (semconv.GEN_AI_REQUEST_SEED, True),
     "top_k": (semconv.GEN_AI_REQUEST_TOP_K, True),
 }
+_READ: Final = frozenset(
+    {*_REQUEST_NUMBERS, "stop", "n", "reasoning_effort", "response_format", "rollout_id", "api_base", "base_url"}
+)
+"""The parameters that attributes of a request are made of."""
+_COMPARABLE: Final = frozenset({str, int, float, bool, type(None)})
+_LONGEST_COMPARED: Final = 1024
 _MOST_STOPS: Final = 16
 _LONGEST_ADDRESS: Final = 4096
 
@@ -73,6 +79,27 @@ def request_settings(lm: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) 
                 settings[name] = value
     settings.update(kwargs)
     return settings
+
+
+def request_key(lm: Any, settings: Mapping[str, Any]) -> tuple[Any, ...] | None:
+    """What :func:`request_attributes` depends on: equal for two calls only if those are.
+
+    ``None`` where that is more than short texts and numbers: to compare it might run code of a user's class.
+    """
+    model, kind = lm.model, getattr(lm, "model_type", "chat")
+    if type(model) is not str or type(kind) is not str:
+        return None
+    key: list[Any] = [model, kind]
+    for name, value in settings.items():
+        if name in _READ:
+            if name == "response_format":
+                key += (name, value is None)
+                continue
+            type_ = type(value)
+            if type_ not in _COMPARABLE or (type_ is str and len(value) > _LONGEST_COMPARED):
+                return None
+            key += (name, type_, value)  # 1, 1.0 and True are equal, and not the same.
+    return tuple(key)
 
 
 def request_attributes(lm: Any, settings: Mapping[str, Any]) -> Attributes:

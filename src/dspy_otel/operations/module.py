@@ -12,7 +12,7 @@ from opentelemetry import baggage
 from dspy_otel import semconv
 from dspy_otel.content import introspection
 from dspy_otel.content.introspection import is_a
-from dspy_otel.core.attributes import Attributes
+from dspy_otel.core.attributes import Attributes, repair, sendable
 from dspy_otel.core.call_context import CallContext, Program
 from dspy_otel.core.errors import error_type
 from dspy_otel.core.operation import Call, Operation, SpanStart, openinference
@@ -78,7 +78,7 @@ class ModuleOperation(Operation):
                     path, context.paths = place
         description = self._description(instance, program, path, outermost)
         context.state = ModuleState(description, totals)
-        return SpanStart(description.span, context, description.attributes.copy())
+        return SpanStart(description.span, context, description.attributes.copy(), repaired=True)
 
     def _description(self, instance: Any, program: Program, path: str | None, outermost: bool) -> ModuleDescription:
         """Of this module. It is kept with the program, if the module is one of its own."""
@@ -89,6 +89,7 @@ class ModuleOperation(Operation):
             openinference(
                 description.attributes, self.telemetry, semconv.KIND_AGENT if is_agent(instance) else semconv.KIND_CHAIN
             )
+            repair(description.attributes)
             if placed:
                 program.descriptions[id(instance)] = description
         return description
@@ -134,8 +135,10 @@ class ModuleOperation(Operation):
 
 def caller_attributes() -> Attributes:
     """Session and user that the application has put into OpenTelemetry's baggage, for all spans of a program call."""
-    found = baggage.get_all()
     attributes: Attributes = {}
+    found = baggage.get_all()
+    if not found:
+        return attributes
     for key in (semconv.SESSION_ID, semconv.USER_ID):
         value = found.get(key)
         shown = introspection.text(value) if introspection.is_a(value, str) else introspection.whole(value)
@@ -202,7 +205,7 @@ def describe(instance: Any, program: Program, path: str | None, outermost: bool)
         span = f"{semconv.OPERATION_INVOKE_WORKFLOW} {class_name}"
     else:
         span = f"{class_name} {path}" if path else class_name
-    return ModuleDescription(span, attributes, labels, outermost)
+    return ModuleDescription(sendable(span), attributes, labels, outermost)
 
 
 def attributes_signature(instance: Any, kwargs: dict[str, Any]) -> Any:
