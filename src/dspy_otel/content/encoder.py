@@ -216,13 +216,12 @@ class _ContentWalker(Walker):
         """Whether all strings together fit into the limit, and none needs to be masked or shortened."""
         if self.content.redact is not None or not self.only_str:
             return False
-        total, limit = 0, self.content.limit
-        for text in self.strings:
-            total += (length := len(text))
-            if total > limit or (length >= _BASE64_LENGTH and _has_base64(text)):
-                return False
+        if sum(map(len, self.strings)) > self.content.limit:
+            return False
         together = "\n".join(self.strings)
-        return "data:" not in together and not redaction.suspect(together)
+        if "data:" in together or (len(together) >= _BASE64_LENGTH and _has_base64(together)):
+            return False
+        return not redaction.suspect(together)
 
     def masked(self, copy: Any) -> Any:
         """The copy, with its strings as they may be shown."""
@@ -359,7 +358,7 @@ class _ContentWalker(Walker):
             name = key if type(key) is _Shown else _Shown(self.key(key))
         while name in result:
             name = _other_name(name)
-        if redaction.hides(name, item):
+        if redaction.name_kind(name) and redaction.hides(name, item):
             result[name] = _MASKED
         elif type(item) is str:  # As `of` does it; most entries are texts.
             self.nodes -= 1

@@ -50,6 +50,8 @@ _WORD: Final = re.compile(r"[a-z][a-z_\-]*")
 _LONGEST_NAME: Final = 128
 _NAMING: Final = ("name", "key", "header", "field", "parameter", "param", "variable", "property", "Name", "Key")
 _NAMED: Final = ("value", "val", "content", "Value")
+_ANY_NAMING: Final = frozenset(_NAMING)
+_ANY_NAMED: Final = frozenset(_NAMED)
 
 # --- by look -----------------------------------------------------------------------------------------------------
 _RUN: Final = 15
@@ -81,6 +83,8 @@ _LONGEST: Final = 1024
 _LONGEST_JSON: Final = 16_384
 _known: dict[str, None] = {}
 _PAUSE: Final = 1.0
+_REPEATED: Final = 4096
+"""Longest text of which it is kept for a while whether a secret is in it."""
 _environment_seen = (float("-inf"), 0)
 _LOGIN: Final = re.compile(r"https?://[^\s/:@]{0,128}:([^\s/@]{1,256})@")
 _NESTED: Final = 4
@@ -120,7 +124,7 @@ def _kind(name: str, names: dict[str, int]) -> int:
 
 
 @functools.lru_cache(maxsize=2048)
-def _name_kind(name: str) -> int:
+def name_kind(name: str) -> int:
     """2: the name of a secret; 1: perhaps of one; 0: of something else."""
     return _kind(name, _names().of_values)
 
@@ -133,7 +137,7 @@ def _text_kind(name: bytes) -> int:
 
 def is_secret_name(name: str) -> bool:
     """Whether a field, header, parameter or environment variable of this name holds a secret."""
-    return len(name) <= _LONGEST_NAME and _name_kind(name) == 2
+    return len(name) <= _LONGEST_NAME and name_kind(name) == 2
 
 
 def hides(name: str, value: Any) -> bool:
@@ -143,7 +147,7 @@ def hides(name: str, value: Any) -> bool:
         name: name of the field, header or parameter.
         value: its value; only looked at if it is exactly a ``str``.
     """
-    kind = _name_kind(name) if len(name) <= _LONGEST_NAME else 0
+    kind = name_kind(name) if len(name) <= _LONGEST_NAME else 0
     if not kind or value is None or (type(value) is str and not value):
         return False
     return kind == 2 or (kind == 1 and type(value) is str and _CREDENTIAL.fullmatch(value, 0, 4096) is not None)
@@ -171,6 +175,8 @@ def named(fields: Mapping[str, Any]) -> str | None:
     Args:
         fields: a dictionary whose keys are all exactly ``str``: others could run code of the user's when compared.
     """
+    if _ANY_NAMED.isdisjoint(fields) or _ANY_NAMING.isdisjoint(fields):  # nearly always
+        return None
     for key in _NAMED:
         if key in fields:
             value = fields[key]
@@ -324,6 +330,8 @@ def mask(text: str) -> str:
     for known in tuple(_known):
         if known in text:
             text = text.replace(known, MASK)
+    if len(text) <= _REPEATED and not _has_secret(text):
+        return text
     spans = _secrets(text)
     if not spans:
         return text
@@ -342,7 +350,15 @@ def suspect(text: str) -> bool:
     Args:
         text: the texts, a line break between each two: one look at all of them.
     """
-    return any(known in text for known in tuple(_known)) or bool(_secrets(text))
+    if any(known in text for known in tuple(_known)):
+        return True
+    return _has_secret(text) if len(text) <= _REPEATED else bool(_secrets(text))
+
+
+@functools.lru_cache(maxsize=64)
+def _has_secret(text: str) -> bool:
+    """Whether a secret is in a text that may come with each call: instructions, the prompt of a system, a question."""
+    return bool(_secrets(text))
 
 
 def _secrets(text: str) -> list[tuple[int, int]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable, Iterable
 from itertools import accumulate
 from typing import Any, Final
 
@@ -19,9 +20,24 @@ _MARKED_ITEMS: Final = re.compile(r"…\[cut (\d{1,12}) items\]")
 _ENCODER: Final = json.JSONEncoder(ensure_ascii=False, allow_nan=False, check_circular=False, separators=(",", ":"))
 
 
+def _kept_encoder() -> Callable[[Any, int], Iterable[str]] | None:
+    """What ``JSONEncoder.encode`` makes anew for each value, where this Python has it: the encoder written in C."""
+    try:
+        made: Callable[[Any, int], Iterable[str]] = json.encoder.c_make_encoder(  # type: ignore[attr-defined]
+            None, _ENCODER.default, json.encoder.encode_basestring, None, ":", ",", False, False, False
+        )
+        return made if "".join(made(_ODD, 0)) == _ENCODER.encode(_ODD) else None
+    except Exception:
+        return None
+
+
+_ODD: Final = {"a": ['ä"\n', 1, 1.5, None, True, {}], "b": {"c": "\x7f"}}
+_CHUNKS: Final = _kept_encoder()
+
+
 def encode(value: Any) -> str:
     """Plain values as JSON text."""
-    return _ENCODER.encode(value)
+    return _ENCODER.encode(value) if _CHUNKS is None else "".join(_CHUNKS(value, 0))
 
 
 def size_of(text: str) -> int:
