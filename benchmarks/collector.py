@@ -23,6 +23,7 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -238,6 +239,7 @@ def main() -> None:
     recording = record(options.content)
     per_call, size = recording.spans / recording.lm_calls, recording.size / recording.spans
     content = "with" if options.content else "without"
+    print(f"OpenTelemetry SDK {version('opentelemetry-sdk')}")
     print(f"{per_call:.1f} spans for an LM call, {size:.0f} bytes a span, {content} content")
     with tempfile.TemporaryDirectory() as name, ExitStack() as stack:
         directory = Path(name)

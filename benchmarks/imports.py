@@ -14,6 +14,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from importlib.metadata import version
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -77,6 +78,7 @@ def main() -> int:
                 one = measure(row, environment)
                 if one is not None:
                     found[row].append(one)
+    print(f"OpenTelemetry SDK {version('opentelemetry-sdk')}\n")
     print("| ms of CPU time, median | import | switch on | both | smallest |\n|---|---:|---:|---:|---:|")
     total = 0.0
     for row, pairs in found.items():

@@ -22,6 +22,7 @@ import subprocess
 import sys
 import threading
 import time
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -248,6 +249,7 @@ def main() -> None:
             found = measure(given.one, given.uri[0], experiment, given.examples, given.candidates)
         print(json.dumps(found))
         return
+    print(f"OpenTelemetry SDK {version('opentelemetry-sdk')}")
     results: dict[tuple[str, str], dict[str, Any]] = {}
     for uri in given.uri:
         for way in given.ways:

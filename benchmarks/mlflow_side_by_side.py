@@ -32,6 +32,7 @@ import subprocess
 import sys
 import threading
 import time
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -203,6 +204,7 @@ def main() -> None:
     if given.one:
         print(json.dumps(measure(given.one[0], given.uri[0], given.one[1])))
         return
+    print(f"OpenTelemetry SDK {version('opentelemetry-sdk')}")
     for uri in given.uri:
         rows = []
         for program in given.only:

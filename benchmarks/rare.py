@@ -16,6 +16,7 @@ import json
 import tempfile
 import time
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -103,6 +104,7 @@ def main() -> None:
     dspy_otel.instrument(tracer_provider=provider)
     program = dspy.Predict("question -> answer")
     whole = cost(lambda: program(question="what?"), 100)
+    print(f"OpenTelemetry SDK {version('opentelemetry-sdk')}")
     print(f"{'a watched Predict':44} {whole:8.1f} us")
     error, span = raised(), provider.get_tracer("benchmark").start_span("span", attributes=ATTRIBUTES)
     check, recorded = before_each_program(content=False), Recorded.of(error, "lm")

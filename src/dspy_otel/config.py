@@ -8,6 +8,7 @@ import logging
 import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Final, Literal, cast
 
 _LOG = logging.getLogger(__name__)
@@ -151,12 +152,12 @@ class Config:
     progress: bool = _setting(False, ENV_PROGRESS, _boolean)
     """Show running optimizations on stderr, if that is a terminal (needs ``rich``)."""
 
-    @property
+    @cached_property
     def content_on_spans(self) -> bool:
         """Whether content may become span attributes."""
         return self.capture_content in ("span_only", "span_and_event")
 
-    @property
+    @cached_property
     def content_on_events(self) -> bool:
         """Whether content may become log events."""
         return self.capture_content in ("event_only", "span_and_event")

@@ -51,6 +51,7 @@ TABLE: tuple[tuple[str, tuple[int, ...], str], ...] = (
     ("test_roles.py::test_lm_calls_add_up[GEPA", (3, 2), _NO_CALLBACKS),
     ("test_roles.py::test_a_trial_whose_evaluation_raises_ends_once", (3, 2), _NO_CALLBACKS),
     ("test_resume.py", (3, 2), _NO_CALLBACKS),
+    ("test_cost.py", (3, 4), "DSPy before 3.4 has other hooks, and so another number of calls"),
     ("test_picture[GEPA", (3, 2), _NO_CALLBACKS),
     ("test_a_terminal_shows_the_run[GEPA", (3, 2), _NO_CALLBACKS),
     ("test_trials.py::test_gepa", (3, 2), _NO_CALLBACKS),

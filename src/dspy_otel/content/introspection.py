@@ -68,7 +68,7 @@ def store_of(value: Any) -> dict[Any, Any] | None:
 
 def field(value: Any, name: str, default: Any = None) -> Any:
     """A field of an object, an entry of a dictionary, or a plain attribute of a class; never a user's property."""
-    if is_a(value, dict):
+    if issubclass(type(value), dict):
         return dict.get(value, name, default)
     stored = instance_dict(value)
     if name in stored:
@@ -96,23 +96,23 @@ def field(value: Any, name: str, default: Any = None) -> Any:
 
 def length(value: Any) -> int | None:
     """How long a list or tuple is; ``None`` for anything else."""
-    for kind in (list, tuple):
-        if is_a(value, kind):
-            return int(kind.__len__(value))
-    return None
+    kind = type(value)
+    if issubclass(kind, list):
+        return list.__len__(value)
+    return tuple.__len__(value) if issubclass(kind, tuple) else None
 
 
 def items(value: Any) -> Iterator[Any]:
     """The items of a list or tuple; none of anything else."""
-    for kind in (list, tuple):
-        if is_a(value, kind):
-            return kind.__iter__(value)
-    return iter(())
+    kind = type(value)
+    if issubclass(kind, list):
+        return list.__iter__(value)
+    return tuple.__iter__(value) if issubclass(kind, tuple) else iter(())
 
 
 def text(value: Any, most: int = 1024) -> str | None:
     """At most the first ``most`` characters of a string, of class ``str`` itself; ``None`` for anything else."""
-    return str.__getitem__(value, slice(0, most)) if is_a(value, str) else None
+    return str.__getitem__(value, slice(0, most)) if issubclass(type(value), str) else None
 
 
 def whole(value: Any) -> int | None:

@@ -18,6 +18,7 @@ from dspy_otel.core.errors import error_type
 from dspy_otel.core.operation import Call, Operation, SpanStart, openinference
 from dspy_otel.core.telemetry import Telemetry
 from dspy_otel.core.usage import Totals
+from dspy_otel.operations import module_tree
 from dspy_otel.operations.program import Programs
 
 _SUBSCRIPT: Final = re.compile(r"\[[^\]]*\]")
@@ -95,10 +96,14 @@ class ModuleOperation(Operation):
         return description
 
     def start_attributes(self, call: Call) -> Attributes:
-        attributes = signature_attributes(call.instance, call.kwargs, self.programs)
+        stored = module_tree.attributes(call.instance)
+        signature = call_signature(stored, call.kwargs)
+        attributes = signature_attributes(signature, self.programs)
+        demos = introspection.length(call.kwargs.get("demos", stored.get("demos")))
+        if demos is not None:
+            attributes[semconv.DEMOS_COUNT] = demos
         telemetry = self.telemetry
         if telemetry.config.content_on_spans:
-            signature = attributes_signature(call.instance, call.kwargs)
             if signature is not None:
                 telemetry.put_text(attributes, semconv.SIGNATURE_INSTRUCTIONS, signature.instructions)
             inputs: Any = call.kwargs if not call.args else {"args": call.args, **call.kwargs}
@@ -208,26 +213,27 @@ def describe(instance: Any, program: Program, path: str | None, outermost: bool)
     return ModuleDescription(sendable(span), attributes, labels, outermost)
 
 
-def attributes_signature(instance: Any, kwargs: dict[str, Any]) -> Any:
-    """The signature a module call works with: the call's own, else the module's, else ``None``."""
+def call_signature(stored: dict[str, Any], kwargs: dict[str, Any]) -> Any:
+    """The signature a module call works with: the call's own, else the module's, else ``None``.
+
+    Args:
+        stored: attributes of the module.
+        kwargs: keyword arguments of the call.
+    """
     signature = kwargs.get("signature")
     if not is_a(signature, type):
-        signature = instance.__dict__.get("signature")
+        signature = stored.get("signature")
     return signature if is_a(signature, type) else None
 
 
-def signature_attributes(instance: Any, kwargs: dict[str, Any], programs: Programs) -> Attributes:
-    """Name and field names of the module's signature, and the number of its demos."""
+def signature_attributes(signature: Any, programs: Programs) -> Attributes:
+    """Name and field names of a signature; nothing for ``None``."""
     attributes: Attributes = {}
-    signature = attributes_signature(instance, kwargs)
     if signature is not None:
         attributes[semconv.SIGNATURE_NAME] = signature.__name__
         fields = programs.signature_fields(signature)
         if fields is not None:
             attributes[semconv.SIGNATURE_FIELDS] = fields
-    demos = introspection.length(kwargs.get("demos", instance.__dict__.get("demos")))
-    if demos is not None:
-        attributes[semconv.DEMOS_COUNT] = demos
     return attributes
 
 
