@@ -20,6 +20,8 @@ from typing import Any
 
 import dspy
 import pytest
+from opentelemetry.sdk.metrics import MeterProvider
+from opentelemetry.sdk.trace import TracerProvider
 
 import dspy_otel
 from dspy_otel.content import redaction
@@ -33,6 +35,7 @@ MOST = {
     ("nested", "no_content"): 349,
     ("nested", "span_only"): 633,
 }
+MOST_DISABLED = {"predict": 35, "nested": 56}
 
 
 class Instant(dspy.BaseLM):
@@ -85,12 +88,8 @@ def counted(call: Any) -> Counter[str]:
     return found
 
 
-@pytest.mark.parametrize(("program", "content"), MOST)
-def test_calls_that_a_program_adds(
-    telemetry: Recorder, monkeypatch: pytest.MonkeyPatch, program: str, content: str
-) -> None:
-    monkeypatch.setattr(redaction, "refresh_environment", lambda: None)  # once a second
-    telemetry.instrument(capture_content=content)
+def calls_of(program: str) -> Counter[str]:
+    """What is counted in one call of a program that has been called before."""
     made = PROGRAMS[program]()
     with dspy.context(lm=Instant("instant/instant", cache=False), adapter=dspy.ChatAdapter(), disable_history=True):
         for _ in range(5):  # What is made once is made.
@@ -98,9 +97,29 @@ def test_calls_that_a_program_adds(
         gc.collect()
         gc.disable()  # A finalizer is a call, too.
         try:
-            found = counted(lambda: made(question="what?"))
+            return counted(lambda: made(question="what?"))
         finally:
             gc.enable()
-    assert len(telemetry.spans) == 6 * (2 if program == "predict" else 5)
-    total, most = sum(found.values()), MOST[program, content]
+
+
+def check(found: Counter[str], most: int) -> None:
+    total = sum(found.values())
     assert total <= GROWTH * most, f"{total} calls, {total / most - 1:.0%} more than {most}: {found.most_common()}"
+
+
+@pytest.mark.parametrize(("program", "content"), MOST)
+def test_calls_that_a_program_adds(
+    telemetry: Recorder, monkeypatch: pytest.MonkeyPatch, program: str, content: str
+) -> None:
+    monkeypatch.setattr(redaction, "refresh_environment", lambda: None)  # once a second
+    telemetry.instrument(capture_content=content)
+    found = calls_of(program)
+    assert len(telemetry.spans) == 6 * (2 if program == "predict" else 5)
+    check(found, MOST[program, content])
+
+
+@pytest.mark.parametrize("program", MOST_DISABLED)
+def test_calls_that_a_program_adds_where_the_sdk_is_disabled(monkeypatch: pytest.MonkeyPatch, program: str) -> None:
+    monkeypatch.setenv("OTEL_SDK_DISABLED", "true")
+    dspy_otel.instrument(tracer_provider=TracerProvider(), meter_provider=MeterProvider())
+    check(calls_of(program), MOST_DISABLED[program])

@@ -7,7 +7,13 @@ import asyncio
 import dspy
 from opentelemetry import context
 from opentelemetry.instrumentation.utils import suppress_http_instrumentation, suppress_instrumentation
+from opentelemetry.metrics import NoOpMeterProvider
+from opentelemetry.sdk.metrics import MeterProvider
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.trace import NoOpTracerProvider
 
+import dspy_otel
+from dspy_otel.core.operation import Operation
 from tests.operations.common import dummy
 
 
@@ -90,3 +96,48 @@ def test_suppressed_http_is_not_us(telemetry):
             [(dspy.Predict("question -> answer"), {"question": "?"})]
         )
     assert [span.name for span in telemetry.spans] == ["parallel", "invoke_workflow Predict", "chat dummy"]
+
+
+def test_with_the_sdk_disabled_only_evaluations_and_optimizations_are_followed(server, monkeypatch):
+    """An optimization shows its progress all the same; what follows a call elsewhere would be for nothing."""
+    monkeypatch.setenv("OTEL_SDK_DISABLED", "true")
+    opened = []
+    open_span = Operation._open
+
+    def record(self, *args):
+        opened.append(self.kind)
+        return open_span(self, *args)
+
+    monkeypatch.setattr(Operation, "_open", record)
+    providers = {"tracer_provider": TracerProvider(), "meter_provider": MeterProvider()}
+    dspy_otel.instrument(**providers, capture_content="span_only")
+    lm = server.lm()
+    lm("the first span shows that nothing is kept")
+    opened.clear()
+    with dspy.context(lm=lm):
+        lm("Hi")
+        App()(question="?")
+        asyncio.run(App().acall(question="?"))
+        dspy.Tool(lambda text: text, name="echo")(text="a")
+        assert opened == []
+        dspy.Evaluate(devset=DEVSET, metric=exact, num_threads=2, display_progress=False)(App())
+    assert opened[0] == "evaluate"
+    assert opened.count("lm") == len(DEVSET)
+    opened.clear()
+    scenario(server)
+    assert "compile" in opened
+
+
+def test_metrics_alone_are_recorded(telemetry, server):
+    telemetry.instrument(tracer_provider=NoOpTracerProvider())
+    for _ in range(2):
+        server.lm()("Hi")
+    assert telemetry.metric("gen_ai.client.operation.duration")[0].count == 2
+
+
+def test_events_alone_are_emitted_by_whoever_has_a_logger_only(telemetry, server):
+    providers = {"tracer_provider": NoOpTracerProvider(), "meter_provider": NoOpMeterProvider()}
+    telemetry.instrument(**providers, capture_content="event_only")
+    with dspy.context(lm=server.lm()):
+        dspy.Evaluate(devset=DEVSET, metric=exact, num_threads=1, display_progress=False)(App())
+    assert len(telemetry.events) >= len(DEVSET)

@@ -129,6 +129,8 @@ class Operation:
     """
 
     kind: str = ""
+    always: bool = False
+    """Whether it is followed also where nothing is recorded: an optimization shows its progress."""
 
     def __init__(self, telemetry: Telemetry) -> None:
         self.telemetry = telemetry
@@ -195,8 +197,10 @@ class Operation:
                 return None
             parent = current_call_context(surrounding)
             if parent is None:
-                telemetry.on_outermost()
                 parent = telemetry.default_call_context
+                if telemetry.discards and parent is None and not self.always:
+                    return None
+                telemetry.on_outermost()
             elif (
                 parent.owner is instance and parent.kind == self.kind and parent.override_of not in (None, override_of)
             ):

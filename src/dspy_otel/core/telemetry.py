@@ -12,8 +12,8 @@ from typing import Any, Final
 from opentelemetry import _logs, metrics, trace
 from opentelemetry._logs import NoOpLogger
 from opentelemetry.context import Context, get_current
-from opentelemetry.metrics import MeterProvider, NoOpMeter, NoOpMeterProvider
-from opentelemetry.trace import ProxyTracer, Span, Tracer, TracerProvider
+from opentelemetry.metrics import Meter, MeterProvider, NoOpMeter, NoOpMeterProvider
+from opentelemetry.trace import NoOpTracer, ProxyTracer, Span, Tracer, TracerProvider
 
 from dspy_otel import semconv
 from dspy_otel.config import Config
@@ -39,6 +39,10 @@ class Telemetry:
         on_provider: called once with the tracer provider in use, before the first span.
         on_outermost: called before each outermost span; must be cheap, and not raise.
         default_parent: the context of spans that have no parent of their own.
+
+    Attributes:
+        discards: whether nothing of what is recorded is kept, which is known from the first span on: the SDK is
+            disabled. Providers that have yet to be set may keep something.
     """
 
     def __init__(
@@ -54,6 +58,7 @@ class Telemetry:
         self.config = config
         self._on_provider = on_provider
         self.active = True
+        self.discards = False
         self.on_outermost = on_outermost
         self._provider = tracer_provider
         self._tracer: Tracer | None = None
@@ -63,7 +68,8 @@ class Telemetry:
             os.register_at_fork(after_in_child=lambda: (method := after_fork()) and method())
         meters = meter_provider if config.metrics else NoOpMeterProvider()
         self.measuring = not isinstance(meters, NoOpMeterProvider)
-        self.metrics = Metrics(NoOpMeter("none"))
+        self._meter: Meter = NoOpMeter("none")
+        self.metrics = Metrics(self._meter)
         with guard("meter provider"):
             self.metrics = self._make_metrics(meters)
         self.logger: _logs.Logger = NoOpLogger("none")
@@ -74,8 +80,8 @@ class Telemetry:
         self.default_call_context = None if default_parent is None else current_call_context(default_parent)
 
     def _make_metrics(self, provider: MeterProvider | None) -> Metrics:
-        meter = metrics.get_meter(semconv.SCOPE_NAME, __version__, provider, schema_url=semconv.SCHEMA_URL)
-        return Metrics(meter, self.config.light_metrics)
+        self._meter = metrics.get_meter(semconv.SCOPE_NAME, __version__, provider, schema_url=semconv.SCHEMA_URL)
+        return Metrics(self._meter, self.config.light_metrics)
 
     def _make_logger(self, provider: _logs.LoggerProvider | None) -> _logs.Logger:
         return _logs.get_logger(
@@ -103,6 +109,8 @@ class Telemetry:
                     with guard("tracer provider"):
                         self._on_provider(self._provider or trace.get_tracer_provider())
                 self._tracer = with_system_ids(tracer)
+                events = self.config.content_on_events and not isinstance(self.logger, NoOpLogger)
+                self.discards = isinstance(tracer, NoOpTracer) and isinstance(self._meter, NoOpMeter) and not events
             return self._tracer
 
     @property

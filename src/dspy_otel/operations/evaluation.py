@@ -67,6 +67,7 @@ class EvaluateOperation(Operation):
     """``Evaluate.__call__``."""
 
     kind = "evaluate"
+    always = True
     identity = (
         semconv.EVALUATION_ID,
         semconv.PROGRAM_NAME,

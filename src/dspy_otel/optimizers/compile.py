@@ -52,6 +52,7 @@ class CompileOperation(Operation):
     """
 
     kind = "compile"
+    always = True
     identity = (
         semconv.OPTIMIZER_NAME,
         semconv.OPTIMIZER_RUN_ID,
