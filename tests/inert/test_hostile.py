@@ -238,12 +238,8 @@ PAIRS = [(place, kind) for place in PLACES for kind in KINDS if (place, kind) no
 
 
 def is_allowed(place: str, kind: str, content: bool) -> bool:
-    """Where user's code runs on purpose."""
-    if kind == "spy error" and place.endswith("error") and content:
-        return True  # a class of exceptions with a message of its own is asked for it
-    if place == "held":
-        return True  # DSPy's `named_predictors()` looks into everything that a module holds
-    return place == "student" and content  # a program that is being optimized is saved, as DSPy saves it
+    """Where user's code runs on purpose: a class of exceptions with a message of its own is asked for it."""
+    return kind == "spy error" and place.endswith("error") and content
 
 
 def assert_untouched(place: str, kind: str, content: str, telemetry: Any, warned: list[str]) -> None:

@@ -182,12 +182,11 @@ def _inside(value: Any) -> list[Any] | None:
         ):
             return None
         return list(introspection.instance_dict(value).values())
+    if introspection.library(kind) not in _STANDARD and introspection.library(kind) != "dspy":
+        return None  # pydantic would call code of its class.
     if is_a(value, dict):
         return list(dict.values(value))
-    if introspection.length(value) is not None:
-        return list(islice(introspection.items(value), _MAX_OBJECTS))
-    # pydantic would call code of any other class.
-    return [] if introspection.library(kind) in _STANDARD else None
+    return list(islice(introspection.items(value), _MAX_OBJECTS))
 
 
 _STANDARD: Final = frozenset({"builtins", "datetime", "decimal", "uuid", "enum", "pathlib", "fractions", "collections"})

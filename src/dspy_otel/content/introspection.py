@@ -83,7 +83,7 @@ def field(value: Any, name: str, default: Any = None) -> Any:
         found = members_of(base).get(name, _ABSENT)
         if found is _ABSENT:
             continue
-        if library(base) in _TRUSTED:
+        if library(base) in _TRUSTED and not _looks_up_itself(type(value)):
             return getattr(value, name, default)
         return default if hasattr(type(found), "__get__") else found
     # pydantic keeps apart what a model has beyond its fields.
@@ -92,6 +92,13 @@ def field(value: Any, name: str, default: Any = None) -> Any:
         if kept and type(kept[0]) is dict and name in kept[0]:
             return kept[0][name]
     return default
+
+
+def _looks_up_itself(kind: type) -> bool:
+    """Whether a class of the user's brings its own way of looking up attributes."""
+    lookups = {"__getattribute__", "__getattr__"}
+    bases = (base for base in bases_of(kind) if base is not object and library(base) not in _TRUSTED)
+    return any(lookups & members_of(base).keys() for base in bases)
 
 
 def length(value: Any) -> int | None:

@@ -105,11 +105,13 @@ class EmbeddingOperation(Operation):
     def start(
         self, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any], parent: CallContext | None
     ) -> SpanStart | None:
-        hosted = isinstance(instance.model, str)
-        settings = {**(getattr(instance, "default_kwargs", None) or {}), **kwargs}
+        embedder = introspection.field(instance, "model")
+        hosted = introspection.is_a(embedder, str)
+        defaults = introspection.field(instance, "default_kwargs")
+        settings = {**(dict(dict.items(defaults)) if introspection.is_a(defaults, dict) else {}), **kwargs}
         with _SETTINGS:
             redaction.remember_settings(settings)
-        model = instance.model if hosted else _qualified_name(instance.model)
+        model = (introspection.text(embedder) or "") if hosted else _qualified_name(embedder)
         provider, name = split_model(model) if hosted else (None, model)
         attributes: Attributes = {
             semconv.GEN_AI_OPERATION_NAME: semconv.OPERATION_EMBEDDINGS,

@@ -116,13 +116,13 @@ class EvaluateOperation(Operation):
         # An example that DSPy submits twice may fail once and be scored once: then it was scored.
         failures = len(state.failed - state.scored)
         attributes: Attributes = {semconv.EVALUATION_FAILURES: failures, **state.totals.attributes()}
-        score = score_of(getattr(result, "score", None))
+        score = score_of(introspection.field(result, "score"))
         if score is not None:
             attributes[semconv.EVALUATION_SCORE] = score
         return attributes
 
     def measure(self, call: Call, result: Any, error: BaseException | None, seconds: float) -> None:
-        score = score_of(getattr(result, "score", None))
+        score = score_of(introspection.field(result, "score"))
         if score is not None:
             self.telemetry.metrics.evaluation_score.record(
                 score, evaluation_labels(call.context.state), call.otel_context

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from dspy_otel import semconv
+from dspy_otel.content.introspection import is_a
 from dspy_otel.core.attributes import Attributes
 from dspy_otel.core.call_context import CallContext
 from dspy_otel.core.operation import Call, Operation, SpanStart, openinference
@@ -32,6 +33,6 @@ class InterpreterOperation(Operation):
     def end_attributes(self, call: Call, result: Any, error: BaseException | None) -> Attributes:
         attributes: Attributes = {}
         if error is None and result is not None:
-            put = self.telemetry.put_text if isinstance(result, str) else self.telemetry.put_content
+            put = self.telemetry.put_text if is_a(result, str) else self.telemetry.put_content
             put(attributes, semconv.INTERPRETER_OUTPUT, result)
         return attributes

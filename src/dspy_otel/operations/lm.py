@@ -23,7 +23,13 @@ from dspy_otel.core.internal_errors import guard
 from dspy_otel.core.operation import Call, Operation, SpanStart, openinference
 from dspy_otel.core.telemetry import Telemetry
 from dspy_otel.core.usage import LMUsage, add_usages
-from dspy_otel.operations.lm_request import PROVIDERS, request_attributes, request_key, request_settings
+from dspy_otel.operations.lm_request import (
+    PROVIDERS,
+    own_settings,
+    request_attributes,
+    request_key,
+    request_settings,
+)
 from dspy_otel.operations.lm_response import (
     LMResponse,
     combined,
@@ -156,8 +162,8 @@ class LMOperation(Operation):
     def start(
         self, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any], parent: CallContext | None
     ) -> SpanStart | None:
-        settings = request_settings(instance, args, kwargs)
-        own = getattr(instance, "kwargs", None)
+        own = own_settings(instance)
+        settings = request_settings(own, args, kwargs)
         with _SETTINGS:
             if own:
                 redaction.remember_settings(own)
@@ -323,7 +329,7 @@ class LMOperation(Operation):
     def remember_settings(self, lm: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: None) -> None:
         """After ``BaseLM.__init__``: an LM's keys are known before anything quotes them, and before its first call."""
         if self.telemetry.active and self.telemetry.config.content:
-            redaction.remember_settings(lm.kwargs)
+            redaction.remember_settings(own_settings(lm))
 
     def record_result(self, _: None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Before ``execution.finalize(lm, call, result)`` (3.4): the call's own result, which histories share later."""

@@ -66,10 +66,16 @@ def explicit_request(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     return request
 
 
-def request_settings(lm: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """The LM's own parameters, overridden by those of the call (a typed request brings its own config)."""
+def own_settings(lm: Any) -> dict[str, Any]:
+    """The parameters that an LM was made with: a copy."""
+    own = field(lm, "kwargs")
+    return dict(dict.items(own)) if is_a(own, dict) else {}
+
+
+def request_settings(own: dict[str, Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """An LM's own parameters, overridden by those of the call (a typed request brings its own config)."""
     request = explicit_request(args, kwargs)
-    settings: dict[str, Any] = dict(getattr(lm, "kwargs", None) or {})
+    settings = own.copy()
     if request is not None:
         config = field(request, "config")
         settings = {key: settings[key] for key in ("api_base", "base_url", "api_key") if key in settings}
@@ -104,8 +110,10 @@ def request_key(lm: Any, settings: Mapping[str, Any]) -> tuple[Any, ...] | None:
 
 def request_attributes(lm: Any, settings: Mapping[str, Any]) -> Attributes:
     """Attributes of the model and of its settings. Never prompts, headers or keys."""
-    provider, model = split_model(without_secrets(introspection.text(lm.model) or str(introspection.name_of(type(lm)))))
-    kind = getattr(lm, "model_type", "chat")
+    provider, model = split_model(
+        without_secrets(introspection.text(field(lm, "model")) or str(introspection.name_of(type(lm))))
+    )
+    kind = field(lm, "model_type", "chat")
     attributes: Attributes = {
         semconv.GEN_AI_OPERATION_NAME: semconv.OPERATION_TEXT_COMPLETION if kind == "text" else semconv.OPERATION_CHAT,
         semconv.GEN_AI_REQUEST_MODEL: model,

@@ -249,6 +249,70 @@ def _named_parameters(root: Any) -> Iterator[_Item]:
         stack += reversed(inside)
 
 
+def named_parameters(root: Any) -> list[tuple[str, Any]]:
+    """What ``root.named_parameters()`` gives; no method of a user's class runs for it.
+
+    Args:
+        root: the program.
+
+    Raises:
+        RecursionError: the program contains itself.
+    """
+    return list(_parameters(root, ()))
+
+
+def named_predictors(root: Any) -> list[tuple[str, Any]]:
+    """What ``root.named_predictors()`` gives, likewise.
+
+    Args:
+        root: the program.
+
+    Raises:
+        RecursionError: the program contains itself.
+    """
+    return [(name, each) for name, each in named_parameters(root) if _derives(each, "Predict")]
+
+
+def _derives(value: Any, name: str) -> bool:
+    """Whether a value is of the class of DSPy with this name, or of one that derives from it."""
+    bases = introspection.bases_of(type(value))
+    return any(introspection.name_of(base) == name and introspection.library(base) == "dspy" for base in bases)
+
+
+def _parameters(module: Any, around: tuple[Any, ...]) -> Iterator[tuple[str, Any]]:
+    """As DSPy does it: each parameter once, by the first of its names, and none of a frozen module."""
+    if any(module is each for each in around):
+        raise RecursionError("a module contains itself")
+    seen: set[int] = set()
+    around = (*around, module)
+    if _derives(module, "Parameter"):
+        seen.add(id(module))
+        yield "self", module
+    for name, value in list(attributes(module).items()):
+        members = [(name, value)]
+        if _KINDS[type(value)] == _CONTAINER:
+            keyed = list(dict.items(value)) if introspection.is_a(value, dict) else None
+            if keyed is None:
+                members = [(f"{name}[{place}]", item) for place, item in enumerate(introspection.items(value))]
+            else:
+                members = [(f"{name}['{_key(key, place)}']", item) for place, (key, item) in enumerate(keyed)]
+        for path, member in members:
+            found = [(path, member)]
+            if not _derives(member, "Parameter"):
+                if _KINDS[type(member)] != _MODULE or attributes(member).get("_compiled", False):
+                    continue
+                found = [(f"{path}.{inner}", each) for inner, each in _parameters(member, around)]
+            for each in found:
+                if id(each[1]) not in seen:
+                    seen.add(id(each[1]))
+                    yield each
+
+
+def _key(key: Any, position: int) -> str:
+    """A key of a dictionary as DSPy writes it, if it is a plain one; its position for any other."""
+    return str(key) if type(key) in (str, int, bool, float, type(None)) else f"*{position}"
+
+
 def _named_sub_modules(root: Any) -> tuple[list[_Item], bool]:
     """Every module, named as ``BaseModule.named_sub_modules()`` does: breadth first, in containers of any depth.
 

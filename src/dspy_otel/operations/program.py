@@ -12,7 +12,15 @@ from dspy_otel.content.introspection import is_a
 from dspy_otel.core.call_context import Program
 from dspy_otel.core.internal_errors import guard
 from dspy_otel.operations.identity_cache import IdentityCache
-from dspy_otel.operations.module_tree import attributes, named_modules, origin, origins, places_in_digest, survey
+from dspy_otel.operations.module_tree import (
+    attributes,
+    named_modules,
+    named_predictors,
+    origin,
+    origins,
+    places_in_digest,
+    survey,
+)
 
 _MAX_ITEMS: Final = 256
 _MAX_OBJECTS: Final = 4096
@@ -87,26 +95,27 @@ def program_digest(program: Any) -> str | None:
     Returns:
         16 hex digits, or ``None`` for a program with neither.
     """
-    state: dict[str, Any] = {name: _predictor_state(predictor) for name, predictor in program.named_predictors()}
+    state: dict[str, Any] = {name: _predictor_state(predictor) for name, predictor in named_predictors(program)}
     if any("_module_src" in attributes(module) for module in survey(program)[0]):
         for place, module in places_in_digest(program):
             source = attributes(module).get("_module_src")
-            if isinstance(source, str):  # dspy.Flex: its predictors are in its source.
+            if is_a(source, str):  # dspy.Flex: its predictors are in its source.
                 state[f"{place}:source"] = source
     return digest(state) if state else None
 
 
 def _predictor_state(predictor: Any) -> dict[str, Any]:
-    signature = predictor.signature
+    stored = attributes(predictor)
+    signature = stored["signature"]
     state = {
         "instructions": signature.instructions,
         "fields": [
             [name, (field.json_schema_extra or {}).get("prefix"), (field.json_schema_extra or {}).get("desc")]
             for name, field in signature.fields.items()
         ],
-        "demos": [_demo_state(demo) for demo in introspection.items(predictor.demos)],
+        "demos": [_demo_state(demo) for demo in introspection.items(stored.get("demos"))],
     }
-    decisions = attributes(predictor).get("fields")
+    decisions = stored.get("fields")
     if decisions:  # DSPy 3.4: thresholds, cuts and weights of decision outputs, which ReAnchor fits
         state["decisions"] = decisions
     return state

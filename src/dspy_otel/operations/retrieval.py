@@ -36,15 +36,17 @@ class RetrievalOperation(Operation):
         self, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any], override_of: type | None = None
     ) -> Call | None:
         call = super().open(instance, args, kwargs, override_of)
-        if call is not None and hasattr(instance, "search_fn"):  # dspy.Embeddings
+        embedder = introspection.field(instance, "embedder")
+        if call is not None and embedder is not None:  # dspy.Embeddings
             query = args[0] if args else kwargs.get("query")
             if type(query) is str:
-                ASKING.add(instance.embedder, query, call.otel_context)
+                ASKING.add(embedder, query, call.otel_context)
         return call
 
     def close(self, call: Call, result: Any, error: BaseException | None) -> None:
-        if hasattr(call.instance, "search_fn"):
-            ASKING.remove(call.instance.embedder, call.otel_context)
+        embedder = introspection.field(call.instance, "embedder")
+        if embedder is not None:
+            ASKING.remove(embedder, call.otel_context)
         super().close(call, result, error)
 
     def start(
@@ -55,11 +57,11 @@ class RetrievalOperation(Operation):
             semconv.GEN_AI_OPERATION_NAME: semconv.OPERATION_RETRIEVAL,
             semconv.GEN_AI_DATA_SOURCE_ID: name,
         }
-        top_k = kwargs.get("k", args[1] if len(args) > 1 else getattr(instance, "k", None))
+        top_k = kwargs.get("k", args[1] if len(args) > 1 else introspection.field(instance, "k"))
         most = introspection.whole(top_k)
         if most is not None:
             attributes[semconv.GEN_AI_RETRIEVAL_TOP_K] = most
-        attributes.update(server_attributes(getattr(instance, "url", None)))
+        attributes.update(server_attributes(introspection.field(instance, "url")))
         openinference(attributes, self.telemetry, semconv.KIND_RETRIEVER)
         context = CallContext(self.kind, instance, parent)
         return SpanStart(f"{semconv.OPERATION_RETRIEVAL} {name}", context, attributes, self.span_kind)

@@ -18,7 +18,7 @@ _END_MARKERS: Final = {"ReAct": "finish", "ReActV2": "submit"}
 
 def name_of(tool: Any) -> str:
     """The name of a tool, which may come from a server (MCP) or an LM."""
-    return without_secrets(introspection.text(tool.name) or "")
+    return without_secrets(introspection.text(introspection.field(tool, "name")) or "")
 
 
 class ToolOperation(Operation):
@@ -44,8 +44,9 @@ class ToolOperation(Operation):
 
     def start_attributes(self, call: Call) -> Attributes:
         attributes: Attributes = {}
-        if call.instance.desc:
-            self.telemetry.put_text(attributes, semconv.GEN_AI_TOOL_DESCRIPTION, str(call.instance.desc))
+        described = introspection.field(call.instance, "desc")
+        if introspection.is_a(described, str) and str.__len__(described):
+            self.telemetry.put_text(attributes, semconv.GEN_AI_TOOL_DESCRIPTION, described)
         self.telemetry.put_content(attributes, semconv.GEN_AI_TOOL_CALL_ARGUMENTS, call.kwargs)
         return attributes
 

@@ -65,7 +65,7 @@ class CandidateEvaluation(EnclosedOperation, EvaluateOperation):
             program,
             found.id if found is not None else None,
             given["devset"],
-            metadata if isinstance(metadata, dict) else {},
+            metadata if type(metadata) is dict else {},
         )
 
     def start(
@@ -79,10 +79,8 @@ class CandidateEvaluation(EnclosedOperation, EvaluateOperation):
     def close(self, call: Call, result: Any, error: BaseException | None) -> None:
         run = run_of(call.context.parent) if Run.live else None
         if run is not None and error is None:
-            rows = getattr(result, "results", None)
-            if isinstance(rows, (list, tuple)):
-                with guard("optimizer"):
-                    run.add_examples(len(rows))
+            with guard("optimizer"):
+                run.add_examples(introspection.length(introspection.field(result, "results")) or 0)
         super().close(call, result, error)
 
     def close_enclosing(self, enclosing: Call, result: Any, error: BaseException | None) -> None:
@@ -140,7 +138,7 @@ class CandidateExample(ExampleOperation):
         return start
 
     def end_attributes(self, call: Call, result: Any, error: BaseException | None) -> Attributes:
-        score = score_of(result) if isinstance(result, (bool, int, float)) else None
+        score = score_of(result) if introspection.is_a(result, (int, float)) else None
         if score is not None:  # ReAnchor keeps only the score.
             return {semconv.EXAMPLE_SCORE: score}
         return super().end_attributes(call, as_pair(result), error)
@@ -156,6 +154,6 @@ class CandidateExample(ExampleOperation):
 
 def as_pair(result: Any) -> Any:
     """The result of one run of an example in the form of ``Evaluate``: (prediction, score)."""
-    if isinstance(result, dict) and "score" in result and "prediction" in result:  # SIMBA's wrapped programs
+    if type(result) is dict and "score" in result and "prediction" in result:  # SIMBA's wrapped programs
         return result["prediction"], result["score"]
-    return (None, result) if isinstance(result, (bool, int, float)) else result
+    return (None, result) if introspection.is_a(result, (int, float)) else result

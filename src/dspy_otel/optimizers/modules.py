@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from dspy_otel.content import introspection
 from dspy_otel.core.call_context import CallContext, current_call_context
 from dspy_otel.core.operation import Call, SpanStart
 from dspy_otel.operations.module import ModuleOperation
+from dspy_otel.operations.module_tree import attributes
 from dspy_otel.operations.parallel import ParallelOperation
 from dspy_otel.optimizers.enclosing import EnclosedOperation
 from dspy_otel.optimizers.phases import PhaseOperation
@@ -48,5 +50,8 @@ def is_program_of(run: Run, module: Any) -> bool:
     if run.student is None or type(module) is not type(run.student):
         return False
     # A bare Predict or ChainOfThought: the optimizer may propose with a module of the same class.
-    fields = (list(getattr(getattr(one, "signature", None), "fields", ())) for one in (module, run.student))
-    return next(fields) == next(fields)
+    fields: list[list[str]] = []
+    for each in (module, run.student):
+        signature: Any = attributes(each).get("signature")
+        fields.append(list(signature.fields) if introspection.is_a(signature, type) else [])
+    return fields[0] == fields[1]

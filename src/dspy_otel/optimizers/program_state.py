@@ -13,6 +13,7 @@ from dspy_otel.content.encoder import Content
 from dspy_otel.core.attributes import Attributes
 from dspy_otel.core.internal_errors import guard
 from dspy_otel.core.telemetry import Telemetry
+from dspy_otel.operations.module_tree import attributes, named_parameters, named_predictors
 
 MOST: Final = 256 * 1024
 """Bytes of a saved state that may be recorded whatever the content limit: a truncated state cannot be loaded."""
@@ -23,17 +24,16 @@ def state_of(program: Any) -> dict[str, Any]:
 
     Plain copies: optimizers change programs in place.
     """
+    return {name: _predictor_state(attributes(predictor)) for name, predictor in named_predictors(program)}
+
+
+def _predictor_state(stored: dict[str, Any]) -> dict[str, Any]:
+    signature, decisions = stored["signature"], stored.get("fields")
     return {
-        name: {
-            "instructions": predictor.signature.instructions,
-            "prefixes": {
-                field: (info.json_schema_extra or {}).get("prefix")
-                for field, info in predictor.signature.fields.items()
-            },
-            "demos": [_copied(demo) for demo in introspection.items(predictor.demos)],
-            "decisions": copy.deepcopy(predictor.__dict__.get("fields") or {}),  # DSPy 3.4
-        }
-        for name, predictor in program.named_predictors()
+        "instructions": signature.instructions,
+        "prefixes": {field: (info.json_schema_extra or {}).get("prefix") for field, info in signature.fields.items()},
+        "demos": [_copied(demo) for demo in introspection.items(stored.get("demos"))],
+        "decisions": copy.deepcopy(decisions) if type(decisions) is dict else {},  # DSPy 3.4
     }
 
 
@@ -68,33 +68,61 @@ def differences(parent: dict[str, Any], child: dict[str, Any]) -> dict[str, Any]
     return changes
 
 
-def saved(program: Any) -> dict[str, Any]:
-    """The state that ``program.save("x.json")`` writes and ``program.load`` reads."""
+def saved(program: Any) -> tuple[dict[str, Any], bool]:
+    """The state that ``program.save("x.json")`` writes and ``program.load`` reads.
+
+    Only code of DSPy's works it out: of a user's class that has a part in saving (``dump_state``, ``__getattr__``, a
+    property, a serializer), the fields are taken as they are.
+
+    Returns:
+        The state, and whether it is surely what DSPy writes.
+    """
     from dspy.utils.saving import get_dependency_versions
 
-    return {**program.dump_state(), "metadata": {"dependency_versions": get_dependency_versions()}}
+    kept = [(name, *_saved_parameter(parameter)) for name, parameter in named_parameters(program)]
+    state: dict[str, Any] = {name: each for name, each, _ in kept}
+    if kept and kept[0][0] == "self":  # a predictor that is the whole program
+        state = kept[0][1]
+    whole = all(each for *_, each in kept) and not _takes_part(program, _LOOKUPS)
+    return {**state, "metadata": {"dependency_versions": get_dependency_versions()}}, whole
 
 
-def _saved_safely(program: Any) -> tuple[dict[str, Any], bool]:
-    """The state, and whether it is as DSPy saves it.
+def _saved_parameter(parameter: Any) -> tuple[dict[str, Any], bool]:
+    """The state of a parameter as DSPy dumps it, and whether it is whole."""
+    stored = introspection.instance_dict(parameter)
+    lm, given = stored.get("lm"), list(introspection.items(stored.get("demos")))
+    demos = [_copied(demo) for demo in given]
+    instead: dict[str, Any] = {}
+    if lm is not None and _takes_part(lm):
+        instead["lm"] = _as_of_dspy(lm, {})
+    of_users = any(type(demo) is not dict and introspection.library(type(demo)) != "dspy" for demo in given)
+    if of_users or runs_code(demos, examples=True):
+        instead["demos"] = []
+    if not instead and not _takes_part(parameter):
+        return parameter.dump_state(), True
+    state = _as_of_dspy(parameter, instead).dump_state()
+    return {**state, "demos": demos} if "demos" in instead else state, False
 
-    DSPy would run code of the classes of a demo's values (serializers, ``__class__``, ``toDict``): such demos are taken
-    as they are.
-    """
-    demos = {name: introspection.instance_dict(each).get("demos") for name, each in program.named_parameters()}
-    kept = {name: [_copied(demo) for demo in introspection.items(each)] for name, each in demos.items()}
-    unsafe = {name for name, each in kept.items() if runs_code(each, examples=True)}
-    if not unsafe:
-        return saved(program), True
-    state: dict[str, Any] = {}
-    for name, parameter in program.named_parameters():
-        if name in unsafe:
-            without_demos = object.__new__(type(parameter))
-            introspection.instance_dict(without_demos).update({**introspection.instance_dict(parameter), "demos": []})
-            state[name] = {**without_demos.dump_state(), "demos": kept[name]}
-        else:
-            state[name] = parameter.dump_state()
-    return state, False
+
+_LOOKUPS: Final = frozenset({"__getattribute__", "__getattr__", "dump_state", "named_parameters"})
+_PARTS: Final = _LOOKUPS | {
+    *("traces", "train", "demos", "signature", "lm", "fields"),
+    *("kwargs", "model", "model_type", "cache", "num_retries", "__bool__", "__len__"),
+}
+
+
+def _takes_part(value: Any, names: frozenset[str] = _PARTS) -> bool:
+    """Whether code of a user's class, under one of these names, would run while DSPy saves ``value``."""
+    bases = (base for base in introspection.bases_of(type(value)) if introspection.library(base) != "dspy")
+    return any(base is not object and names & introspection.members_of(base).keys() for base in bases)
+
+
+def _as_of_dspy(value: Any, instead: dict[str, Any]) -> Any:
+    """``value`` as an instance of the class of DSPy's that its own derives from, with other values in some fields."""
+    kind: Any = next(base for base in introspection.bases_of(type(value)) if introspection.library(base) == "dspy")
+    made = object.__new__(kind)
+    introspection.instance_dict(made).update({**introspection.instance_dict(value), **instead})
+    return made
 
 
 def put_state(telemetry: Telemetry, attributes: Attributes, program: Any, key: str = semconv.PROGRAM_STATE) -> None:
@@ -108,7 +136,7 @@ def put_state(telemetry: Telemetry, attributes: Attributes, program: Any, key: s
 
 
 def _state_attributes(telemetry: Telemetry, program: Any, key: str) -> Attributes:
-    state, loadable = _saved_safely(program)
+    state, loadable = saved(program)
     content = telemetry.content
     text = Content(max(content.limit, MOST), content.media, content.redact).json(state)
     attributes: Attributes = {key: text}

@@ -67,7 +67,7 @@ def has_failed(result: Any, error: BaseException | None) -> bool:
     """Whether an example counts as failed: it raised, or its score is 0 or less (``False`` too), or not finite."""
     if error is not None:
         return True
-    verdict = result[1] if isinstance(result, tuple) and len(result) == 2 else result
+    verdict = result[1] if type(result) is tuple and len(result) == 2 else result
     score = score_of(verdict)
     return score <= 0 if score is not None else unusable_score(verdict) is not None
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Final, TypeAlias, TypeVar
 
 from dspy_otel import semconv
+from dspy_otel.content import introspection
 from dspy_otel.core.attributes import Attributes
 from dspy_otel.core.operation import Call
 from dspy_otel.operations.evaluation import score_of
@@ -35,7 +36,7 @@ class Evaluation:
     @property
     def size(self) -> int | None:
         """Number of examples."""
-        return len(self.devset) if isinstance(self.devset, (list, tuple)) else None
+        return introspection.length(self.devset)
 
 
 @dataclass(eq=False)
@@ -200,7 +201,7 @@ class Tracker:
             return (
                 self.failed_score if isinstance(error, Exception) else None
             )  # After an interrupt no optimizer continues.
-        return score_of(getattr(result, "score", None))
+        return score_of(introspection.field(result, "score"))
 
     def scored(self, trial: Trial, result: Any) -> None:
         """The evaluation of a trial has ended; its span has not."""
@@ -208,8 +209,8 @@ class Tracker:
 
 def mean_of(result: Any) -> float | None:
     """The mean of an evaluation's single scores: the score of optimizers that do not use ``Evaluate``'s percent."""
-    rows = getattr(result, "results", None)
-    if not isinstance(rows, (list, tuple)) or not rows:
+    rows = list(introspection.items(introspection.field(result, "results")))
+    if not rows:
         return None
     scores = [score_of(row[2]) for row in rows]
     known = [score for score in scores if score is not None]

@@ -38,7 +38,7 @@ class BetterTogetherTracker(Tracker):
         done = self.steps[: self._trials - 1]
         params: Attributes = {"strategy": _SEPARATOR.join(done)}
         if done:
-            params["optimizer"] = type(self.instance.optimizers[done[-1]]).__name__
+            params["optimizer"] = type(introspection.field(self.instance, "optimizers")[done[-1]]).__name__
         return params
 
     def parents(self, about: Evaluation) -> list[str]:

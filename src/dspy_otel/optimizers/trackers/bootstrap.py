@@ -63,13 +63,13 @@ class AttemptOperation(Operation):
         run = run_of(parent)
         if parent is None or not isinstance(parent.state, PhaseState) or run is None:
             return None
-        teacher = instance.teacher
+        teacher = introspection.field(instance, "teacher")
         # The context's owner is the teacher: LM calls after its answer belong to the metric.
         context = CallContext(self.kind, teacher, parent)
         context.role, context.role_after = semconv.ROLE_TEACHER, semconv.ROLE_JUDGE
         name = callable_name(teacher)
         attributes: Attributes = {semconv.PROGRAM_NAME: name}
-        metric = metric_name(instance.metric)
+        metric = metric_name(introspection.field(instance, "metric"))
         if metric is not None:
             attributes[semconv.EVALUATION_METRIC_NAME] = metric
         tried = args[1] if len(args) > 1 else kwargs.get("round_idx", 0)

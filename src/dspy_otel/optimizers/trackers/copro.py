@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from dspy_otel import semconv
 from dspy_otel.content import introspection
 from dspy_otel.core.attributes import Attributes
+from dspy_otel.operations.module_tree import named_predictors
 from dspy_otel.optimizers.run import Run
 from dspy_otel.optimizers.tracker import Evaluation, Phase, Tracker, hooks, tracks
 from dspy_otel.patching import Patches, argument, resolve
@@ -30,8 +31,10 @@ class COPROTracker(Tracker):
     def arguments_known(self) -> None:
         if self.run.student is None:
             return
-        predictors = len(self.run.student.predictors())
-        breadth, depth = introspection.whole(self.instance.breadth), introspection.whole(self.instance.depth)
+        predictors = len(named_predictors(self.run.student))
+        breadth, depth = (
+            introspection.whole(introspection.field(self.instance, name)) for name in ("breadth", "depth")
+        )
         if breadth is None or depth is None:
             return
         # A single predictor's new proposals are scored; of several predictors, all proposals at each depth.
@@ -41,7 +44,7 @@ class COPROTracker(Tracker):
     @property
     def depth(self) -> int:
         """The depth that is worked on, from 0 as in ``candidate_programs``."""
-        predictors = len(self.run.student.predictors()) if self.run.student is not None else 1
+        predictors = len(named_predictors(self.run.student)) if self.run.student is not None else 1
         return max(self.proposals - 1, 0) // max(predictors, 1)
 
     def module_phase(self, module: Any) -> Phase | None:
@@ -49,7 +52,7 @@ class COPROTracker(Tracker):
         return Phase(semconv.PHASE_PROPOSE, attributes={f"{semconv.TRIAL_PARAMS_PREFIX}depth": self.depth})
 
     def params(self, about: Evaluation) -> Attributes:
-        found = (name for name, predictor in about.program.named_predictors() if predictor is self.changed)
+        found = (name for name, predictor in named_predictors(about.program) if predictor is self.changed)
         predictor = next(found, None)
         place = (self.depth, predictor)
         self.index = self.index + 1 if place == self.place else 0

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from dspy_otel import semconv
+from dspy_otel.content import introspection
 from dspy_otel.core.attributes import Attributes
 from dspy_otel.optimizers.run import Run
 from dspy_otel.optimizers.tracker import Evaluation, Phase, Tracker, Trial, hooks, tracks
@@ -56,7 +57,7 @@ def patch(optimizers: Optimizers, patches: Patches) -> None:
             return None
         # (student, trainset, valset, logger, step_idx=-1)
         step = argument(args, kwargs, 4, "step_idx", -1)
-        tracker.step = step if isinstance(step, int) else None
+        tracker.step = introspection.whole(step)
 
         def leave(result: Any, error: BaseException | None) -> None:
             tracker.step = None

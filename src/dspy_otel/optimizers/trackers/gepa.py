@@ -18,6 +18,8 @@ from dspy_otel.content import introspection, redaction
 from dspy_otel.core.attributes import Attributes
 from dspy_otel.core.internal_errors import guard, warn_once
 from dspy_otel.core.operation import Call
+from dspy_otel.operations.evaluation import score_of
+from dspy_otel.operations.module_tree import attributes, named_predictors
 from dspy_otel.optimizers.phases import PhaseOperation
 from dspy_otel.optimizers.run import MEAN, Run
 from dspy_otel.optimizers.tracker import Evaluation, Phase, Tracker, Trial, hooks, mean_of, tracks
@@ -52,8 +54,9 @@ class GEPATracker(Tracker):
         self._new_iteration()
 
     def state_file(self) -> Path | None:
-        folder = getattr(self.instance, "log_dir", None)
-        return None if folder is None else Path(folder) / "gepa_state.bin"
+        folder = introspection.field(self.instance, "log_dir")
+        # Of any other class, making a path of it would call its `__fspath__`.
+        return Path(folder) / "gepa_state.bin" if type(folder) in (str, type(Path())) else None
 
     def _new_iteration(self) -> None:
         # One entry for each sampled task, in GEPA's order: (parent's index, minibatch ids), and the parent's sum.
@@ -67,7 +70,9 @@ class GEPATracker(Tracker):
 
     # --- evaluations ------------------------------------------------------------------------------------------------
     def evaluation(self, about: Evaluation) -> Trial | Phase | None:
-        texts = {name: predictor.signature.instructions for name, predictor in about.program.named_predictors()}
+        texts = {
+            name: attributes(predictor)["signature"].instructions for name, predictor in named_predictors(about.program)
+        }
         trial = Trial(self.stage, texts=texts)
         if self.stage == semconv.TRIAL_BASELINE:
             trial.params["candidate_index"] = 0
@@ -126,9 +131,10 @@ class GEPATracker(Tracker):
 
     def scored(self, trial: Trial, result: Any) -> None:
         if trial.kind == semconv.TRIAL_MINIBATCH and trial.score is not None:
-            trial.end_attributes[semconv.TRIAL_SCORE_AFTER] = float(
-                sum(float(row_score(row)) for row in result.results)
-            )
+            scores = [score_of(row[2]) for row in introspection.items(introspection.field(result, "results"))]
+            known = [score for score in scores if score is not None]
+            if len(known) == len(scores):
+                trial.end_attributes[semconv.TRIAL_SCORE_AFTER] = float(sum(known))
 
     def _end(self, trial: Trial, attributes: Attributes) -> None:
         if trial in self.waiting:
@@ -279,7 +285,8 @@ class GEPAWithoutEventsTracker(Tracker):
     role = None  # Reflection cannot be distinguished from the metric's own calls.
 
     def kind_of(self, about: Evaluation) -> str:
-        whole = self.arguments.get("valset") or self.arguments.get("trainset")
+        given = self.arguments.get("valset")
+        whole = given if introspection.length(given) else self.arguments.get("trainset")
         if {id(row) for row in introspection.items(about.devset)} == {id(row) for row in introspection.items(whole)}:
             return super().kind_of(about)
         return semconv.TRIAL_MINIBATCH
@@ -296,12 +303,6 @@ class OldGEPATracker(GEPAWithoutEventsTracker):
 
 
 _LOSES: Final = "GEPA's verdicts, parents and reflections"
-
-
-def row_score(row: Any) -> float:
-    """The score in one row of an evaluation's results, which may be a number or have one."""
-    verdict = row[2]
-    return float(getattr(verdict, "score", verdict))
 
 
 class Observer:

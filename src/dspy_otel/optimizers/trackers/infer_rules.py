@@ -19,7 +19,7 @@ class InferRulesTracker(Tracker):
     """The rules are in the candidate's instructions: its state and its difference to the parent show them."""
 
     def begin(self) -> None:
-        planned = introspection.whole(self.instance.num_candidates)
+        planned = introspection.whole(introspection.field(self.instance, "num_candidates"))
         if planned is not None:
             self.run.plan_trials(planned)
 

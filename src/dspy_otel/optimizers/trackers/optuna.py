@@ -24,7 +24,7 @@ class OptunaTracker(Tracker):
         self.trial: Any = None
 
     def begin(self) -> None:
-        planned = introspection.whole(self.instance.num_candidate_sets)
+        planned = introspection.whole(introspection.field(self.instance, "num_candidate_sets"))
         if planned is not None:
             self.run.plan_trials(planned)
 

@@ -21,7 +21,7 @@ class RandomSearchTracker(Tracker):
 
     def arguments_known(self) -> None:
         restrict = self.arguments.get("restrict")
-        last = introspection.whole(self.instance.num_candidate_sets)
+        last = introspection.whole(introspection.field(self.instance, "num_candidate_sets"))
         if last is None or not (restrict is None or _is_plain(restrict)):
             return
         self.seeds = [seed for seed in range(-3, last) if restrict is None or seed in restrict]

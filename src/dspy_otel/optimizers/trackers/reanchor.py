@@ -9,6 +9,7 @@ from dspy_otel import semconv
 from dspy_otel.content.encoder import Content
 from dspy_otel.core.attributes import Attributes
 from dspy_otel.core.internal_errors import guard
+from dspy_otel.operations.module_tree import attributes, named_predictors
 from dspy_otel.optimizers.run import MEAN
 from dspy_otel.optimizers.tracker import Evaluation, Tracker, hooks, mean_of, tracks
 from dspy_otel.patching import Leave, Patches, argument, resolve
@@ -34,7 +35,8 @@ class ReAnchorTracker(Tracker):
 
     def params(self, about: Evaluation) -> Attributes:
         # Thresholds, cuts and weights: numbers under names from the signature.
-        fields = {name: predictor.fields for name, predictor in about.program.named_predictors() if predictor.fields}
+        fields = {name: attributes(predictor).get("fields") for name, predictor in named_predictors(about.program)}
+        fields = {name: each for name, each in fields.items() if type(each) is dict and each}
         return {"fields": _CONTENT.json(fields)} if fields else {}
 
     def score(self, result: Any, error: BaseException | None) -> float | None:

@@ -17,6 +17,7 @@ from dspy_otel.core.attributes import Attributes
 from dspy_otel.core.call_context import current_call_context
 from dspy_otel.core.internal_errors import guard
 from dspy_otel.core.operation import Call, detach
+from dspy_otel.operations.evaluation import callable_name
 from dspy_otel.optimizers.evaluations import CandidateRun
 from dspy_otel.optimizers.run import MEAN, Run
 from dspy_otel.optimizers.state import CompileState
@@ -49,11 +50,12 @@ class SIMBATracker(Tracker):
 
     def arguments_known(self) -> None:
         # An upper bound: a strategy may fail, and the same program may be chosen twice for the end.
-        rows = self.arguments.get("trainset")
-        if isinstance(rows, (list, tuple)):
-            size, candidates, steps = self.instance.bsize, self.instance.num_candidates, self.instance.max_steps
+        rows = introspection.length(self.arguments.get("trainset"))
+        own = (introspection.field(self.instance, name) for name in ("bsize", "num_candidates", "max_steps"))
+        size, candidates, steps = map(introspection.whole, own)
+        if rows is not None and size is not None and candidates is not None and steps is not None:
             step = size * (candidates + min(size, candidates + 1))
-            self.run.planned_examples = steps * step + min(steps, candidates) * len(rows) + len(rows)
+            self.run.planned_examples = steps * step + min(steps, candidates) * rows + rows
 
     def new_step(self) -> None:
         """The next step begins: it samples first, then scores candidates."""
@@ -66,11 +68,11 @@ class SIMBATracker(Tracker):
         if self.next == semconv.TRIAL_SAMPLE:
             return Trial(self.next, step, mixed=True)
         # Copies take the attribute `simba_idx` along, and a candidate gets its own only after it was scored.
-        source = getattr(about.program, "simba_idx", None)
+        source = introspection.whole(introspection.field(about.program, "simba_idx"))
         if self.next == semconv.TRIAL_MINIBATCH:
             params = {**step, **self.made.get(id(about.program), {})}
             parents: list[str] = []
-            if isinstance(source, int):
+            if source is not None:
                 params["source"] = source
                 if source < len(self.pool) and self.pool[source] is not None:
                     parents = [str(self.pool[source])]
@@ -107,29 +109,31 @@ class _Strategies:
 
     def observe(self, instance: Any) -> None:
         """Replace an optimizer's list, once for any number of compiles at the same time."""
+        stored = introspection.instance_dict(instance)
         with self._lock:
-            count, original, ours = self._replaced.get(id(instance), (0, instance.strategies, None))
+            count, original, ours = self._replaced.get(id(instance), (0, stored["strategies"], None))
             if ours is None:
                 ours = [self._observed(strategy) for strategy in original]
-                instance.strategies = ours
+                stored["strategies"] = ours
             self._replaced[id(instance)] = (count + 1, original, ours)
 
     def restore(self, instance: Any) -> None:
         """Restore the list when the last compile of this optimizer ends, unless somebody has changed it since."""
+        stored = introspection.instance_dict(instance)
         with self._lock:
             if id(instance) not in self._replaced:
                 return
             count, original, ours = self._replaced.pop(id(instance))
             if count > 1:
                 self._replaced[id(instance)] = (count - 1, original, ours)
-            elif instance.strategies is ours:
-                instance.strategies = original
+            elif stored.get("strategies") is ours:
+                stored["strategies"] = original
 
     def _observed(self, strategy: Callable[..., Any]) -> Callable[..., Any]:
         optimizers = self.optimizers
         if optimizers is None:
             return strategy
-        name = getattr(strategy, "__name__", type(strategy).__name__).rstrip("_")
+        name = callable_name(strategy).rstrip("_")
         prefix = semconv.TRIAL_PARAMS_PREFIX
 
         def begin(instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Leave | None:
@@ -208,7 +212,7 @@ def patch(optimizers: Optimizers, patches: Patches) -> None:
 
     def evaluation(instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Leave | None:
         tracker = optimizers.running(SIMBATracker)
-        pairs = args[0] if args and isinstance(args[0], list) else None
+        pairs = args[0] if args and type(args[0]) is list else None
         if tracker is None or pairs is None:
             return None
         if not pairs and _in_compile():
@@ -269,8 +273,8 @@ def _open_groups(optimizers: Optimizers, tracker: SIMBATracker, pairs: list[Any]
         for index, place in enumerate(own):
             observed = pairs[place][0]
             observed.call, observed.index, observed.examples = call, index, optimizers.example
-            source = getattr(observed.program, "simba_idx", None)
-            if mixed and isinstance(source, int) and source < len(tracker.pool):
+            source = introspection.whole(introspection.field(observed.program, "simba_idx"))
+            if mixed and source is not None and source < len(tracker.pool):
                 observed.candidate = tracker.pool[source]
     return groups
 
@@ -287,7 +291,7 @@ class _Outcome:
     """The result of an ``Evaluate`` with the results of one candidate."""
 
     def __init__(self, rows: list[Any]) -> None:
-        known = [row if isinstance(row, dict) else {} for row in rows]
+        known = [row if type(row) is dict else {} for row in rows]
         self.results = [(row.get("example"), row.get("prediction"), row.get("score")) for row in known]
         mean = mean_of(self)
         self.score = None if mean is None else round(100 * mean, 2)
