@@ -64,3 +64,16 @@ def test_two_step_adapter(telemetry, server, snapshot):
     snapshot(telemetry.tree(attributes=False))
     assert telemetry.spans[0].attributes["dspy.adapter.name"] == "TwoStepAdapter"
     assert telemetry.spans[0].attributes["dspy.usage.lm_calls"] == 2
+
+
+def test_a_fallback_of_the_second_step_is_no_other_adapter(telemetry, server):
+    """TwoStepAdapter asks a ChatAdapter to parse. That one may fall back: the predictor's adapter is the same."""
+    telemetry.instrument()
+    with dspy.context(lm=server.lm(), adapter=dspy.TwoStepAdapter(server.lm("openai/gpt-4o"))):
+        server.replies += [Reply("In prose: the answer."), Reply(CANARY)]
+        assert dspy.Predict("question -> answer")(question="x").answer == "the answer"
+    attributes = telemetry.spans[0].attributes
+    assert attributes["dspy.adapter.name"] == "TwoStepAdapter"
+    assert "dspy.adapter.fallback.from" not in attributes
+    (fallback,) = [event for event in telemetry.spans[0].events if event.name == "dspy.adapter.fallback"]
+    assert fallback.attributes["dspy.adapter.name"] == "JSONAdapter"

@@ -28,41 +28,60 @@ class AdapterOperation(Operation):
 
             @functools.wraps(original)
             async def coroutine_wrapper(adapter: Any, /, *args: Any, **kwargs: Any) -> Any:
-                self.serves(adapter)
+                takes_over = self.serves(adapter)
                 try:
-                    return await original(adapter, *args, **kwargs)
+                    result = await original(adapter, *args, **kwargs)
                 except BaseException as error:
                     hide_frames(error)
                     raise
+                if takes_over:
+                    self.answered(adapter)
+                return result
 
             return coroutine_wrapper
 
         @functools.wraps(original)
         def wrapper(adapter: Any, /, *args: Any, **kwargs: Any) -> Any:
-            self.serves(adapter)
+            takes_over = self.serves(adapter)
             try:
-                return original(adapter, *args, **kwargs)
+                result = original(adapter, *args, **kwargs)
             except BaseException as error:
                 hide_frames(error)
                 raise
+            if takes_over:
+                self.answered(adapter)
+            return result
 
         return wrapper
 
     wrap_async = wrap
 
     @guard("adapter")
-    def serves(self, adapter: Any) -> None:
-        """Record that this adapter serves the predictor, and that it takes over from one that has failed."""
+    def serves(self, adapter: Any) -> bool:
+        """Record that this adapter serves the predictor, and that it takes over from one that has failed.
+
+        Returns:
+            Whether it takes over from the predictor's own adapter, and not from one that helps that one to parse.
+        """
         context = current_call_context()
         if context is None or not isinstance(context.state, ModuleState) or not self.telemetry.enabled():
-            return
+            return False
         state, name = context.state, type(adapter).__name__
         if state.adapter is None:
             state.adapter = name
         failed, state.failed_adapter = state.failed_adapter, None
-        if failed is not None and failed != name:
-            attributes: Attributes = {semconv.ADAPTER_FALLBACK_FROM: failed, semconv.ADAPTER_NAME: name}
-            self.telemetry.add_event(context.span, semconv.EVENT_ADAPTER_FALLBACK, attributes)
+        if failed is None or failed == name:
+            return False
+        attributes: Attributes = {semconv.ADAPTER_FALLBACK_FROM: failed, semconv.ADAPTER_NAME: name}
+        self.telemetry.add_event(context.span, semconv.EVENT_ADAPTER_FALLBACK, attributes)
+        return failed == state.adapter
+
+    @guard("adapter")
+    def answered(self, adapter: Any) -> None:
+        """Record that this adapter has answered in place of the first one."""
+        context = current_call_context()
+        if context is not None and isinstance(context.state, ModuleState):
+            context.state.fallback_adapter = type(adapter).__name__
 
     def watch(self, original: Callable[..., Any]) -> Callable[..., Any]:
         """In place of ``Adapter._call_postprocess``, the one place in which every adapter's parsing fails.

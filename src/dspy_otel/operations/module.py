@@ -34,12 +34,14 @@ class ModuleState:
         description: span name and attributes that all calls of this module share.
         totals: of the LM calls inside, if this is the outermost module.
         adapter: class of the adapter that served it first.
+        fallback_adapter: class of the adapter that answered after the first one had failed.
         failed_adapter: class of the adapter whose parsing has failed last, until another one takes over.
     """
 
     description: ModuleDescription
     totals: Totals | None = None
     adapter: str | None = None
+    fallback_adapter: str | None = None
     failed_adapter: str | None = None
 
 
@@ -114,7 +116,9 @@ class ModuleOperation(Operation):
         attributes: Attributes = {}
         state: ModuleState = call.context.state
         if state.adapter is not None:
-            attributes[semconv.ADAPTER_NAME] = state.adapter
+            attributes[semconv.ADAPTER_NAME] = state.fallback_adapter or state.adapter
+            if state.fallback_adapter is not None:
+                attributes[semconv.ADAPTER_FALLBACK_FROM] = state.adapter
         if state.totals is not None:
             attributes.update(state.totals.attributes())
         if error is None:
