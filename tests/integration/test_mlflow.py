@@ -84,7 +84,7 @@ def record(processor: SpanProcessor) -> None:
             other.start_as_current_span("POST", kind=SpanKind.CLIENT, attributes={"http.request.method": "POST"}),
         ):
             pass
-        hit = {**chat, semconv.LM_CACHE_HIT: True, semconv.LM_COST_SAVED: 0.00042}
+        hit = {**chat, semconv.LM_CACHE_HIT: True, semconv.LM_COST: 0.0, semconv.LM_COST_SAVED: 0.00042}
         with tracer.start_as_current_span("chat gpt-4o-mini", attributes=hit):
             pass
         tool = {

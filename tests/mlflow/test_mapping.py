@@ -345,8 +345,8 @@ def test_tokens(mapped: Any) -> None:
     [
         ({**CHAT, semconv.LM_COST: 0.25}, 0.25),
         ({**CHAT, semconv.LM_COST: 0.25, semconv.LM_CACHE_HIT: False}, 0.25),
-        ({**CHAT, semconv.LM_CACHE_HIT: True}, 0.0),
-        ({**CHAT, semconv.LM_CACHE_HIT: True, semconv.LM_COST_SAVED: 0.25}, 0.0),
+        ({**CHAT, semconv.LM_CACHE_HIT: True, semconv.LM_COST: 0.0, semconv.LM_COST_SAVED: 0.25}, 0.0),
+        ({**CHAT, semconv.LM_CACHE_HIT: True}, None),  # Nobody could price the first call either.
         (CHAT, None),  # unknown is absent, not zero
         ({semconv.LM_COST: 0.25}, None),  # a total on a parent would be counted twice
         ({semconv.USAGE_COST: 0.25}, None),

@@ -346,7 +346,7 @@ def _add_usage_and_cost(attributes: dict[str, AttributeValue]) -> None:
 
     if attributes.get(semconv.GEN_AI_OPERATION_NAME) not in _LM_OPERATIONS:
         return
-    cost = 0.0 if attributes.get(semconv.LM_CACHE_HIT) is True else attributes.get(semconv.LM_COST)
+    cost = attributes.get(semconv.LM_COST)
     if isinstance(cost, (int, float)):
         # All three keys, or MLflow's page shows no cost. DSPy prices a call as a whole, its halves are not known;
         # a guessed split would look like a fact.
