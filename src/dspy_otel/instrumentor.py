@@ -196,6 +196,14 @@ def apply(telemetry: Telemetry, patches: Patches) -> None:
         (from_34, "dspy.clients.execution", "", "_delay", patches.after, lm.record_retry, "retries of LM calls"),
         (from_34, "dspy.clients.execution", "", "stream_emitted", patches.before, lm.record_chunk, first_chunk),
         (from_34, "dspy.clients.lm", "", "stream_emitted", patches.before, lm.record_chunk, first_chunk),
+        *(
+            (from_34, place, "", name, patches.before, lm.record_stream, "what servers report in LiteLLM's streams")
+            for place, name in (
+                ("dspy.clients.lm", "aclosing_stream"),
+                ("dspy.clients.engines.litellm_engine", "aclosing_stream"),
+                ("dspy.clients.engines.litellm_engine", "closing_stream"),
+            )
+        ),
         (not from_34, _BASE_LM, "BaseLM", "_process_lm_response", patches.after, older_dspy.record_response, usage),
         (not from_34, _BASE_LM, "BaseLM", "_finalize_lm_response", patches.after, older_dspy.record_typed_response, ""),
         (not from_34, "dspy.clients.lm", "", _STREAM, patches.wrap, older_dspy.counting_stream, first_chunk),

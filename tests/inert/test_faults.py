@@ -41,7 +41,9 @@ import dspy_otel
 from dspy_otel.core import internal_errors, operation
 from tests.inert import hostile
 from tests.inert.programs import Oracle, build, exception, freeze, metric, until
+from tests.operations.test_lm import ENGINES, on
 from tests.optimizers import common, test_inert
+from tests.support.openai_server import Reply, openai_server
 from tests.support.spans import Recorder
 
 pytestmark = pytest.mark.injects_faults
@@ -546,6 +548,7 @@ SCENARIOS: dict[str, Callable[[], Any]] = {
     "pictures": lambda: pictures(),
     "values": lambda: values(),
     "restricted": lambda: restricted(),
+    "served": lambda: served(),
     **({"source": lambda: source()} if hasattr(dspy, "Flex") else {}),  # DSPy 3.2 has none
 }
 for _name in common.RUNS:
@@ -651,6 +654,24 @@ class OwnError(Exception):
 
     def __str__(self) -> str:
         return "own"
+
+
+def served() -> Any:
+    """Calls to a server on each engine: one in a stream, and one whose first adapter cannot read the answer."""
+    predict = dspy.Predict("question -> answer")
+
+    async def streamed() -> str:
+        async for each in dspy.streamify(predict)(question="x"):
+            answer = each
+        return str(answer.answer)
+
+    said = []
+    with openai_server() as server:
+        for engine in ENGINES:
+            with dspy.context(lm=on(server, engine)):
+                server.replies.append(Reply("nothing that an adapter can read"))
+                said += [predict(question="x").answer, asyncio.run(streamed())]
+    return said
 
 
 @functools.cache

@@ -5,11 +5,14 @@ from __future__ import annotations
 import asyncio
 import json
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import dspy
 import pytest
 
 import dspy_otel
+from dspy_otel.operations.lm_request import is_loopback
+from dspy_otel.operations.lm_response import response_of_call_result, without_provider
 from tests.operations.common import NATIVE, VERSION, dummy, only_native
 from tests.support.openai_server import Reply
 
@@ -88,6 +91,84 @@ def test_reasoning_and_tool_results_are_parts_of_messages(telemetry, server, eng
     (message,) = json.loads(attributes["gen_ai.output.messages"])
     assert message["parts"][-1] == {"type": "text", "content": "sunny"}
     assert message["parts"][0] == {"type": "reasoning", "content": "let me see"}
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_priced_model_on_loopback_says_so(telemetry, server, engine):
+    """DSPy prices by name: nobody bills a local server that has the name of a model with a price."""
+    telemetry.instrument()
+    on(server, engine)("Hi")
+    on(server, engine, model="openai/nobody-sells-this")("Hi")
+    priced, unpriced = (span.attributes for span in telemetry.spans)
+    assert priced["dspy.lm.cost"] > 0
+    assert priced["dspy.lm.cost.loopback"] is True
+    assert not [key for key in unpriced if key.startswith("dspy.lm.cost")]
+
+
+def test_what_is_loopback():
+    assert all(map(is_loopback, ["localhost", "api.localhost", "127.0.0.1", "127.9.9.9", "::1"]))
+    assert not any(
+        map(is_loopback, ["api.openai.com", "localhost.example.com", "10.0.0.1", "::2", "", "127.0.0.1.nip.io"])
+    )
+
+
+def test_an_unpriced_cache_hit_has_no_cost(telemetry, server):
+    telemetry.instrument()
+    lm = on(server, ENGINES[0], model="openai/nobody-sells-this", cache=True)
+    lm("Hi")
+    lm("Hi")
+    first, hit = (span.attributes for span in telemetry.spans)
+    assert hit["dspy.lm.cache_hit"] is True
+    assert not [key for key in (*first, *hit) if key.startswith("dspy.lm.cost")]
+
+
+@pytest.mark.parametrize("model", ["lm_studio/gemma", "llamafile/gemma"])
+def test_litellms_providers_are_no_part_of_the_servers_name(telemetry, server, model):
+    telemetry.instrument()
+    on(server, "litellm", model=model)("Hi")
+    attributes = telemetry.spans[0].attributes
+    assert attributes["gen_ai.request.model"] == "gemma"
+    assert attributes["gen_ai.response.model"] == "gemma-2024-07-18"
+
+
+@pytest.mark.parametrize(
+    ("named", "requested", "model"),
+    [
+        ("ollama_chat/llama3", "ollama_chat/llama3", "llama3"),
+        ("lm_studio//models/a.gguf", "lm_studio/a", "/models/a.gguf"),
+        ("hosted_vllm/openai/gpt-oss", "hosted_vllm/openai/gpt-oss", "openai/gpt-oss"),
+        ("openai/gpt-4o", "openrouter/openai/gpt-4o", "openai/gpt-4o"),
+        ("openai/gpt-oss", "openai/openai/gpt-oss", "openai/gpt-oss"),
+        ("openai/openai/gpt-oss", "openai/openai/gpt-oss", "openai/gpt-oss"),
+        ("gpt-4o", "gpt-4o", "gpt-4o"),
+        ("gpt-4o", "openai/gpt-4o", "gpt-4o"),
+        (None, "openai/gpt-4o", None),
+        ("gpt-4o", None, "gpt-4o"),
+    ],
+)
+def test_a_name_without_its_provider(named, requested, model):
+    assert without_provider(named, requested) == model
+
+
+@only_native
+@pytest.mark.parametrize(
+    ("body", "response_id", "model"),
+    [
+        # Chat and Responses: the body has all. A stream's first event may lack the model.
+        ({"id": "i", "model": "served"}, None, ("served", "i")),
+        ({"id": "i", "model": "served"}, "i", ("served", "i")),
+        ({"id": "i"}, "i", (None, "i")),
+        ({}, None, (None, None)),
+        ({"modelVersion": "served"}, None, ("served", None)),  # Gemini
+        ({"type": "message_delta"}, "i", ("echo", "i")),  # Anthropic's stream: its first event had both.
+        (None, None, ("echo", None)),  # a custom engine
+    ],
+)
+def test_the_model_is_the_servers_word(body, response_id, model):
+    response = SimpleNamespace(provider_data=body, id=response_id, model="echo", finish_reason="stop")
+    result = SimpleNamespace(responses=(response,), outputs=[], usage={}, cost=None, cache_hit=False, raw=response)
+    answer = response_of_call_result(result, "openai/echo")
+    assert (answer.model, answer.response_id) == model
 
 
 @pytest.mark.parametrize("engine", ENGINES)

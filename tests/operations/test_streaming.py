@@ -14,7 +14,7 @@ from tests.operations.common import NATIVE, only_native
 from tests.operations.test_lm import ENGINES, on
 from tests.support.waiting import wait_for
 
-USAGE = re.compile(r"gen_ai\.usage\.|dspy\.lm\.cost|dspy\.usage\.(cost|input_tokens|output_tokens|unpriced_calls)")
+DURATION = "gen_ai.client.operation.duration"
 
 
 def streaming(asynchronous=True, is_async_program=False):
@@ -25,6 +25,13 @@ def streaming(asynchronous=True, is_async_program=False):
         stream_listeners=[dspy.streaming.StreamListener(signature_field_name="answer")],
         async_streaming=asynchronous,
     )
+
+
+def chunks_name_the_model():
+    """Whether this LiteLLM keeps the model that a server names in the chunks of a stream."""
+    from litellm.litellm_core_utils.streaming_chunk_builder_utils import ChunkProcessor
+
+    return hasattr(ChunkProcessor, "_get_provider_response_model")
 
 
 @pytest.fixture
@@ -44,25 +51,78 @@ async def test_streamify(telemetry, words, snapshot, engine, asynchronous):
             got = await asyncio.to_thread(lambda: list(streaming(False)(question="x")))
     assert isinstance(got[-1], dspy.Prediction)
     tree, attributes = telemetry.tree(), telemetry.only("chat").attributes
-    if engine == "litellm":
-        # Its streams report zeros as usage and cost, or since 1.107 a count of its own: absent, or real.
-        tree = "\n".join(line for line in tree.splitlines() if not USAGE.search(line))
-        assert attributes.get("gen_ai.usage.input_tokens", 1) > 0
-        assert attributes.get("gen_ai.usage.output_tokens", 1) > 0
-        assert attributes.get("dspy.lm.cost", 1) > 0
+    if engine == "litellm" and not chunks_name_the_model():
+        assert "gen_ai.response.model" not in attributes
+        model = '      . gen_ai.response.model: "gpt-4o-mini-2024-07-18"\n'
+        tree = re.sub(r"(?m)^(?=      \. gen_ai\.response\.time)", model, tree)
     snapshot(tree, f"streamify_{engine}")
     (point,) = telemetry.metric("gen_ai.client.operation.time_to_first_chunk")
     assert point.count == 1
     assert point.sum == pytest.approx(attributes["gen_ai.response.time_to_first_chunk"])
 
 
-@only_native
-async def test_litellm_streams_report_usage_when_tracked(telemetry, words):
-    telemetry.instrument()
-    with dspy.context(lm=on(words, "litellm"), track_usage=True):
+async def consume(lm, **settings):
+    with dspy.context(lm=lm, **settings):
         async for _ in streaming()(question="x"):
             pass
-    assert telemetry.only("chat").attributes["gen_ai.usage.input_tokens"] == 100
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+async def test_what_a_server_counts_in_a_stream_is_its_usage(telemetry, words, engine):
+    telemetry.instrument()
+    words.details = False
+    await consume(on(words, engine), track_usage=True)
+    attributes = telemetry.only("chat").attributes
+    assert attributes["gen_ai.usage.input_tokens"] == 100
+    assert attributes["gen_ai.usage.output_tokens"] == 20
+    assert attributes["dspy.lm.cost"] == pytest.approx(2.7e-05)
+    # LiteLLM says 0 where the server says nothing.
+    assert "gen_ai.usage.reasoning.output_tokens" not in attributes
+
+
+@pytest.mark.parametrize("asked", [False, pytest.param(True, marks=only_native)])
+async def test_what_litellm_counts_itself_is_no_usage_and_has_no_price(telemetry, words, asked):
+    """It counts where the server does not: where nobody asks it to, or where it does not know how."""
+    telemetry.instrument()
+    words.usage = not asked
+    lm = on(words, "litellm", cache=True)
+    for _ in range(2):
+        await consume(lm, track_usage=asked)
+    assert len(words.requests) == 1
+    first, hit = (span.attributes for span in telemetry.named("chat"))
+    assert hit["dspy.lm.cache_hit"] is True
+    for attributes in (first, hit):
+        assert not [key for key in attributes if key.startswith(("gen_ai.usage.", "dspy.lm.cost"))]
+    totals, _ = (span.attributes for span in telemetry.named("invoke_workflow"))
+    used = {name: value for name, value in totals.items() if name.startswith("dspy.usage.")}
+    assert used == {"dspy.usage.lm_calls": 1, "dspy.usage.cache_hits": 0, "dspy.usage.unpriced_calls": 1}
+    assert telemetry.metric("gen_ai.client.token.usage") == []
+    assert telemetry.metric("dspy.lm.cost") == []
+
+
+@only_native
+async def test_usage_that_the_lm_itself_asks_for_is_usage(telemetry, words):
+    telemetry.instrument()
+    lm = on(words, "litellm", stream_options={"include_usage": True})
+    await consume(lm)
+    attributes = telemetry.only("chat").attributes
+    assert attributes["gen_ai.usage.input_tokens"] == 100
+    assert attributes["gen_ai.usage.reasoning.output_tokens"] == 5
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+async def test_one_server_makes_one_series(telemetry, words, engine):
+    """Streamed or not, an answer has the id and the model that the server gives it."""
+    telemetry.instrument()
+    lm = on(words, engine)
+    with dspy.context(lm=lm):
+        dspy.Predict("question -> answer")(question="x")
+    await consume(lm)
+    ids = [span.attributes["gen_ai.response.id"] for span in telemetry.named("chat")]
+    assert ids == ["chatcmpl-1", "chatcmpl-2"]
+    models = {point.attributes.get("gen_ai.response.model") for point in telemetry.metric(DURATION)}
+    unknown = engine == "litellm" and not chunks_name_the_model()
+    assert models == {"gpt-4o-mini-2024-07-18"} | ({None} if unknown else set())
 
 
 @pytest.mark.parametrize("is_async_program", [False, True])

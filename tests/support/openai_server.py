@@ -20,6 +20,10 @@ from urllib.parse import parse_qs, urlsplit
 
 _CHAT_FIELDS = re.compile(r"\[\[ ## (\w+) ## \]\]")
 _JSON_FIELDS = re.compile(r"`(\w+)`")
+_DETAILS = {
+    "prompt_tokens_details": {"cached_tokens": 40, "cache_write_tokens": 8},
+    "completion_tokens_details": {"reasoning_tokens": 5},
+}
 _TOKENS = re.compile(r"tokens=(\d+)")
 
 
@@ -51,6 +55,7 @@ class OpenAIServer:
         requests: (path, body, headers) of every request.
         delay: seconds before each piece of a streamed answer.
         usage: whether answers report usage.
+        details: whether that has more than the tokens of prompt and answer.
     """
 
     def __init__(self, port: int) -> None:
@@ -61,6 +66,7 @@ class OpenAIServer:
         self.requests: list[tuple[str, dict[str, Any], dict[str, str]]] = []
         self.delay = 0.0
         self.usage = True
+        self.details = True
         self.counter = 0
         self.lock = threading.Lock()
 
@@ -183,8 +189,7 @@ class _Handler(BaseHTTPRequestHandler):
             "prompt_tokens": inputs,
             "completion_tokens": outputs,
             "total_tokens": inputs + outputs,
-            "prompt_tokens_details": {"cached_tokens": 40, "cache_write_tokens": 8},
-            "completion_tokens_details": {"reasoning_tokens": 5},
+            **(_DETAILS if self.state.details else {}),
         }
 
     def _chat(self, body: dict[str, Any]) -> None:
@@ -223,7 +228,7 @@ class _Handler(BaseHTTPRequestHandler):
         if calls:
             yield chunk({"tool_calls": [{"index": index, **call} for index, call in enumerate(calls)]})
         yield chunk({}, reason)
-        if (body.get("stream_options") or {}).get("include_usage"):
+        if self.state.usage and (body.get("stream_options") or {}).get("include_usage"):
             yield {**head, "choices": [], "usage": self._chat_usage(body)}
 
     def _stream(self, chunks: Iterator[Any]) -> None:

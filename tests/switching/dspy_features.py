@@ -225,6 +225,21 @@ FEATURES: tuple[Feature, ...] = (
     ),
     Feature("dspy.clients.execution:stream_emitted", "called for each chunk", LM, "time to first chunk", since=(3, 4)),
     Feature("dspy.clients.lm:stream_emitted", "called for each chunk", LM, "time to first chunk", since=(3, 4)),
+    *(
+        Feature(
+            f"{place}:{name}",
+            "(source), LiteLLM's stream: `chunks` as the server sent them",
+            LM,
+            "what servers report in LiteLLM's streams",
+            takes("source"),
+            since=(3, 4),
+        )
+        for place, name in (
+            ("dspy.clients.lm", "aclosing_stream"),
+            ("dspy.clients.engines.litellm_engine", "aclosing_stream"),
+            ("dspy.clients.engines.litellm_engine", "closing_stream"),
+        )
+    ),
     Feature(
         "dspy.clients.base_lm:BaseLM._process_lm_response",
         "(self, response, ...), asked for by each LM call when it has its answer",

@@ -122,6 +122,8 @@ class LMCallState:
         engine: what DSPy runs the call on.
         provider: who serves it, if the model's name has no provider.
         retries: how many requests were retried.
+        stream: LiteLLM's stream of chunks, if the answer came in one.
+        usage_requested: whether a stream was to end with the server's count of tokens; known before 3.4.
         chunks: how many chunks of a streamed answer have come.
         first_chunk: when the first one came, by ``time.perf_counter()``.
     """
@@ -134,6 +136,8 @@ class LMCallState:
     engine: str | None = None
     provider: str | None = None
     retries: int = 0
+    stream: Any = None
+    usage_requested: bool = False
     chunks: int = 0
     first_chunk: float = 0.0
 
@@ -259,7 +263,8 @@ class LMOperation(Operation):
             attributes.update(error_attributes(error))
         response = state.response
         if response is not None:
-            attributes.update(response_attributes(response, state.usage or lm_usage(response)))
+            host = state.request.get(semconv.SERVER_ADDRESS)
+            attributes.update(response_attributes(response, state.usage or lm_usage(response), host))
             if self.telemetry.config.content_on_spans:
                 messages = output_messages(response.outputs, response.finish_reasons)
                 self.telemetry.put_content(attributes, semconv.GEN_AI_OUTPUT_MESSAGES, messages)
@@ -320,7 +325,8 @@ class LMOperation(Operation):
             attributes.update(self._input_content(call))
         response = state.response
         if response is not None:
-            attributes.update(response_attributes(response, lm_usage(response)))
+            host = state.request.get(semconv.SERVER_ADDRESS)
+            attributes.update(response_attributes(response, lm_usage(response), host))
             messages = output_messages(response.outputs, response.finish_reasons)
             attributes.update(self._rendered([(semconv.GEN_AI_OUTPUT_MESSAGES, messages)]))
         self.telemetry.emit_event(semconv.LOG_INFERENCE_DETAILS, attributes, call.otel_context)
@@ -335,7 +341,9 @@ class LMOperation(Operation):
         """Before ``execution.finalize(lm, call, result)`` (3.4): the call's own result, which histories share later."""
         state = current_state(LMCallState)
         if state is not None:
-            state.response = response_of_call_result(argument(args, kwargs, 2, "result"))
+            requested = argument(args, kwargs, 0, "lm").model
+            state.response = response_of_call_result(argument(args, kwargs, 2, "result"), requested, state.stream)
+            state.stream = None
 
     def record_engine(self, _: None, args: tuple[Any, ...], kwargs: dict[str, Any], chosen: Any) -> None:
         """After ``execution._engine(lm, call, asynchronous)`` (3.4): which engine and provider serve the call."""
@@ -364,6 +372,12 @@ class LMOperation(Operation):
         self.telemetry.add_event(context.span, semconv.EVENT_LM_RETRY, attributes)
         labels = context.state.description.labels(context.state.provider)
         self.telemetry.metrics.retries.add(1, {**labels, semconv.ERROR_TYPE: error_type(error)})
+
+    def record_stream(self, _: None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Before ``closing_stream(source)`` or ``aclosing_stream(source)`` (3.4), for LiteLLM's stream of chunks."""
+        state = current_state(LMCallState)
+        if state is not None:
+            state.stream = argument(args, kwargs, 0, "source")
 
     def record_chunk(self, _: None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Before ``stream_emitted()`` (3.4), which is called for each chunk that a streamed answer hands on."""

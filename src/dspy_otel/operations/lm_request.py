@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import ipaddress
 from collections.abc import Mapping
 from typing import Any, Final
 from urllib.parse import urlsplit
@@ -150,6 +152,17 @@ def request_attributes(lm: Any, settings: Mapping[str, Any]) -> Attributes:
     if address is not None:
         attributes.update(server_attributes(address))
     return attributes
+
+
+@functools.lru_cache(maxsize=256)
+def is_loopback(host: str) -> bool:
+    """Whether a server of this name or address is on this machine."""
+    if host == "localhost" or host.endswith(".localhost"):
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 def server_attributes(url: Any) -> Attributes:

@@ -12,6 +12,7 @@ from dspy_otel.content.introspection import field, is_a
 from dspy_otel.content.names import LONGEST, plain_name, plain_word
 from dspy_otel.core.attributes import Attributes
 from dspy_otel.core.usage import LMUsage
+from dspy_otel.operations.lm_request import is_loopback
 
 _MOST_CHOICES: Final = 1000
 
@@ -25,7 +26,7 @@ class LMResponse:
         usage: usage counters as DSPy reports them; empty on a cache hit.
         cost: US dollars as DSPy prices the answer, also on a cache hit; ``None`` when it cannot.
         cache_hit: answered from DSPy's cache.
-        model: the model that answered.
+        model: the model that answered, as the server names it; ``None`` where only the request says it.
         response_id: the provider's id of the answer.
         finish_reasons: one for each candidate.
     """
@@ -56,23 +57,101 @@ def usage_counters(usage: Any) -> dict[str, Any]:
     return dict(dict.items(usage)) if is_a(usage, dict) else dict(introspection.instance_dict(usage))
 
 
-def response_of_call_result(result: Any) -> LMResponse:
-    """From DSPy 3.4's ``CallResult``: lm15 responses, or the raw response of LiteLLM or a custom LM."""
-    responses = result.responses
+def response_of_call_result(result: Any, requested: Any, stream: Any = None) -> LMResponse:
+    """From DSPy 3.4's ``CallResult``: lm15 responses, or the raw response of LiteLLM or a custom LM.
+
+    Args:
+        result: what ``execution.finalize`` is given.
+        requested: DSPy's name of the model, with its provider.
+        stream: LiteLLM's stream of chunks, if the answer came in one.
+    """
+    responses, raw = result.responses, result.raw
+    usage, cost, cache_hit = usage_counters(result.usage), introspection.real(result.cost), bool(result.cache_hit)
     if responses:
         reasons = [reason for each in responses if (reason := finish_reason(each.finish_reason))]
-        response_id = short_text(getattr(responses[0], "id", None))
+        model, response_id = _model_of_lm15(responses[0]), _id_of_lm15(responses[0])
     else:
-        reasons, response_id = choice_reasons(result.raw), short_text(field(result.raw, "id"))
+        reasons, response_id = choice_reasons(raw), field(raw, "id")
+        model = model_of_litellm(raw, requested) if is_litellm(raw) else result.response_model
+        if cache_hit and was_streamed(raw):
+            cost = None  # DSPy keeps the price, but not whether anybody counted what it is for.
+    if stream is not None:
+        model, usage = reported_in_stream(stream)
+        model = without_provider(model, requested)
+        cost = cost if lm_tokens(usage) != (None, None) else None
     return LMResponse(
         outputs=list(result.outputs),
-        usage=usage_counters(result.usage),
-        cost=introspection.real(result.cost),
-        cache_hit=bool(result.cache_hit),
-        model=short_text(result.response_model),
-        response_id=response_id,
+        usage=usage,
+        cost=cost,
+        cache_hit=cache_hit,
+        model=short_text(model),
+        response_id=short_text(response_id),
         finish_reasons=reasons,
     )
+
+
+def _model_of_lm15(response: Any) -> Any:
+    """The model as the server names it: lm15 gives the request's name where a server, or its stream, has none."""
+    body: Any = getattr(response, "provider_data", None)
+    if not is_a(body, dict):
+        return response.model  # a custom engine's
+    named = introspection.text(body.get("model")) or introspection.text(body.get("modelVersion"))
+    # Anthropic's streams name model and id in their first event; the body is their last one.
+    return named or (response.model if response.id is not None and "id" not in body else None)
+
+
+def _id_of_lm15(response: Any) -> Any:
+    """The id of the answer; lm15 has it of a chat stream only in the body of its last event."""
+    found = getattr(response, "id", None)
+    return field(getattr(response, "provider_data", None), "id") if found is None else found
+
+
+def is_litellm(response: Any) -> bool:
+    """Whether LiteLLM has made it."""
+    return introspection.library(type(response)) == "litellm"
+
+
+def was_streamed(response: Any) -> bool:
+    """Whether LiteLLM has put it together from chunks: those say when they were made."""
+    return is_litellm(response) and field(field(response, "_hidden_params"), "created_at") is not None
+
+
+def model_of_litellm(response: Any, requested: Any) -> Any:
+    """The model as the server names it: in answers put together from chunks, LiteLLM gives the request's name."""
+    model = field(response, "model")
+    if was_streamed(response):
+        model = field(field(response, "_hidden_params"), "provider_response_model")
+    return without_provider(model, requested)
+
+
+def without_provider(model: Any, requested: Any) -> Any:
+    """``model`` without the provider that LiteLLM puts before the server's name for it, where it does.
+
+    A server's own name may begin like that as well, if the requested one does.
+    """
+    name = introspection.text(model, LONGEST)
+    provider, slash, wire_model = (introspection.text(requested) or "").partition("/")
+    prefix = provider + slash
+    if not name or not slash or not name.startswith(prefix):
+        return name
+    return name if wire_model.startswith(prefix) and not name.startswith(2 * prefix) else name[len(prefix) :]
+
+
+def reported_in_stream(stream: Any) -> tuple[Any, dict[str, Any]]:
+    """The server's model and usage counters, from LiteLLM's stream.
+
+    What LiteLLM puts together from the chunks has its own count of tokens where the server reported none.
+    """
+    model: Any = None
+    usage: dict[str, Any] = {}
+    for chunk in introspection.items(field(stream, "chunks")):
+        named = field(field(chunk, "_hidden_params"), "provider_response_model")
+        model = model if named is None else named
+        for name, value in usage_counters(field(chunk, "usage")).items():
+            # Some servers report zeros until the end, some one counter at the beginning and the other at the end.
+            if value is not None and not (name in usage and introspection.whole(value) == 0):
+                usage[name] = value
+    return model, usage
 
 
 def combined(first: LMResponse, last: LMResponse) -> LMResponse:
@@ -126,16 +205,27 @@ def lm_usage(response: LMResponse | None) -> LMUsage:
         return LMUsage()
     if response.cache_hit:
         return LMUsage(cost=0.0 if response.cost is not None else None, cache_hit=True)
-    counters = response.usage
-    inputs = _count(counters, "prompt_tokens", counters, "input_tokens")
-    outputs = _count(counters, "completion_tokens", counters, "output_tokens")
-    if not inputs and not outputs:
+    inputs, outputs = lm_tokens(response.usage)
+    if inputs is None and outputs is None:
         return LMUsage(cost=response.cost or None)
     return LMUsage(inputs, outputs, response.cost)
 
 
-def response_attributes(response: LMResponse, usage: LMUsage) -> Attributes:
-    """What came back, with usage and cost of this very call."""
+def lm_tokens(counters: Mapping[str, Any]) -> tuple[int | None, int | None]:
+    """Input and output tokens; both unknown if both are zero."""
+    inputs = _count(counters, "prompt_tokens", counters, "input_tokens")
+    outputs = _count(counters, "completion_tokens", counters, "output_tokens")
+    return (inputs, outputs) if inputs or outputs else (None, None)
+
+
+def response_attributes(response: LMResponse, usage: LMUsage, host: Any = None) -> Attributes:
+    """What came back, with usage and cost of this very call.
+
+    Args:
+        response: of the call.
+        usage: of it.
+        host: name or address of the server, if that is known.
+    """
     attributes: Attributes = {semconv.LM_CACHE_HIT: response.cache_hit}
     if response.model is not None:
         attributes[semconv.GEN_AI_RESPONSE_MODEL] = response.model
@@ -145,6 +235,8 @@ def response_attributes(response: LMResponse, usage: LMUsage) -> Attributes:
         attributes[semconv.GEN_AI_RESPONSE_FINISH_REASONS] = response.finish_reasons
     if usage.cost is not None:
         attributes[semconv.LM_COST] = usage.cost
+        if host is not None and is_loopback(host):
+            attributes[semconv.LM_COST_LOOPBACK] = True
     if response.cache_hit:
         if response.cost is not None:
             attributes[semconv.LM_COST_SAVED] = response.cost

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 import time
 from collections.abc import Callable
@@ -13,7 +14,15 @@ from dspy_otel.content.introspection import field
 from dspy_otel.core.call_context import current_state
 from dspy_otel.core.internal_errors import guard
 from dspy_otel.operations.lm import LMCallState
-from dspy_otel.operations.lm_response import LMResponse, choice_reasons, short_text, usage_counters
+from dspy_otel.operations.lm_response import (
+    LMResponse,
+    choice_reasons,
+    is_litellm,
+    model_of_litellm,
+    short_text,
+    usage_counters,
+    was_streamed,
+)
 from dspy_otel.operations.parallel import bind
 from dspy_otel.patching import argument
 
@@ -28,7 +37,9 @@ def record_response(lm: Any, args: tuple[Any, ...], kwargs: dict[str, Any], outp
     state = current_state(LMCallState)
     if state is None:
         return
-    state.response = response_of_openai(argument(args, kwargs, 0, "response"), outputs)
+    response = argument(args, kwargs, 0, "response")
+    answer = response_of_openai(response, outputs, lm.model)
+    state.response = as_counted(answer, response, state) if is_litellm(response) else answer
     # DSPy's own LM has one engine. The class of any other LM is enough.
     if any(base.__module__ == "dspy.clients.lm" for base in type(lm).__mro__):
         state.engine = "litellm"
@@ -41,14 +52,28 @@ def record_typed_response(lm: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
         state.response = response_of_typed(response)
 
 
-def response_of_openai(response: Any, outputs: Any) -> LMResponse:
-    """From the response in OpenAI's format that LMs return."""
+def as_counted(answer: LMResponse, response: Any, state: LMCallState) -> LMResponse:
+    """``answer`` without what LiteLLM has counted itself, where it put ``response`` together from chunks.
+
+    Whoever asks for usage in a stream gets the server's; but not for reasoning, which LiteLLM always counts.
+    """
+    if not was_streamed(response):
+        return answer
+    if not state.usage_requested:  # Nor was it for an answer from the cache, as far as is known.
+        return dataclasses.replace(answer, usage={}, cost=None)
+    usage = {name: value for name, value in answer.usage.items() if name != "completion_tokens_details"}
+    return dataclasses.replace(answer, usage=usage)
+
+
+def response_of_openai(response: Any, outputs: Any, requested: Any) -> LMResponse:
+    """From the response in OpenAI's format that LMs return, and the name of the model that was asked for."""
+    model = model_of_litellm(response, requested) if is_litellm(response) else field(response, "model")
     return LMResponse(
         outputs=list(introspection.items(outputs)),
         usage=usage_counters(field(response, "usage")),
         cost=introspection.real(field(field(response, "_hidden_params"), "response_cost")),
         cache_hit=field(response, "cache_hit") is True,
-        model=short_text(field(response, "model")),
+        model=short_text(model),
         response_id=short_text(field(response, "id")),
         finish_reasons=choice_reasons(response),
     )
@@ -81,7 +106,11 @@ def counting_stream(original: Callable[..., Any]) -> Callable[..., Any]:
         if counted is None:
             return original(*args, **kwargs)
         with sys.modules["dspy"].settings.context(send_stream=counted):
-            return original(*args, **kwargs)
+            function = original(*args, **kwargs)
+        with _STREAM:
+            options = field(argument(args, kwargs, 0, "request"), "stream_options")
+            counted.state.usage_requested = field(options, "include_usage") is True
+        return function
 
     return _get_stream_completion_fn
 
@@ -98,11 +127,11 @@ class _CountedStream:
 
     def __init__(self, stream: Any, state: LMCallState) -> None:
         self._stream = stream
-        self._state = state
+        self.state = state
 
     async def send(self, chunk: Any) -> None:
         with _STREAM:
-            self._state.count_chunk(time.perf_counter())
+            self.state.count_chunk(time.perf_counter())
         await self._stream.send(chunk)
 
     def __getattr__(self, name: str) -> Any:
