@@ -263,7 +263,7 @@ class LMOperation(Operation):
             attributes.update(error_attributes(error))
         response = state.response
         if response is not None:
-            host = state.request.get(semconv.SERVER_ADDRESS)
+            host = state.description.request.get(semconv.SERVER_ADDRESS)
             attributes.update(response_attributes(response, state.usage or lm_usage(response), host))
             if self.telemetry.config.content_on_spans:
                 messages = output_messages(response.outputs, response.finish_reasons)
@@ -325,7 +325,7 @@ class LMOperation(Operation):
             attributes.update(self._input_content(call))
         response = state.response
         if response is not None:
-            host = state.request.get(semconv.SERVER_ADDRESS)
+            host = state.description.request.get(semconv.SERVER_ADDRESS)
             attributes.update(response_attributes(response, lm_usage(response), host))
             messages = output_messages(response.outputs, response.finish_reasons)
             attributes.update(self._rendered([(semconv.GEN_AI_OUTPUT_MESSAGES, messages)]))
