@@ -15,7 +15,7 @@ from typing import Any, Final
 from opentelemetry.trace import SpanKind
 
 from dspy_otel import semconv
-from dspy_otel.content import redaction
+from dspy_otel.content import introspection, redaction
 from dspy_otel.core.attributes import Attributes, repair, sendable
 from dspy_otel.core.call_context import CallContext, current_call_context, current_state, enclosing_state
 from dspy_otel.core.errors import error_type
@@ -341,7 +341,7 @@ class LMOperation(Operation):
         """Before ``execution.finalize(lm, call, result)`` (3.4): the call's own result, which histories share later."""
         state = current_state(LMCallState)
         if state is not None:
-            requested = argument(args, kwargs, 0, "lm").model
+            requested = introspection.field(argument(args, kwargs, 0, "lm"), "model")
             state.response = response_of_call_result(argument(args, kwargs, 2, "result"), requested, state.stream)
             state.stream = None
 

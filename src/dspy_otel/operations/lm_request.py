@@ -94,7 +94,7 @@ def request_key(lm: Any, settings: Mapping[str, Any]) -> tuple[Any, ...] | None:
 
     ``None`` where that is more than short texts and numbers: to compare it might run code of a user's class.
     """
-    model, kind = lm.model, getattr(lm, "model_type", "chat")
+    model, kind = field(lm, "model"), field(lm, "model_type", "chat")
     if type(model) is not str or type(kind) is not str:
         return None
     key: list[Any] = [model, kind]

@@ -38,7 +38,7 @@ def record_response(lm: Any, args: tuple[Any, ...], kwargs: dict[str, Any], outp
     if state is None:
         return
     response = argument(args, kwargs, 0, "response")
-    answer = response_of_openai(response, outputs, lm.model)
+    answer = response_of_openai(response, outputs, field(lm, "model"))
     state.response = as_counted(answer, response, state) if is_litellm(response) else answer
     # DSPy's own LM has one engine. The class of any other LM is enough.
     if any(base.__module__ == "dspy.clients.lm" for base in type(lm).__mro__):
