@@ -428,7 +428,8 @@ def _of_trial(record: Trial, versions: Mapping[str, str], user_run: str | None) 
     if record.changes is not None:
         artifacts[CHANGES] = record.changes
     status = _status(record.failure)
-    seconds = None if record.started is None else (record.ended - record.started) / 1e9
+    unknown = record.started is None or _cut_short(record.failure)
+    seconds = None if unknown else round((record.ended - (record.started or 0)) / 1e9, 3)
     results = {"score": record.score, "seconds": seconds, **_narrow(record.usage)}
     over = dataclasses.replace(
         run,
