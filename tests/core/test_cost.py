@@ -31,9 +31,9 @@ OURS = os.path.dirname(dspy_otel.__file__) + os.sep
 GROWTH = 1.05
 MOST = {
     ("predict", "no_content"): 193,
-    ("predict", "span_only"): 368,
+    ("predict", "span_only"): 348,
     ("nested", "no_content"): 349,
-    ("nested", "span_only"): 633,
+    ("nested", "span_only"): 589,
 }
 MOST_DISABLED = {"predict": 35, "nested": 56}
 

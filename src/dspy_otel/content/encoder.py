@@ -338,8 +338,10 @@ class _ContentWalker(Walker):
 
     def mapping(self, owner: Any, entries: dict[Any, Any], depth: int) -> Any:
         result = super().mapping(owner, entries, depth)
-        if type(result) is dict and (key := redaction.named(result)) is not None:
-            result[key] = _MASKED  # {"name": "api_key", "value": ...}
+        if type(result) is dict and not redaction.NAMING.isdisjoint(result):
+            key = redaction.named(result)
+            if key is not None:
+                result[key] = _MASKED  # {"name": "api_key", "value": ...}
         return result
 
     def sequence(self, owner: Any, items: Any, length: int, depth: int) -> Any:
@@ -519,7 +521,7 @@ class Content:
         # Four bytes is the most a character takes.
         if 4 * len(text) > self.limit and size_of(text) > self.limit:
             text = encode(fit(plain, self.limit))
-        return repaired(text)
+        return text if text.isascii() else repaired(text)
 
     def text(self, value: Any) -> str:
         """One piece of text (a string as it is, anything else as JSON), of at most ``limit`` bytes."""

@@ -50,8 +50,8 @@ _WORD: Final = re.compile(r"[a-z][a-z_\-]*")
 _LONGEST_NAME: Final = 128
 _NAMING: Final = ("name", "key", "header", "field", "parameter", "param", "variable", "property", "Name", "Key")
 _NAMED: Final = ("value", "val", "content", "Value")
-_ANY_NAMING: Final = frozenset(_NAMING)
-_ANY_NAMED: Final = frozenset(_NAMED)
+NAMING: Final = frozenset(_NAMING)
+"""Keys under which a dictionary may have the name of another of its values."""
 
 # --- by look -----------------------------------------------------------------------------------------------------
 _RUN: Final = 15
@@ -173,10 +173,9 @@ def named(fields: Mapping[str, Any]) -> str | None:
     """The key whose value must be masked because another entry names it: ``{"name": "api_key", "value": "..."}``.
 
     Args:
-        fields: a dictionary whose keys are all exactly ``str``: others could run code of the user's when compared.
+        fields: a dictionary whose keys are all exactly ``str``: others could run code of the user's when compared. If
+            no key is in :data:`NAMING`, nothing is named.
     """
-    if _ANY_NAMED.isdisjoint(fields) or _ANY_NAMING.isdisjoint(fields):  # nearly always
-        return None
     for key in _NAMED:
         if key in fields:
             value = fields[key]

@@ -7,7 +7,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable
-from typing import Any, Final
+from typing import Any
 
 from opentelemetry import _logs, metrics, trace
 from opentelemetry._logs import NoOpLogger
@@ -21,11 +21,9 @@ from dspy_otel.content.encoder import Content
 from dspy_otel.core.attributes import Attributes, repair
 from dspy_otel.core.call_context import current_call_context, suppressed, without_call_context
 from dspy_otel.core.id_generator import with_system_ids
-from dspy_otel.core.internal_errors import guard
+from dspy_otel.core.internal_errors import failed, guard
 from dspy_otel.core.metrics import Metrics
 from dspy_otel.version import __version__
-
-_CONTENT: Final = guard("content")
 
 
 class Telemetry:
@@ -125,14 +123,18 @@ class Telemetry:
     def put_content(self, attributes: Attributes, key: str, value: Any) -> None:
         """Add ``value`` as JSON text under ``key``, if content may be on spans. Failing content is left out."""
         if self.config.content_on_spans:
-            with _CONTENT:
+            try:  # For each span, and without the two calls of a guard.
                 attributes[key] = self.content.json(value)
+            except Exception as error:
+                failed("content", error)
 
     def put_text(self, attributes: Attributes, key: str, value: str) -> None:
         """Add ``value`` as text under ``key``, if content may be on spans."""
         if self.config.content_on_spans:
-            with _CONTENT:
+            try:
                 attributes[key] = self.content.text(value)
+            except Exception as error:
+                failed("content", error)
 
     def emit_event(self, name: str, attributes: Attributes, context: Context) -> None:
         """Emit a log event that belongs to the span in ``context``."""
