@@ -7,8 +7,11 @@ from typing import Any
 
 import dspy
 import pytest
+from dspy.utils import DummyLM
+from opentelemetry import baggage
+from opentelemetry import context as otel_context
 
-from dspy_otel.content.names import plain_name, plain_word
+from dspy_otel.content.names import VOCABULARY, is_parameter, plain_name, plain_word
 from dspy_otel.core.metrics import MOST_VALUES, MetricAttributes
 from tests.support.spans import Recorder
 
@@ -61,6 +64,7 @@ def test_names_of_real_servers_stay(name: str) -> None:
     "word", ["stop", "length", "tool_calls", "content_filter", "end_turn", "max_tokens", "MAX_TOKENS", "xhigh", "none"]
 )
 def test_words_of_real_vocabularies_stay(word: str) -> None:
+    assert word in VOCABULARY
     assert plain_word(word) == word
 
 
@@ -115,3 +119,39 @@ def test_a_text_is_no_name_of_a_parameter(telemetry: Recorder) -> None:
     Open().compile(dspy.Predict("q -> a"), **{"Ada is ill": 1, KEY: 2, "depth_2": 3, "a\n": 4})
     names = [name for name in telemetry.only("compile").attributes if name.startswith("dspy.optimizer.params.")]
     assert names == ["dspy.optimizer.params.depth_2"]
+
+
+@pytest.mark.parametrize("name", ["sk_" + "live_" + "aB3dE6gH9jK2mN5pQ8sT1vW4yZ", "a" * 100, "1a", "ä"])
+def test_a_secret_is_no_name_of_a_parameter(name: str) -> None:
+    assert not is_parameter(name)
+
+
+def test_half_a_secret_is_none_either() -> None:
+    for room in (10, 30, 250):
+        assert "aB3dE6gH9jK2mN5pQ8sT" not in plain_name("x" * (256 - room) + " " + KEY)
+
+
+def test_sessions_and_users_of_callers_are_bounded_plain_and_masked(telemetry: Recorder) -> None:
+    telemetry.instrument()
+    token = otel_context.attach(baggage.set_baggage("session.id", f"my prompt\n{KEY}" * 40))
+    token_of_user = otel_context.attach(baggage.set_baggage("user.id", "ada@example.com"))
+    try:
+        with dspy.context(lm=DummyLM([{"answer": "a"}])):
+            dspy.Predict("question -> answer")(question="q")
+    finally:
+        otel_context.detach(token_of_user)
+        otel_context.detach(token)
+    span = telemetry.only("invoke_workflow")
+    assert str(span.attributes["session.id"]).isprintable()
+    assert len(str(span.attributes["session.id"])) <= 300
+    assert span.attributes["user.id"] == "ada@example.com"
+    assert KEY[:20] not in telemetry.everything()
+
+
+def test_efforts_and_rollouts_are_no_way_out_either(telemetry: Recorder) -> None:
+    telemetry.instrument()
+    Server()("hi", reasoning_effort=KEY, rollout_id=f"my prompt {KEY}")
+    span = telemetry.only("chat")
+    assert span.attributes["gen_ai.request.reasoning.level"] == "other"
+    assert " " not in str(span.attributes["dspy.lm.rollout_id"])
+    assert KEY not in telemetry.everything()

@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 from dspy_otel import semconv
 from dspy_otel.content import introspection
 from dspy_otel.content.introspection import field, is_a
-from dspy_otel.content.names import plain_word, without_secrets
+from dspy_otel.content.names import plain_name, plain_word, without_secrets
 from dspy_otel.core.attributes import Attributes
 
 # DSPy's model prefixes (LiteLLM's and lm15's provider ids) as the GenAI conventions name those providers.
@@ -144,9 +144,9 @@ def request_attributes(lm: Any, settings: Mapping[str, Any]) -> Attributes:
         attributes[semconv.GEN_AI_OUTPUT_TYPE] = "json"
     rollout = settings.get("rollout_id")
     if rollout is not None:
-        shown = introspection.text(rollout, 256) or introspection.whole(rollout)
+        shown = introspection.text(rollout) or introspection.whole(rollout)
         if shown is not None:
-            attributes[semconv.LM_ROLLOUT_ID] = str(shown)
+            attributes[semconv.LM_ROLLOUT_ID] = plain_name(str(shown))
     address = settings.get("api_base")
     address = settings.get("base_url") if address is None else address
     if address is not None:

@@ -42,7 +42,7 @@ class LMResponse:
 
 def short_text(value: Any) -> str | None:
     """``value`` if it is a text, as a plain name; ``None`` for an empty one and for anything else."""
-    text = introspection.text(value, LONGEST)
+    text = introspection.text(value)
     return plain_name(text) if text else None
 
 

@@ -50,8 +50,8 @@ def is_program_of(run: Run, module: Any) -> bool:
     if run.student is None or type(module) is not type(run.student):
         return False
     # A bare Predict or ChainOfThought: the optimizer may propose with a module of the same class.
-    fields: list[list[str]] = []
+    fields: list[Any] = []
     for each in (module, run.student):
         signature: Any = attributes(each).get("signature")
         fields.append(list(signature.fields) if introspection.is_a(signature, type) else [])
-    return fields[0] == fields[1]
+    return bool(fields[0] == fields[1])

@@ -16,6 +16,7 @@ from dspy_otel import semconv
 from dspy_otel.content import introspection, redaction
 from dspy_otel.content.digest import digest
 from dspy_otel.content.encoder import Content
+from dspy_otel.content.names import is_parameter
 from dspy_otel.core.attributes import Attributes, AttributeValue
 from dspy_otel.operations.evaluation import callable_name
 
@@ -24,7 +25,6 @@ from dspy_otel.operations.evaluation import callable_name
 _PART: Final = r"(?:[a-z]{1,24}|[0-9]{1,8}|[a-z0-9]{1,7})"
 _NAME: Final = rf"{_PART}(?:[_.-]+{_PART})*"
 _CHOICE: Final = re.compile(rf"(?=.{{1,48}}$){_NAME}(?: -> {_NAME})*")
-_PARAMETER: Final = re.compile(r"[A-Za-z][A-Za-z0-9]{0,31}(?:_[A-Za-z0-9]{0,31}){0,7}")
 _NOT_PARAMETERS: Final = frozenset(
     {"self", "student", "trainset", "valset", "teacher", "programs", "callbacks", "args", "kwargs", "_args", "_kwargs"}
 )
@@ -120,8 +120,7 @@ def parameter_attributes(
     given = {name: value for name, value in compile_arguments.items() if value is not None}
     attributes: Attributes = {}
     for name, value in {**constructor_arguments(instance), **given}.items():
-        # `compile(**{"any text": ...})`: a text is no name of a parameter.
-        if name in _NOT_PARAMETERS or value is student or not _PARAMETER.fullmatch(name):
+        if name in _NOT_PARAMETERS or value is student or not is_parameter(name):
             continue
         shown = redaction.MASK if redaction.hides(name, value) else parameter(value, content)
         if shown is not None:
