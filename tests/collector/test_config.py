@@ -102,7 +102,32 @@ def test_compose_mounts_files_that_exist_and_takes_the_version_that_is_tested() 
     collector = compose["services"]["collector"]
     for option in collector["command"]:
         assert (CONFIG / Path(option.replace("${SAMPLING:-keep-all}", "sampling")).name).exists()
-    assert collector["image"].endswith(":" + load(COLLECTOR / "builder-config.yaml")["dist"]["version"])
+    assert image_of(collector).endswith(":" + load(COLLECTOR / "builder-config.yaml")["dist"]["version"])
+
+
+def image_of(service: dict[str, Any]) -> str:
+    return str(service["build"]["args"]["IMAGE"] if "build" in service else service["image"])
+
+
+def test_no_container_runs_as_root_or_from_an_image_that_changes() -> None:
+    services = load(COLLECTOR / "compose.yaml")["services"]
+    bases = re.findall(r"^FROM (?!\$)(\S+)", (COLLECTOR / "data.Dockerfile").read_text(encoding="utf-8"), re.MULTILINE)
+    for image in (*bases, *map(image_of, services.values())):
+        assert re.search(r":v?\d+\.\d+\.\d+$", image), f"{image}: not a whole version"
+    for name, service in services.items():
+        assert int(service["user"].split(":")[0]) > 0, name
+        assert service["cap_drop"] == ["ALL"], name
+        assert service["security_opt"] == ["no-new-privileges:true"], name
+        assert "privileged" not in service, name
+        for port in service["ports"]:
+            assert port.startswith("127.0.0.1:"), name
+    for name in ("collector", "mlflow", "phoenix"):  # /data has an owner in their images only
+        assert services[name]["user"] == "10001:10001"
+
+
+def test_who_is_not_logged_in_to_grafana_may_only_look() -> None:
+    settings = load(COLLECTOR / "compose.yaml")["services"]["grafana"]["environment"]
+    assert settings["GF_AUTH_ANONYMOUS_ORG_ROLE"] == "Viewer"
 
 
 def test_dashboards_are_what_their_table_says() -> None:
