@@ -75,8 +75,8 @@ class Throttle:
     MOST_SECONDS: Final = 10.0
     """Seconds that a row of work takes before it is done without rests."""
     _STEP: Final = 0.05
-    _BUSY: Final = 0.3
-    """CPU seconds per second of a program that computes."""
+    _BUSY: Final = 0.1
+    """CPU seconds per second of a program that computes, on a machine with other work too."""
 
     def __init__(self) -> None:
         self._urgent = threading.Event()
