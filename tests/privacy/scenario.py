@@ -18,8 +18,10 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import dspy
-from opentelemetry import _logs, metrics, trace
+import pydantic
+from opentelemetry import _logs, baggage, context, metrics, trace
 
+from dspy_otel.content.digest import digest
 from tests.support.canaries import Canaries
 from tests.support.openai_server import OpenAIServer, Reply, openai_server
 
@@ -52,7 +54,30 @@ SECRET = {
     ),
 }
 
-BINARY = {"picture"}
+# How a secret may stand in a text or a value that is content: written by whoever makes its canary.
+WRITTEN = {
+    "capitals": "PASSWORD={}",
+    "colon": "password: {}",
+    "flag": "--api-key {}",
+    "header": "Authorization: Bearer  {}",
+    "cookie": "Set-Cookie: session={}; Path=/",
+    "user of a url": "https://{}@example.com/a",
+    "password of a url": "postgres://acme:{}@db.example.com/a",
+    "query string": "https://example.com/a?access_token={}&b=1",
+    "connection string": "AccountName=acme;AccountKey={};EndpointSuffix=example.com",
+    "escaped JSON": '{{\\"client_secret\\": \\"{}\\"}}',
+}
+IN_TEXTS = ("input", "output", "tool argument", "tool result", "error", "demo", "feedback", "row")
+MADE_UP = {
+    *("server model", "server id", "server finish reason", "server tool name", "server request id", "tool name key"),
+    *("session", "user", "rollout", "effort", "metric name key", "name of a parameter", "value of a parameter"),
+}
+"""Names that others make up, with a key in them."""
+SECRET |= {f"{how} in {where}" for how in WRITTEN for where in IN_TEXTS} | MADE_UP
+SECRET |= {f"{how} of {where}" for how in ("pair", "named value", "nested") for where in ("input", "tool argument")}
+
+PICTURES = ("picture", "demo picture", "tool picture", "listed picture", "model picture", "picture in a text")
+BINARY = {*PICTURES, "bytes", "audio", "file"}
 """Media: never there by default, even with content on."""
 
 NAMES = {"tool name", "metric name", "program name"}
@@ -63,12 +88,44 @@ def plant() -> None:
     """Make all canaries, in one order."""
     for place in sorted(CONTENT | BINARY | NAMES):
         text(place)
-    looks = {"prompt key", "completion key", "error key", "demo key", "feedback key", "instructions key"}
+    looks = {"prompt key", "completion key", "error key", "demo key", "feedback key", "instructions key", *MADE_UP}
     for place in sorted(SECRET):
         key(place, "sk-proj-" if place in looks else "")
 
 
 plant()
+
+
+def written(where: str) -> str:
+    """A text with a secret in each form."""
+    return "\n".join(form.format(key(f"{how} in {where}")) for how, form in WRITTEN.items())
+
+
+def structured(where: str) -> dict[str, Any]:
+    """Values with a secret in each form."""
+    return {
+        "headers": [("Authorization", key(f"pair of {where}"))],
+        "settings": [{"name": "api_key", "value": key(f"named value of {where}")}],
+        "login": {"acme": {"HF-Token": key(f"nested of {where}")}},
+    }
+
+
+def data_of(place: str) -> bytes:
+    """What stands for the bytes of a picture."""
+    return text(place).encode() * 30
+
+
+def url_of(place: str, kind: str = "image/png") -> str:
+    """A picture as a data URL."""
+    return f"data:{kind};base64," + base64.b64encode(data_of(place)).decode()
+
+
+class Page(pydantic.BaseModel):
+    """A model with a picture in it."""
+
+    picture: dspy.Image
+    raw: bytes = data_of("bytes")
+
 
 ENVIRONMENT = {
     "ACME_API_KEY": key("environment"),
@@ -107,10 +164,43 @@ class Echo(dspy.BaseLM):
         return SimpleNamespace(model="echo", choices=choices, usage={"prompt_tokens": 1, "completion_tokens": 1})
 
 
-def look_up(place: str, api_key: str | None = None) -> Any:
+class Naming(dspy.BaseLM):
+    """A server that puts a key wherever it makes up a name."""
+
+    def forward(self, prompt: Any = None, messages: Any = None, **kwargs: Any) -> Any:
+        call = SimpleNamespace(
+            id="1", type="function", function=SimpleNamespace(name=key("server tool name"), arguments="{}")
+        )
+        message = SimpleNamespace(content=f"{prompt}", tool_calls=[call])
+        choices = [SimpleNamespace(message=message, finish_reason=key("server finish reason"))]
+        usage = {"prompt_tokens": 1, "completion_tokens": 1}
+        return SimpleNamespace(model=key("server model"), id=key("server id"), choices=choices, usage=usage)
+
+
+class Refused(Exception):
+    """An error of a server with an id."""
+
+    def __init__(self) -> None:
+        super().__init__("refused")
+        self.request_id = key("server request id")
+
+
+class Refusing(dspy.BaseLM):
+    """A server that refuses."""
+
+    def forward(self, prompt: Any = None, messages: Any = None, **kwargs: Any) -> Any:
+        raise Refused
+
+
+def look_up(place: str, **more: Any) -> Any:
     if place == "nowhere":
         raise LookupError(text("tool error"), {"api_key": key("error value")})
-    return {"found": text("tool result"), "password": key("tool result password")}
+    pictures = {
+        "photo": dspy.Image(url_of("tool picture")),
+        "photos": [url_of("listed picture"), {"b": [data_of("bytes")]}],
+    }
+    found = f"{text('tool result')} {written('tool result')} see {url_of('picture in a text')}"
+    return {"found": found, "password": key("tool result password"), **pictures}
 
 
 def embed(texts: list[str]) -> list[list[float]]:
@@ -126,15 +216,17 @@ class ZqprogramnameQz(dspy.Module):
         signature = signature.with_instructions(f"{text('instructions')} {key('instructions key')}")
         signature = signature.with_updated_fields("question", desc=text("field description"))
         self.ask = dspy.Predict(signature)
-        self.ask.demos = [dspy.Example(question=f"{text('demo')} {key('demo key')}", answer="7")]
+        demo = f"{text('demo')} {key('demo key')} {written('demo')}"
+        self.ask.demos = [dspy.Example(question=demo, picture=dspy.Image(url_of("demo picture")), answer="7")]
         self.tool = dspy.Tool(look_up, name=text("tool name"), desc=text("tool description"))
         self.fails = module.fails
 
     def forward(self, question: str) -> Any:
-        self.tool(place=text("tool argument"), api_key=key("tool argument key"))
+        place = f"{text('tool argument')} {written('tool argument')}"
+        self.tool(place=place, api_key=key("tool argument key"), **structured("tool argument"))
         if question.startswith("fail"):
             self.fails(self.tool)
-        picture = dspy.Image("data:image/png;base64," + base64.b64encode(text("picture").encode() * 30).decode())
+        picture = dspy.Image(url_of("picture"))
         return self.ask(question=question, picture=picture, config={"api_key": key("config api_key")})
 
 
@@ -146,7 +238,7 @@ def fails(tool):
         try:
             raise KeyError("{cause}") from error
         except KeyError as inner:
-            raise ValueError("{program} {error} ENVIRONMENT says {environment}, then {late}") from inner
+            raise ValueError("{program} {error} ENVIRONMENT says {environment}, then {late}" + {written!r}) from inner
 """
 
 
@@ -160,6 +252,7 @@ def write_module(folder: Path) -> ModuleType:
         "error": key("error key"),
         "environment": key("environment"),
         "late": key("late environment"),
+        "written": written("error"),
     }
     place.write_text(MODULE.format(**parts), encoding="utf-8")
     spec = importlib.util.spec_from_file_location("user_module", place)
@@ -176,7 +269,8 @@ def ZqmetricnameQz(
     if "raise" in example.question:
         raise ArithmeticError(text("metric error"))
     score = int(prediction.answer.split()[0]) / 9
-    return dspy.Prediction(score=score, feedback=f"{text('metric feedback')} {key('feedback key')}")
+    feedback = f"{text('metric feedback')} {key('feedback key')} {written('feedback')}"
+    return dspy.Prediction(score=score, feedback=feedback)
 
 
 class Mine(dspy.teleprompt.Teleprompter):
@@ -185,19 +279,59 @@ class Mine(dspy.teleprompt.Teleprompter):
     def __init__(self, note: str, api_key: str, settings: dict[str, Any]) -> None:
         self.note, self.api_key, self.settings = note, api_key, settings
 
-    def compile(self, student: Any, *, trainset: Any, access_token: str = "") -> Any:
+    def compile(self, student: Any, *, trainset: Any, access_token: str = "", **more: Any) -> Any:
         return student
+
+
+class Shows(dspy.Module):
+    """Gives back what it was given, with secrets and pictures of its own."""
+
+    def forward(self, **inputs: Any) -> Any:
+        sound = dspy.Audio(data=base64.b64encode(data_of("audio")).decode(), audio_format="wav")
+        file = dspy.File(file_data=url_of("file", "application/pdf")) if hasattr(dspy, "File") else None
+        pages = [Page(picture=dspy.Image(url_of("model picture")))]
+        return dspy.Prediction(text=written("output"), pages=pages, sound=sound, file=file, given=inputs)
+
+
+def made_up_names() -> None:
+    """Whoever may make up a name makes up one with a key in it."""
+    Naming("acme/names")("a prompt", reasoning_effort=key("effort"), rollout_id=key("rollout"))
+    _expect(Refused, Refusing("acme/refuses"), "a prompt")
+    dspy.Tool(lambda: 1, name=key("tool name key"))()
+    given = baggage.set_baggage("user.id", key("user"), baggage.set_baggage("session.id", key("session")))
+    token = context.attach(given)
+    try:
+        Shows()(
+            question=written("input"), page=Page(picture=dspy.Image(url_of("model picture"))), **structured("input")
+        )
+    finally:
+        context.detach(token)
+
+    def judge(*_: Any) -> float:
+        return 1.0
+
+    judge.__name__ = key("metric name key")
+    few = [dspy.Example(question="q").with_inputs("question")]
+    dspy.Evaluate(devset=few, metric=judge, num_threads=1, display_progress=False)(Shows())
+    own = {key("name of a parameter"): 1, "kind": key("value of a parameter")}
+    Mine("n", "k", {}).compile(Shows(), trainset=few, **own)
 
 
 def rows(count: int, first: str = "ask") -> list[Any]:
     return [
         dspy.Example(
-            question=f"{first} {number} {text('dataset input')}",
+            question=f"{first} {number} {text('dataset input')} {written('row')}",
             answer=text("dataset label"),
             password=key("dataset password"),
         ).with_inputs("question")
         for number in range(count)
     ]
+
+
+def guesses() -> set[str]:
+    """What whoever knows the rows can work out: their plain digests, and those of the datasets they are in."""
+    known = [digest(dict(row.items())) for row in (*rows(5), *rows(1, "raise"), *rows(1, "fail"))]
+    return {*known, digest([*known[:3], *known[5:]]), digest(known[:3]), digest(known[3:5])}
 
 
 # --- the run ----------------------------------------------------------------------------------------------------------
@@ -246,6 +380,7 @@ def _run(server: OpenAIServer, folder: Path, optimize: bool) -> None:
         address = f"http://acme:{key('url password')}@127.0.0.1:1/v1"
         _expect(Exception, dspy.LM("openai/away", api_base=address, api_key="sk-none", num_retries=0), address)
         interpret()
+        made_up_names()
         dataset = [*rows(3), *rows(1, "raise"), *rows(1, "fail")]
         evaluate = dspy.Evaluate(
             devset=dataset, metric=ZqmetricnameQz, num_threads=2, max_errors=50, display_progress=False

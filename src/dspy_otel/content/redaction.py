@@ -386,7 +386,7 @@ def _secrets(text: str) -> list[tuple[int, int]]:
         _under_names(raw, raw, b'\\",', rules, found)
     if b"<" in raw and b"</" in raw:
         found += ((m.end(1), m.end() - 2) for m in rules.element.finditer(raw) if _text_kind(m[2]) >= 2)
-    if b"-" in raw and b" --" in raw:
+    if b"--" in raw:
         found += ((m.end(1), m.end()) for m in rules.flag.finditer(raw) if _text_kind(m[2]))
     _in_runs(raw, rules, found)
     return found
@@ -448,6 +448,8 @@ def _under_name(raw: bytes, position: int, rules: _Rules) -> tuple[int, int] | N
     if name is None:
         return None
     kind = _text_kind(name[1])
+    if not kind and name[1][:1] in b"nrt" and window[: name.start(1)].endswith(b"\\"):
+        kind = _text_kind(name[1][1:])  # A line break that is written as an escape: JSON in JSON, source code.
     if not kind and window[-3:].lower() in (b"lue", b"val"):
         end = max(position - _NAME_WINDOW, 0) + len(window)
         naming = _NAMING_BEFORE.match(raw, max(end - _NAMING_WINDOW, 0), end)

@@ -13,6 +13,7 @@ from opentelemetry.trace import Link, Status, StatusCode
 
 from dspy_otel import semconv
 from dspy_otel.content import introspection
+from dspy_otel.content.names import without_secrets
 from dspy_otel.core.attributes import Attributes
 from dspy_otel.core.call_context import CallContext
 from dspy_otel.core.errors import error_type
@@ -294,7 +295,7 @@ def callable_name(function: Any) -> str:
         function = function.func
     plain = type(function) in _FUNCTIONS or introspection.is_a(function, type)
     name = introspection.text(function.__name__ if plain else introspection.field(function, "__name__"), 256)
-    return name or introspection.name_of(type(function)).rpartition(".")[2]
+    return without_secrets(name or introspection.name_of(type(function)).rpartition(".")[2])
 
 
 def metric_name(metric: Any) -> str | None:
