@@ -79,3 +79,21 @@ def test_links_between_pages_lead_somewhere(page: Path) -> None:
         if not there.exists() or (anchor and there.suffix == ".md" and anchor not in anchors(there)):
             wrong.append(f"{target}#{anchor}")
     assert not wrong
+
+
+SECURITY = ROOT / "docs" / "security.md"
+
+
+def test_every_test_that_the_page_on_security_names_is_there() -> None:
+    named = re.findall(r"`(tests/[\w/]+\.py)(?:::(\w+))?`", SECURITY.read_text(encoding="utf-8"))
+    assert len(named) > 20
+    for file, function in named:
+        text = (ROOT / file).read_text(encoding="utf-8")
+        assert re.search(rf"^(?:async )?def {function or 'test_'}", text, re.MULTILINE), f"{file}::{function}"
+
+
+def test_every_statement_in_its_tables_names_a_test() -> None:
+    rows = [line for line in SECURITY.read_text(encoding="utf-8").splitlines() if line.startswith("|")]
+    statements = [row for row in rows if not row.startswith(("| what |", "| place |", "|---"))]
+    assert len(statements) > 10
+    assert not [row for row in statements if "`tests/" not in row.split("|")[-2]]
