@@ -1,4 +1,4 @@
-"""Names that others make up: models, ids, finish reasons, tools, sessions, users, parameters of ``compile()``.
+"""Names that others make up: models, ids, finish reasons, tools, parameters of ``compile()``.
 
 A server may answer with anything, also with a prompt or a key, where a model's name is expected. So a word of a known
 vocabulary passes; anything else is bounded, of plain characters, and without secrets, whether content is on or off.

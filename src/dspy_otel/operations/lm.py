@@ -71,12 +71,14 @@ class LMDescription:
 
     Attributes:
         span: span name.
+        model: DSPy's name of the model, with its provider.
         attributes: of the span's start. Never changed, as all here.
         request: those of them that are the request's, for metrics and events.
         stop: stop sequences, which are content.
     """
 
     span: str
+    model: str | None
     attributes: Attributes
     request: Attributes
     stop: Any
@@ -206,7 +208,8 @@ class LMOperation(Operation):
         openinference(attributes, self.telemetry, semconv.KIND_LLM)
         name = f"{attributes[semconv.GEN_AI_OPERATION_NAME]} {attributes[semconv.GEN_AI_REQUEST_MODEL]}"
         repair(attributes)
-        return LMDescription(sendable(name), attributes, request, stop)
+        model = introspection.text(introspection.field(lm, "model"))
+        return LMDescription(sendable(name), model, attributes, request, stop)
 
     def overridden(
         self, context: CallContext, args: tuple[Any, ...], kwargs: dict[str, Any], override_of: type | None
@@ -341,8 +344,8 @@ class LMOperation(Operation):
         """Before ``execution.finalize(lm, call, result)`` (3.4): the call's own result, which histories share later."""
         state = current_state(LMCallState)
         if state is not None:
-            requested = introspection.field(argument(args, kwargs, 0, "lm"), "model")
-            state.response = response_of_call_result(argument(args, kwargs, 2, "result"), requested, state.stream)
+            result = argument(args, kwargs, 2, "result")
+            state.response = response_of_call_result(result, state.description.model, state.stream)
             state.stream = None
 
     def record_engine(self, _: None, args: tuple[Any, ...], kwargs: dict[str, Any], chosen: Any) -> None:

@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 from dspy_otel import semconv
 from dspy_otel.content import introspection
 from dspy_otel.content.introspection import field, is_a
-from dspy_otel.content.names import plain_name, plain_word, without_secrets
+from dspy_otel.content.names import plain_word, without_secrets
 from dspy_otel.core.attributes import Attributes
 
 # DSPy's model prefixes (LiteLLM's and lm15's provider ids) as the GenAI conventions name those providers.
@@ -94,7 +94,8 @@ def request_key(lm: Any, settings: Mapping[str, Any]) -> tuple[Any, ...] | None:
 
     ``None`` where that is more than short texts and numbers: to compare it might run code of a user's class.
     """
-    model, kind = field(lm, "model"), field(lm, "model_type", "chat")
+    stored = introspection.instance_dict(lm)
+    model, kind = stored.get("model"), stored.get("model_type", "chat")
     if type(model) is not str or type(kind) is not str:
         return None
     key: list[Any] = [model, kind]
@@ -146,7 +147,7 @@ def request_attributes(lm: Any, settings: Mapping[str, Any]) -> Attributes:
     if rollout is not None:
         shown = introspection.text(rollout) or introspection.whole(rollout)
         if shown is not None:
-            attributes[semconv.LM_ROLLOUT_ID] = plain_name(str(shown))
+            attributes[semconv.LM_ROLLOUT_ID] = without_secrets(str(shown))
     address = settings.get("api_base")
     address = settings.get("base_url") if address is None else address
     if address is not None:

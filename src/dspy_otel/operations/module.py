@@ -12,7 +12,7 @@ from opentelemetry import baggage
 from dspy_otel import semconv
 from dspy_otel.content import introspection
 from dspy_otel.content.introspection import is_a
-from dspy_otel.content.names import plain_name
+from dspy_otel.content.names import without_secrets
 from dspy_otel.core.attributes import Attributes, repair, sendable
 from dspy_otel.core.call_context import CallContext, Program
 from dspy_otel.core.errors import error_type
@@ -153,7 +153,7 @@ def caller_attributes() -> Attributes:
         value = found.get(key)
         shown = introspection.text(value) if introspection.is_a(value, str) else introspection.whole(value)
         if shown is not None:
-            attributes[key] = plain_name(str(shown))
+            attributes[key] = without_secrets(str(shown))
     return attributes
 
 
