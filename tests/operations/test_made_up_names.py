@@ -131,10 +131,10 @@ def test_half_a_secret_is_none_either() -> None:
         assert "aB3dE6gH9jK2mN5pQ8sT" not in plain_name("x" * (256 - room) + " " + KEY)
 
 
-def test_sessions_and_users_of_callers_are_bounded_plain_and_masked(telemetry: Recorder) -> None:
+def test_sessions_and_users_of_callers_are_bounded_and_masked_and_else_as_they_are(telemetry: Recorder) -> None:
     telemetry.instrument()
     token = otel_context.attach(baggage.set_baggage("session.id", f"my prompt\n{KEY}" * 40))
-    token_of_user = otel_context.attach(baggage.set_baggage("user.id", "ada@example.com"))
+    token_of_user = otel_context.attach(baggage.set_baggage("user.id", "Ada L. <ada@example.com>"))
     try:
         with dspy.context(lm=DummyLM([{"answer": "a"}])):
             dspy.Predict("question -> answer")(question="q")
@@ -142,16 +142,14 @@ def test_sessions_and_users_of_callers_are_bounded_plain_and_masked(telemetry: R
         otel_context.detach(token_of_user)
         otel_context.detach(token)
     span = telemetry.only("invoke_workflow")
-    assert str(span.attributes["session.id"]).isprintable()
-    assert len(str(span.attributes["session.id"])) <= 300
-    assert span.attributes["user.id"] == "ada@example.com"
+    assert len(str(span.attributes["session.id"])) <= 1024
+    assert span.attributes["user.id"] == "Ada L. <ada@example.com>"
     assert KEY[:20] not in telemetry.everything()
 
 
 def test_efforts_and_rollouts_are_no_way_out_either(telemetry: Recorder) -> None:
     telemetry.instrument()
-    Server()("hi", reasoning_effort=KEY, rollout_id=f"my prompt {KEY}")
+    Server()("hi", reasoning_effort=KEY, rollout_id=f"try {KEY}")
     span = telemetry.only("chat")
     assert span.attributes["gen_ai.request.reasoning.level"] == "other"
-    assert " " not in str(span.attributes["dspy.lm.rollout_id"])
     assert KEY not in telemetry.everything()
