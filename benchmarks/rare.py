@@ -110,7 +110,7 @@ def main() -> None:
     check, recorded = before_each_program(content=False), Recorded.of(error, "lm")
     for name, call, times in (
         ("before_each_program, once a Predict", check, 1),
-        ("restore_dropped, twice a Predict", lambda: restore_dropped(span, ATTRIBUTES), 2),
+        ("restore_dropped, with samplers not the SDK's", lambda: restore_dropped(span, ATTRIBUTES), 2),
         ("repair, twice a Predict", lambda: repair(ATTRIBUTES), 2),
         ("Recorded, once for each span an error passes", lambda: Recorded.of(error, "lm"), 1),
         ("and to recognize it", lambda: recorded.is_(error, "module"), 1),

@@ -10,9 +10,20 @@ import pytest
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
-from opentelemetry.sdk.trace.sampling import ALWAYS_ON, Decision, Sampler, SamplingResult
+from opentelemetry.sdk.trace.sampling import (
+    ALWAYS_OFF,
+    ALWAYS_ON,
+    Decision,
+    ParentBased,
+    ParentBasedTraceIdRatio,
+    Sampler,
+    SamplingResult,
+    TraceIdRatioBased,
+)
+from opentelemetry.trace import NoOpTracer
 
 from dspy_otel import DSPyInstrumentor
+from dspy_otel.core.attributes import keeps_attributes
 from tests.optimizers.common import RUNS, quietly, scripted_lm
 
 
@@ -41,6 +52,18 @@ def attributes(sampler: Sampler) -> Counter[tuple[str, str]]:
     )
 
 
-@pytest.mark.parametrize("own", [None, {"own": 1}])
-def test_a_sampler_that_forgets_the_attributes(own: dict[str, Any] | None) -> None:
-    assert attributes(Forgetful(own)) == attributes(ALWAYS_ON)
+@pytest.mark.parametrize("sampler", [Forgetful(None), Forgetful({"own": 1}), ParentBased(Forgetful(None))])
+def test_a_sampler_that_forgets_the_attributes(sampler: Sampler) -> None:
+    assert attributes(sampler) == attributes(ALWAYS_ON)
+
+
+def test_only_samplers_of_the_sdks_own_are_trusted() -> None:
+    samplers = {
+        True: (ALWAYS_ON, ALWAYS_OFF, ParentBased(ALWAYS_ON), TraceIdRatioBased(0.5), ParentBasedTraceIdRatio(0.5)),
+        False: (Forgetful(None), ParentBased(Forgetful(None)), ParentBased(ParentBased(Forgetful(None)))),
+    }
+    for trusted, each in samplers.items():
+        for sampler in each:
+            tracer = TracerProvider(sampler=sampler, shutdown_on_exit=False).get_tracer("tests")
+            assert keeps_attributes(tracer) is trusted
+    assert not keeps_attributes(NoOpTracer())

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Final, TypeAlias
+from typing import Any, Final, TypeAlias
 
-from opentelemetry.trace import Span
+from opentelemetry.trace import Span, Tracer
 
 from dspy_otel.content.truncation import repaired
 
@@ -54,6 +54,20 @@ def restore_dropped(span: Span, attributes: ReadOnlyAttributes) -> None:
     kept = getattr(span, "attributes", None)
     if kept is not None and attributes and next(iter(attributes)) not in kept:
         span.set_attributes(attributes)
+
+
+def keeps_attributes(tracer: Tracer) -> bool:
+    """Whether spans of ``tracer`` have all attributes that they are started with: its sampler is the SDK's own.
+
+    So is each sampler that it asks in turn.
+    """
+    return _is_the_sdks(getattr(tracer, "sampler", None))
+
+
+def _is_the_sdks(sampler: Any) -> bool:
+    if type(sampler).__module__ != "opentelemetry.sdk.trace.sampling":
+        return False
+    return all(_is_the_sdks(each) for each in vars(sampler).values() if hasattr(each, "should_sample"))
 
 
 def sendable(text: str) -> str:

@@ -262,7 +262,8 @@ class Operation:
         call.attributes = {}
         call.identity = None
         if call.recording:
-            restore_dropped(call.span, attributes)
+            if not telemetry.keeps_attributes:
+                restore_dropped(call.span, attributes)
             if start.identity:
                 call.identity = {key: attributes[key] for key in start.identity if key in attributes}
             try:

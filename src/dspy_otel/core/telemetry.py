@@ -18,7 +18,7 @@ from opentelemetry.trace import NoOpTracer, ProxyTracer, Span, Tracer, TracerPro
 from dspy_otel import semconv
 from dspy_otel.config import Config
 from dspy_otel.content.encoder import Content
-from dspy_otel.core.attributes import Attributes, repair
+from dspy_otel.core.attributes import Attributes, keeps_attributes, repair
 from dspy_otel.core.call_context import current_call_context, suppressed, without_call_context
 from dspy_otel.core.id_generator import with_system_ids
 from dspy_otel.core.internal_errors import failed, guard
@@ -41,6 +41,7 @@ class Telemetry:
     Attributes:
         discards: whether nothing of what is recorded is kept, which is known from the first span on: the SDK is
             disabled. Providers that have yet to be set may keep something.
+        keeps_attributes: whether no sampler can drop the attributes that a span is started with.
     """
 
     def __init__(
@@ -57,6 +58,7 @@ class Telemetry:
         self._on_provider = on_provider
         self.active = True
         self.discards = False
+        self.keeps_attributes = False
         self.on_outermost = on_outermost
         self._provider = tracer_provider
         self._tracer: Tracer | None = None
@@ -106,6 +108,8 @@ class Telemetry:
                 if self._on_provider is not None:
                     with guard("tracer provider"):
                         self._on_provider(self._provider or trace.get_tracer_provider())
+                with guard("sampler"):
+                    self.keeps_attributes = keeps_attributes(tracer)
                 self._tracer = with_system_ids(tracer)
                 events = self.config.content_on_events and not isinstance(self.logger, NoOpLogger)
                 self.discards = isinstance(tracer, NoOpTracer) and isinstance(self._meter, NoOpMeter) and not events

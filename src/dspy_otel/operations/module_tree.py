@@ -10,11 +10,11 @@ share a path.
 
 from __future__ import annotations
 
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import Any, Final, NamedTuple, TypeAlias
-from weakref import WeakKeyDictionary
 
 from dspy_otel.content import introspection
 
@@ -46,10 +46,12 @@ class _Kinds(dict[type, int]):
 
     def __init__(self) -> None:
         super().__init__()
-        self._users: WeakKeyDictionary[type, int] = WeakKeyDictionary()
+        self._users: dict[int, tuple[weakref.ref[type], int]] = {}
 
     def __missing__(self, kind: type) -> int:
-        answer = self._users.get(kind)
+        identity = id(kind)
+        kept = self._users.get(identity)
+        answer = kept[1] if kept is not None and kept[0]() is kind else None
         if answer is None:
             bases = introspection.bases_of(kind)
             names = {introspection.name_of(base) for base in bases if introspection.library(base) == "dspy"}
@@ -58,7 +60,10 @@ class _Kinds(dict[type, int]):
             else:
                 answer = _CONTAINER if issubclass(kind, (dict, list, tuple)) else 0
             lasting = not _flags_of(kind) & _HEAP or introspection.library(kind) == "dspy"
-            (self if lasting else self._users)[kind] = answer
+            if lasting:
+                self[kind] = answer
+            else:
+                self._users[identity] = weakref.ref(kind, lambda _: self._users.pop(identity, None)), answer
         return answer
 
 
