@@ -72,8 +72,9 @@ def response_of_call_result(result: Any, requested: Any, stream: Any = None) -> 
         model, response_id = _model_of_lm15(responses[0]), _id_of_lm15(responses[0])
     else:
         reasons, response_id = choice_reasons(raw), field(raw, "id")
-        model = model_of_litellm(raw, requested) if is_litellm(raw) else result.response_model
-        if cache_hit and was_streamed(raw):
+        streamed = is_litellm(raw) and was_streamed(raw)
+        model = model_of_litellm(raw, requested, streamed) if is_litellm(raw) else result.response_model
+        if cache_hit and streamed:
             cost = None  # DSPy keeps the price, but not whether anybody counted what it is for.
     if stream is not None:
         model, usage = reported_in_stream(stream)
@@ -95,9 +96,9 @@ def _model_of_lm15(response: Any) -> Any:
     body: Any = getattr(response, "provider_data", None)
     if not is_a(body, dict):
         return response.model  # a custom engine's
-    named = introspection.text(body.get("model")) or introspection.text(body.get("modelVersion"))
+    named = introspection.text(field(body, "model")) or introspection.text(field(body, "modelVersion"))
     # Anthropic's streams name model and id in their first event; the body is their last one.
-    return named or (response.model if response.id is not None and "id" not in body else None)
+    return named or (response.model if response.id is not None and field(body, "id") is None else None)
 
 
 def _id_of_lm15(response: Any) -> Any:
@@ -112,14 +113,14 @@ def is_litellm(response: Any) -> bool:
 
 
 def was_streamed(response: Any) -> bool:
-    """Whether LiteLLM has put it together from chunks: those say when they were made."""
-    return is_litellm(response) and field(field(response, "_hidden_params"), "created_at") is not None
+    """Whether LiteLLM has put its response together from chunks: those say when they were made."""
+    return field(field(response, "_hidden_params"), "created_at") is not None
 
 
-def model_of_litellm(response: Any, requested: Any) -> Any:
+def model_of_litellm(response: Any, requested: Any, streamed: bool) -> Any:
     """The model as the server names it: in answers put together from chunks, LiteLLM gives the request's name."""
     model = field(response, "model")
-    if was_streamed(response):
+    if streamed:
         model = field(field(response, "_hidden_params"), "provider_response_model")
     return without_provider(model, requested)
 

@@ -38,8 +38,9 @@ def record_response(lm: Any, args: tuple[Any, ...], kwargs: dict[str, Any], outp
     if state is None:
         return
     response = argument(args, kwargs, 0, "response")
-    answer = response_of_openai(response, outputs, field(lm, "model"))
-    state.response = as_counted(answer, response, state) if is_litellm(response) else answer
+    streamed = is_litellm(response) and (state.chunks > 0 or was_streamed(response))
+    answer = response_of_openai(response, outputs, field(lm, "model"), streamed)
+    state.response = as_counted(answer, state.usage_requested) if streamed else answer
     # DSPy's own LM has one engine. The class of any other LM is enough.
     if any(base.__module__ == "dspy.clients.lm" for base in type(lm).__mro__):
         state.engine = "litellm"
@@ -52,22 +53,31 @@ def record_typed_response(lm: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
         state.response = response_of_typed(response)
 
 
-def as_counted(answer: LMResponse, response: Any, state: LMCallState) -> LMResponse:
-    """``answer`` without what LiteLLM has counted itself, where it put ``response`` together from chunks.
+def as_counted(answer: LMResponse, requested: bool) -> LMResponse:
+    """``answer``, which LiteLLM has put together from chunks, without what it has counted itself.
 
     Whoever asks for usage in a stream gets the server's; but not for reasoning, which LiteLLM always counts.
+
+    Args:
+        answer: of the call.
+        requested: whether usage was asked for. For an answer from the cache that is not known.
     """
-    if not was_streamed(response):
-        return answer
-    if not state.usage_requested:  # Nor was it for an answer from the cache, as far as is known.
+    if not requested:
         return dataclasses.replace(answer, usage={}, cost=None)
     usage = {name: value for name, value in answer.usage.items() if name != "completion_tokens_details"}
     return dataclasses.replace(answer, usage=usage)
 
 
-def response_of_openai(response: Any, outputs: Any, requested: Any) -> LMResponse:
-    """From the response in OpenAI's format that LMs return, and the name of the model that was asked for."""
-    model = model_of_litellm(response, requested) if is_litellm(response) else field(response, "model")
+def response_of_openai(response: Any, outputs: Any, requested: Any, streamed: bool) -> LMResponse:
+    """From the response in OpenAI's format that LMs return.
+
+    Args:
+        response: what the LM returned.
+        outputs: what DSPy made of it.
+        requested: DSPy's name of the model, with its provider.
+        streamed: LiteLLM has put it together from chunks.
+    """
+    model = model_of_litellm(response, requested, streamed) if is_litellm(response) else field(response, "model")
     return LMResponse(
         outputs=list(introspection.items(outputs)),
         usage=usage_counters(field(response, "usage")),
