@@ -37,12 +37,13 @@ DISABLED = {"OTEL_SDK_DISABLED": "true"}
 
 @dataclass
 class Configuration:
-    """One row of the table: a tool in a state, and what its worker said."""
+    """One row of the table: a tool in a state, and what its worker said. An earlier one of ours is in ``source``."""
 
     tool: str
     state: str
     title: str
     environment: dict[str, str] = field(default_factory=dict)
+    source: Path | None = None
     process: subprocess.Popen[str] | None = None
     skipped: str = ""
     version: str = ""
@@ -91,6 +92,19 @@ def configurations() -> list[Configuration]:
         Configuration("mlflow", "sqlite", "autolog with its export to sqlite"),
         Configuration("mlflow", "out", "sampled out", no_mlflow),
         Configuration("mlflow", "disabled", "tracing disabled"),
+    ]
+
+
+def earlier(commit: str, folder: Path) -> list[Configuration]:
+    """Rows of ours at an earlier commit, from its source, which is put into ``folder``."""
+    command = ["git", "archive", commit, "src"]
+    packed = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, check=True).stdout
+    subprocess.run(["tar", "-x", "-C", str(folder)], input=packed, check=True)
+    source = folder / "src"
+    return [
+        Configuration(f"at {commit}", row.state, row.title, {**row.environment, "PYTHONPATH": str(source)}, source)
+        for row in configurations()
+        if row.tool == "dspy-otel"
     ]
 
 
@@ -154,8 +168,9 @@ def worker_environment(extra: dict[str, str], cache: str) -> dict[str, str]:
 
 def start(configuration: Configuration, folder: Path) -> subprocess.Popen[str]:
     log = (folder / f"{configuration.tool}-{configuration.state}.log").open("w")
+    tool = configuration.tool if configuration.source is None else "dspy-otel"
     return subprocess.Popen(
-        [sys.executable, str(HERE / "worker.py"), configuration.tool, configuration.state],
+        [sys.executable, str(HERE / "worker.py"), tool, configuration.state],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=log,
@@ -246,6 +261,9 @@ class Results:
         self.rows = rows
         selected = {row.key for row in rows}
         self.judged = [goal for goal in GOALS if {goal.ours, goal.other} <= selected]
+        self.judged += [
+            Goal(f"dspy-otel {row.state}", row.key, 1.0, "an earlier commit") for row in rows if row.source is not None
+        ]
         self.by_key = {row.key: row for row in rows if not row.skipped and all(row.cpu.values())}
         self.bare = self.by_key["bare "]
 
@@ -364,6 +382,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repetitions", type=int, default=15, help="measurements of each cell (%(default)s)")
     parser.add_argument("--calls", type=int, default=100, help="calls in one measurement (%(default)s)")
+    parser.add_argument("--against", metavar="COMMIT", help="also ours at this commit, side by side")
     parser.add_argument("--only", metavar="TOOL,TOOL", help="only bare and these, e.g. callback,floor,dspy-otel")
     parser.add_argument("--quick", action="store_true", help="a smoke run: 2 repetitions of 10 calls")
     parser.add_argument("--check", action="store_true", help="exit with 1 when a goal is missed for a Predict")
@@ -386,6 +405,8 @@ def main() -> int:
     if options.only:
         rows = [row for row in rows if row.tool in ["bare", *options.only.split(",")]]
     with tempfile.TemporaryDirectory(prefix="overhead-") as folder:
+        if options.against:
+            rows += earlier(options.against, Path(folder))
         try:
             begin(rows, Path(folder))
             run(rows, options.repetitions, options.calls, options.seed)
