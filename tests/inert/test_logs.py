@@ -23,6 +23,7 @@ import dspy_otel
 from tests.inert.logged import LOG, derived, stand_in
 from tests.optimizers.common import quietly
 from tests.optimizers.test_weights import Trainer
+from tests.support.older import DSPY
 from tests.support.spans import Recorder
 
 ANSWER = {
@@ -432,6 +433,7 @@ VALUES: dict[str, Callable[[], Any]] = {
 }
 
 
+@pytest.mark.skipif(DSPY < (3, 2), reason="DSPy does not wait for its workers: the logs of two bare runs differ")
 @pytest.mark.parametrize("name", VALUES)
 def test_results_of_programs_tools_metrics_and_retrievers(name: str, telemetry: Recorder) -> None:
     make = VALUES[name]
