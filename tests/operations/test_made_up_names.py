@@ -11,7 +11,8 @@ from dspy.utils import DummyLM
 from opentelemetry import baggage
 from opentelemetry import context as otel_context
 
-from dspy_otel.content.names import VOCABULARY, is_parameter, plain_name, plain_word
+from dspy_otel.content import redaction
+from dspy_otel.content.names import VOCABULARY, is_parameter, plain_name, plain_word, without_secrets
 from dspy_otel.core.metrics import MOST_VALUES, MetricAttributes
 from tests.support.spans import Recorder
 
@@ -153,3 +154,10 @@ def test_efforts_and_rollouts_are_no_way_out_either(telemetry: Recorder) -> None
     span = telemetry.only("chat")
     assert span.attributes["gen_ai.request.reasoning.level"] == "other"
     assert KEY not in telemetry.everything()
+
+
+def test_a_name_that_turns_out_to_be_a_secret_is_masked_from_then_on() -> None:
+    text = "correcthorsebattery9"
+    assert plain_name(text) == without_secrets(text) == text
+    redaction.remember(text)
+    assert plain_name(text) == without_secrets(text) == redaction.MASK

@@ -29,37 +29,37 @@ VOCABULARY: Final = frozenset(_WORDS.split())
 
 _WORD: Final = re.compile(r"(?=.{1,48}\Z)[A-Za-z]{1,24}(?:[_-][A-Za-z0-9]{1,24}){0,4}")
 _PARAMETER: Final = re.compile(r"(?=.{1,64}\Z)[A-Za-z][A-Za-z0-9]{0,31}(?:_[A-Za-z0-9]{0,31}){0,7}")
+_PLAIN: Final = re.compile(r"[\w.:/@+=,()\[\]#|~-]*")
 _NOT_PLAIN: Final = re.compile(r"[^\w.:/@+=,()\[\]#|~-]")
 
 
-def _masked(text: str, most: int) -> str:
+@functools.lru_cache(maxsize=1024)
+def _masked(text: str, most: int, _: int) -> str:
     # Cut afterwards: half a secret at the end would not be recognised.
     return redaction.mask(text[: most + redaction.lookahead()])[:most]
 
 
-@functools.lru_cache(maxsize=1024)
 def plain_name(text: str) -> str:
     """At most 256 characters of ``text``: secrets masked, and ``_`` for spaces, control characters and signs."""
-    shown = _masked(text, LONGEST)
+    shown = _masked(text, LONGEST, redaction.remembered)
+    if _PLAIN.fullmatch(shown):
+        return shown
     # The mask stays as it is everywhere.
     return redaction.MASK.join(_NOT_PLAIN.sub("_", part) for part in shown.split(redaction.MASK))
 
 
-@functools.lru_cache(maxsize=1024)
 def without_secrets(text: str) -> str:
     """A name that the user gave, as it is except for secrets."""
-    return _masked(text, 4 * LONGEST)
+    return _masked(text, 4 * LONGEST, redaction.remembered)
 
 
-@functools.lru_cache(maxsize=1024)
 def plain_word(text: str) -> str:
     """A word of :data:`VOCABULARY`, or one that looks like one and is no secret; ``other`` for anything else."""
     if text in VOCABULARY:
         return text
-    return text if _WORD.fullmatch(text) is not None and redaction.mask(text) == text else OTHER
+    return text if _WORD.fullmatch(text) is not None and without_secrets(text) == text else OTHER
 
 
-@functools.lru_cache(maxsize=1024)
 def is_parameter(text: str) -> bool:
     """Whether a name of a keyword argument is one: ``compile(**{"any text": ...})`` works with any text."""
-    return _PARAMETER.fullmatch(text) is not None and redaction.mask(text) == text
+    return _PARAMETER.fullmatch(text) is not None and without_secrets(text) == text

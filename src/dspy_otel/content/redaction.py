@@ -82,6 +82,8 @@ _MOST_KNOWN: Final = 256
 _LONGEST: Final = 1024
 _LONGEST_JSON: Final = 16_384
 _known: dict[str, None] = {}
+remembered = 0
+"""How many texts have been remembered so far: what was masked before may have one of them."""
 _PAUSE: Final = 1.0
 _REPEATED: Final = 4096
 """Longest text of which it is kept for a while whether a secret is in it."""
@@ -196,9 +198,11 @@ def remember(value: Any) -> None:
         return
     if value.isalpha() and value.islower() and len(value) < 20:
         return
+    global remembered  # noqa: PLW0603
     while len(_known) >= _MOST_KNOWN:
         _known.pop(next(iter(tuple(_known))), None)
     _known[value] = None
+    remembered += 1
 
 
 def remember_settings(settings: Mapping[Any, Any], depth: int = _NESTED) -> None:
