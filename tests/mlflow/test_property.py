@@ -11,10 +11,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import pytest
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
 
 from dspy_otel.mlflow import journal, processor, retry
@@ -25,7 +25,7 @@ from dspy_otel.mlflow.journal import complete_messages, journal_directories
 from dspy_otel.mlflow.replay import replay
 from dspy_otel.record.otlp import decode
 from tests.mlflow.fake_server import NAMES, FakeMLflow, Fault, Faults, fake_mlflow
-from tests.mlflow.programs import Disk, Event, Plan, Process, run, stories
+from tests.mlflow.programs import Disk, Event, Optimization, Plan, Process, Trial, run, stories
 from tests.mlflow.stored import comparable, contents_of, timeless
 
 pytestmark = [pytest.mark.injects_faults, pytest.mark.filterwarnings("ignore:.*fork")]
@@ -294,7 +294,17 @@ def test_a_server_that_misbehaves(plan: Plan) -> None:
     check(plan)
 
 
+FULL: Final = Plan(
+    (Optimization((Trial((0.0, 0.5, 1.0, 0.0), 75.0, True),) * 2, True, False, None),),
+    (0,),
+    (),
+    **{"cut": 90, "end": "shutdown", "spool": True, "limit": 3_000, "memory": 0, "threads": True},
+)
+"""An evaluation and its examples end in one batch that the limit does not let through."""
+
+
 @FEW
+@example(FULL)
 @given(DISKS)
 def test_a_disk_that_fails_and_a_limit(plan: Plan) -> None:
     check(plan)

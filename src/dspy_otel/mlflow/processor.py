@@ -294,9 +294,10 @@ class MLflowProcessor(SpanProcessor):
         account.produced[TRACES] += sum(span.parent is None for span in spans)
         try:
             if not self._append_some(spans):
-                # The limit is reached: what runs are made of has a reserve on disk, the rest waits in memory.
+                # The limit is reached: what runs are made of has a reserve on disk, the rest waits in memory. Examples
+                # come before the evaluation that they are of, as they have ended.
                 needed = [span for span in spans if is_ours(span) and kind_of(span) in RUN_KINDS]
-                for some in (needed, [span for span in spans if span not in needed]):
+                for some in ([span for span in spans if span not in needed], needed):
                     if some and not self._append_some(some, needed=some is needed, although_full=True):
                         self._drop(some, "spool_full" if self.journal.directory is not None else "queue_full")
         except Exception as error:
