@@ -438,3 +438,9 @@ def test_the_password_in_an_lms_address_is_masked_without_its_scheme() -> None:
     assert redaction.mask("cannot connect to team:hunter22-pass@host.example") == (
         f"cannot connect to team:{redaction.MASK}@host.example"
     )
+
+
+@pytest.mark.parametrize("before", ["\\n", "\\t", "\\u0022", "\\x1b", "%20", "\x1b[31m", "\x1b[0;31m"])
+def test_a_key_right_behind_an_escape_is_found(before: str) -> None:
+    key = "ghp_" + "aB3dE6gH9jK2mN5pQ8sT" * 2
+    assert redaction.mask(f"it said{before}{key[:40]}, twice") == f"it said{before}{redaction.MASK}, twice"

@@ -85,12 +85,10 @@ def subclass(value: Any, name: str) -> Any:
     return derived(kind, name)(value) if kind in (str, int, float, list, dict) else value
 
 
-# Where one thread is a pool, time decides: it compares when it may start a thread, and looks for stragglers.
-TIMED = frozenset(
-    {("num_threads", "__gt__"), ("num_threads", "__lt__"), ("disable_progress_bar", "__bool__")}
-    if not hasattr(ParallelExecutor, "_execute_sequential")
-    else ()
-)
+# Time decides how often a pool looks for stragglers; and where one thread is a pool, when it may start a thread.
+TIMED = {("disable_progress_bar", "__bool__")}
+if not hasattr(ParallelExecutor, "_execute_sequential"):
+    TIMED |= {("num_threads", "__gt__"), ("num_threads", "__lt__")}
 
 
 def observe(run: Callable[[], Any]) -> tuple[Any, list[tuple[str, str]]]:

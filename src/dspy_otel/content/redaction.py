@@ -89,6 +89,8 @@ _REPEATED: Final = 4096
 """Longest text of which it is kept for a while whether a secret is in it."""
 _environment_seen = (float("-inf"), 0)
 _LOGIN: Final = re.compile(r"https?://[^\s/:@]{0,128}:([^\s/@]{1,256})@")
+_ESCAPE: Final = re.compile(rb"\\(?:[abfnrtv0]|x[0-9A-Fa-f]{2}|u[0-9A-Fa-f]{4})|%[0-9A-Fa-f]{2}|\x1b\[[0-9;]{0,16}m")
+"""Of JSON and Python, of URLs, and of terminals."""
 _NESTED: Final = 4
 _MOST_SETTINGS: Final = 1000
 
@@ -392,6 +394,8 @@ def _secrets(text: str) -> list[tuple[int, int]]:
         found += ((m.end(1), m.end() - 2) for m in rules.element.finditer(raw) if _text_kind(m[2]) >= 2)
     if b"--" in raw:
         found += ((m.end(1), m.end()) for m in rules.flag.finditer(raw) if _text_kind(m[2]))
+    if b"\\" in raw or b"%" in raw or b"\x1b" in raw:  # A key may begin right behind the letter of an escape.
+        raw = _ESCAPE.sub(lambda escape: b" " * len(escape[0]), raw)
     _in_runs(raw, rules, found)
     return found
 
