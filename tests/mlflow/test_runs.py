@@ -122,6 +122,28 @@ def test_what_mlflow_never_takes_does_not_hold_up_the_rest(
     assert len(store.scores) == 2
 
 
+def test_what_waits_for_a_run_that_cannot_be_created_is_no_busy_loop(
+    store: Memory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise ExportError("status 500", "database is locked", Verdict.LATER)
+
+    create = store.create_run
+    monkeypatch.setattr(store, "create_run", fail)
+    program = Program(store)
+    program.exporter.processor._no_threads = True
+    span = program.compile()
+    program.trial(span, 1, 50.0, examples=2)
+    program.provider.force_flush(1)
+    program.worker.round()
+    assert any(segment.delivered and segment.scores for segment in program.journal.segments)
+    assert program.worker.wait_seconds() > 0
+    monkeypatch.setattr(store, "create_run", create)
+    span.end()
+    program.provider.shutdown()
+    assert len(store.scores) == 2
+
+
 def test_a_value_that_the_database_never_takes_does_not_hold_up_the_others(
     program: Program, store: Memory, monkeypatch: pytest.MonkeyPatch
 ) -> None:

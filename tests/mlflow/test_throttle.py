@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from types import SimpleNamespace
 
 import pytest
@@ -17,34 +16,31 @@ class Machine:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, program: float) -> None:
         self.now = self.worker = self.process = 0.0
         self._program = program
-        clocks = {"monotonic": lambda: self.now, "thread_time": lambda: self.worker, "process_time": self._process}
+        clocks = {
+            "monotonic": lambda: self.now,
+            "thread_time": lambda: self.worker,
+            "process_time": lambda: self.process,
+            "sleep": self._rest,
+        }
         monkeypatch.setattr(threads, "time", SimpleNamespace(**clocks))
-
-    def _process(self) -> float:
-        return self.process
 
     def work(self, seconds: float) -> None:
         self.now += seconds
         self.worker += seconds
         self.process += seconds
 
-    def rest(self, urgent: Callable[[], bool]) -> Callable[[float], bool]:
-        def wait(seconds: float) -> bool:
-            if urgent():
-                return True
-            self.now += seconds
-            self.process += seconds * self._program
-            return False
-
-        return wait
+    def _rest(self, seconds: float) -> None:
+        self.now += seconds
+        self.process += seconds * self._program
 
 
 def rested(monkeypatch: pytest.MonkeyPatch, program: float, *, urgent: bool = False, row: int = 1) -> float:
     """Seconds of rest for a row of pieces of work of a second each."""
     machine = Machine(monkeypatch, program)
     throttle = Throttle()
-    throttle.hurry(urgent)
-    monkeypatch.setattr(throttle._urgent, "wait", machine.rest(throttle._urgent.is_set))
+    for caller in "abc" if urgent else "":
+        throttle.hurry(caller)
+    throttle.relax("a")
     for _ in range(row):
         with throttle.work():
             machine.work(1.0)

@@ -56,6 +56,7 @@ _CACHED_SPANS: Final = 20_000
 """Most spans that stay in memory beside the journal; others are read back from disk."""
 _LAST_SECONDS: Final = 0.5
 """Seconds that the worker has to finish its last request, so that the account is exact."""
+_LONGEST_RECORD_SECONDS: Final = 60.0
 _LAST_RECORD_SECONDS: Final = 2.0
 """Seconds that the journal's thread has for what is still on the queue."""
 _BATCH_SPANS: Final = 512
@@ -202,7 +203,7 @@ class MLflowProcessor(SpanProcessor):
             for recorded in waiting:
                 recorded.set()
 
-    def record(self, seconds: float = 60.0) -> None:
+    def record(self, seconds: float = _LONGEST_RECORD_SECONDS) -> None:
         """Write the queue to the journal.
 
         Its thread does so, if there is one: Ctrl-C interrupts the main thread, which would lose what it was writing.
@@ -387,14 +388,20 @@ class MLflowProcessor(SpanProcessor):
             if not self.worker.done:
                 self._deliver_here(until)
             return self.worker.done
-        self._throttle.hurry()
+        caller = object()
+        self._throttle.hurry(caller)
         self.worker.retry_now()
         self._idle.clear()
         self._wake.set()
         try:
-            return self._idle.wait(max(0.0, until - time.monotonic()))
+            while (left := until - time.monotonic()) > 0 and not self._over.is_set():
+                if self._idle.wait(left) and self.worker.done and not self._queue:
+                    return True
+                self._idle.clear()  # what came in since the worker looked
+                self._wake.set()
+            return self.worker.done
         finally:
-            self._throttle.hurry(self._stop.is_set())
+            self._throttle.relax(caller)
 
     def _deliver_here(self, until: float) -> None:
         """Deliver in this thread: no other can be started any more."""
@@ -429,8 +436,8 @@ class MLflowProcessor(SpanProcessor):
 
     def _finish(self, seconds: float) -> None:
         deadline = time.monotonic() + seconds
-        self._throttle.hurry()
-        self.record()
+        self._throttle.hurry(self)
+        self.record(min(seconds / 2, _LONGEST_RECORD_SECONDS))
         worker = self.worker
         if worker.done and not self._live and not self.journal.place:
             self._stop.set()
@@ -480,6 +487,9 @@ class MLflowProcessor(SpanProcessor):
         self._new.set()
         self._urgent.set()
         self._wake.set()
+        for recorded in list(self._waiting):
+            recorded.set()
+        self._idle.set()
         worker.abandoned = True  # if it still waits for an answer
         idle = worker.busy.acquire(timeout=_LAST_SECONDS)
         for segment in journal.save():

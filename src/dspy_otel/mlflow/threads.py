@@ -79,16 +79,20 @@ class Throttle:
     """CPU seconds per second of a program that computes, on a machine with other work too."""
 
     def __init__(self) -> None:
-        self._urgent = threading.Event()
+        self._callers: set[object] = set()
         self.restart()
 
     def restart(self) -> None:
         """Begin a row of work: all earlier work is done."""
         self._until = time.monotonic() + self.MOST_SECONDS
 
-    def hurry(self, urgent: bool = True) -> None:
-        """Do not rest while somebody waits for the work; any thread may call this."""
-        (self._urgent.set if urgent else self._urgent.clear)()
+    def hurry(self, caller: object) -> None:
+        """Do not rest until :meth:`relax`: ``caller`` waits for the work. Any thread may call it; it takes no lock."""
+        self._callers.add(caller)
+
+    def relax(self, caller: object) -> None:
+        """``caller`` waits no longer."""
+        self._callers.discard(caller)
 
     @contextlib.contextmanager
     def work(self) -> Iterator[None]:
@@ -96,10 +100,9 @@ class Throttle:
         before = time.thread_time()
         yield
         until = min(time.monotonic() + self.SHARE * (time.thread_time() - before), self._until)
-        while (left := until - time.monotonic()) > 0:
+        while not self._callers and (left := until - time.monotonic()) > 0:
             began, used = time.monotonic(), time.process_time()
-            if self._urgent.wait(min(left, self._STEP)):
-                return
+            time.sleep(min(left, self._STEP))
             if time.process_time() - used < self._BUSY * (time.monotonic() - began):
                 return
 

@@ -47,6 +47,7 @@ EXIT_ATTEMPTS: Final = 3
 """Failures in a row after which the end of the program leaves the rest to the journal."""
 REPORTED_FAILURES: Final = 3
 """Failures in a row after which an unreachable server is logged."""
+_SHORTEST_WAIT: Final = 0.05
 _LONGEST_WAIT: Final = 1.0
 
 
@@ -133,8 +134,10 @@ class Worker:
         now = self._clock()
         if not self.backoff.ready:
             return min(max(self.backoff.due - now, 0.0), _LONGEST_WAIT)
-        dues = [segment.due for segment in self.journal.segments] + [item.due for item in self._items.failing]
-        return min([max(due - now, 0.0) for due in dues] + [_LONGEST_WAIT]) if dues else 0.05
+        # A delivered segment that has not failed waits for a run, which is among the items if that failed.
+        dues = [one.due for one in self.journal.segments if not one.delivered or one.failures]
+        dues += [item.due for item in self._items.failing]
+        return min(max(min(dues, default=0.0) - now, _SHORTEST_WAIT), _LONGEST_WAIT)
 
     def round(self) -> None:
         """Apply new segments, and write what can be written."""
