@@ -429,7 +429,7 @@ def test_a_lock_that_is_a_link_makes_no_file(directory: Path, tmp_path: Path, st
 
 
 def test_spans_that_mlflow_refuses_stay_for_another_place(
-    directory: Path, store: Memory, other: Memory, monkeypatch: pytest.MonkeyPatch
+    directory: Path, store: Memory, other: Memory, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     leave(directory, store)
     send = other.send
@@ -442,6 +442,7 @@ def test_spans_that_mlflow_refuses_stay_for_another_place(
     monkeypatch.setattr(other, "send", refuse)
     (line,) = replay([directory]).left
     assert "2 spans that MLflow refuses" in line
+    assert "It stays in the file." in caplog.text
     assert len(other.spans) == 9
     monkeypatch.setattr(other, "send", send)
     assert replay([directory]).left == []

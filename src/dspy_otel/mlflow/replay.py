@@ -202,7 +202,13 @@ class _Delivery:
         # in memory: refused spans stay in the source
         self._journal = Journal(None, 1, target.about, lambda *_: None)
         pending = PendingRuns(versions(), History(forget=not self._foreign))
-        self.worker = Worker(self._journal, lambda: open_backend(target), runs=runs, pending=pending)
+        self.worker = Worker(
+            self._journal,
+            lambda: open_backend(target),
+            runs=runs,
+            pending=pending,
+            unkept="It stays in the file",
+        )
         self.left: list[str] = []
         self._examples: set[int] = set()
         """Span ids of examples that were applied."""

@@ -61,6 +61,7 @@ class Worker:
         pending: runs that MLflow does not have in full.
         count_spans: called with a number of spans, and the reason if they were lost.
         throttle: rests between segments; None for no rests.
+        unkept: what becomes of a refused span that the journal cannot set aside, for people.
 
     Attributes:
         account: counts of what was written, kept, refused and dropped.
@@ -79,6 +80,7 @@ class Worker:
         pending: PendingRuns | None = None,
         count_spans: Callable[[int, str | None], None] = lambda *_: None,
         throttle: Throttle | None = None,
+        unkept: str = "It is lost",
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.journal = journal
@@ -87,6 +89,7 @@ class Worker:
         self.pending = pending or PendingRuns(versions())
         self._count_spans = count_spans
         self._throttle = throttle
+        self._unkept = unkept
         self._clock = clock
         self.account = Account()
         self.backend: Backend | None = None
@@ -393,7 +396,7 @@ class Worker:
                 then = "It is set aside in the spool"
             else:
                 self._drop(1, roots, error.cause)
-                then = "It is lost"
+                then = self._unkept
             self._count_spans(0 if not where else 1, error.cause)
             self.report(f"refused {error.cause}", f"Span {name!r} could not be written: {error} {then}.")
             scores = [score for score in segment.scores if _is_of(score, span[2])]
