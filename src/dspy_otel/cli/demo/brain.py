@@ -217,12 +217,12 @@ def _state(memory: Memory, limit: int, salt: str) -> str:
 def _read_statements(text: str, memory: Memory) -> None:
     """Learn from each clause of the form "mint, sage and 'teal' are green"."""
     for clause in re.split(r"[.;:\n]|, (?=')", text.lower()):
-        said = re.fullmatch(rf"\s*([a-z', -]+?) (?:is|are) ({'|'.join(BASIC_COLOURS)})\s*", clause)
-        if said:
-            words = [word.strip(" '") for word in re.split(r",| and ", said[1])]
+        stated = re.fullmatch(rf"\s*([a-z', -]+?) (?:is|are) ({'|'.join(BASIC_COLOURS)})\s*", clause)
+        if stated:
+            words = [word.strip(" '") for word in re.split(r",| and ", stated[1])]
             if all(word and " " not in word and word not in _NOT_A_NAME for word in words):
-                memory.learn(words, said[2], _STATED)
-                memory.labels[said[2]] += len(words)
+                memory.learn(words, stated[2], _STATED)
+                memory.labels[stated[2]] += len(words)
 
 
 # --- words --------------------------------------------------------------------------------------------------------
