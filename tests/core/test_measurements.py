@@ -61,10 +61,11 @@ def views(draw: st.DrawFn) -> dict[str, Any]:
                 None,
                 ExplicitBucketHistogramAggregation([1.0, 5.0]),
                 ExplicitBucketHistogramAggregation([2.0], record_min_max=False),
-                ExponentialBucketHistogramAggregation(max_size=4),
                 SumAggregation(),
                 LastValueAggregation(),
                 DropAggregation(),
+                # An older SDK's own fails when it collects 0 and then 1e300 ("Incorrect merge scale").
+                *([ExponentialBucketHistogramAggregation(max_size=4)] if LIMITED else []),
             ]
         )
     )
