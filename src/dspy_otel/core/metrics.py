@@ -82,24 +82,27 @@ class BoundedHistogram:
 
     def __init__(self, histogram: Histogram, attributes: MetricAttributes, light: bool = False) -> None:
         self._histogram = histogram
+        self._real: Any = None
         self._attributes = attributes
         self._most_series = _MOST_SERIES if light else 0
         self._bound: dict[Any, BoundSeries | None] = {}
 
     def record(self, amount: float, attributes: Any = None, context: Context | None = None) -> None:
-        """Record ``amount`` in ``context``."""
+        """Record ``amount`` in ``context``; nothing before there is a provider, for nobody would keep it."""
+        if self._real is None:
+            self._real = real_histogram(self._histogram)
+            if self._real is None:
+                return
         # With types: 1, 1.0 and True are equal, and three series.
         series = (*attributes.items(), *map(type, attributes.values())) if attributes else ()
         bound = self._bound.get(series)
         if bound is not None and 0 <= amount < _INFINITY and bound.record(amount, context):
             return
         shown = self._attributes.of(attributes)
-        self._histogram.record(amount, shown, context)
+        self._real.record(amount, shown, context)
         # One that could not be bound is not tried a second time.
         if bound is not None or (len(self._bound) < self._most_series and series not in self._bound):
-            real = real_histogram(self._histogram)
-            if real is not None:
-                self._bound[series] = bind(real, shown or {})
+            self._bound[series] = bind(self._real, shown or {})
 
 
 class WithoutExemplars:
