@@ -437,7 +437,9 @@ MACHINERY = {
     "optimizers.trackers.load",
 }
 AT_TIMES = re.compile(
-    r"\.redaction\.(\w*environment\w*|_Pattern\.__(getattr|init)__|_in_any_case|_kind|_names|_remember_setting|_rules)$|is_secret_name$|\.measurements\._collected$|_kept_encoder$|give_exporters_a_generator$|given_ids|__missing__$"
+    r"\.redaction\.(\w*environment\w*|_Pattern\.__(getattr|init)__|_in_any_case|_kind|_names|_remember_setting|_rules)$"
+    r"|\.digest\.(_has_functions|_is_known)$|\.measurements\._collected$"
+    r"|is_secret_name$|_kept_encoder$|give_exporters_a_generator$|given_ids|__missing__$"
 )
 """Called when something has changed since the last time, or once in a process: which may not be so at the next."""
 

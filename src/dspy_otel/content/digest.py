@@ -10,7 +10,9 @@ import json
 import math
 import uuid
 from itertools import islice
+from types import FunctionType, MethodType
 from typing import Any, Final
+from weakref import WeakKeyDictionary
 
 from dspy_otel.content import introspection
 from dspy_otel.content.introspection import is_a
@@ -175,13 +177,13 @@ def _inside(value: Any) -> list[Any] | None:
         return []
     members = introspection.members_of(kind)
     if "__pydantic_fields__" in members:
-        decorators: Any = members.get("__pydantic_decorators__")
-        own = (decorators.field_serializers, decorators.model_serializers, decorators.computed_fields)
         if introspection.library(kind) != "dspy" and (
-            any(own) or any(map(_overrides_dump, introspection.bases_of(kind)))
+            _serializes_itself(kind) or any(map(_overrides_dump, introspection.bases_of(kind)))
         ):
             return None
-        return list(introspection.instance_dict(value).values())
+        more = introspection.slot(value, "__pydantic_extra__")
+        extra = more[0] if more and type(more[0]) is dict else {}
+        return [*introspection.instance_dict(value).values(), *extra.values()]
     if introspection.library(kind) not in _STANDARD and introspection.library(kind) != "dspy":
         return None  # pydantic would call code of its class.
     if is_a(value, dict):
@@ -194,3 +196,48 @@ _STANDARD: Final = frozenset({"builtins", "datetime", "decimal", "uuid", "enum",
 
 def _overrides_dump(base: type) -> bool:
     return "model_dump" in introspection.members_of(base) and introspection.library(base) not in ("pydantic", "dspy")
+
+
+def _serializes_itself(kind: type) -> bool:
+    """Whether pydantic calls functions of the user's to dump a model of this class.
+
+    They come with the class (serializers, computed fields), its settings (``json_encoders``) or the type of a field
+    (``Annotated``): all are in the schema that pydantic has compiled.
+    """
+    known = _SERIALIZING.get(kind)
+    if known is None:
+        known = _SERIALIZING[kind] = _has_functions(introspection.members_of(kind).get("__pydantic_core_schema__"))
+    return known
+
+
+_SERIALIZING: Final[WeakKeyDictionary[type, bool]] = WeakKeyDictionary()
+_MAX_SCHEMA: Final = 20_000
+_MAKERS: Final = ("pydantic.", "dspy.")
+
+
+def _has_functions(schema: Any) -> bool:
+    """Whether a schema of pydantic's names a function that is not pydantic's or DSPy's, for dumping."""
+    if type(schema) is not dict:
+        return True  # not compiled yet
+    waiting: list[Any] = [schema]
+    for _ in range(_MAX_SCHEMA):
+        if not waiting:
+            return False
+        each = waiting.pop()
+        if type(each) is dict:
+            if each.get("type") == "computed-field" or not _is_known(each.get("serialization")):
+                return True
+            waiting += [part for key, part in each.items() if key not in ("metadata", "default", "serialization")]
+        elif type(each) is list or type(each) is tuple:
+            waiting += each
+    return True
+
+
+def _is_known(serialization: Any) -> bool:
+    """Whether a serialization of a schema runs code of pydantic or DSPy only."""
+    if type(serialization) is not dict or "function" not in serialization:
+        return True
+    function: Any = serialization["function"]
+    if type(function) is MethodType:
+        function = function.__func__
+    return type(function) is FunctionType and str(function.__globals__.get("__name__")).startswith(_MAKERS)
