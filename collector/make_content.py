@@ -14,7 +14,7 @@ import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from dspy_otel.content.secret_rules import ELEMENT, FLAG, KEYS, NAMES, SHAPES, URLS, VALUES, Kind, Where
+from dspy_otel.content.secret_rules import ELEMENT, ESCAPE, FLAG, KEYS, NAMES, SHAPES, URLS, VALUES, Kind, Where
 
 FILE = Path(__file__).parent / "config/content.yaml"
 FIRST = "  # Made by collector/make_content.py from here: do not edit."
@@ -47,6 +47,8 @@ def looks() -> Iterator[str]:
 
 def under_names() -> Iterator[tuple[str, str]]:
     """Expressions with groups that stay, and what to put in place of a match."""
+    keys = "|".join(f"(?:{'|'.join(map(re.escape, key.needles))}){key.pattern}" for key in KEYS if not key.before)
+    yield one_of([f"({ESCAPE})(?:{keys})"])
     groups = [shape.pattern for shape in SHAPES if re.compile(shape.pattern).groups]
     yield one_of(groups)
     yield one_of([shape.pattern for shape in URLS])

@@ -452,6 +452,13 @@ def texts() -> list[Secret]:
         Secret(name, _PLACES[number % len(_PLACES)].format(key), key)
         for number, (name, key) in enumerate(_KEYS.items())
     ]
+    escapes = ("\\n", "\\t", "\\u0022", "\\x1b", "%20", "\x1b[31m", "\\\\n")
+    found += [
+        Secret(
+            f"{name} behind {escapes[number % len(escapes)]!r}", f"it said{escapes[number % len(escapes)]}{key}", key
+        )
+        for number, (name, key) in enumerate(_KEYS.items())
+    ]
     for name, text, secret in (*_assigned(), *_HEADERS, *_URLS):
         # Where the table above has no room for its name: the longest run of the text.
         if not secret:

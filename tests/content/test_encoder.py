@@ -644,3 +644,31 @@ def test_these_take_the_short_way(value: Any, monkeypatch: pytest.MonkeyPatch) -
     """Their strings are looked at together."""
     monkeypatch.setattr(module.redaction, "mask", None)
     Content(1000).json(value)
+
+
+SECRET = "aB3dE6gH9jK2mN5pQ8sT"
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        ["run", "--api-key", SECRET, "fast"],
+        ("--api-key", SECRET),
+        ["run", "--password", SECRET, "--token", SECRET],
+        {b"password": SECRET},
+        {"id": "api_key", "value": SECRET},
+        {"type": "password", "value": SECRET},
+        {"k": "api_key", "v": SECRET},
+        {"passwordHash": SECRET, "mnemonic": SECRET, "seed_phrase": SECRET, "csrf": SECRET},
+    ],
+)
+def test_secrets_that_other_items_name_are_masked(value: Any) -> None:
+    assert SECRET not in json.dumps(render({"call": value}))
+
+
+@pytest.mark.parametrize(
+    "value",
+    [["run", "--name", SECRET], ["--api-key"], ["--token", "the", "run"], ["api_key", "x", SECRET], {"id": SECRET}],
+)
+def test_items_that_name_no_secret_stay(value: Any) -> None:
+    assert render(value) == value

@@ -42,6 +42,8 @@ MAX_ITEMS: Final = 1000
 MAX_NODES: Final = 10_000
 MAX_BITS: Final = 128
 _MAX_KEY: Final = 256
+_MOST_ARGUMENTS: Final = 128
+"""Longest list that may be a command line."""
 
 # By identity: comparing classes may call a metaclass. Only these very classes, whose str() is Python's own.
 _AS_TEXT: Final = frozenset(
@@ -345,11 +347,20 @@ class _ContentWalker(Walker):
         return result
 
     def sequence(self, owner: Any, items: Any, length: int, depth: int) -> Any:
-        if length != 2 or type(items) not in (list, tuple) or len(items) != 2 or not redaction.hides_pair(*items):
+        if type(items) not in (list, tuple) or not 2 <= len(items) <= _MOST_ARGUMENTS:
             return super().sequence(owner, items, length, depth)
-        result = super().sequence(owner, (items[0], None), length, depth)
-        if type(result) is list and len(result) == 2:
-            result[1] = _MASKED  # ("Authorization", ...)
+        if type(items[0]) is not str and type(items[0]) is not bytes:
+            return super().sequence(owner, items, length, depth)
+        hidden = [place + 1 for place, item in enumerate(items[:-1]) if redaction.hides_next(item, items[place + 1])]
+        if not hidden and length == len(items) == 2 and redaction.hides_pair(*items):
+            hidden = [1]  # ("Authorization", ...)
+        if not hidden:
+            return super().sequence(owner, items, length, depth)
+        shown = [None if place in hidden else item for place, item in enumerate(items)]
+        result = super().sequence(owner, shown, length, depth)
+        for place in hidden if type(result) is list else ():
+            if place < len(result):
+                result[place] = _MASKED
         return result
 
     def entry(self, result: dict[str, Any], key: Any, item: Any, depth: int) -> None:
@@ -360,7 +371,8 @@ class _ContentWalker(Walker):
             name = key if type(key) is _Shown else _Shown(self.key(key))
         while name in result:
             name = _other_name(name)
-        if redaction.name_kind(name) and redaction.hides(name, item):
+        known_as = key.decode("latin-1") if type(key) is bytes and len(key) <= _MAX_KEY else name
+        if redaction.name_kind(known_as) and redaction.hides(known_as, item):
             result[name] = _MASKED
         elif type(item) is str:  # As `of` does it; most entries are texts.
             self.nodes -= 1

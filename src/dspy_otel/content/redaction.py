@@ -25,13 +25,14 @@ class _Pattern:
     search: Callable[..., re.Match[bytes] | None]
     match: Callable[..., re.Match[bytes] | None]
     finditer: Callable[..., Iterator[re.Match[bytes]]]
+    sub: Callable[[Callable[[re.Match[bytes]], bytes], bytes], bytes]
 
     def __init__(self, source: str, flags: int = 0) -> None:
         self._source = source
         self._flags = flags
 
     def __getattr__(self, name: str) -> Any:
-        if name not in ("search", "match", "finditer"):
+        if name not in ("search", "match", "finditer", "sub"):
             raise AttributeError(name)
         method = getattr(re.compile(self._source.encode("ascii"), self._flags), name)
         setattr(self, name, method)  # found directly from now on
@@ -48,8 +49,11 @@ _MOST_PARTS: Final = 4
 _CREDENTIAL: Final = re.compile(r"(?=[^0-9]*[0-9])(?=[^A-Za-z]*[A-Za-z])[\x21-\x7e]{16,}")
 _WORD: Final = re.compile(r"[a-z][a-z_\-]*")
 _LONGEST_NAME: Final = 128
-_NAMING: Final = ("name", "key", "header", "field", "parameter", "param", "variable", "property", "Name", "Key")
-_NAMED: Final = ("value", "val", "content", "Value")
+_NAMING: Final = (
+    *("name", "key", "header", "field", "parameter", "param", "variable", "property", "id", "type", "k"),
+    *("Name", "Key"),
+)
+_NAMED: Final = ("value", "val", "content", "v", "Value")
 NAMING: Final = frozenset(_NAMING)
 """Keys under which a dictionary may have the name of another of its values."""
 
@@ -89,8 +93,6 @@ _REPEATED: Final = 4096
 """Longest text of which it is kept for a while whether a secret is in it."""
 _environment_seen = (float("-inf"), 0)
 _LOGIN: Final = re.compile(r"https?://[^\s/:@]{0,128}:([^\s/@]{1,256})@")
-_ESCAPE: Final = re.compile(rb"\\(?:[abfnrtv0]|x[0-9A-Fa-f]{2}|u[0-9A-Fa-f]{4})|%[0-9A-Fa-f]{2}|\x1b\[[0-9;]{0,16}m")
-"""Of JSON and Python, of URLs, and of terminals."""
 _NESTED: Final = 4
 _MOST_SETTINGS: Final = 1000
 
@@ -171,6 +173,11 @@ def hides_pair(name: Any, value: Any) -> bool:
     if type(name) is not str or not hides(name, value):
         return False
     return not (type(value) is str and len(value) <= _LONGEST_NAME and _WORD.fullmatch(value))
+
+
+def hides_next(argument: Any, value: Any) -> bool:
+    """Whether ``value`` must be masked because it follows an option of a command line: ``["--api-key", "..."]``."""
+    return type(argument) is str and argument.startswith("--") and hides_pair(argument[2:], value)
 
 
 def named(fields: Mapping[str, Any]) -> str | None:
@@ -271,6 +278,7 @@ class _Rules(NamedTuple):
     urls: tuple[_Pattern, ...]
     flag: _Pattern
     element: _Pattern
+    escape: _Pattern
     values: dict[int, tuple[_Pattern, ...]]
     tails: frozenset[bytes]
     last_words: tuple[bytes, ...]
@@ -278,7 +286,7 @@ class _Rules(NamedTuple):
 
 @functools.lru_cache(maxsize=1)
 def _rules() -> _Rules:
-    from dspy_otel.content.secret_rules import ELEMENT, FLAG, KEYS, NAMES, SHAPES, URLS, VALUES, Where
+    from dspy_otel.content.secret_rules import ELEMENT, ESCAPE, FLAG, KEYS, NAMES, SHAPES, URLS, VALUES, Where
 
     by_needle: dict[str, list[tuple[_Pattern, _Pattern | None]]] = {}
     for key in KEYS:
@@ -313,6 +321,7 @@ def _rules() -> _Rules:
         tuple(_Pattern(shape.pattern) for shape in URLS),
         _Pattern(FLAG),
         _Pattern(ELEMENT),
+        _Pattern(ESCAPE),
         {row.kind: tuple(_Pattern(pattern, re.IGNORECASE) for pattern in row.patterns) for row in VALUES},
         _in_any_case({word[-3:] for word in last_words}),
         tuple(word.encode() for word in sorted(last_words)),
@@ -395,7 +404,7 @@ def _secrets(text: str) -> list[tuple[int, int]]:
     if b"--" in raw:
         found += ((m.end(1), m.end()) for m in rules.flag.finditer(raw) if _text_kind(m[2]))
     if b"\\" in raw or b"%" in raw or b"\x1b" in raw:  # A key may begin right behind the letter of an escape.
-        raw = _ESCAPE.sub(lambda escape: b" " * len(escape[0]), raw)
+        raw = rules.escape.sub(lambda escape: b" " * len(escape[0]), raw)
     _in_runs(raw, rules, found)
     return found
 

@@ -280,6 +280,7 @@ NAMES: Final = (
         Where.BOTH,
         (
             *("password", "passwords", "passwd", "passphrase", "passcode", "pass_word", "pwd", "pgpassword"),
+            *("password_hash", "password_confirmation", "seed_phrase", "recovery_phrase", "totp_seed"),
             *("contrasena", "passwort", "kennwort", "mot_de_passe", "wachtwoord", "senha"),
             *("db_pass", "database_pass", "key_pass", "user_pass", "smtp_pass", "ftp_pass", "mysql_pass", "root_pass"),
             *("api_key", "api_keys", "auth_key", "service_key", "account_key", "db_key", "database_key", "private_key"),
@@ -311,7 +312,7 @@ NAMES: Final = (
         (
             *("auth", "x_auth", "basic_auth", "http_auth", "proxy_auth", "bearer", "jwt", "pw", "passkey", "otp"),
             *("service_account_key", "service_account_json", "authorization", "cookie", "cookies", "set_cookie", "pem"),
-            *("tls_key", "ssl_key", "secret_string", "pat", "secret_key_base"),
+            *("tls_key", "ssl_key", "secret_string", "pat", "secret_key_base", "mnemonic"),
         ),
     ),
     Name(Kind.HEADER, Where.TEXT, ("authorization", "authorisation", "auth")),
@@ -321,7 +322,7 @@ NAMES: Final = (
         Where.BOTH,
         ("token", "key", "session", "signature", "dsn"),
     ),
-    Name(Kind.DOUBTFUL, Where.NAME, ("pass", "connection_string")),
+    Name(Kind.DOUBTFUL, Where.NAME, ("pass", "connection_string", "sid", "csrf")),
     Name(
         Kind.DOUBTFUL, Where.TEXT, ("sig", "jwt", "pass", "passkey", "identitytoken", "registrytoken", "code_verifier")
     ),
@@ -385,6 +386,9 @@ VALUES: Final = (
         ),
     ),
 )
+
+ESCAPE: Final = r"\\(?:[abfnrtv0]|x[0-9A-Fa-f]{2}|u[0-9A-Fa-f]{4})|%[0-9A-Fa-f]{2}|\x1b\[[0-9;]{0,16}m"
+"""An escape of JSON, Python, URLs or terminals: a key may begin right behind its last letter."""
 
 FLAG: Final = (
     r"((?:\A|\s|\\n)--([\w\-]{2,64})[ \t]{1,2}[\"']?)"
