@@ -11,6 +11,8 @@ import logging
 from collections.abc import Callable, Hashable
 from typing import Any, Final, ParamSpec, TypeVar
 
+from dspy_otel.content.names import plain_name
+
 _LOG = logging.getLogger("dspy_otel")
 _LIMIT: Final = 256
 _seen: dict[Hashable, object] = {}
@@ -41,8 +43,8 @@ def failed(where: str, error: BaseException) -> None:
     """Warn once that the part named ``where`` failed with this type of error. Its detail is lost, nothing else."""
     if raises:
         raise error
-    # The message of an error may quote what the program works on: the warning has only its type.
-    name = type(error).__name__
+    # The message of an error may quote what the program works on: the warning has only its type, which may be the user's.
+    name = plain_name(type(error).__name__)
     warn_once((where, name), "%s failed (%s); that detail is missing from telemetry", where, name)
 
 
