@@ -431,7 +431,7 @@ MACHINERY = {
         "optimizers.trackers.simba._Strategies.restore",
         "optimizers.trackers.simba.SIMBATracker.end",
     ),
-    "optimizers.trackers.gepa.Observer.__getattr__",
+    *("optimizers.trackers.gepa.Observer.__getattr__", "operations.older_dspy._CountedStream.send"),
     # What registers the trackers, before anything of DSPy's is wrapped.
     *("optimizers.tracker.tracks", "optimizers.tracker.registered"),
     "optimizers.trackers.load",
@@ -745,6 +745,11 @@ NEVER_CALLED = re.compile(
     r"|\.id_key\.|_row_id$|introspection\._looks_up_itself$"
     r"|\.Walker\.(text|integer|real|other|entry|cut|stop)$|_Canonical\.cut"
     + ("" if hasattr(dspy, "Flex") else r"|places_in_digest|module_tree\._below")
+    + (
+        ""
+        if len(ENGINES) > 1  # from DSPy 3.4 on
+        else r"|_of_lm15|record_(engine|result|stream)|reported_in_stream|response_of_call_result"
+    )
 )
 """Not in a scenario here: other versions of DSPy, GEPA or the SDK, a terminal, a stream, fine-tuning, content
 off, classes with properties, what runs at instrument() or is overridden everywhere. They have tests of their own."""
