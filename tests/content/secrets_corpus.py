@@ -367,6 +367,40 @@ def _assigned() -> Iterator[tuple[str, str, str]]:
     )
 
 
+_COMMANDS = (
+    ("sshpass", "sshpass -p hunter2 ssh ada@host", _PLAIN),
+    ("sshpass, joined", "sshpass -phunter2 ssh ada@host", _PLAIN),
+    ("docker login", "docker login -u ada -p hunter2 registry.example", _PLAIN),
+    ("mysql", "mysql -u root -phunter2 shop", _PLAIN),
+    ("mysqldump, quoted", "mysqldump -h db -u root -p'hunter2' shop", _PLAIN),
+    ("dockerfile", "FROM python\nENV API_KEY hunter2\nRUN x", _PLAIN),
+    ("netrc", "machine host.example login ada password hunter2", _PLAIN),
+    ("netrc, in lines", "machine host.example\n  login ada\n  password hunter2\n", _PLAIN),
+    ("sql, mysql", "CREATE USER 'ada'@'%' IDENTIFIED BY 'hunter2';", _PLAIN),
+    ("sql, mysql plugin", "CREATE USER ada IDENTIFIED WITH caching_sha2_password BY 'hunter2';", _PLAIN),
+    ("sql, postgres", "ALTER USER ada WITH PASSWORD 'hunter2';", _PLAIN),
+    ("sentence", "The password is hunter2, please.", _PLAIN),
+    ("sentence, colon", "my password is: hunter2", _PLAIN),
+    ("sentence, quoted", "Its password is `0penSesame`.", "0penSesame"),
+    ("form, type first", '<input type="password" name="pw" value="hunter2">', _PLAIN),
+    ("form, value first", '<input value="hunter2" name="db_password">', _PLAIN),
+    ("form, value first, type last", "<input value='hunter2' id=x type='password'/>", _PLAIN),
+    ("yaml, block", "auth:\n  password: |\n    hunter2\n  port: 1", _PLAIN),
+    ("yaml, folded", "client_secret: >-\n  hunter2\nport: 1", _PLAIN),
+    ("annotated, python", 'api_key: str = "hunter2"', _PLAIN),
+    ("annotated, python, optional", 'password: str | None = "letmein please"', "letmein please"),
+    ("annotated, rust", 'let db_password: &\'static str = "letmeinplease";', "letmeinplease"),
+    ("setter", 'config.setPassword("hunter2");', _PLAIN),
+    ("builder", "client.api_key('hunter2').build()", _PLAIN),
+    ("url-encoded", "next=%2Flogin%3Fpassword%3Dhunter2%26x%3D1", _PLAIN),
+    ("url-encoded, small", "q=password%3dhunter2", _PLAIN),
+    ("url-encoded JSON", "state=%7B%22password%22%3A%22hunter2%22%7D", _PLAIN),
+    ("url-encoded JSON, blank", "state=%7B%22apiKey%22%3A%20%22hunter2%22%7D", _PLAIN),
+    ("JSON in HTML", '<div data-x="{&quot;apiKey&quot;:&quot;hunter2&quot;}">', _PLAIN),
+    ("JSON in HTML, numbers", "{&#34;password&#34;: &#34;hunter2&#34;}", _PLAIN),
+    ("assignment in HTML", "password&#61;hunter2", _PLAIN),
+)
+
 _HEADERS = (
     ("authorization, bearer", f"Authorization: Bearer {K}", K),
     ("authorization, two blanks", f"Authorization: Bearer  {K}", K),
@@ -459,7 +493,7 @@ def texts() -> list[Secret]:
         )
         for number, (name, key) in enumerate(_KEYS.items())
     ]
-    for name, text, secret in (*_assigned(), *_HEADERS, *_URLS):
+    for name, text, secret in (*_assigned(), *_COMMANDS, *_HEADERS, *_URLS):
         # Where the table above has no room for its name: the longest run of the text.
         if not secret:
             runs = text.replace("=", " ").replace("&", " ").replace("/", " ").replace('"', " ").replace(":", " ")

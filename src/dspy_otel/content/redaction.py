@@ -80,6 +80,9 @@ _NAMING_BEFORE: Final = _Pattern(
 )
 
 # --- by value ----------------------------------------------------------------------------------------------------
+_ESCAPES: Final = {b"\\": 1, b"%": 2}
+"""What begins an escape, and how many letters of a name behind it belong to it."""
+_ENCODED_SIGNS: Final = (b"%3D", b"%3d", b"%22%3A", b"%22%3a", b"&quot;:", b"&#34;:", b"&#61;")
 _MIN_LENGTH: Final = 8
 _MAX_LENGTH: Final = 4096
 _MOST_KNOWN: Final = 256
@@ -397,8 +400,14 @@ def _secrets(text: str) -> list[tuple[int, int]]:
         _under_names(raw, raw, b'",', rules, found)
     if b"'" in raw:
         _under_names(raw, raw, b"',", rules, found)
+    for sign in (b'("', b"('"):
+        if sign in raw:
+            _under_names(raw, raw, sign, rules, found)
     if b"\\" in raw:  # JSON in JSON
         _under_names(raw, raw, b'\\",', rules, found)
+    for sign in _ENCODED_SIGNS if b"%" in raw or b"&" in raw else ():
+        if sign in raw:
+            _under_names(raw, raw, sign, rules, found)
     if b"<" in raw and b"</" in raw:
         found += ((m.end(1), m.end() - 2) for m in rules.element.finditer(raw) if _text_kind(m[2]) >= 2)
     if b"--" in raw:
@@ -465,8 +474,9 @@ def _under_name(raw: bytes, position: int, rules: _Rules) -> tuple[int, int] | N
     if name is None:
         return None
     kind = _text_kind(name[1])
-    if not kind and name[1][:1] in b"nrt" and window[: name.start(1)].endswith(b"\\"):
-        kind = _text_kind(name[1][1:])  # A line break that is written as an escape: JSON in JSON, source code.
+    if kind < 2 and (escape := _ESCAPES.get(window[: name.start(1)][-1:], 0)):
+        # Behind an escape: a line break in JSON in JSON, a quote in a URL.
+        kind = max(kind, _text_kind(name[1][escape:]))
     if not kind and window[-3:].lower() in (b"lue", b"val"):
         end = max(position - _NAME_WINDOW, 0) + len(window)
         naming = _NAMING_BEFORE.match(raw, max(end - _NAMING_WINDOW, 0), end)

@@ -247,6 +247,24 @@ SHAPES: Final = (
         + r"|[A-Za-z0-9+/]{7,200}[a-z][A-Z][A-Za-z0-9+/]{3,}={0,2}|[A-Za-z0-9+/]{10,}={1,2})",
         back=5,
     ),
+    Shape("password in a command", " -p", r"(sshpass -p ?[\"']?)[^\s\"'][^\s\"']{3,}"),
+    Shape("password in a command", " -p", r"( login [^\r\n|;&]{0,120}-p[ =]?[\"']?)[^\s\"'\-][^\s\"']{3,}"),
+    Shape("password in a command", " -p", r"(mysql[^\r\n|;&]{0,120} -p[\"']?)[^\s\"'][^\s\"']{3,}"),
+    Shape("variable of a Dockerfile", "ENV ", r"(ENV \w{0,64}(?:KEY|TOKEN|SECRET|PASSWO?R?D) )[^\s=]\S{3,}"),
+    Shape("SQL", "IDENTIFIED", r"(IDENTIFIED (?:WITH \S{1,40} )?BY ')[^'\r\n]{3,}"),
+    Shape("SQL", "PASSWORD '", r"(PASSWORD ')[^'\r\n]{3,}"),
+    Shape("netrc", "assword", r"(login \S{1,128}\s{1,8}password )\S{3,}"),
+    Shape(
+        "password in a sentence",
+        "assword",
+        r"(assword is:? [\"'`]?)(?:[A-Za-z_]{1,64}[0-9!@#$%^*+~?]|[0-9]{1,20}[A-Za-z]{2})[^\s\"'`]{3,}",
+    ),
+    Shape("field of a form", "assword", r"(type=[\"']?password\b[^<>]{0,120}\bvalue=[\"']?)[^\s\"'<>]{3,}"),
+    Shape(
+        "field of a form",
+        "assword",
+        r"(value=[\"']?)[^\s\"'<>]{3,128}([\"' ][^<>]{0,120}\b(?:type|name)=[\"']?[\w\-]{0,32}password\b)",
+    ),
     Shape("curl's user and password", "-u", r"(-u(?:ser)?[ =]{1,2}[\"']?[^\s:\"']{1,64}:)[^\s\"']{3,}"),
 )
 
@@ -334,6 +352,8 @@ _BARE: Final = r"[^\s\"'`&;,<>(){}\[\]|\\]"
 _MARK: Final = r"[0-9!@#$%^*+~?]"
 _PAIR: Final = r"\\{0,3}[\"'][ \t]{0,2},\s{0,8}"
 _END: Final = r"([\s&;,\"'`\\]|$)"
+_ENCODED: Final = r"(?:%22%3[aA](?:%20|\+)?%22|%3[dD](?:%22)?|&quot;:\s?&quot;|&#34;:\s?&#34;|&#61;)"
+"""A sign in a URL or in HTML, with the quotes around it."""
 _QUOTED: Final = (
     # What begins with a comma or a bracket stands behind a text that ends in a name.
     rf'({_SIGN}{_OPEN}")(?:[^"\\\r\n,)]|\\[^"\\\r\n])(?:[^"\\\r\n]|\\[^"\\\r\n]){{2,}}',
@@ -356,6 +376,10 @@ VALUES: Final = (
         Kind.SECRET,
         (
             *_QUOTED,
+            rf"(:[ \t]{{0,4}}[\w&'\[\]|. ]{{1,32}}=[ \t]{{0,4}}{_OPEN}[\"'])[^\"'\\\r\n]{{3,}}",  # behind its type
+            rf"(\([\"'])[A-Za-z_.\-/]{{0,64}}{_MARK}[^\"'\\\r\n]{{3,}}",  # the argument of a function of that name
+            r"(:[ \t]{1,4}[|>][+\-]?[ \t]{0,4}\r?\n[ \t]{1,16})[^\r\n]{3,}",  # a block of YAML
+            rf"({_ENCODED})[^\s\"'<>&;%]{{3,900}}",
             rf"([:=]){_BARE}{{4,900}}([\s&;]|$)",
             rf"([:=]){_BARE}{{900,}}",
             rf"({_SIGN}\\{{0,3}}[\"'`]?)(?:[A-Za-z_.\-/]{{0,64}}{_MARK}{_BARE}{{3,900}}|[A-Za-z_.\-/]{{3,64}}{_MARK}{_BARE}{{0,2}}){_END}",

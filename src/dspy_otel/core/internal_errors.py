@@ -43,7 +43,7 @@ def failed(where: str, error: BaseException) -> None:
     """Warn once that the part named ``where`` failed with this type of error. Its detail is lost, nothing else."""
     if raises:
         raise error
-    # The message of an error may quote what the program works on: the warning has only its type, which may be the user's.
+    # The message of an error may quote what the program works on: the warning has only its type, maybe a user's own.
     name = plain_name(type(error).__name__)
     warn_once((where, name), "%s failed (%s); that detail is missing from telemetry", where, name)
 
