@@ -172,7 +172,7 @@ PRODUCTION = (
     ),
     Panel(
         "Score of the last evaluation, by program version",
-        "percent",
+        "none",
         8,
         ((LAST_SCORE, legend(NAME, "dspy_program_id", "dspy_evaluation_metric_name")),),
     ),
@@ -208,7 +208,7 @@ OPTIMIZATIONS = (
         "none",
         16,
         ((of_runs("dspy_optimizer_best_score_ratio", RUN, "max"), legend(OPTIMIZER, NAME)),),
-        "On the optimizer's own scale: percent, or the mean of the metric (GEPA, SIMBA, ReAnchor).",
+        "The mean of the metric.",
     ),
     Panel(
         "Trials: done of planned",

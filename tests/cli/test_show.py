@@ -38,7 +38,7 @@ def recorder():
             tool.set_attribute(semconv.ERROR_TYPE, "ValueError")
             tool.set_status(Status(StatusCode.ERROR))
     recorder.part = "GEPA"
-    for size, score in [(20, 40.0), (3, 100.0), (20, 35.0), (20, 60.0), (20, None)]:
+    for size, score in [(20, 0.4), (3, 1.0), (20, 0.35), (20, 0.6), (20, None)]:
         with tracer.start_as_current_span("evaluate P") as evaluation:
             evaluation.set_attribute(semconv.EVALUATION_ID, "e")
             evaluation.set_attribute(semconv.EVALUATION_SIZE, size)
@@ -82,10 +82,10 @@ def test_tree_shows_scores_tokens_cache_and_errors(recorder):
 def test_optimizer_table_counts_only_full_evaluations_as_best(recorder):
     rows = [row[1:-1] for row in printed(show.optimizer_tables(recorder, "GEPA")[0]) if len(row) > 5]
     assert rows == [
-        ["1", "full", "20", "40.0", "40.0"],
-        ["2", "minibatch", "3", "100.0", ""],
-        ["3", "full", "20", "35.0", ""],
-        ["4", "full", "20", "60.0", "60.0"],
+        ["1", "full", "20", "0.40", "0.40"],
+        ["2", "minibatch", "3", "1.00", ""],
+        ["3", "full", "20", "0.35", ""],
+        ["4", "full", "20", "0.60", "0.60"],
     ]
 
 
@@ -128,9 +128,9 @@ def test_trials_are_shown_as_the_optimizer_counts_them():
 def test_parts_table_and_progress(recorder):
     rows = {row[1]: row[2:-1] for row in printed(show.parts_table(recorder, ["evaluate", "GEPA"])) if len(row) > 5}
     assert rows["evaluate"] == ["1", "2", "1", "12", "3", "0", ""]
-    assert rows["GEPA"] == ["5", "0", "0", "0", "0", "4", "60.0"]
+    assert rows["GEPA"] == ["5", "0", "0", "0", "0", "4", "0.60"]
     assert rows["all"][:3] == ["6", "2", "1"]
-    assert show.progress_line(recorder, "GEPA") == "0 LM calls, 4 evaluations, best score 60.0"
+    assert show.progress_line(recorder, "GEPA") == "0 LM calls, 4 evaluations, best score 0.60"
 
 
 def test_the_command_that_opens_the_ui(monkeypatch):

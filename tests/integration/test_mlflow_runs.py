@@ -22,6 +22,7 @@ from dspy_otel.cli.demo.task import ColourFamily, load_examples, same_family, sa
 from dspy_otel.mlflow import load_best
 from dspy_otel.mlflow.read import read_optimization
 from dspy_otel.mlflow.retry import ExportError
+from dspy_otel.mlflow.runs import readable
 from dspy_otel.record.history import optimizations
 from dspy_otel.report.examples import compared
 from tests.optimizers.common import RUNS, quietly, scripted_lm
@@ -81,12 +82,12 @@ def test_runs_are_what_the_spans_say(store: Store, optimizer: str, tmp_path: Pat
     for key, span in trials.items():
         kind, score = span.attributes[semconv.TRIAL_KIND], span.attributes.get(semconv.TRIAL_SCORE)
         metrics = runs[key].data.metrics
-        assert metrics.get("score") == score, key
+        assert metrics.get("score") == readable(score), key
         first, *rest = runs[key].info.run_name.partition(",")[0].split()
         assert (first, rest[-1]) == (str(span.attributes[semconv.TRIAL_NUMBER]), kind)
     for kind in {span.attributes[semconv.TRIAL_KIND] for span in trials.values()}:
         expected = {
-            (span.attributes[semconv.TRIAL_NUMBER], span.attributes[semconv.TRIAL_SCORE])
+            (span.attributes[semconv.TRIAL_NUMBER], readable(span.attributes[semconv.TRIAL_SCORE]))
             for key, span in trials.items()
             if key.startswith(top) and span.attributes[semconv.TRIAL_KIND] == kind
         }
@@ -98,7 +99,7 @@ def test_runs_are_what_the_spans_say(store: Store, optimizer: str, tmp_path: Pat
     for key, value in attributes.items():
         if key.startswith(semconv.OPTIMIZER_PARAMS_PREFIX) and not isinstance(value, (str, tuple, bool)):
             assert float(parent.data.params[key.removeprefix(semconv.OPTIMIZER_PARAMS_PREFIX)]) == float(value)
-    assert parent.data.metrics["best_score"] == attributes[semconv.OPTIMIZER_BEST_SCORE]
+    assert parent.data.metrics["best_score"] == readable(attributes[semconv.OPTIMIZER_BEST_SCORE])
     assert parent.data.metrics["lm_calls"] == attributes[semconv.USAGE_LM_CALLS]
     assert parent.data.metrics["cost"] == pytest.approx(attributes[semconv.USAGE_COST])
     assert parent.data.metrics["task.input_tokens"] == attributes["dspy.usage.task.input_tokens"]
@@ -150,8 +151,10 @@ def test_runs_are_what_the_spans_say(store: Store, optimizer: str, tmp_path: Pat
     found = read_optimization(experiment=store.experiment, tracking_uri=store.uri)
     assert found.run_id == ids[top]
     record = found.optimization
-    for part in ("optimizer", "program_name", "outcome", "failure", "scale", "baseline", "best", "gain", "winner"):
+    for part in ("optimizer", "program_name", "outcome", "failure", "scale", "winner"):
         assert getattr(record, part) == getattr(expected, part), part
+    for part in ("baseline", "best", "gain"):
+        assert getattr(record, part) == readable(getattr(expected, part)), part
     for part in ("initial_id", "returned_id", "planned", "accepted", "rejected", "evaluated", "content"):
         assert getattr(record, part) == getattr(expected, part), part
     assert record.candidates == expected.candidates
@@ -201,7 +204,7 @@ def test_an_evaluation_of_its_own_is_a_run(store: Store, tmp_path: Path) -> None
     store.flush()
     (run,) = store.runs().values()
     assert (run.info.run_name, run.info.status) == ("Evaluate ColourFamily", "FINISHED")
-    assert run.data.metrics["score"] == result.score
+    assert run.data.metrics["score"] == pytest.approx(result.score / 100)
     traces = [trace for trace in store.traces(run) if trace.info.assessments]
     scores = {trace.info.assessments[0].value for trace in traces}
     assert (len(traces), scores) == (8, {row[2].score for row in result.results})

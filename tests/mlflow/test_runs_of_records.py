@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from dspy_otel.mlflow.runs import Run, key_of, runs_of, score_of
+from dspy_otel.mlflow.runs import Run, key_of, readable, runs_of, score_of
 from dspy_otel.record.model import (
     Candidate,
     Dataset,
@@ -30,8 +30,8 @@ TRIAL = Trial(
     "full",
     "c2",
     ("c1",),
-    score=75.0,
-    best=75.0,
+    score=0.75,
+    best=0.75,
     accepted=True,
     params={"step": 3},
     usage=Usage(lm_calls=4, by_role={"task": Usage(lm_calls=4)}),
@@ -51,8 +51,8 @@ OVER = Optimization(
     optimizer="Best",
     program_name="QA",
     outcome="finished",
-    baseline=50.0,
-    best=75.0,
+    baseline=0.5,
+    best=0.75,
     winner=2,
     done=1,
     initial=Candidate("c1", STATE),
@@ -73,17 +73,17 @@ def points(run: Run) -> dict[str, float]:
 
 def test_a_trial_gives_its_own_run_and_points_for_one_other() -> None:
     own, curves = runs_of(TRIAL, {"dspy.version": "1"}, "users")
-    assert (own.key, own.parent, own.user_run, own.name) == ("r/2", "r", "users", "2 ✓ 75.0 full, step 3")
+    assert (own.key, own.parent, own.user_run, own.name) == ("r/2", "r", "users", "2 ✓ 0.75 full, step 3")
     assert (own.started, own.ended, own.status) == (1, 2, "FINISHED")
-    assert points(own) == {"score": 75, "seconds": 0.001, "lm_calls": 4}
+    assert points(own) == {"score": 0.75, "seconds": 0.001, "lm_calls": 4}
     assert own.params["qa.instructions"] == "Answer."
     assert own.artifacts == {"model.json": STATE}
     (dataset,) = own.datasets
     assert (dataset.name, dataset.columns) == ("QA val", (("q", "string"), ("n", "long")))
     assert (curves.key, curves.name, curves.status) == ("r", None, None)
     assert points(curves) == {
-        "score.full": 75,
-        "best_score": 75,
+        "score.full": 0.75,
+        "best_score": 0.75,
         "examples_evaluated": 6,
         "lm_calls": 9,
         "accepted": 1,
@@ -95,16 +95,16 @@ def test_a_trial_gives_its_own_run_and_points_for_one_other() -> None:
 @pytest.mark.parametrize(
     ("changes", "name", "sentence"),
     [
-        ({}, "2 ✓ 75.0 full", "75.0"),
-        ({"accepted": False, "kind": "minibatch"}, "2 ✗ minibatch", "75.0"),
+        ({}, "2 ✓ 0.75 full", "0.75"),
+        ({"accepted": False, "kind": "minibatch"}, "2 ✗ minibatch", "0.75"),
         ({"accepted": None, "score": 0.784, "is_best": True}, "2 0.78 full", "0.78, best so far"),
         (
             {"changes": '{"describe": {}, "choose": {}}', "made_from": (1, 18)},
-            "2 ✓ 75.0 full",
-            "75.0; changed `describe`, `choose`; made from trials 1, 18",
+            "2 ✓ 0.75 full",
+            "0.75; changed `describe`, `choose`; made from trials 1, 18",
         ),
         ({"score": None, "failure": Failure("ValueError")}, "2 ✓ full", "**FAILED**: ValueError"),
-        ({"params": {"step": 3, "strategy": "append_a_demo"}}, "2 ✓ 75.0 full, step 3 append_a_demo", "75.0"),
+        ({"params": {"step": 3, "strategy": "append_a_demo"}}, "2 ✓ 0.75 full, step 3 append_a_demo", "0.75"),
     ],
 )
 def test_a_trials_name_and_description(changes: dict[str, Any], name: str, sentence: str) -> None:
@@ -128,7 +128,7 @@ def test_a_run_that_has_begun_says_what_it_is_and_nothing_of_results() -> None:
 
 def test_an_optimization_that_is_over_names_its_trials_runs() -> None:
     over, winner = runs_of(OVER, {})
-    assert (winner.key, winner.tags["mlflow.runName"]) == ("r/2", "2 ★ 75.0 full, step 3")
+    assert (winner.key, winner.tags["mlflow.runName"]) == ("r/2", "2 ★ 0.75 full, step 3")
     assert "candidates.json" not in over.artifacts
     found = over.resolved({"r/2": "id2"})
     assert found.tags["dspy.winner.run_id"] == "id2"
@@ -138,7 +138,7 @@ def test_an_optimization_that_is_over_names_its_trials_runs() -> None:
     assert [one["path"] for one in json.loads(found.tags["mlflow.loggedArtifacts"])] == [
         *("trainset.json", "valset.json", "phases.json", "candidates.json")
     ]
-    assert found.tags["mlflow.note.content"].startswith("Best score **75** (trial 2), baseline 50, 1 trials.")
+    assert found.tags["mlflow.note.content"].startswith("Best score **0.75** (trial 2), baseline 0.50, 1 trials.")
     lost = over.resolved({})
     assert "dspy.winner.run_id" not in lost.tags
     assert json.loads(lost.artifacts["candidates.json"])["data"][0][-1] is None
@@ -208,3 +208,12 @@ def test_a_trace_belongs_to_one_run(places: tuple[Any, ...], key: str | None) ->
     if score is not None:
         assert (score.name, score.value, score.error, score.row) == ("exact", None, "score is nan", 3)
         assert score.id == score_of(trace).id  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    ("score", "metric"),
+    [(2 / 3, 0.6667), (0.875, 0.875), (1.0, 1.0), (3.25, 3.25), (0.00012345, 0.0001234), (-1 / 3, -0.3333), (0.0, 0.0)],
+)
+def test_scores_are_readable(score: float, metric: float) -> None:
+    assert readable(score) == pytest.approx(metric, rel=1e-3)
+    assert len(str(readable(score)).lstrip("-")) <= 9

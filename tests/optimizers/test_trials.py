@@ -32,7 +32,8 @@ def test_mipro_trials_are_its_trial_logs(telemetry: Any, minibatch: bool) -> Non
     for trial in found:
         log = logs[trial["trial.number"]]
         kind = trial["trial.kind"]
-        assert trial["trial.score"] == log["mb_score" if kind == "minibatch" else "full_eval_score"]
+        assert trial["trial.score.reported"] == log["mb_score" if kind == "minibatch" else "full_eval_score"]
+        assert trial["trial.score"] == pytest.approx(trial["trial.score.reported"] / 100, abs=1e-9)
         scored = log["mb_program" if kind == "minibatch" else "full_eval_program"]
         assert trial["candidate.id"] == program_id(scored)
         chosen = {key: value for key, value in log.items() if "_predictor_" in key}
@@ -42,9 +43,9 @@ def test_mipro_trials_are_its_trial_logs(telemetry: Any, minibatch: bool) -> Non
     kinds = [trial["trial.kind"] for trial in found]
     assert kinds[0] == "baseline"
     assert ("minibatch" in kinds) == minibatch
-    assert found[-1]["trial.best_score"] == program.score
+    assert found[-1]["trial.best_score"] == pytest.approx(program.score / 100)
     attributes = compile_span(telemetry, "MIPROv2").attributes
-    assert attributes["dspy.optimizer.best_score"] == program.score
+    assert attributes["dspy.optimizer.best_score"] == pytest.approx(program.score / 100)
     assert attributes["dspy.optimizer.trials.planned"] == attributes["dspy.optimizer.trials.done"] == len(logs)
 
 
@@ -63,7 +64,7 @@ def test_a_mipro_trial_that_fails_counts_as_dspy_counts_it(telemetry: Any) -> No
     program, _ = quietly(common.run_mipro, lm, metric=metric)
     scores = {n: log.get("mb_score", log.get("full_eval_score")) for n, log in program.trial_logs.items()}
     found = trials(telemetry, "MIPROv2")
-    assert {trial["trial.number"]: trial["trial.score"] for trial in found} == scores
+    assert {trial["trial.number"]: trial["trial.score.reported"] for trial in found} == scores
     assert 0.0 in scores.values()
     assert any(span.status.status_code.name == "ERROR" for span in telemetry.named("trial"))
     assert compile_span(telemetry, "MIPROv2").status.status_code.name == "UNSET"
@@ -73,7 +74,7 @@ def test_a_mipro_trial_that_fails_counts_as_dspy_counts_it(telemetry: Any) -> No
 def test_random_search_trials_are_its_candidates(telemetry: Any, restrict: Any) -> None:
     program, _, found = run(telemetry, "BootstrapFewShotWithRandomSearch", restrict=restrict)
     reported = {entry["seed"]: entry for entry in program.candidate_programs}
-    assert {trial["trial.params.seed"]: trial["trial.score"] for trial in found} == {
+    assert {trial["trial.params.seed"]: trial["trial.score.reported"] for trial in found} == {
         seed: entry["score"] for seed, entry in reported.items()
     }
     for trial in found:
@@ -89,12 +90,12 @@ def test_copro_trials_are_its_candidates(telemetry: Any) -> None:
     assert len(found) == program.total_calls == planned
     best: dict[str, float] = defaultdict(float)
     for trial in found:
-        best[trial["candidate.id"]] = max(best[trial["candidate.id"]], trial["trial.score"])
+        best[trial["candidate.id"]] = max(best[trial["candidate.id"]], trial["trial.score.reported"])
     for entry in program.candidate_programs:
         same = [
             trial
             for trial in found
-            if trial["candidate.id"] == program_id(entry["program"]) and trial["trial.score"] == entry["score"]
+            if trial["candidate.id"] == program_id(entry["program"]) and trial["trial.score.reported"] == entry["score"]
         ]
         assert entry["depth"] in {trial["trial.params.depth"] for trial in same}
         assert best[program_id(entry["program"])] >= entry["score"]
@@ -103,7 +104,7 @@ def test_copro_trials_are_its_candidates(telemetry: Any) -> None:
     assert sorted({depth for stats in latest for depth in stats["depth"]}) == sorted(
         {trial["trial.params.depth"] for trial in found}
     )
-    assert max(trial["trial.score"] for trial in found) == program.candidate_programs[0]["score"]
+    assert max(trial["trial.score.reported"] for trial in found) == program.candidate_programs[0]["score"]
 
 
 def test_simba_trials_are_its_own_scores(telemetry: Any) -> None:
@@ -348,7 +349,7 @@ def test_gepa_merges_and_side_by_side_proposals(telemetry: Any, side_by_side: bo
 
 def test_better_together_trials_are_its_candidates(telemetry: Any) -> None:
     program, _, found = run(telemetry, "BetterTogether")
-    assert sorted((trial["trial.params.strategy"], trial["trial.score"]) for trial in found) == sorted(
+    assert sorted((trial["trial.params.strategy"], trial["trial.score.reported"]) for trial in found) == sorted(
         (entry["strategy"], entry["score"]) for entry in program.candidate_programs
     )
     assert [trial.get("trial.params.optimizer") for trial in found] == [
@@ -375,7 +376,7 @@ def test_infer_rules_and_optuna_trials(telemetry: Any) -> None:
         patch.setattr(optuna, "create_study", keep)
         quietly(common.run_optuna, lm)
     found = trials(telemetry, "BootstrapFewShotWithOptuna")
-    assert [trial["trial.score"] for trial in found] == [trial.value for trial in studies[0].trials]
+    assert [trial["trial.score.reported"] for trial in found] == [trial.value for trial in studies[0].trials]
     for trial, own in zip(found, studies[0].trials, strict=True):
         assert {key: trial[f"trial.params.{key}"] for key in own.params} == own.params
 

@@ -27,6 +27,7 @@ trials = st.builds(
     size=st.none() | st.integers(0, 9),
     accepted=st.none() | st.booleans(),
     reason=words,
+    reported=numbers,
     before=numbers,
     after=numbers,
     on_front=st.none() | st.booleans(),

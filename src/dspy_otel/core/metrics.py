@@ -14,8 +14,7 @@ from dspy_otel.content.names import OTHER
 from dspy_otel.core.attributes import sendable
 from dspy_otel.core.measurements import BoundSeries, bind, real_histogram
 
-SCORE_BUCKETS = tuple(float(percent) for percent in range(0, 101, 10))
-TRIAL_SCORE_BUCKETS = (*(tenth / 10 for tenth in range(11)), *SCORE_BUCKETS[1:])
+SCORE_BUCKETS = tuple(tenth / 10 for tenth in range(11))
 
 
 # Not empty: the SDK takes an empty context for none, and uses the current one.
@@ -171,7 +170,7 @@ class Metrics:
         self.evaluation_score = histogram(
             semconv.METRIC_EVALUATION_SCORE,
             "1",
-            "Score of an evaluation, as DSPy reports it (percent)",
+            "Score of an evaluation: the mean of the metric",
             SCORE_BUCKETS,
         )
         self.optimizer_trials = count(semconv.METRIC_OPTIMIZER_TRIALS, "{trial}", "Candidates scored by an optimizer")
@@ -181,8 +180,8 @@ class Metrics:
         self.optimizer_trial_score = histogram(
             semconv.METRIC_OPTIMIZER_TRIAL_SCORE,
             "1",
-            "Score of a trial, as the optimizer reports it (percent, or a mean)",
-            TRIAL_SCORE_BUCKETS,
+            "Score of a trial: the mean of the metric",
+            SCORE_BUCKETS,
         )
         self.optimizer_best_score = gauge(
             semconv.METRIC_OPTIMIZER_BEST_SCORE, "1", "Best score so far of the current optimization"

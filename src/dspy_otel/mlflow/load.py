@@ -11,7 +11,6 @@ from dspy_otel.mlflow.backends.base import CreatedRun
 from dspy_otel.mlflow.retry import ExportError
 from dspy_otel.mlflow.runs import BEST_PROGRAM, COMPILE, TAG_KIND, StoredRun
 from dspy_otel.mlflow.target import Target
-from dspy_otel.record.model import PERCENT
 from dspy_otel.record.stored import read_optimization
 
 _Program = TypeVar("_Program")
@@ -32,7 +31,7 @@ def load_best(
     Args:
         program: a program of the class that was optimized; changed in place, by its ``load``.
         run_id: the MLflow run of the optimization. Without one: of all finished ones in the experiment, the one with
-            the best score (percents and means compared on one scale; the newest of equals).
+            the best score (the newest of equals).
         experiment: name or id; default as for :class:`~dspy_otel.mlflow.MLflowSpanExporter`.
         tracking_uri: likewise.
         **options: for the program's ``load``, such as ``allow_unsafe_lm_state=True`` for a program whose LM is of a
@@ -77,5 +76,4 @@ def load_best(
 
 def _rank(run: StoredRun) -> tuple[float, int]:
     found = read_optimization(run.tags, run.params, run.metrics)
-    score = float("-inf") if found.best is None else found.best
-    return (score / 100 if found.scale == PERCENT else score), run.started
+    return (float("-inf") if found.best is None else found.best), run.started

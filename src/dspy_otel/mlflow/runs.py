@@ -93,6 +93,7 @@ TRACE_ID: Final = "tr-{}"
 _MARKS: Final = {True: "✓", False: "✗"}
 _STEPS: Final = ("step", "iteration", "depth", "strategy")
 """Choices that give the step of an optimization that a trial belongs to."""
+_SCORES: Final = frozenset({"baseline_score", "best_score", "gain"})
 RUN_ID: Final = "run_id"
 """Column of the table of trials."""
 
@@ -335,8 +336,8 @@ def _of_result(
     when, step = milliseconds(record.ended), max((trial.number for trial in record.trials), default=0)
     points = (
         # The best score under its children's name too: MLflow's table of runs compares by name.
-        *_points({"score": record.best}, when, step),
-        *_points(stored.optimization_metrics(record), when, step),
+        *_points({"score": readable(record.best)}, when, step),
+        *_points(_readable_scores(stored.optimization_metrics(record)), when, step),
         *_points(record.usage.flat(), when, step),
     )
     best = record.returned
@@ -392,11 +393,11 @@ def _summary(record: Optimization) -> str | None:
     """One sentence about the result."""
     if record.best is None:
         return None
-    text = f"Best score **{record.best:g}**"
+    text = f"Best score **{rounded(record.best)}**"
     if record.winner is not None:
         text += f" (trial {record.winner})"
     if record.baseline is not None:
-        text += f", baseline {record.baseline:g}"
+        text += f", baseline {rounded(record.baseline)}"
     return f"{text}, {record.done or 0} trials. More in {REPORT}, under Artifacts."
 
 
@@ -430,7 +431,7 @@ def _of_trial(record: Trial, versions: Mapping[str, str], user_run: str | None) 
     status = _status(record.failure)
     unknown = record.started is None or _cut_short(record.failure)
     seconds = None if unknown else round((record.ended - (record.started or 0)) / 1e9, 3)
-    results = {"score": record.score, "seconds": seconds, **_narrow(record.usage)}
+    results = {"score": readable(record.score), "seconds": seconds, **_narrow(record.usage)}
     over = dataclasses.replace(
         run,
         tags=_tags({**tags, TAG_NAME: name, TAG_NOTE: _note(status, record.failure, _sentence(record))}),
@@ -449,8 +450,8 @@ def _of_trial(record: Trial, versions: Mapping[str, str], user_run: str | None) 
 def _curves(record: Trial, when: int) -> Run:
     """A trial's points on the curves of its optimization."""
     values = {
-        f"score.{record.kind}": record.score,
-        "best_score": record.best,
+        f"score.{record.kind}": readable(record.score),
+        "best_score": readable(record.best),
         "examples_evaluated": record.examples_so_far,
         **record.spent.flat(),
         "accepted": record.accepted_so_far,
@@ -497,6 +498,17 @@ def rounded(score: float | None) -> str | None:
     return f"{score:.2f}" if abs(score) <= 1 else f"{score:.1f}"
 
 
+def readable(score: float | None) -> float | None:
+    """A score as a metric for people: four digits after the point, or four that count."""
+    if number(score) is None or score is None:
+        return None
+    return round(score, 4) if abs(score) >= 0.1 else float(f"{score:.4g}")
+
+
+def _readable_scores(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: readable(value) if name in _SCORES else value for name, value in values.items()}
+
+
 def _narrow(usage: Usage) -> dict[str, float]:
     """Usage without its roles and without what is zero: MLflow's table has a column for each name."""
     return {name: value for name, value in dataclasses.replace(usage, by_role={}).flat().items() if value}
@@ -538,7 +550,7 @@ def _of_evaluation(record: Evaluation, versions: Mapping[str, str], user_run: st
             tags[TAG_CONTENT] = HOW_TO_GET_CONTENT
     status = _status(record.failure)
     tags[TAG_NOTE] = _note(status, record.failure)
-    results = {"failures": record.failures or None, "score": record.score, **record.usage.flat()}
+    results = {"failures": record.failures or None, "score": readable(record.score), **record.usage.flat()}
     return [
         dataclasses.replace(
             run,

@@ -117,13 +117,13 @@ class EvaluateOperation(Operation):
         # An example that DSPy submits twice may fail once and be scored once: then it was scored.
         failures = len(state.failed - state.scored)
         attributes: Attributes = {semconv.EVALUATION_FAILURES: failures, **state.totals.attributes()}
-        score = score_of(introspection.field(result, "score"))
+        score = mean_score(result)
         if score is not None:
             attributes[semconv.EVALUATION_SCORE] = score
         return attributes
 
     def measure(self, call: Call, result: Any, error: BaseException | None, seconds: float) -> None:
-        score = score_of(introspection.field(result, "score"))
+        score = mean_score(result)
         if score is not None:
             self.telemetry.metrics.evaluation_score.record(
                 score, evaluation_labels(call.context.state), call.otel_context
@@ -307,6 +307,17 @@ def score_of(verdict: Any) -> float | None:
     """The score in what a metric returned: a number, a boolean, or something with a ``score``. Not finite: ``None``."""
     number = _number_of(verdict)
     return number if number is not None and math.isfinite(number) else None
+
+
+def mean_score(result: Any) -> float | None:
+    """The mean of the metric over an evaluation, from the percent in the result of ``Evaluate``."""
+    percent = score_of(introspection.field(result, "score"))
+    return None if percent is None else from_percent(percent)
+
+
+def from_percent(percent: float) -> float:
+    """A percent as ``Evaluate`` reports it, which is 100 times the mean of the metric, as that mean."""
+    return round(percent / 100, 9)  # without the noise of the division: 57.99 is 0.5799
 
 
 def unusable_score(verdict: Any) -> str | None:

@@ -86,7 +86,8 @@ class CandidateEvaluation(EnclosedOperation, EvaluateOperation):
     def close_enclosing(self, enclosing: Call, result: Any, error: BaseException | None) -> None:
         trial, tracker = enclosing.instance, tracker_of(enclosing.context)
         if isinstance(trial, Trial) and tracker is not None:
-            trial.score = guard("optimizer")(tracker.score)(result, error)
+            trial.reported = guard("optimizer")(tracker.score)(result, error)
+            trial.score = tracker.run.mean(trial.reported)
             if error is None:
                 with guard("optimizer"):
                     tracker.scored(trial, result)

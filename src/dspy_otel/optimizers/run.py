@@ -12,10 +12,11 @@ from dspy_otel.core.attributes import Attributes
 from dspy_otel.core.call_context import CallContext
 from dspy_otel.core.telemetry import Telemetry
 from dspy_otel.core.usage import Totals
+from dspy_otel.operations.evaluation import from_percent
 
 PERCENT: Final = "percent"
 MEAN: Final = "mean"
-"""Scales of an optimizer's scores: ``Evaluate``'s percent, or the plain mean of the metric."""
+"""Scales in which optimizers report scores: ``Evaluate``'s percent, or the plain mean of the metric."""
 
 _MOST_STATES: Final = 512
 
@@ -28,7 +29,7 @@ class Scored:
         number: from 1, in the order in which the run's trials began.
         kind: ``baseline``, ``minibatch``, ``full``, ``sample`` or ``validation``.
         candidate: ``dspy.program.id`` of the scored program.
-        score: on the optimizer's own scale, or ``None`` if there is none.
+        score: mean of the metric, or ``None`` if there is none.
         decides: whether its score counts for the best one.
     """
 
@@ -68,7 +69,7 @@ class Run:
         name: the optimizer's class name.
         context: call context of the compile.
         totals: of all LM calls inside, by role.
-        scale: of the optimizer's scores.
+        scale: in which the optimizer reports scores.
         parent: the optimization that this one is a step of.
         program_name: class of the program being optimized.
         initial_id: its ``dspy.program.id`` before the optimization.
@@ -221,6 +222,10 @@ class Run:
                 run.telemetry.metrics.optimizer_lm_calls.add(new_calls, labels)
             if new_cost > 0:
                 run.telemetry.metrics.optimizer_cost.add(new_cost, labels)
+
+    def mean(self, reported: float | None) -> float | None:
+        """A score that the optimizer reports as the mean of the metric: the one scale of all optimizers."""
+        return from_percent(reported) if reported is not None and self.scale == PERCENT else reported
 
     # --- results ----------------------------------------------------------------------------------------------------
     def labels(self) -> Attributes:

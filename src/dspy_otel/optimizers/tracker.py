@@ -55,7 +55,8 @@ class Trial:
         awaits_verdict: the optimizer's verdict comes later, and the tracker ends the trial then.
         end_attributes: attributes to add at its end.
         call: set while it is open.
-        score: set when its evaluation has ended.
+        score: mean of the metric; set when its evaluation has ended.
+        reported: the score as the optimizer reports it; likewise.
         texts: instructions by predictor, where the tracker finds the trial by them.
     """
 
@@ -71,6 +72,7 @@ class Trial:
     end_attributes: Attributes = field(default_factory=dict)
     call: Call | None = None
     score: float | None = None
+    reported: float | None = None
     texts: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -130,10 +132,10 @@ class Tracker:
     """Of LM calls directly inside the compile."""
 
     scale = PERCENT
-    """Of the optimizer's scores."""
+    """In which the optimizer reports scores, and :meth:`score` gives them."""
 
     failed_score: float | None = None
-    """The score the optimizer gives a candidate whose evaluation raised."""
+    """The score the optimizer gives a candidate whose evaluation raised, on its own scale."""
 
     program_role: str | None = semconv.ROLE_TASK
     """Of the LM calls of the program being optimized, where the optimizer itself calls it."""
@@ -196,7 +198,7 @@ class Tracker:
         return None
 
     def score(self, result: Any, error: BaseException | None) -> float | None:
-        """The score, as the optimizer counts it."""
+        """The score, as the optimizer reports it."""
         if error is not None:
             return (
                 self.failed_score if isinstance(error, Exception) else None

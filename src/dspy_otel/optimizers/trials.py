@@ -11,7 +11,7 @@ from dspy_otel.core.operation import Call, Operation, SpanStart, openinference
 from dspy_otel.core.usage import Totals
 from dspy_otel.optimizers.lineage import remember
 from dspy_otel.optimizers.program_state import differences, put_state, state_of
-from dspy_otel.optimizers.run import Run, Scored
+from dspy_otel.optimizers.run import PERCENT, Run, Scored
 from dspy_otel.optimizers.state import TrialState, tracker_of
 from dspy_otel.optimizers.trace_sampling import end_trial
 from dspy_otel.optimizers.tracker import Trial
@@ -101,6 +101,8 @@ class TrialOperation(Operation):
             attributes.setdefault(semconv.TRIAL_IS_BEST, state.is_best)
         if trial.score is not None:
             attributes[semconv.TRIAL_SCORE] = trial.score
+            if trial.reported is not None and state.tracker.run.scale == PERCENT:
+                attributes[semconv.TRIAL_SCORE_REPORTED] = trial.reported
         if state.best_score is not None:
             attributes[semconv.TRIAL_BEST_SCORE] = state.best_score
         return attributes

@@ -17,9 +17,6 @@ FINISHED: Final = "finished"
 FAILED: Final = "failed"
 INTERRUPTED: Final = "interrupted"
 
-PERCENT: Final = "percent"
-"""The scale of scores that are 0 to 100; others are the mean of the metric."""
-
 _INTERRUPTIONS: Final = frozenset({"KeyboardInterrupt", "SystemExit", "CancelledError", "GeneratorExit"})
 
 
@@ -289,13 +286,14 @@ class Trial:
         candidate: id of the program that was scored; None when several were mixed.
         parents: ids of the programs it was made from.
         made_from: numbers of the first trials that scored those.
-        score: on the optimizer's scale.
+        score: mean of the metric.
+        reported: the score as the optimizer reports it, where that is not the mean.
         best: best score so far, of those that can be compared.
         is_best: it has that score, and is the first that has.
         size: examples it was scored on.
         accepted: the optimizer's verdict, where it gives one.
         reason: of the verdict.
-        before, after: what a proposal was compared by.
+        before, after: what a proposal was compared by: means of the metric over the same examples.
         on_front: whether it is on the Pareto front.
         phase: part of the optimization.
         params: what the optimizer chose for it.
@@ -320,6 +318,7 @@ class Trial:
     parents: tuple[str, ...] = ()
     made_from: tuple[int, ...] = ()
     score: float | None = None
+    reported: float | None = None
     best: float | None = None
     is_best: bool | None = None
     size: int | None = None
@@ -361,7 +360,7 @@ class Evaluation:
         program_name, program_id: of the program that is evaluated.
         metric: name of the metric.
         size, threads: examples and threads.
-        score: of all examples.
+        score: mean of the metric over all examples.
         failures: examples that raised.
         usage: of its LM calls.
         models: names of the models that answered, by role.
@@ -407,8 +406,8 @@ class Optimization:
         resumed: it was taken up from an attempt before.
         outcome: ``finished``, ``failed``, ``interrupted`` or ``running``.
         failure: why it did not finish.
-        scale: ``percent`` or ``mean``.
-        baseline, best, gain: scores.
+        scale: in which the optimizer itself reports scores, ``percent`` or ``mean``.
+        baseline, best, gain: scores, as means of the metric.
         winner: number of the trial that made the program that was returned.
         initial, returned: the program before and after, with its state if that is known.
         params: of the optimizer and its compile.
@@ -527,7 +526,7 @@ class Origin:
         optimizer: the optimizer's class name.
         program_id: ``dspy.program.id`` of the program.
         trial: number of the trial that scored it, or ``None`` if none did (an optimizer without trials).
-        score: of that trial, on the optimizer's own scale.
+        score: of that trial: the mean of the metric.
         winner: the compile returned it. Otherwise it was a candidate.
     """
 

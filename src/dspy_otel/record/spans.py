@@ -175,6 +175,7 @@ def read_trial(span: ReadableSpan, at: Attributes) -> Trial:
         candidate=_text(at.get(semconv.CANDIDATE_ID)),
         parents=tuple(map(str, at.get(semconv.CANDIDATE_PARENT_IDS, ()))),
         score=number(at.get(semconv.TRIAL_SCORE)),
+        reported=number(at.get(semconv.TRIAL_SCORE_REPORTED)),
         best=number(at.get(semconv.TRIAL_BEST_SCORE)),
         is_best=_truth(at.get(semconv.TRIAL_IS_BEST)),
         size=_whole(at.get(semconv.TRIAL_SIZE)),

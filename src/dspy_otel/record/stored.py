@@ -29,6 +29,7 @@ Values = dict[str, Any]
 
 TRIAL_COLUMNS: Final = (
     *("number", "kind", "candidate", "parents", "score", "best_score", "accepted", "on_pareto_front"),
+    "reported_score",
     *("reason", "phase", "size", "score_before", "score_after", "params", "changes", "error"),
     *("lm_calls", "tokens", "cost", "spent_lm_calls", "spent_tokens", "spent_cost"),
 )
@@ -93,6 +94,7 @@ def trial_tags(record: Trial) -> Values:
         semconv.PROGRAM_ID: record.candidate,
         semconv.TRIAL_NUMBER: record.number,
         semconv.TRIAL_KIND: record.kind or None,
+        semconv.TRIAL_SCORE_REPORTED: record.reported,
         semconv.TRIAL_IS_BEST: record.is_best,
         semconv.TRIAL_ACCEPTED: record.accepted,
         semconv.TRIAL_REASON: record.reason,
@@ -168,6 +170,7 @@ def trial_row(record: Trial) -> Values:
         "best_score": record.best,
         "accepted": record.accepted,
         "on_pareto_front": record.on_front,
+        "reported_score": record.reported,
         "reason": record.reason,
         "phase": record.phase,
         "size": record.size,
@@ -291,6 +294,7 @@ def read_trial_row(row: Mapping[str, Any]) -> Trial:
         candidate=row.get("candidate"),
         parents=tuple(part for part in str(row.get("parents") or "").split(", ") if part),
         score=number(row.get("score")),
+        reported=number(row.get("reported_score")),
         best=number(row.get("best_score")),
         size=row.get("size"),
         accepted=row.get("accepted"),

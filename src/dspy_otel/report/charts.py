@@ -26,11 +26,11 @@ KINDS: Final = {
 """Kinds of trials, in the order of the legend, with what they are scored on."""
 
 
-def score_text(value: float | None, scale: str | None) -> str:
+def score_text(value: float | None) -> str:
     """A score as the user reads it."""
     if value is None:
         return "-"
-    return f"{value:.4g}%" if scale == "percent" else f"{value:.4g}"
+    return f"{value:.4g}"
 
 
 def by_trial(report: Optimization, label: Callable[[Trial], str]) -> Element | None:

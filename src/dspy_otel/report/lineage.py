@@ -141,7 +141,7 @@ def _edge(start: tuple[float, float], end: tuple[float, float]) -> str:
 
 def _dot(report: Optimization, node: Node, at: tuple[float, float], names: Mapping[str, str]) -> Element:
     kind = "seed" if node.id == report.initial_id else "rejected" if node.accepted is False else "kept"
-    score = score_text(node.score, report.scale)
+    score = score_text(node.score)
     title = f"{names.get(node.id, node.id)} ({node.id}), {score if node.score is not None else 'not scored in full'}"
     title += ", rejected" if node.accepted is False else ", on the Pareto front" if node.on_front else ""
     x, y = f"{at[0]:.0f}", f"{at[1]:.0f}"

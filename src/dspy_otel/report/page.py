@@ -135,12 +135,12 @@ def _header(report: Optimization, title: str) -> list[Child]:
 def _tiles(report: Optimization) -> Iterable[Element]:
     winner = report.winning
     best = "best score" if winner is None else f"best score, trial {winner.number}"
-    yield _tile(score_text(report.baseline, report.scale), "baseline")
-    yield _tile(score_text(report.best, report.scale), best if report.outcome != RUNNING else "best so far")
+    yield _tile(score_text(report.baseline), "baseline")
+    yield _tile(score_text(report.best), best if report.outcome != RUNNING else "best so far")
     if report.gain is not None:
         sign = "+" if report.gain > 0 else ""
-        unit = "gain, points" if report.scale == "percent" else "gain"
-        yield _tile(f"{sign}{report.gain:.4g}", unit, "good" if report.gain > 0 else "bad" if report.gain < 0 else None)
+        better = "good" if report.gain > 0 else "bad" if report.gain < 0 else None
+        yield _tile(f"{sign}{report.gain:.4g}", "gain", better)
     done, planned, usage = len(report.trials), report.planned, report.usage or report.spent
     yield _tile(f"{done} of {planned}" if planned and planned > done else str(done), "trials")
     if report.accepted is not None or report.rejected is not None:
@@ -163,7 +163,7 @@ def _tile(value: str, name: str, class_: str | None = None) -> Element:
 
 def _scores(report: Optimization, names: Mapping[str, str]) -> list[Child]:
     def label(trial: Trial) -> str:
-        text = f"trial {trial.number}, {trial.kind}: {score_text(trial.score, report.scale)}"
+        text = f"trial {trial.number}, {trial.kind}: {score_text(trial.score)}"
         text += "" if trial.size is None else f" on {trial.size} examples"
         text += "" if trial.candidate is None else f", candidate {names.get(trial.candidate, trial.candidate)}"
         return text + {True: ", accepted", False: ", rejected", None: ""}[trial.accepted]
@@ -326,8 +326,8 @@ def _trials(report: Optimization, names: Mapping[str, str], source: Source) -> l
             "phase": trial.phase,
             "candidate": _candidate(names, trial.candidate),
             "made from": [[_candidate(names, parent), " "] for parent in trial.parents],
-            "score": score_text(trial.score, report.scale) if trial.failure is None else _failure(trial),
-            "best": None if trial.best is None else score_text(trial.best, report.scale),
+            "score": score_text(trial.score) if trial.failure is None else _failure(trial),
+            "best": None if trial.best is None else score_text(trial.best),
             "examples": trial.size,
             "verdict": _verdict(trial),
             "tokens": None if trial.usage.tokens is None else f"{trial.usage.tokens:,.0f}",
@@ -479,7 +479,7 @@ def _ranked(report: Optimization, names: Mapping[str, str]) -> list[tuple[str, s
     for node in order:
         made = " and ".join(names.get(parent, parent) for parent in node.parents[:5])
         parts = [
-            "" if node.score is None else score_text(node.score, report.scale),
+            "" if node.score is None else score_text(node.score),
             {True: "accepted", False: "rejected", None: ""}[node.accepted],
             f"made from {made}" if made and made != "seed" else "",
         ]

@@ -40,7 +40,7 @@ def progress_line(recorder: Recorder, part: str) -> str:
     if scores := _full_scores(recorder, part):
         count = len(recorder.evaluations(part))
         words.append(f"{count} evaluation{'s' if count > 1 else ''}")
-        words.append(f"best score {max(scores):.1f}")
+        words.append(f"best score {max(scores):.2f}")
     return ", ".join(words)
 
 
@@ -92,7 +92,7 @@ def parts_table(recorder: Recorder, parts: Sequence[str]) -> Table:
             name,
             *(f"{totals[key]:,}" for key in ("traces", "lm_calls", "cache_hits", "input_tokens", "output_tokens")),
             str(len(recorder.evaluations(part))) if part else "",
-            f"{max(scores):.1f}" if scores else "",
+            f"{max(scores):.2f}" if scores else "",
             style="bold" if part is None else None,
             end_section=part == parts[-1],
         )
@@ -119,7 +119,7 @@ def evaluations_table(recorder: Recorder, part: str) -> Table:
         score = evaluation.score or 0.0
         better = evaluation.size == full and (best is None or score > best)
         best = score if better else best
-        row += [f"{score:.1f}", f"{best:.1f}" if better and best is not None else ""]
+        row += [f"{score:.2f}", f"{best:.2f}" if better and best is not None else ""]
         table.add_row(*row, style="green" if better else None)
     return table
 

@@ -33,7 +33,8 @@ if TYPE_CHECKING:
 class GEPATracker(Tracker):
     """Follows GEPA's events.
 
-    Scores are means, as in ``detailed_results``; before and after are sums over the minibatch, as GEPA judges.
+    Scores are means, as in ``detailed_results``. GEPA judges by sums over the minibatch: before and after are sums
+    until the trial ends, and means on its span.
     """
 
     role = semconv.ROLE_JUDGE  # outside of proposals, GEPA asks the metric for feedback
@@ -140,6 +141,10 @@ class GEPATracker(Tracker):
         if trial in self.waiting:
             self.waiting.remove(trial)
         trial.end_attributes.update(attributes)
+        for name in (semconv.TRIAL_SCORE_BEFORE, semconv.TRIAL_SCORE_AFTER):
+            total = trial.end_attributes.get(name)
+            if isinstance(total, float) and trial.size:
+                trial.end_attributes[name] = total / trial.size
         if trial.awaits_verdict and trial.call is not None:
             trial.call.operation.close(trial.call, None, None)
 
