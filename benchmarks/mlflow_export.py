@@ -227,7 +227,7 @@ def arrived(uri: str, experiment: str) -> dict[str, int]:
 
     every = traces(include_spans=False)
     linked = {trace.info.trace_id for run in runs for trace in traces(run_id=run, include_spans=False)}
-    scored = sum(bool(trace.info.assessments) for trace in every)
+    scored = sum(any(one.feedback for one in trace.info.assessments) for trace in every)
     return {"traces": len(every), "on a run": len(linked), "scored": scored, "runs": len(runs)}
 
 

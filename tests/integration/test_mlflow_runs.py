@@ -27,7 +27,7 @@ from dspy_otel.record.history import optimizations
 from dspy_otel.report.examples import compared
 from tests.optimizers.common import RUNS, quietly, scripted_lm
 from tests.support.mlflow_server import mlflow_server
-from tests.support.mlflow_store import Store
+from tests.support.mlflow_store import Store, scores
 from tests.support.waiting import wait_for, wait_for_exit
 
 pytest.importorskip("mlflow")
@@ -125,7 +125,7 @@ def test_runs_are_what_the_spans_say(store: Store, optimizer: str, tmp_path: Pat
             if f"{s.attributes[semconv.OPTIMIZER_RUN_ID]}/{s.attributes[semconv.TRIAL_NUMBER]}" == key
         ]
         expected = {f"tr-{span.context.trace_id:032x}": span.attributes[semconv.EXAMPLE_SCORE] for span in mine}
-        got = {trace.info.trace_id: [a.value for a in trace.info.assessments] for trace in store.traces(runs[key])}
+        got = {trace.info.trace_id: [a.value for a in scores(trace)] for trace in store.traces(runs[key])}
         assert got == {trace_id: [score] for trace_id, score in expected.items()}, key
         table = store.artifact(runs[key], "evaluation_table.json", tmp_path)
         of_table = {
@@ -206,12 +206,18 @@ def test_an_evaluation_of_its_own_is_a_run(store: Store, tmp_path: Path) -> None
     assert (run.info.run_name, run.info.status) == ("Evaluate ColourFamily", "FINISHED")
     assert run.data.metrics["score"] == pytest.approx(result.score / 100)
     traces = [trace for trace in store.traces(run) if trace.info.assessments]
-    scores = {trace.info.assessments[0].value for trace in traces}
-    assert (len(traces), scores) == (8, {row[2].score for row in result.results})
-    (assessment,) = traces[0].info.assessments
+    (assessment,) = scores(traces[0])
+    assert (len(traces), {scores(trace)[0].value for trace in traces}) == (8, {row[2].score for row in result.results})
     assert assessment.name == "same_family_with_feedback"
     assert assessment.rationale.startswith(("Right", "Wrong"))
     assert assessment.metadata["mlflow.assessment.sourceRunId"] == run.info.run_id
+    expected = {
+        one.metadata["dspy.example.index"]: (one.name, one.expectation.value)
+        for trace in traces
+        for one in trace.info.assessments
+        if one.expectation is not None
+    }
+    assert expected == {str(index): ("family", example.family) for index, example in enumerate(val)}
     table = store.artifact(run, "evaluation_table.json", tmp_path)
     rows = [dict(zip(table["columns"], row, strict=True)) for row in table["data"]]
     assert [row["inputs"] for row in rows] == [{"colour_name": example.colour_name} for example in val]
@@ -259,7 +265,7 @@ def test_every_one_of_a_thousand_scores_arrives(store: Store) -> None:
         page = store.client.search_traces(
             locations=[store.experiment_id], run_id=run.info.run_id, max_results=500, page_token=token
         )
-        found += sum(len(trace.info.assessments) == 1 for trace in page)
+        found += sum(len(scores(trace)) == 1 for trace in page)
         token = page.token
         if not token:
             break
@@ -454,7 +460,7 @@ def test_a_server_that_restarts_in_the_middle_loses_nothing(tmp_path: Path) -> N
         for key, run in runs.items():
             if "/" in key:
                 traces = store.traces(run)
-                assert (len(traces), {len(trace.info.assessments) for trace in traces}) == (8, {1}), key
+                assert (len(traces), {len(scores(trace)) for trace in traces}) == (8, {1}), key
         DSPyInstrumentor().uninstrument()
         store.provider.shutdown()
 

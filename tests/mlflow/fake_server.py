@@ -358,7 +358,7 @@ class FakeMLflow:
                 "datasets": sorted(run["datasets"]),
                 "artifacts": {path: _timeless(named(text)) for path, text in sorted(run["artifacts"].items())},
             }
-        own = ("trace_id", "span_id", "assessment_name", "feedback", "rationale")
+        own = ("trace_id", "span_id", "assessment_name", "feedback", "expectation", "rationale")
         scores = {
             score_id: {
                 **{name: score[name] for name in own if name in score},

@@ -15,7 +15,7 @@ from dspy_otel.mlflow.backends import Batch
 from dspy_otel.mlflow.backends.base import CreatedRun
 from dspy_otel.mlflow.exporter import track_runs
 from dspy_otel.mlflow.retry import ExportError
-from dspy_otel.mlflow.runs import Score
+from dspy_otel.mlflow.runs import Assessment, Score
 from dspy_otel.record.otlp import decode
 
 AWAY = ExportError("unreachable", "MLflow is away.", unavailable=True)
@@ -38,6 +38,7 @@ class Memory:
         self.runs: dict[str, dict[str, Any]] = {}
         self.links: dict[str, list[str]] = {}
         self.scores: list[tuple[str, float | None, str | None]] = []
+        self.expectations: list[tuple[str, Any, str | None]] = []
         self.spans: dict[int, ReadableSpan] = {}
         self.answered = self.asked = 0
         self.lose_answers = 0
@@ -106,11 +107,12 @@ class Memory:
         there = self.links.setdefault(run_id, [])
         there.extend(trace_id for trace_id in trace_ids if trace_id not in there)
 
-    def assess(self, score: Score, run_id: str | None) -> None:
+    def assess(self, score: Assessment, run_id: str | None) -> None:
         self.answer()
         assert score.trace_id in self.delivered
-        if (score.trace_id, score.value, run_id) not in self.scores:
-            self.scores.append((score.trace_id, score.value, run_id))
+        place = self.scores if isinstance(score, Score) else self.expectations
+        if (score.trace_id, score.value, run_id) not in place:
+            place.append((score.trace_id, score.value, run_id))
 
     def find_runs(self, run_id: str | None, condition: str, experiment_id: str | None = None) -> list[Any]:
         return []

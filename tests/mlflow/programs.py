@@ -213,6 +213,8 @@ class Emitter:
             yield
             if content:
                 example.set_attribute(semconv.MODULE_INPUTS, json.dumps({"q": str(index)}))
+                expected = {"a": "yes", "also": [1, {"b": None}], "not": None}
+                example.set_attribute(semconv.EXAMPLE_EXPECTED, json.dumps(expected if index % 2 else {"a": "yes"}))
                 if score is not None:
                     example.set_attribute(semconv.MODULE_OUTPUTS, json.dumps({"a": "yes"}))
             if score is None:

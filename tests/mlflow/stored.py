@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -46,8 +47,8 @@ def contents_of(client: Any, experiment_id: str, scratch: Path) -> dict[str, Any
             spans[f"{trace.info.trace_id}/{span.span_id}"] = span.name
         for score in trace.info.assessments:
             scores[score.assessment_id] = (
-                *(trace.info.trace_id, score.name, score.feedback.value),
-                None if score.error is None else score.error.error_code,
+                *(trace.info.trace_id, score.name, (score.feedback or score.expectation).value),
+                None if score.feedback is None or score.error is None else score.error.error_code,
                 {key: named(value) for key, value in (score.metadata or {}).items()},
             )
     return {"runs": runs, "spans": spans, "links": sorted(links), "scores": scores}
@@ -71,13 +72,17 @@ def comparable(contents: dict[str, Any]) -> dict[str, Any]:
         "spans": {"/".join(place): span["name"] for place, span in contents["spans"].items()},
         "scores": {
             score_id: (
-                *(score["trace_id"], score["assessment_name"], score["feedback"]["value"]),
-                score["feedback"].get("error", {}).get("error_code"),
+                *(score["trace_id"], score["assessment_name"], _value(score.get("feedback") or score["expectation"])),
+                score.get("feedback", {}).get("error", {}).get("error_code"),
                 score["metadata"],
             )
             for score_id, score in contents["scores"].items()
         },
     }
+
+
+def _value(given: dict[str, Any]) -> Any:
+    return given["value"] if "value" in given else json.loads(given["serialized_value"]["value"])
 
 
 def timeless(contents: dict[str, Any]) -> dict[str, Any]:

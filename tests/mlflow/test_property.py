@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -166,6 +167,8 @@ def check_account(done: Process, expected: dict[str, Any], server: FakeMLflow, s
     assert account.produced["traces"] == sum(span.parent is None for span in done.produced)
     scores = [span for span in done.produced if span.name == "example QA"]
     assert account.produced["scores"] == len(scores)
+    fields = [json.loads(span.attributes.get("dspy.example.expected", "{}")) for span in scores]
+    assert account.produced["expectations"] == sum(value is not None for one in fields for value in one.values())
     if not sum(account.dropped.values()):
         assert account.produced["runs"] == len(expected["runs"])
         assert account.produced["artifacts"] == sum(len(run["artifacts"]) for run in expected["runs"].values())
@@ -184,10 +187,13 @@ def check_account(done: Process, expected: dict[str, Any], server: FakeMLflow, s
     assert len(spans - held - disk) <= account.dropped["spans"]
     stored = [*server.runs.values()]
     assert account.written["runs"] <= sum(run["status"] != "RUNNING" for run in stored)
-    assert account.written["scores"] <= len(server.scores)
+    assessments = Counter("scores" if "feedback" in one else "expectations" for one in server.scores.values())
+    for kind in ("scores", "expectations"):
+        assert account.written[kind] <= assessments[kind]
     assert account.written["artifacts"] <= sum(len(run["artifacts"]) for run in stored)
     if not any("applied" in kind for kind in server.faults.happened):
-        assert account.written["scores"] == len(server.scores)
+        for kind in ("scores", "expectations"):
+            assert account.written[kind] == assessments[kind]
         assert account.written["artifacts"] == sum(len(run["artifacts"]) for run in stored)
         assert len(spans - held - disk) == account.dropped["spans"]
 

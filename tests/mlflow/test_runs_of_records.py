@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from dspy_otel.mlflow.runs import Run, key_of, readable, runs_of, score_of
+from dspy_otel.mlflow.runs import Run, Score, assessments_of, key_of, readable, runs_of, score_of
 from dspy_otel.record.model import (
     Candidate,
     Dataset,
@@ -208,6 +208,31 @@ def test_a_trace_belongs_to_one_run(places: tuple[Any, ...], key: str | None) ->
     if score is not None:
         assert (score.name, score.value, score.error, score.row) == ("exact", None, "score is nan", 3)
         assert score.id == score_of(trace).id  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    ("expected", "found"),
+    [
+        ({"a": "yes", "n": 2, "none": None}, [("a", "yes"), ("n", 2)]),
+        ({"a": {"b": [1, "\ud800"]}}, [("a", {"b": [1, "?"]})]),
+        ({"a": float("nan"), "b": "x" * 9000}, [("a", "nan"), ("b", "x" * 7999 + "…")]),
+        ({str(n): n for n in range(9)}, [("expected", {str(n): n for n in range(9)})]),
+        ('{"a": "cut by the SDK', [("expected", '{"a": "cut by the SDK')]),
+        ({}, []),
+        (None, []),
+    ],
+)
+def test_what_was_expected_is_an_expectation_for_each_field(expected: Any, found: list[tuple[str, Any]]) -> None:
+    example = Example(3, score=1.0, expected=expected)
+    score, *others = assessments_of(Trace(1, 255, False, "r", 2, None, metric="exact", example=example))
+    assert isinstance(score, Score)
+    assert [(one.name, one.value) for one in others] == found
+    assert {(one.key, one.trace_id, one.span_id, one.row) for one in others} <= {
+        (score.key, score.trace_id, score.span_id, 3)
+    }
+    assert len({one.id for one in (score, *others)}) == 1 + len(found)
+    unscored = dataclasses.replace(example, score=None)
+    assert assessments_of(Trace(1, 255, False, "r", 2, None, metric="exact", example=unscored)) == []
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Final
 
 SPANS, TRACES, SCORES, RUNS, ARTIFACTS, LINKS = "spans", "traces", "scores", "runs", "artifacts", "links of traces"
-KINDS: Final = (SPANS, TRACES, RUNS, SCORES, ARTIFACTS)
+EXPECTATIONS: Final = "expectations"
+KINDS: Final = (SPANS, TRACES, RUNS, SCORES, EXPECTATIONS, ARTIFACTS)
 """Kinds whose counts add up."""
 
 
@@ -20,11 +21,12 @@ class Account:
     While a program runs, the difference is what is pending. :attr:`kept` is set when the program ends.
 
     Attributes:
-        produced: by the program: spans that ended, traces that began with them, scores and runs that follow from them,
-            and the artifacts of those runs, once for each content.
+        produced: by the program: spans that ended, traces that began with them, scores, expectations and runs that
+            follow from them, and the artifacts of those runs, once for each content.
         written: MLflow has it; once the program has ended, only complete runs count.
         kept: it is in the journal, for ``replay``.
-        refused: MLflow does not take it. Spans, and the scores that follow from them, are set aside in the journal.
+        refused: MLflow does not take it. Spans, and the scores and expectations that follow from them, are set
+            aside in the journal.
         dropped: it is lost, because there was no room or no disk.
     """
 

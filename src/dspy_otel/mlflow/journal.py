@@ -40,7 +40,7 @@ import platformdirs
 from opentelemetry.sdk.trace import ReadableSpan
 
 from dspy_otel.mlflow.locks import lock_for
-from dspy_otel.mlflow.runs import Score
+from dspy_otel.mlflow.runs import Assessment
 from dspy_otel.mlflow.translate import finished
 from dspy_otel.record.otlp import encode
 
@@ -116,7 +116,7 @@ class Segment:
         applied: the worker knows its runs, links and scores.
         delivered: its spans are in MLflow, or set aside.
         links: key of a run, and id of a trace that belongs to it.
-        scores: of its traces.
+        scores: of its traces, and what was expected of them.
         failures: failed deliveries in a row.
         baseline: number of deliveries of others before it first failed.
         due: when to try again.
@@ -134,7 +134,7 @@ class Segment:
     applied: bool = False
     delivered: bool = False
     links: list[tuple[str, str]] = field(default_factory=list)
-    scores: list[Score] = field(default_factory=list)
+    scores: list[Assessment] = field(default_factory=list)
     failures: int = 0
     baseline: int = 0
     due: float = 0.0

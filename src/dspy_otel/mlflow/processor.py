@@ -27,13 +27,13 @@ from opentelemetry.sdk.trace import ReadableSpan, Span, SpanProcessor
 
 from dspy_otel import semconv
 from dspy_otel.core.metrics import WithoutExemplars
-from dspy_otel.mlflow.account import SCORES, SPANS, TRACES
+from dspy_otel.mlflow.account import SPANS, TRACES
 from dspy_otel.mlflow.backends import open_backend
 from dspy_otel.mlflow.journal import Journal, spool_directory, spool_limit
 from dspy_otel.mlflow.pending import UserRun
 from dspy_otel.mlflow.replay import recover
 from dspy_otel.mlflow.retry import clean
-from dspy_otel.mlflow.runs import is_scored, key_of_start
+from dspy_otel.mlflow.runs import count_assessments, key_of_start
 from dspy_otel.mlflow.target import Target
 from dspy_otel.mlflow.termination import after_shutdown, before_termination
 from dspy_otel.mlflow.threads import Throttle, log_safely, start_thread
@@ -338,9 +338,10 @@ class MLflowProcessor(SpanProcessor):
                 "trials and evaluations are kept.",
             )
         account = self.worker.account
-        scores = sum(map(is_scored, spans)) if self._runs else 0
-        account.produced[SCORES] += scores
-        account.dropped[SCORES] += scores
+        if self._runs:
+            counts = count_assessments(spans)
+            account.produced.update(counts)
+            account.dropped.update(counts)
         account.dropped[SPANS] += len(spans)
         account.dropped[TRACES] += sum(span.parent is None for span in spans)
         self._count_spans(len(spans), why)

@@ -16,7 +16,7 @@
 One trial gives its own run, and points for one other: what it costs does not grow with the number of trials. Only the
 end of an optimization looks at all of them.
 
-Traces belong to runs too: :func:`key_of` says to which, :func:`score_of` their scores.
+Traces belong to runs too: :func:`key_of` says to which, :func:`assessments_of` their scores and expectations.
 """
 
 from __future__ import annotations
@@ -27,13 +27,15 @@ import hashlib
 import json
 import logging
 import time
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 from opentelemetry.sdk.trace import ReadableSpan
 
 from dspy_otel import semconv
+from dspy_otel.mlflow.account import EXPECTATIONS, SCORES
 from dspy_otel.record import model, stored
 from dspy_otel.record.model import (
     Candidate,
@@ -71,6 +73,10 @@ MAX_PARAM: Final = 6000
 MAX_TAG: Final = 8000
 MAX_KEY: Final = 250
 """Longest values and names, in characters, that MLflow takes (``mlflow/utils/validation.py``, 3.17.2)."""
+
+EXPECTED: Final = "expected"
+MAX_EXPECTATIONS: Final = 8
+"""Most fields of one example that each are an expectation of their own: a server takes them one by one."""
 
 TAG_KIND: Final = "dspy.run.kind"
 TAG_KEY: Final = "dspy.run.key"
@@ -201,8 +207,42 @@ class Score:
     @property
     def id(self) -> str:
         """Its id in MLflow. It follows from the score, so that one that is sent twice is not stored twice."""
-        text = f"{self.trace_id}/{self.span_id}/{self.name}"
-        return f"a-{hashlib.sha256(text.encode('utf-8', 'replace')).hexdigest()[:32]}"
+        return _assessment_id(f"{self.trace_id}/{self.span_id}/{self.name}")
+
+
+@dataclass(frozen=True, slots=True)
+class Expectation:
+    """What a field of one example should have been, for the trace of that example; with content capture on only.
+
+    Attributes:
+        key, trace_id, span_id, row: as those of its score.
+        name: of the field.
+        value: of any type that JSON has, but None.
+    """
+
+    key: str
+    trace_id: str
+    span_id: str | None
+    name: str
+    value: Any
+    row: int | None
+
+    @property
+    def id(self) -> str:
+        """Its id in MLflow, made as that of a score."""
+        return _assessment_id(f"expected/{self.trace_id}/{self.span_id}/{self.name}")
+
+
+Assessment: TypeAlias = Score | Expectation
+
+
+def kind_of_assessment(assessment: Assessment) -> str:
+    """The name of its kind in the account."""
+    return SCORES if isinstance(assessment, Score) else EXPECTATIONS
+
+
+def _assessment_id(text: str) -> str:
+    return f"a-{hashlib.sha256(text.encode('utf-8', 'replace')).hexdigest()[:32]}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -275,6 +315,31 @@ def score_of(trace: Trace) -> Score | None:
     )
 
 
+def assessments_of(trace: Trace) -> list[Assessment]:
+    """The score of an example, and what was expected of it."""
+    score, example = score_of(trace), trace.example
+    if score is None or example is None:
+        return []
+    place = (score.key, score.trace_id, score.span_id)
+    return [score, *(Expectation(*place, name, value, score.row) for name, value in _expected(example.expected))]
+
+
+def _expected(expected: Any) -> list[tuple[str, Any]]:
+    """The fields of what was expected; all under one name when they are many, or when the text of them was cut."""
+    if expected is None or expected == {}:
+        return []
+    fields = expected if isinstance(expected, dict) and len(expected) <= MAX_EXPECTATIONS else {EXPECTED: expected}
+    return [(cut(as_text(name), MAX_KEY), _plain(value)) for name, value in fields.items() if value is not None]
+
+
+def _plain(value: Any) -> Any:
+    """A value of JSON that MLflow takes; one that is too long is the beginning of its text."""
+    text = as_text(value) if isinstance(value, str) else as_text(strict_json(value))
+    if len(text) > MAX_TAG:
+        return cut(text, MAX_TAG)
+    return text if isinstance(value, str) else json.loads(text)
+
+
 def key_of_start(span: ReadableSpan) -> str | None:
     """The key of the run that a span of an optimization, trial or evaluation makes, if it makes one; else None."""
     part = read(span, kind_of(span))
@@ -285,10 +350,15 @@ def key_of_start(span: ReadableSpan) -> str | None:
     return evaluation_key(part.id) if isinstance(part, Evaluation) else None
 
 
-def is_scored(span: ReadableSpan) -> bool:
-    """Whether an ended span is of an example that has a score."""
-    example = read(span, Kind.EXAMPLE) if is_ours(span) and kind_of(span) is Kind.EXAMPLE else None
-    return isinstance(example, Example) and not (example.score is None and example.error is None)
+def count_assessments(spans: Iterable[ReadableSpan]) -> Counter[str]:
+    """How many scores and expectations follow from ended spans, by kind."""
+    counts: Counter[str] = Counter()
+    for span in spans:
+        example = read(span, Kind.EXAMPLE) if is_ours(span) and kind_of(span) is Kind.EXAMPLE else None
+        if isinstance(example, Example) and not (example.score is None and example.error is None):
+            counts[SCORES] += 1
+            counts[EXPECTATIONS] += len(_expected(example.expected))
+    return counts
 
 
 def trial_key(optimization: str, trial: int) -> str:

@@ -25,7 +25,7 @@ from opentelemetry.instrumentation.utils import suppress_instrumentation
 from opentelemetry.sdk.trace import ReadableSpan
 
 from dspy_otel import semconv
-from dspy_otel.mlflow.account import ARTIFACTS, LINKS, RUNS, SCORES, SPANS, TRACES, Account
+from dspy_otel.mlflow.account import ARTIFACTS, LINKS, RUNS, SPANS, TRACES, Account
 from dspy_otel.mlflow.backends import Backend, Batch
 from dspy_otel.mlflow.backends.base import MAX_LINKS, CreatedRun, unexpected
 from dspy_otel.mlflow.items import ATTEMPTS_BEFORE_SPLIT, Items
@@ -33,7 +33,14 @@ from dspy_otel.mlflow.journal import Journal, JournalError, Segment
 from dspy_otel.mlflow.pending import PendingRuns, UserRun
 from dspy_otel.mlflow.retry import Backoff, ExportError, Verdict, clean
 from dspy_otel.mlflow.run_writer import RunWriter
-from dspy_otel.mlflow.runs import Score, evaluation_key, key_of, score_of, trace_id_of
+from dspy_otel.mlflow.runs import (
+    Assessment,
+    assessments_of,
+    evaluation_key,
+    key_of,
+    kind_of_assessment,
+    trace_id_of,
+)
 from dspy_otel.mlflow.splitting import SentSpan, body_of, count_roots, deliver_in_halves
 from dspy_otel.mlflow.threads import HELPERS, Helpers, Throttle, log_safely
 from dspy_otel.mlflow.translate import restore
@@ -184,7 +191,8 @@ class Worker:
             if not segment.delivered:
                 account.add_undelivered(SPANS, segment.count, kept)
                 account.add_undelivered(TRACES, segment.roots, kept)
-            account.add_undelivered(SCORES, len(segment.scores), kept)
+            for kind, count in Counter(map(kind_of_assessment, segment.scores)).items():
+                account.add_undelivered(kind, count, kept)
         for run in self.pending.lacking:
             if run.over:
                 run.resolve_references({})  # its table of trials is an artifact too
@@ -290,12 +298,11 @@ class Worker:
             trace = self.pending.history.trace(span)
             if trace is None:
                 return
-            key, score = key_of(trace), score_of(trace)
+            key, assessments = key_of(trace), assessments_of(trace)
             if key is not None and trace.root:
                 segment.links.append((key, trace_id_of(trace.trace_id)))
-            if score is not None:
-                segment.scores.append(score)
-                self.account.produced[SCORES] += 1
+            segment.scores += assessments
+            self.account.produced.update(map(kind_of_assessment, assessments))
 
     def _count_runs(self) -> None:
         for run in self.pending.runs.values():
@@ -343,8 +350,8 @@ class Worker:
             return
         together = self._together(segment)
         if together is not None and backend.deliver(Batch(body, *together)):
-            self.account.written[SCORES] += len(segment.scores)
-            self._items.successes[SCORES] += len(segment.scores)
+            self.account.written.update(map(kind_of_assessment, segment.scores))
+            self._items.successes.update(map(kind_of_assessment, segment.scores))
             segment.links, segment.scores = [], []
             self._sent(segment, segment.count, segment.roots)
             return
@@ -364,7 +371,7 @@ class Worker:
         self.account.written[TRACES] += roots
         self._count_spans(count, None)
 
-    def _together(self, segment: Segment) -> tuple[dict[str, list[str]], list[tuple[Score, str | None]]] | None:
+    def _together(self, segment: Segment) -> tuple[dict[str, list[str]], list[tuple[Assessment, str | None]]] | None:
         """Links and scores of a segment; None when one of their runs does not exist yet."""
         links: dict[str, list[str]] = {}
         for key, trace_id in segment.links:
@@ -401,7 +408,7 @@ class Worker:
             self.report(f"refused {error.cause}", f"Span {name!r} could not be written: {error} {then}.")
             scores = [score for score in segment.scores if _is_of(score, span[2])]
             segment.scores = [score for score in segment.scores if score not in scores]
-            (self.account.refused if where else self.account.dropped)[SCORES] += len(scores)
+            (self.account.refused if where else self.account.dropped).update(map(kind_of_assessment, scores))
 
     def _drop(self, count: int, roots: int, why: str) -> None:
         self.account.dropped[SPANS] += count
@@ -437,8 +444,9 @@ class Worker:
         if not there:
             return
 
-        def assess(score: Score) -> bool:
-            return self._items.write(SCORES, score.id, lambda: backend.assess(score, self._run_id(score.key)))
+        def assess(score: Assessment) -> bool:
+            kind = kind_of_assessment(score)
+            return self._items.write(kind, score.id, lambda: backend.assess(score, self._run_id(score.key)))
 
         results = self._helpers.run(assess, there, HELPERS if backend.parallel else 0)
         failures = [result for result in results if isinstance(result, Exception)]
@@ -540,7 +548,7 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _is_of(score: Score, span: Any) -> bool:
+def _is_of(score: Assessment, span: Any) -> bool:
     """Whether a score is that of an example's span."""
     if score.trace_id != trace_id_of(int.from_bytes(span.trace_id, "big")):
         return False

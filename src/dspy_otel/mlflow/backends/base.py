@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final, NamedTuple, Protocol
 
 from dspy_otel.mlflow.retry import ExportError, Verdict, clean
-from dspy_otel.mlflow.runs import Dataset, Metric, Score, StoredRun
+from dspy_otel.mlflow.runs import Assessment, Dataset, Metric, StoredRun
 
 OLDEST_MLFLOW: Final = "3.14"
 """First release whose OTLP endpoint keeps trace tags and resource attributes (compared over the wheels)."""
@@ -27,12 +27,12 @@ class Batch:
     Attributes:
         body: an OTLP request in protobuf.
         links: ids of traces by the id of the run that they belong to.
-        scores: with the id of their run, if that is known.
+        scores: and expectations, with the id of their run, if that is known.
     """
 
     body: bytes
     links: Mapping[str, Sequence[str]] = field(default_factory=dict)
-    scores: Sequence[tuple[Score, str | None]] = ()
+    scores: Sequence[tuple[Assessment, str | None]] = ()
 
 
 class CreatedRun(NamedTuple):
@@ -70,8 +70,8 @@ class Backend(Protocol):
     def link(self, run_id: str, trace_ids: Sequence[str]) -> None:
         """Put at most ``MAX_LINKS`` traces on a run. They need not exist yet."""
 
-    def assess(self, score: Score, run_id: str | None) -> None:
-        """Put a score on a trace that exists."""
+    def assess(self, score: Assessment, run_id: str | None) -> None:
+        """Put a score or an expectation on a trace that exists."""
 
     def create_run(
         self, key: str, tags: Mapping[str, str], started: int, experiment_id: str | None = None, *, known: bool = False
@@ -192,7 +192,11 @@ def dataset_fields(dataset: Dataset) -> dict[str, str]:
     }
 
 
-def score_metadata(score: Score, run_id: str | None) -> dict[str, str]:
+EXPECTATION_SOURCE: Final = "dataset"
+"""Where an expectation comes from: a row of the evaluated dataset."""
+
+
+def score_metadata(score: Assessment, run_id: str | None) -> dict[str, str]:
     """Metadata of an assessment. The page of a run shows the scores whose metadata has its id."""
     metadata = {} if run_id is None else {"mlflow.assessment.sourceRunId": run_id}
     if score.row is not None:

@@ -26,7 +26,7 @@ from dspy_otel.mlflow.backends import base
 from dspy_otel.mlflow.backends.base import OLDEST_MLFLOW, Batch, CreatedRun, FoundExperiment, resolve_experiment
 from dspy_otel.mlflow.locks import importing, lock_for
 from dspy_otel.mlflow.retry import ExportError, Verdict, clean
-from dspy_otel.mlflow.runs import TAG_KEY, TAG_NAME, Dataset, Metric, Score, StoredRun
+from dspy_otel.mlflow.runs import TAG_KEY, TAG_NAME, Assessment, Dataset, Metric, Score, StoredRun
 from dspy_otel.mlflow.target import Target, public_uri, sqlite_path
 from dspy_otel.mlflow.translate import CHAT_USAGE, LLM_COST
 
@@ -99,7 +99,7 @@ class EmbeddedBackend:
         self.answered += 1
         return True
 
-    def _add_scores(self, session: Any, scores: Sequence[tuple[Score, str | None]]) -> None:
+    def _add_scores(self, session: Any, scores: Sequence[tuple[Assessment, str | None]]) -> None:
         """Add scores as ``create_assessment`` of MLflow's store does, for all at once."""
         from mlflow.store.tracking.dbmodels.models import SqlAssessments, SqlTraceInfo
 
@@ -115,7 +115,7 @@ class EmbeddedBackend:
                 for trace in session.query(SqlTraceInfo).filter(SqlTraceInfo.request_id.in_(list(ids)))
             }
             for score, run_id in some.values():
-                row = SqlAssessments.from_mlflow_entity(_feedback(score, run_id))
+                row = SqlAssessments.from_mlflow_entity(_assessment(score, run_id))
                 trace = traces[score.trace_id]
                 for column, value in (
                     ("experiment_id", trace.experiment_id),
@@ -133,12 +133,12 @@ class EmbeddedBackend:
         """Put traces on a run."""
         self._call("link", lambda: self._client.link_traces_to_run(list(trace_ids), run_id))
 
-    def assess(self, score: Score, run_id: str | None) -> None:
-        """Put a score on a trace."""
+    def assess(self, score: Assessment, run_id: str | None) -> None:
+        """Put a score or an expectation on a trace."""
 
         def write() -> None:
             try:
-                self._traces.log_assessment(score.trace_id, _feedback(score, run_id))
+                self._traces.log_assessment(score.trace_id, _assessment(score, run_id))
             except Exception:
                 # An attempt that was interrupted may have stored it.
                 with contextlib.suppress(Exception):
@@ -425,9 +425,20 @@ def _leave_unpriced(span: Any) -> None:
         attributes.setdefault(LLM_COST, "")
 
 
-def _feedback(score: Score, run_id: str | None) -> Any:
-    from mlflow.entities import AssessmentError, AssessmentSource, Feedback
+def _assessment(score: Assessment, run_id: str | None) -> Any:
+    from mlflow.entities import AssessmentError, AssessmentSource, Expectation, Feedback
 
+    if not isinstance(score, Score):
+        expectation = Expectation(
+            name=score.name,
+            value=score.value,
+            source=AssessmentSource("CODE", base.EXPECTATION_SOURCE),
+            metadata=base.score_metadata(score, run_id),
+            span_id=score.span_id,
+            trace_id=score.trace_id,
+        )
+        expectation.assessment_id = score.id
+        return expectation
     feedback = Feedback(
         name=score.name,
         value=score.value,

@@ -28,7 +28,7 @@ from packaging.version import InvalidVersion, Version
 from dspy_otel.mlflow.backends import base
 from dspy_otel.mlflow.backends.base import Batch, CreatedRun, FoundExperiment, resolve_experiment
 from dspy_otel.mlflow.retry import Answer, ExportError, Verdict, clean, explain, judge
-from dspy_otel.mlflow.runs import TAG_KEY, TAG_NAME, Dataset, Metric, Score, StoredRun
+from dspy_otel.mlflow.runs import TAG_KEY, TAG_NAME, Assessment, Dataset, Expectation, Metric, Score, StoredRun
 from dspy_otel.mlflow.target import Target, public_uri
 
 _logger = logging.getLogger(__name__)
@@ -110,24 +110,18 @@ class RestBackend:
         """Put traces on a run."""
         self._post("traces/link-to-run", {"trace_ids": list(trace_ids), "run_id": run_id})
 
-    def assess(self, score: Score, run_id: str | None) -> None:
-        """Put a score on a trace."""
+    def assess(self, score: Assessment, run_id: str | None) -> None:
+        """Put a score or an expectation on a trace."""
         now = datetime.datetime.now(datetime.timezone.utc).isoformat().replace("+00:00", "Z")
-        feedback: dict[str, Any] = {"value": score.value}
-        if score.error is not None:
-            feedback["error"] = {"error_code": score.error, "error_message": score.message or base.FAILED_EXAMPLE}
         assessment: dict[str, Any] = {
             "assessment_id": score.id,
             "trace_id": score.trace_id,
             "assessment_name": score.name,
-            "source": {"source_type": "CODE", "source_id": score.name},
             "create_time": now,
             "last_update_time": now,
-            "feedback": feedback,
             "metadata": base.score_metadata(score, run_id),
+            **(_feedback(score) if isinstance(score, Score) else _expectation(score)),
         }
-        if score.rationale is not None:
-            assessment["rationale"] = score.rationale
         if score.span_id is not None:
             assessment["span_id"] = score.span_id
         path = f"traces/{score.trace_id}/assessments"
@@ -383,6 +377,22 @@ def _read(response: requests.Response, limit: int, until: float) -> Answer:
         None if location is None else public_uri(location),
         response.headers.get("Retry-After"),
     )
+
+
+def _feedback(score: Score) -> dict[str, Any]:
+    feedback: dict[str, Any] = {"value": score.value}
+    if score.error is not None:
+        feedback["error"] = {"error_code": score.error, "error_message": score.message or base.FAILED_EXAMPLE}
+    found: dict[str, Any] = {"feedback": feedback, "source": {"source_type": "CODE", "source_id": score.name}}
+    return found if score.rationale is None else {**found, "rationale": score.rationale}
+
+
+def _expectation(expectation: Expectation) -> dict[str, Any]:
+    value: dict[str, Any] = {"value": expectation.value}
+    if isinstance(expectation.value, (list, dict)):
+        text = json.dumps(expectation.value, ensure_ascii=False)
+        value = {"serialized_value": {"serialization_format": "JSON_FORMAT", "value": text}}
+    return {"expectation": value, "source": {"source_type": "CODE", "source_id": base.EXPECTATION_SOURCE}}
 
 
 def _is_otlp(answer: Answer) -> bool:
