@@ -175,9 +175,7 @@ def test_spans_have_types_inputs_and_outputs(store: Store) -> None:
     chat_in = {
         "messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hauptstadt?"}],
     }
-    chat_out = {
-        "choices": [{"index": 0, "message": {"role": "assistant", "content": "Paris"}, "finish_reason": "stop"}]
-    }
+    chat_out = ["Paris"]
     document = {"page_content": "Paris ist ...", "metadata": {"score": 0.9}, "id": "d1"}
     parent = {span.span_id: span.name for span in trace.data.spans}
     got = [

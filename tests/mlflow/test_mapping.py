@@ -238,6 +238,33 @@ def test_chat_messages_become_a_chat_with_the_system_message_first(mapped: Any) 
     assert not [key for key in (*gone, semconv.INPUT_MIME_TYPE, semconv.OUTPUT_VALUE) if key in got]
 
 
+ANSWER = {"role": "assistant", "parts": [text("[[ ## a ## ]]\n42")], "finish_reason": "stop"}
+
+
+@pytest.mark.parametrize(
+    ("asked", "answers", "shown"),
+    [
+        ([("user", [text("[[ ## q ## ]]\nWhy?")])], [ANSWER], True),
+        ([("user", [text("q")])], [ANSWER, ANSWER], False),
+        ([("user", [{"type": "uri", "modality": "image", "uri": "https://host/a.png"}])], [ANSWER], False),
+        ([("user", [text("q")])], [{**ANSWER, "parts": [{"type": "reasoning", "content": "hm"}, text("a")]}], False),
+        ([("user", [text("q")])], [{**ANSWER, "parts": [{"type": "tool_call", "name": "f"}]}], False),
+        ([], [ANSWER], False),
+    ],
+)
+def test_messages_of_text_have_their_fields_as_headings(mapped: Any, asked: Any, answers: Any, shown: bool) -> None:
+    content = {
+        semconv.GEN_AI_INPUT_MESSAGES: messages(*asked),
+        semconv.GEN_AI_OUTPUT_MESSAGES: json.dumps(answers),
+    }
+    got = mapped({**CHAT, **content})
+    assert got.get("mlflow.message.format") == ("dspy" if shown else None)
+    outputs = json.loads(got[tr.SPAN_OUTPUTS])
+    assert outputs == ["[[ ## a ## ]]\n42"] if shown else len(outputs["choices"]) == len(answers)
+    without = mapped(CHAT)
+    assert not [key for key in ("mlflow.message.format", tr.SPAN_INPUTS, tr.SPAN_OUTPUTS) if key in without]
+
+
 def test_tool_calls_and_their_results(mapped: Any) -> None:
     call = {"type": "tool_call", "id": "c1", "name": "search", "arguments": {"q": "x"}}
     results = [{"type": "tool_call_response", "id": i, "response": r} for i, r in (("c1", {"hits": 2}), ("c2", "none"))]

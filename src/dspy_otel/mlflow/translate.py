@@ -6,7 +6,8 @@ attributes, what the store does not get from them:
 * a trace name and trace tags: only from ``mlflow.traceTag.*`` on the span without a parent;
 * types of spans: it knows no ``retrieval`` and no ``invoke_workflow``;
 * the chat view: it renders OpenAI-shaped messages in full, messages in parts form only if every part is text or a
-  tool call, and it never shows ``gen_ai.system_instructions`` as a message;
+  tool call, and it never shows ``gen_ai.system_instructions`` as a message. Marked as DSPy's, with outputs as a list
+  of texts, messages have ``[[ ## field ## ]]`` as headings, but lose all that is no text;
 * cost: it prices each call anew by model name unless ``mlflow.llm.cost`` is there.
 
 Read in MLflow 3.17.2: ``mlflow/tracing/otel/translation``, ``mlflow/store/tracking/sqlalchemy_store.py`` and the
@@ -35,6 +36,7 @@ _logger = logging.getLogger(__name__)
 SPAN_TYPE: Final = "mlflow.spanType"
 SPAN_INPUTS: Final = "mlflow.spanInputs"
 SPAN_OUTPUTS: Final = "mlflow.spanOutputs"
+MESSAGE_FORMAT: Final = "mlflow.message.format"
 CHAT_TOOLS: Final = "mlflow.chat.tools"
 CHAT_USAGE: Final = "mlflow.chat.tokenUsage"
 LLM_COST: Final = "mlflow.llm.cost"
@@ -290,7 +292,11 @@ def _move_content(attributes: dict[str, AttributeValue]) -> None:
 
     outputs = _load_list(attributes.get(semconv.GEN_AI_OUTPUT_MESSAGES))
     if outputs is not None:
-        attributes[SPAN_OUTPUTS] = _dump({"choices": [_choice(i, message) for i, message in enumerate(outputs)]})
+        choices = [_choice(i, message) for i, message in enumerate(outputs)]
+        attributes[SPAN_OUTPUTS] = _dump({"choices": choices})
+        if messages and len(choices) == 1 and all(map(_is_plain, [*messages, choices[0]["message"]])):
+            attributes[SPAN_OUTPUTS] = _dump([choices[0]["message"]["content"]])
+            attributes.setdefault(MESSAGE_FORMAT, "dspy")
         for key in (semconv.GEN_AI_OUTPUT_MESSAGES, semconv.OUTPUT_VALUE, semconv.OUTPUT_MIME_TYPE):
             attributes.pop(key, None)
     else:
@@ -361,6 +367,11 @@ def _messages(attributes: Mapping[str, AttributeValue]) -> list[dict[str, Any]] 
         return None
     first = [{"role": "system", "parts": system}] if system else []
     return [openai for message in [*first, *(messages or [])] for openai in _openai_messages(message)]
+
+
+def _is_plain(message: Mapping[str, Any]) -> bool:
+    """Whether MLflow's view of DSPy messages, which makes headings of fields, shows all of it: role and text."""
+    return message.keys() == {"role", "content"} and isinstance(message["content"], str)
 
 
 def _choice(index: int, message: Any) -> dict[str, Any]:
