@@ -30,6 +30,7 @@ ENV_OPENINFERENCE: Final = "OTEL_DSPY_OPENINFERENCE"
 ENV_PROGRESS: Final = "OTEL_DSPY_PROGRESS"
 ENV_METRICS: Final = "OTEL_DSPY_METRICS"
 ENV_LIGHT_METRICS: Final = "OTEL_DSPY_LIGHT_METRICS"
+ENV_LIGHT_SPANS: Final = "OTEL_DSPY_LIGHT_SPANS"
 
 _CONTENT_MODES: Final[Mapping[str, CaptureContent]] = {
     "no_content": "no_content",
@@ -148,6 +149,9 @@ class Config:
 
     light_metrics: bool = _setting(True, ENV_LIGHT_METRICS, _boolean)
     """Find the SDK's aggregation of a series once. Off, or with an SDK that is not known: for each measurement."""
+
+    light_spans: bool = _setting(True, ENV_LIGHT_SPANS, _boolean)
+    """Make the SDK's spans at a lower cost, where that is known to give the same spans."""
 
     progress: bool = _setting(False, ENV_PROGRESS, _boolean)
     """Show running optimizations on stderr, if that is a terminal (needs ``rich``)."""

@@ -30,10 +30,10 @@ from tests.support.spans import Recorder
 OURS = os.path.dirname(dspy_otel.__file__) + os.sep
 GROWTH = 1.05
 MOST = {
-    ("predict", "no_content"): 195,
-    ("predict", "span_only"): 350,
-    ("nested", "no_content"): 337,
-    ("nested", "span_only"): 577,
+    ("predict", "no_content"): 217,
+    ("predict", "span_only"): 377,
+    ("nested", "no_content"): 378,
+    ("nested", "span_only"): 625,
 }
 MOST_DISABLED = {"predict": 35, "nested": 56}
 

@@ -66,3 +66,9 @@ def test_a_process_forked_meanwhile_waits_for_nobody() -> None:
     go_on.set()
     first.join()
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+@pytest.mark.parametrize("light", [True, False])
+def test_spans_are_light_ones_unless_that_is_switched_off(light: bool) -> None:
+    telemetry = Telemetry(Config(light_spans=light), TracerProvider(shutdown_on_exit=False))
+    assert type(telemetry.tracer.start_span("span")).__name__ == ("LightSpan" if light else "_Span")

@@ -439,6 +439,7 @@ MACHINERY = {
 AT_TIMES = re.compile(
     r"\.redaction\.(\w*environment\w*|_Pattern\.__(getattr|init)__|_in_any_case|_kind|_names|_remember_setting|_rules)$"
     r"|\.digest\.(_has_functions|_is_known)$|\.measurements\._collected$"
+    r"|\.spans\.(_Witness\.\w+|_seen|_view|_is_the_sdks|LightTracer\.look|_acting|_decisions|_static)$"
     r"|is_secret_name$|_kept_encoder$|give_exporters_a_generator$|given_ids|__missing__$"
 )
 """Called when something has changed since the last time, or once in a process: which may not be so at the next."""
@@ -736,6 +737,7 @@ def resumed() -> Any:
 
 
 NEVER_CALLED = re.compile(
+    r"LightSpan\.__repr__|LightTracer\.start_as_current_span|"
     r"optimizers\.(trackers\.)?(finetune|reanchor|progress)\.|interpreter|typed|_CountedStream|_counted_stream"
     r"|record_(chunk|retry)|count_chunk|_suppression_keys|simba\._in_compile|older_dspy\.|on_merge_rejected"
     r"|formatting_without|propagation\._typed|\.DeferredSpan\.|Asking\.of|\.__init__$|\.Telemetry\.(_make|_after_fork|__)"

@@ -167,7 +167,7 @@ def test_a_provider_that_is_set_later_gives_system_ids_too(monkeypatch: pytest.M
         program(question="after")
         assert random.getstate() == state
     ours = dspy_otel.DSPyInstrumentor()._telemetry.tracer
-    assert type(ours.id_generator).__name__ == "SystemIds"
+    assert type(ours._tracer.id_generator).__name__ == "SystemIds"
     assert type(provider.get_tracer("another").id_generator).__name__ == "RandomIdGenerator"
 
 

@@ -206,6 +206,7 @@ WRONG = {
     "OTEL_DSPY_OPENINFERENCE": ("openinference", "y e s", True),
     "OTEL_DSPY_METRICS": ("metrics", "none", True),
     "OTEL_DSPY_LIGHT_METRICS": ("light_metrics", "heavy", True),
+    "OTEL_DSPY_LIGHT_SPANS": ("light_spans", "some", True),
 }
 RIGHT = {
     "OTEL_INSTRUMENTATION_GENAI_CAPTURE_MESSAGE_CONTENT": ("capture_content", "SPAN_AND_EVENT", "span_and_event"),
@@ -220,6 +221,7 @@ RIGHT = {
     "OTEL_DSPY_OPENINFERENCE": ("openinference", "off", False),
     "OTEL_DSPY_METRICS": ("metrics", "False", False),
     "OTEL_DSPY_LIGHT_METRICS": ("light_metrics", "no", False),
+    "OTEL_DSPY_LIGHT_SPANS": ("light_spans", "0", False),
 }
 
 

@@ -207,7 +207,7 @@ def _suppression_keys() -> tuple[str, ...]:
 
 
 _CALL_CONTEXT_KEY: Final = otel_context.create_key("dspy_otel.call_context")
-_SPAN_KEY: Final = next(iter(set_span_in_context(INVALID_SPAN, Context())))
+SPAN_KEY: Final = next(iter(set_span_in_context(INVALID_SPAN, Context())))
 _SUPPRESSION_KEYS: Final = _suppression_keys()
 
 
@@ -218,7 +218,7 @@ def suppressed(context: Context) -> bool:
 
 def inside(context: Context, span: Span, call_context: CallContext) -> Context:
     """``context`` with this span and this call as the current ones."""
-    return Context({**context, _SPAN_KEY: span, _CALL_CONTEXT_KEY: call_context})
+    return Context({**context, SPAN_KEY: span, _CALL_CONTEXT_KEY: call_context})
 
 
 def with_call_context(context: Context, call_context: CallContext) -> Context:

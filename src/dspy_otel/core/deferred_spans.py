@@ -142,7 +142,7 @@ class DeferredSpan(Span):
                 return
             around = set_span_in_context(parent.real, around)
         real = self._trace.tracer.start_span(
-            self._name, around, self._kind, self._attributes, self._links or None, self._started, **self._options
+            self._name, around, self._kind, self._attributes, self._links, self._started, **self._options
         )
         restore_dropped(real, self._attributes)
         for name, attributes, when in self._events:

@@ -252,7 +252,7 @@ class Operation:
             outside,
             start.kind,
             attributes,
-            start.links or None,
+            start.links,
             record_exception=False,
             set_status_on_exception=False,
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 import time
@@ -110,10 +111,19 @@ class Telemetry:
                         self._on_provider(self._provider or trace.get_tracer_provider())
                 with guard("sampler"):
                     self.keeps_attributes = keeps_attributes(tracer)
-                self._tracer = with_system_ids(tracer)
+                self._tracer = self._lightened(with_system_ids(tracer))
                 events = self.config.content_on_events and not isinstance(self.logger, NoOpLogger)
                 self.discards = isinstance(tracer, NoOpTracer) and isinstance(self._meter, NoOpMeter) and not events
             return self._tracer
+
+    def _lightened(self, tracer: Tracer) -> Tracer:
+        """``tracer``, or one that makes its spans at a lower cost, if it is the SDK's."""
+        if self.config.light_spans and type(tracer).__module__ == "opentelemetry.sdk.trace":
+            with contextlib.suppress(Exception):  # an SDK that is not known
+                from dspy_otel.core.spans import lightened  # needs the SDK
+
+                return lightened(tracer)
+        return tracer
 
     @property
     def span_content(self) -> Content | None:
