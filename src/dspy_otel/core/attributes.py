@@ -16,6 +16,22 @@ Attributes: TypeAlias = dict[str, AttributeValue]
 ReadOnlyAttributes: TypeAlias = Mapping[str, AttributeValue]
 
 EMPTY: ReadOnlyAttributes = {}
+
+
+class Labels(dict[str, AttributeValue]):
+    """Attributes of metrics that are made once and never changed, so that what counts them is found once.
+
+    Attributes:
+        series: by instrument, what counts them there.
+    """
+
+    __slots__ = ("series",)
+
+    def __init__(self, attributes: ReadOnlyAttributes) -> None:
+        super().__init__(attributes)
+        self.series: dict[Any, Any] = {}
+
+
 _NUMBERS: Final = frozenset({int, float, bool})
 
 

@@ -11,7 +11,7 @@ from opentelemetry.metrics import Histogram, Meter
 
 from dspy_otel import semconv
 from dspy_otel.content.names import OTHER
-from dspy_otel.core.attributes import sendable
+from dspy_otel.core.attributes import Labels, sendable
 from dspy_otel.core.measurements import BoundSeries, bind, real_histogram
 
 SCORE_BUCKETS = tuple(tenth / 10 for tenth in range(11))
@@ -88,6 +88,10 @@ class BoundedHistogram:
 
     def record(self, amount: float, attributes: Any = None, context: Context | None = None) -> None:
         """Record ``amount`` in ``context``; nothing before there is a provider, for nobody would keep it."""
+        if type(attributes) is Labels:
+            bound = attributes.series.get(self)
+            if bound is not None and 0 <= amount < _INFINITY and bound.record(amount, context):
+                return
         if self._real is None:
             self._real = real_histogram(self._histogram)
             if self._real is None:
@@ -96,6 +100,8 @@ class BoundedHistogram:
         series = (*attributes.items(), *map(type, attributes.values())) if attributes else ()
         bound = self._bound.get(series)
         if bound is not None and 0 <= amount < _INFINITY and bound.record(amount, context):
+            if type(attributes) is Labels:
+                attributes.series[self] = bound
             return
         shown = self._attributes.of(attributes)
         self._real.record(amount, shown, context)

@@ -10,13 +10,13 @@ import functools
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from opentelemetry.trace import SpanKind
 
 from dspy_otel import semconv
 from dspy_otel.content import introspection, redaction
-from dspy_otel.core.attributes import Attributes, repair, sendable
+from dspy_otel.core.attributes import Attributes, Labels, repair, sendable
 from dspy_otel.core.call_context import CallContext, current_call_context, current_state, enclosing_state
 from dspy_otel.core.errors import error_type
 from dspy_otel.core.internal_errors import guard
@@ -65,6 +65,20 @@ _CONTENT: Final = guard("content")
 _EVENT: Final = guard("LM content event")
 
 
+class LMLabels(NamedTuple):
+    """Attributes of a call's metrics.
+
+    Attributes:
+        call: of the call.
+        input: of its input tokens.
+        output: of its output tokens.
+    """
+
+    call: Labels
+    input: Labels
+    output: Labels
+
+
 @dataclass(frozen=True, slots=True)
 class LMDescription:
     """What all LM calls share that have the same model and settings, in the same program and for the same role.
@@ -82,19 +96,16 @@ class LMDescription:
     attributes: Attributes
     request: Attributes
     stop: Any
-    _labels: dict[tuple[str | None, str | None, str | None], Attributes] = field(default_factory=dict)
+    _labels: dict[tuple[str | None, str | None], LMLabels] = field(default_factory=dict)
 
-    def labels(
-        self, provider: str | None = None, model: str | None = None, token_type: str | None = None
-    ) -> Attributes:
+    def labels(self, provider: str | None = None, model: str | None = None) -> LMLabels:
         """Low-cardinality attributes of a call's metrics. Not to be changed: they are made once.
 
         Args:
             provider: who serves it, if the model's name has no provider.
             model: the model that answered.
-            token_type: which tokens are counted.
         """
-        key = provider, model, token_type
+        key = provider, model
         kept = self._labels.get(key)
         if kept is not None:
             return kept
@@ -104,11 +115,14 @@ class LMDescription:
         labels.update((name, self.attributes[name]) for name in _OF_PROGRAM if name in self.attributes)
         if model is not None:
             labels[semconv.GEN_AI_RESPONSE_MODEL] = model
-        if token_type is not None:
-            labels[semconv.GEN_AI_TOKEN_TYPE] = token_type
+        made = LMLabels(
+            Labels(labels),
+            Labels({**labels, semconv.GEN_AI_TOKEN_TYPE: semconv.TOKEN_TYPE_INPUT}),
+            Labels({**labels, semconv.GEN_AI_TOKEN_TYPE: semconv.TOKEN_TYPE_OUTPUT}),
+        )
         if len(self._labels) < _MOST_LABELS:
-            self._labels[key] = labels
-        return labels
+            self._labels[key] = made
+        return made
 
 
 @dataclass(slots=True)
@@ -303,22 +317,19 @@ class LMOperation(Operation):
         described, model = state.description, None if state.response is None else state.response.model
         labels = described.labels(state.provider, model)
         if usage.cache_hit:
-            metrics.cache_hits.add(1, labels, call.otel_context)
+            metrics.cache_hits.add(1, labels.call, call.otel_context)
         else:
             # An answer from the cache is no operation of the provider: it would hide how slow that is.
-            timed = {**labels, semconv.ERROR_TYPE: error_type(error)} if error is not None else labels
+            timed = labels.call if error is None else {**labels.call, semconv.ERROR_TYPE: error_type(error)}
             metrics.operation_duration.record(seconds, timed, call.otel_context)
-            for kind, tokens in (
-                (semconv.TOKEN_TYPE_INPUT, usage.input_tokens),
-                (semconv.TOKEN_TYPE_OUTPUT, usage.output_tokens),
-            ):
-                if tokens is not None:
-                    labels_of_kind = described.labels(state.provider, model, kind)
-                    metrics.token_usage.record(tokens, labels_of_kind, call.otel_context)
+            if usage.input_tokens is not None:
+                metrics.token_usage.record(usage.input_tokens, labels.input, call.otel_context)
+            if usage.output_tokens is not None:
+                metrics.token_usage.record(usage.output_tokens, labels.output, call.otel_context)
             if usage.cost:
-                metrics.lm_cost.add(usage.cost, labels, call.otel_context)
+                metrics.lm_cost.add(usage.cost, labels.call, call.otel_context)
         if state.chunks:
-            metrics.time_to_first_chunk.record(state.first_chunk - call.started, labels, call.otel_context)
+            metrics.time_to_first_chunk.record(state.first_chunk - call.started, labels.call, call.otel_context)
 
     def _emit_details(self, call: Call) -> None:
         """The call's content as an ``inference.operation.details`` event."""
@@ -373,7 +384,7 @@ class LMOperation(Operation):
             **error_attributes(error),
         }
         self.telemetry.add_event(context.span, semconv.EVENT_LM_RETRY, attributes)
-        labels = context.state.description.labels(context.state.provider)
+        labels = context.state.description.labels(context.state.provider).call
         self.telemetry.metrics.retries.add(1, {**labels, semconv.ERROR_TYPE: error_type(error)})
 
     def record_stream(self, _: None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

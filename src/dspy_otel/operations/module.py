@@ -13,7 +13,7 @@ from dspy_otel import semconv
 from dspy_otel.content import introspection
 from dspy_otel.content.introspection import is_a
 from dspy_otel.content.names import without_secrets
-from dspy_otel.core.attributes import Attributes, repair, sendable
+from dspy_otel.core.attributes import Attributes, Labels, repair, sendable
 from dspy_otel.core.call_context import CallContext, Program
 from dspy_otel.core.errors import error_type
 from dspy_otel.core.operation import Call, Operation, SpanStart, openinference
@@ -137,7 +137,7 @@ class ModuleOperation(Operation):
 
     def _record(self, call: Call, error: BaseException | None, seconds: float) -> None:
         state: ModuleState = call.context.state
-        labels = state.description.labels
+        labels: Attributes = state.description.labels
         if error is not None:
             labels = {**labels, semconv.ERROR_TYPE: error_type(error)}
         self.telemetry.metrics.module_duration.record(seconds, labels, call.otel_context)
@@ -183,7 +183,7 @@ class ModuleDescription(NamedTuple):
 
     span: str
     attributes: Attributes
-    labels: Attributes
+    labels: Labels
     outermost: bool
 
 
@@ -215,7 +215,7 @@ def describe(instance: Any, program: Program, path: str | None, outermost: bool)
         span = f"{semconv.OPERATION_INVOKE_WORKFLOW} {class_name}"
     else:
         span = f"{class_name} {path}" if path else class_name
-    return ModuleDescription(sendable(span), attributes, labels, outermost)
+    return ModuleDescription(sendable(span), attributes, Labels(labels), outermost)
 
 
 def call_signature(stored: dict[str, Any], kwargs: dict[str, Any]) -> Any:
