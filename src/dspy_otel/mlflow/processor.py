@@ -34,6 +34,7 @@ from dspy_otel.mlflow.pending import UserRun
 from dspy_otel.mlflow.replay import recover
 from dspy_otel.mlflow.retry import clean
 from dspy_otel.mlflow.runs import count_assessments, key_of_start
+from dspy_otel.mlflow.source import source_tags
 from dspy_otel.mlflow.target import Target
 from dspy_otel.mlflow.termination import after_shutdown, before_termination
 from dspy_otel.mlflow.threads import Throttle, log_safely, start_thread
@@ -116,7 +117,7 @@ class MLflowProcessor(SpanProcessor):
         self._recovered = directory is None
 
     def _about(self) -> dict[str, Any]:
-        return {**self._target.about(), "runs": self._runs}
+        return {**self._target.about(), "runs": self._runs, "source": source_tags()}
 
     def _connect(self) -> Any:
         if self._target.is_default:

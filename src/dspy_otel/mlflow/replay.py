@@ -34,6 +34,7 @@ from dspy_otel.mlflow.journal import (
 from dspy_otel.mlflow.pending import PendingRuns
 from dspy_otel.mlflow.retry import ExportError
 from dspy_otel.mlflow.runs import evaluation_key, key_of, trace_id_of
+from dspy_otel.mlflow.source import saved_tags
 from dspy_otel.mlflow.target import Target, public_uri
 from dspy_otel.mlflow.translate import finished_group, restore, translate, user_run_of
 from dspy_otel.mlflow.worker import Worker, group_of, versions
@@ -201,7 +202,8 @@ class _Delivery:
         self._foreign = isinstance(source, _Files)
         # in memory: refused spans stay in the source
         self._journal = Journal(None, 1, target.about, lambda *_: None)
-        pending = PendingRuns(versions(), History(forget=not self._foreign))
+        source_of_runs = {} if isinstance(source, _Files) else saved_tags(source.about().get("source"))
+        pending = PendingRuns({**versions(), **source_of_runs}, History(forget=not self._foreign))
         self.worker = Worker(
             self._journal,
             lambda: open_backend(target),

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import sys
 import threading
 import time
@@ -41,6 +40,7 @@ from dspy_otel.mlflow.runs import (
     kind_of_assessment,
     trace_id_of,
 )
+from dspy_otel.mlflow.source import source_tags
 from dspy_otel.mlflow.splitting import SentSpan, body_of, count_roots, deliver_in_halves
 from dspy_otel.mlflow.threads import HELPERS, Helpers, Throttle, log_safely
 from dspy_otel.mlflow.translate import restore
@@ -93,7 +93,7 @@ class Worker:
         self.journal = journal
         self._connect = connect
         self._runs = runs
-        self.pending = pending or PendingRuns(versions())
+        self.pending = pending or PendingRuns({**versions(), **source_tags()})
         self._count_spans = count_spans
         self._throttle = throttle
         self._unkept = unkept
@@ -539,12 +539,10 @@ def group_of(span: ReadableSpan) -> str:
 
 def versions() -> dict[str, str]:
     """Tags of every run: the versions of the software that made it."""
-    found = {"dspy_otel.version": __version__, "mlflow.source.type": "LOCAL"}
+    found = {"dspy_otel.version": __version__}
     for package in ("dspy", "opentelemetry-sdk"):
         with contextlib.suppress(metadata.PackageNotFoundError):
             found[f"{package}.version"] = metadata.version(package)
-    if sys.argv and sys.argv[0]:
-        found["mlflow.source.name"] = os.path.basename(sys.argv[0]) or sys.argv[0]
     return found
 
 
