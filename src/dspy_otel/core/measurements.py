@@ -124,8 +124,9 @@ class BoundSeries:
         context = context or get_current()
         now = time.time_ns()
         span: Any = context.get(SPAN_KEY) if self._by_trace else None
-        if span is not None:
-            sampled = bool(span.get_span_context().trace_flags & TraceFlags.SAMPLED)
+        within: Any = None if span is None else span.get_span_context()
+        if type(within) is SpanContext:
+            sampled = bool(within[3] & TraceFlags.SAMPLED)  # its flags, without the calls of two properties
         else:
             sampled = self._filter.should_sample(amount, now, self._attributes, context)
         for counted in self._counted:

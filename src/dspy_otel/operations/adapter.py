@@ -7,10 +7,12 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+from opentelemetry.context import get_current
+
 from dspy_otel import semconv
 from dspy_otel.content import introspection
 from dspy_otel.core.attributes import Attributes
-from dspy_otel.core.call_context import CallContext, current_call_context
+from dspy_otel.core.call_context import CallContext, current_call_context, suppressed
 from dspy_otel.core.errors import error_type, hide_frames
 from dspy_otel.core.internal_errors import guard
 from dspy_otel.core.operation import Call, Operation, SpanStart, openinference
@@ -63,8 +65,11 @@ class AdapterOperation(Operation):
         Returns:
             Whether it takes over from the predictor's own adapter, and not from one that helps that one to parse.
         """
-        context = current_call_context()
-        if context is None or not isinstance(context.state, ModuleState) or not self.telemetry.enabled():
+        surrounding = get_current()
+        context = current_call_context(surrounding)
+        if context is None or type(context.state) is not ModuleState:
+            return False
+        if not self.telemetry.active or suppressed(surrounding):
             return False
         state, name = context.state, type(adapter).__name__
         if state.adapter is None:

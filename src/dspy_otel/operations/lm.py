@@ -19,7 +19,7 @@ from dspy_otel.content import introspection, redaction
 from dspy_otel.core.attributes import Attributes, Labels, repair, sendable
 from dspy_otel.core.call_context import CallContext, current_call_context, current_state, enclosing_state
 from dspy_otel.core.errors import error_type
-from dspy_otel.core.internal_errors import guard
+from dspy_otel.core.internal_errors import failed, guard
 from dspy_otel.core.operation import Call, Operation, SpanStart, openinference
 from dspy_otel.core.telemetry import Telemetry
 from dspy_otel.core.usage import LMUsage, add_usages
@@ -59,7 +59,6 @@ _OF_REQUEST: Final = (
 _OF_PROGRAM: Final = (semconv.PROGRAM_NAME, semconv.LM_ROLE)
 _MOST_DESCRIPTIONS: Final = 512
 _MOST_LABELS: Final = 32
-_SETTINGS: Final = guard("LM settings")
 _INPUT: Final = guard("LM input content")
 _CONTENT: Final = guard("content")
 _EVENT: Final = guard("LM content event")
@@ -184,11 +183,13 @@ class LMOperation(Operation):
     ) -> SpanStart | None:
         own = own_settings(instance)
         settings = request_settings(own, args, kwargs)
-        with _SETTINGS:
+        try:  # For each call, and without the two calls of a guard.
             if own:
                 redaction.remember_settings(own)
             if kwargs:
                 redaction.remember_settings(kwargs)
+        except Exception as error:
+            failed("LM settings", error)
         context = CallContext(self.kind, instance, parent)
         description = self._description(instance, settings, context)
         context.state = LMCallState(description)

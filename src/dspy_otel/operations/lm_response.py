@@ -197,6 +197,9 @@ def _count(holder: Any, key: str, counters: Mapping[str, Any], other: str) -> in
     return introspection.whole(counters.get(other)) if number is None else number
 
 
+_DETAILS: Final = frozenset({"cache_read_tokens", "cache_write_tokens", "reasoning_tokens"})
+
+
 def lm_usage(response: LMResponse | None) -> LMUsage:
     """Tokens and billed cost of a call.
 
@@ -214,8 +217,12 @@ def lm_usage(response: LMResponse | None) -> LMUsage:
 
 def lm_tokens(counters: Mapping[str, Any]) -> tuple[int | None, int | None]:
     """Input and output tokens; both unknown if both are zero."""
-    inputs = _count(counters, "prompt_tokens", counters, "input_tokens")
-    outputs = _count(counters, "completion_tokens", counters, "output_tokens")
+    inputs = introspection.whole(counters.get("prompt_tokens"))
+    if inputs is None:
+        inputs = introspection.whole(counters.get("input_tokens"))
+    outputs = introspection.whole(counters.get("completion_tokens"))
+    if outputs is None:
+        outputs = introspection.whole(counters.get("output_tokens"))
     return (inputs, outputs) if inputs or outputs else (None, None)
 
 
@@ -248,9 +255,13 @@ def response_attributes(response: LMResponse, usage: LMUsage, host: Any = None) 
     prompt, completion = counters.get("prompt_tokens_details"), counters.get("completion_tokens_details")
     prompt = counters.get("input_tokens_details") if prompt is None else prompt
     completion = counters.get("output_tokens_details") if completion is None else completion
+    if usage.input_tokens is not None:
+        attributes[semconv.GEN_AI_USAGE_INPUT_TOKENS] = usage.input_tokens
+    if usage.output_tokens is not None:
+        attributes[semconv.GEN_AI_USAGE_OUTPUT_TOKENS] = usage.output_tokens
+    if prompt is None and completion is None and _DETAILS.isdisjoint(counters):
+        return attributes
     for key, tokens in (
-        (semconv.GEN_AI_USAGE_INPUT_TOKENS, usage.input_tokens),
-        (semconv.GEN_AI_USAGE_OUTPUT_TOKENS, usage.output_tokens),
         # Nested as OpenAI does it, else flat as DSPy 3.3's typed responses have it.
         (semconv.GEN_AI_USAGE_CACHE_READ_INPUT_TOKENS, _count(prompt, "cached_tokens", counters, "cache_read_tokens")),
         (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import weakref
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
 from weakref import WeakKeyDictionary
@@ -101,7 +102,7 @@ class ModuleOperation(Operation):
     def start_attributes(self, call: Call) -> Attributes:
         stored = module_tree.attributes(call.instance)
         signature = call_signature(stored, call.kwargs)
-        attributes = signature_attributes(signature, self.programs)
+        attributes = self._signature_attributes(call.context.state.description, signature)
         demos = introspection.length(call.kwargs.get("demos", stored.get("demos")))
         if demos is not None:
             attributes[semconv.DEMOS_COUNT] = demos
@@ -113,6 +114,16 @@ class ModuleOperation(Operation):
             put_inputs(telemetry, attributes, inputs)
         return attributes
 
+    def _signature_attributes(self, description: ModuleDescription, signature: Any) -> Attributes:
+        """Those of the signature: made anew when it is another than at the last call."""
+        if signature is None:
+            return {}
+        known = description.signatures
+        kept = known[-1] if known else None
+        if kept is None or kept[0]() is not signature:
+            known[:] = [kept := (weakref.ref(signature), signature_attributes(signature, self.programs))]
+        return kept[1].copy()
+
     def end_attributes(self, call: Call, result: Any, error: BaseException | None) -> Attributes:
         attributes: Attributes = {}
         state: ModuleState = call.context.state
@@ -122,7 +133,7 @@ class ModuleOperation(Operation):
                 attributes[semconv.ADAPTER_FALLBACK_FROM] = state.adapter
         if state.totals is not None:
             attributes.update(state.totals.attributes())
-        if error is None:
+        if error is None and self.telemetry.config.content_on_spans:
             # Optimizers let a program return (prediction, trace); the trace is not the program's output.
             traced = type(result) is tuple and len(result) == 2 and type(result[1]) is list
             put_outputs(self.telemetry, attributes, result[0] if traced else result)
@@ -179,12 +190,14 @@ class ModuleDescription(NamedTuple):
         attributes: identifying attributes of the span.
         labels: attributes of its metrics.
         outermost: whether the module was the program itself.
+        signatures: the signature of its last call, and its attributes.
     """
 
     span: str
     attributes: Attributes
     labels: Labels
     outermost: bool
+    signatures: list[tuple[weakref.ref[type], Attributes]]
 
 
 def describe(instance: Any, program: Program, path: str | None, outermost: bool) -> ModuleDescription:
@@ -215,7 +228,7 @@ def describe(instance: Any, program: Program, path: str | None, outermost: bool)
         span = f"{semconv.OPERATION_INVOKE_WORKFLOW} {class_name}"
     else:
         span = f"{class_name} {path}" if path else class_name
-    return ModuleDescription(sendable(span), attributes, Labels(labels), outermost)
+    return ModuleDescription(sendable(span), attributes, Labels(labels), outermost, [])
 
 
 def call_signature(stored: dict[str, Any], kwargs: dict[str, Any]) -> Any:
