@@ -28,7 +28,7 @@ from dspy_otel.record.model import (
     Trial,
     Usage,
 )
-from dspy_otel.record.spans import RUN_KINDS, Kind, belongs, kind_of, read
+from dspy_otel.record.spans import RUN_KINDS, Kind, belongs, kind_of, parse_failures_of, read
 
 MAX_PROGRAMS: Final = 64 * 1024 * 1024
 """Most characters of candidates' states that are kept for one optimization; the initial program's always is."""
@@ -112,6 +112,8 @@ class History:
             return self._end_evaluation(part)
         elif isinstance(part, Optimization):
             return self._end_optimization(part, span)
+        elif span.events and (evaluation := self._evaluation_of(span)) is not None:
+            evaluation.parse_failures += parse_failures_of(span)
         return []
 
     def stop(self, when: int) -> list[Record]:
@@ -246,9 +248,12 @@ class History:
         return [trial, record]
 
     def _add_example(self, span: ReadableSpan, example: Example) -> None:
-        evaluation = self._evaluations.get(str((span.attributes or {}).get(semconv.EVALUATION_ID)))
+        evaluation = self._evaluation_of(span)
         if evaluation is not None and span.context is not None:
             evaluation.add(example)
+
+    def _evaluation_of(self, span: ReadableSpan) -> _RunningEvaluation | None:
+        return self._evaluations.get(str((span.attributes or {}).get(semconv.EVALUATION_ID)))
 
     def _end_evaluation(self, record: Evaluation) -> list[Record]:
         running = self._evaluations.pop(record.id, None)
@@ -273,15 +278,25 @@ def optimizations(spans: Iterable[ReadableSpan]) -> list[Optimization]:
     Args:
         spans: all that there are, ended, in any order.
     """
+    return results(spans)[0]
+
+
+def results(spans: Iterable[ReadableSpan]) -> tuple[list[Optimization], list[Evaluation]]:
+    """The :func:`optimizations` and all evaluations, those of trials too, in the order in which they started."""
     history = History(forget=False)
     ended = sorted(spans, key=lambda span: span.end_time or 0)
     for span in starts(ended):
         history.start(span)
-    changed = (record for span in ended for record in history.end(span)[:1])
+    changed = [record for span in ended for record in history.end(span)[:1]]
     found = [
         record for record in changed if isinstance(record, Optimization) and (record.trials or record.parent is None)
     ]
-    return sorted(found, key=lambda record: record.started or 0)
+    evaluations = [record for record in changed if isinstance(record, Evaluation)]
+    return sorted(found, key=_started), sorted(evaluations, key=_started)
+
+
+def _started(record: Optimization | Evaluation) -> int:
+    return record.started or 0
 
 
 def starts(spans: Iterable[ReadableSpan]) -> list[ReadableSpan]:
@@ -430,6 +445,7 @@ class _RunningEvaluation:
 
     def __init__(self, record: Evaluation) -> None:
         self.record = record
+        self.parse_failures = 0
         self._examples: list[Example] = []
         self._size = 0
         self._without = 0
@@ -449,7 +465,13 @@ class _RunningEvaluation:
         self._examples.sort(key=lambda example: -1 if example.index is None else example.index)
         if record.failure is not None:
             record = dataclasses.replace(record, failure=dataclasses.replace(record.failure, example=self._failed))
-        return dataclasses.replace(record, examples=tuple(self._examples), without_content=self._without)
+        return dataclasses.replace(
+            record,
+            examples=tuple(self._examples),
+            without_content=self._without,
+            # Without the traces of examples, none of the failures could be seen.
+            parse_failures=self.parse_failures if self._examples else None,
+        )
 
 
 class _Models:

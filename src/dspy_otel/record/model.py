@@ -187,6 +187,7 @@ class Example:
         error: type of what was raised.
         message: of what was raised, with content capture on only.
         trace_id: of the trace that it is in.
+        seconds: how long the program and the metric took.
         size: characters of its content.
     """
 
@@ -200,6 +201,7 @@ class Example:
     error: str | None = None
     message: str | None = None
     trace_id: int | None = None
+    seconds: float | None = None
     size: int = field(default=0, compare=False, repr=False)
 
 
@@ -362,6 +364,7 @@ class Evaluation:
         size, threads: examples and threads.
         score: mean of the metric over all examples.
         failures: examples that raised.
+        parse_failures: answers of a model that an adapter could not read, among the spans that were recorded.
         usage: of its LM calls.
         models: names of the models that answered, by role.
         examples: those that have been evaluated, in the order of the dataset; once it is over.
@@ -382,6 +385,7 @@ class Evaluation:
     threads: int | None = None
     score: float | None = None
     failures: int | None = None
+    parse_failures: int | None = None
     usage: Usage = _NO_USAGE
     models: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     examples: tuple[Example, ...] = ()

@@ -234,6 +234,7 @@ def read_example(span: ReadableSpan, at: Attributes) -> Example:
         error=_text(at.get(semconv.ERROR_TYPE)),
         message=span.status.description or None,
         trace_id=None if span.context is None else span.context.trace_id,
+        seconds=None if span.end_time is None else seconds_of(span),
         size=sum(len(str(at.get(key, ""))) for key in _CONTENT),
     )
 
@@ -255,6 +256,11 @@ def read_call(span: ReadableSpan, at: Attributes) -> LMCall:
 def read_usage(at: Attributes) -> Usage:
     """The totals on a span, overall and by role."""
     return Usage.of(_under(semconv.USAGE_PREFIX, at))
+
+
+def parse_failures_of(span: ReadableSpan) -> int:
+    """How many answers of a model an adapter could not read, in the call of a predictor."""
+    return sum(event.name == semconv.EVENT_ADAPTER_PARSE_ERROR for event in span.events)
 
 
 def failure_of(span: ReadableSpan) -> Failure | None:
