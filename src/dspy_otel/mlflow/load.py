@@ -53,7 +53,7 @@ def load_best(
         runs = [run for run in runs if run_id is not None or read_optimization(run.tags, {}, {}).parent is None]
         if not runs:
             raise LookupError("MLflow has no finished optimization there" if run_id is None else f"No run {run_id}")
-        best = max(runs, key=_rank)
+        best = max(runs, key=rank)
         text = store.read_artifact(CreatedRun(best.run_id, best.artifact_uri), BEST_PROGRAM)
         if text is None:
             raise LookupError(
@@ -74,6 +74,7 @@ def load_best(
     return program
 
 
-def _rank(run: StoredRun) -> tuple[float, int]:
+def rank(run: StoredRun) -> tuple[float, int]:
+    """The best score of an optimization's run, comparable with that of others, and when it began."""
     found = read_optimization(run.tags, run.params, run.metrics)
     return (float("-inf") if found.best is None else found.best), run.started

@@ -184,11 +184,16 @@ class _Reader:
                 child = self._children.get(number)
                 text = None if child is None else self._read(child, EVALUATION_TABLE)
                 if text is not None:
-                    found[number] = tuple(_example(row) for row in _rows(text))
+                    found[number] = read_examples(text)
         return found
 
     def _read(self, run: StoredRun, path: str) -> str | None:
         return self._store.read_artifact(CreatedRun(run.run_id, run.artifact_uri), path)
+
+
+def read_examples(text: str | None) -> tuple[Example, ...]:
+    """The examples of a table of an evaluation, shortened."""
+    return tuple(_example(row) for row in _rows(text))
 
 
 def _example(row: dict[str, Any]) -> Example:

@@ -82,6 +82,8 @@ TAG_KIND: Final = "dspy.run.kind"
 TAG_KEY: Final = "dspy.run.key"
 """Our key of a run. It finds a run again whose creation got no answer because the connection broke."""
 TAG_CONTENT: Final = "dspy.content"
+TAG_PARSE_FAILURES: Final = "dspy.parse_failures"
+"""How many answers of a model no adapter could read, in an evaluation. No metric: MLflow would add a column."""
 TAG_WINNER: Final = "dspy.winner"
 TAG_WINNER_RUN: Final = "dspy.winner.run_id"
 TAG_NAME: Final = "mlflow.runName"
@@ -258,6 +260,32 @@ class StoredRun:
     experiment_id: str = ""
     status: str = ""
     ended: int | None = None
+    digests: Mapping[str, str] = field(default_factory=dict)
+    """Of its datasets, by context: ``train``, ``val``, ``eval``."""
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTrace:
+    """A trace as MLflow has it, without its spans.
+
+    Attributes:
+        trace_id: as MLflow writes it.
+        tags: of it.
+        seconds: how long it took.
+        failed: its root has an error.
+        inputs, outputs: the beginning of what went in and came out, with content capture on only.
+        scores: the newest number that each assessment has; a person's goes before a program's.
+        usage: tokens and cost.
+    """
+
+    trace_id: str
+    tags: Mapping[str, str]
+    seconds: float | None
+    failed: bool
+    inputs: str | None
+    outputs: str | None
+    scores: Mapping[str, float]
+    usage: Usage
 
 
 # --- records to runs ------------------------------------------------------------------------------------------------
@@ -645,6 +673,7 @@ def _of_trials_evaluation(record: Evaluation) -> Run:
 
 
 def _put_examples(record: Evaluation, artifacts: dict[str, str], tags: dict[str, Any]) -> None:
+    tags[TAG_PARSE_FAILURES] = record.parse_failures
     if not record.examples:
         return
     columns = stored.example_columns(record.examples)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, NamedTuple, Protocol
 
 from dspy_otel.mlflow.retry import ExportError, Verdict, clean
-from dspy_otel.mlflow.runs import Assessment, Dataset, Metric, StoredRun
+from dspy_otel.mlflow.runs import Assessment, Dataset, Metric, StoredRun, StoredTrace
+from dspy_otel.record.model import Usage, load_json, number
 
 OLDEST_MLFLOW: Final = "3.14"
 """First release whose OTLP endpoint keeps trace tags and resource attributes (compared over the wheels)."""
@@ -18,6 +19,10 @@ FAILED_EXAMPLE: Final = "The example failed."
 """The message of a score whose example raised, when content is not captured."""
 MAX_ARTIFACT: Final = 256 * 1024 * 1024
 """Most bytes of an artifact that is read back."""
+DATASET_CONTEXT: Final = "mlflow.data.context"
+"""MLflow's tag of a dataset input that says what it was used for."""
+MAX_TRACES: Final = 100_000
+"""Most traces that one search gives."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +108,9 @@ class Backend(Protocol):
 
     def find_runs(self, run_id: str | None, condition: str, experiment_id: str | None = None) -> list[StoredRun]:
         """The run with an id, or those of an experiment that match a search condition (the newest 1,000)."""
+
+    def find_traces(self, condition: str, experiment_id: str | None = None) -> list[StoredTrace]:
+        """The traces of an experiment that match a search condition (the newest ``MAX_TRACES``)."""
 
     def read_artifact(self, run: CreatedRun, path: str) -> str | None:
         """A text artifact; None when the run has none under that path."""
@@ -202,6 +210,34 @@ def score_metadata(score: Assessment, run_id: str | None) -> dict[str, str]:
     if score.row is not None:
         metadata["dspy.example.index"] = str(score.row)
     return metadata
+
+
+def stored_usage(metadata: Mapping[str, str]) -> Usage:
+    """Tokens and cost of a trace, from its metadata."""
+    tokens, cost = load_json(metadata.get("mlflow.trace.tokenUsage")), load_json(metadata.get("mlflow.trace.cost"))
+    found = tokens if isinstance(tokens, dict) else {}
+    return Usage(
+        input_tokens=number(found.get("input_tokens")),
+        output_tokens=number(found.get("output_tokens")),
+        cost=number(cost.get("total_cost")) if isinstance(cost, dict) else None,
+    )
+
+
+def newest_scores(assessments: Iterable[tuple[str, Any, bool, Any]]) -> dict[str, float]:
+    """The numbers of a trace's assessments.
+
+    Args:
+        assessments: name, value, whether a person gave it, and when, in any order.
+    """
+    ordered = sorted(assessments, key=lambda one: (one[2], one[3]))
+    return {name: score for name, value, _, _ in ordered if (score := _score_of(value)) is not None}
+
+
+def _score_of(value: Any) -> float | None:
+    """Right and wrong are 1 and 0, also as MLflow's judges write them."""
+    if isinstance(value, str):
+        value = {"yes": True, "no": False}.get(value.lower())
+    return float(value) if isinstance(value, bool) else number(value)
 
 
 def read_with_client(client: Any, run_id: str, path: str) -> str | None:

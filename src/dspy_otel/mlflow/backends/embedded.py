@@ -26,7 +26,7 @@ from dspy_otel.mlflow.backends import base
 from dspy_otel.mlflow.backends.base import OLDEST_MLFLOW, Batch, CreatedRun, FoundExperiment, resolve_experiment
 from dspy_otel.mlflow.locks import importing, lock_for
 from dspy_otel.mlflow.retry import ExportError, Verdict, clean
-from dspy_otel.mlflow.runs import TAG_KEY, TAG_NAME, Assessment, Dataset, Metric, Score, StoredRun
+from dspy_otel.mlflow.runs import TAG_KEY, TAG_NAME, Assessment, Dataset, Metric, Score, StoredRun, StoredTrace
 from dspy_otel.mlflow.target import Target, public_uri, sqlite_path
 from dspy_otel.mlflow.translate import CHAT_USAGE, LLM_COST
 
@@ -38,6 +38,8 @@ _PERMANENT: Final = ("INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "RESO
 _OPEN_SECONDS: Final = 300.0
 """Seconds to wait for another process that creates the store: a new one runs some fifty migrations."""
 _MAX_IDS: Final = 500
+_MAX_TRACES: Final = 25_000
+"""Most traces of one search."""
 
 
 class EmbeddedBackend:
@@ -182,7 +184,7 @@ class EmbeddedBackend:
         from mlflow.entities import DatasetInput, InputTag
 
         inputs = [
-            DatasetInput(Entity(**base.dataset_fields(dataset)), [InputTag("mlflow.data.context", dataset.context)])
+            DatasetInput(Entity(**base.dataset_fields(dataset)), [InputTag(base.DATASET_CONTEXT, dataset.context)])
             for dataset in datasets
         ]
         self._call("datasets", lambda: self._client.log_inputs(run_id, inputs))
@@ -219,9 +221,32 @@ class EmbeddedBackend:
                 run.info.experiment_id,
                 run.info.status,
                 run.info.end_time,
+                {
+                    tag.value: one.dataset.digest
+                    for one in run.inputs.dataset_inputs
+                    for tag in one.tags
+                    if tag.key == base.DATASET_CONTEXT
+                },
             )
             for run in found
         ]
+
+    def find_traces(self, condition: str, experiment_id: str | None = None) -> list[StoredTrace]:
+        """Traces, by the store itself: its client reads five hundred at a time, each time from the beginning."""
+        search, token = self._traces.store.search_traces, None
+        found: list[StoredTrace] = []
+        while len(found) < base.MAX_TRACES:
+            asked = {
+                "locations": [experiment_id or self._experiment_id],
+                "filter_string": condition,
+                "max_results": _MAX_TRACES,
+                "page_token": token,
+            }
+            page, token = self._call("traces", lambda asked=asked: search(**asked))  # type: ignore[misc]
+            found += map(_stored_trace, page)
+            if not token:
+                break
+        return found
 
     def read_artifact(self, run: CreatedRun, path: str) -> str | None:
         """A text artifact."""
@@ -451,3 +476,21 @@ def _assessment(score: Assessment, run_id: str | None) -> Any:
     )
     feedback.assessment_id = score.id
     return feedback
+
+
+def _stored_trace(trace: Any) -> StoredTrace:
+    assessments = [
+        (one.name, one.feedback.value, one.source.source_type == "HUMAN", one.create_time_ms or 0)
+        for one in trace.assessments or ()
+        if getattr(one, "feedback", None) is not None and one.valid is not False
+    ]
+    return StoredTrace(
+        trace.trace_id,
+        trace.tags,
+        None if trace.execution_duration is None else trace.execution_duration / 1000,
+        getattr(trace.state, "value", None) == "ERROR",
+        trace.request_preview,
+        trace.response_preview,
+        base.newest_scores(assessments),
+        base.stored_usage(trace.trace_metadata),
+    )

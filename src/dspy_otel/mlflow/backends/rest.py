@@ -28,7 +28,17 @@ from packaging.version import InvalidVersion, Version
 from dspy_otel.mlflow.backends import base
 from dspy_otel.mlflow.backends.base import Batch, CreatedRun, FoundExperiment, resolve_experiment
 from dspy_otel.mlflow.retry import Answer, ExportError, Verdict, clean, explain, judge
-from dspy_otel.mlflow.runs import TAG_KEY, TAG_NAME, Assessment, Dataset, Expectation, Metric, Score, StoredRun
+from dspy_otel.mlflow.runs import (
+    TAG_KEY,
+    TAG_NAME,
+    Assessment,
+    Dataset,
+    Expectation,
+    Metric,
+    Score,
+    StoredRun,
+    StoredTrace,
+)
 from dspy_otel.mlflow.target import Target, public_uri
 
 _logger = logging.getLogger(__name__)
@@ -42,6 +52,8 @@ _CONNECT_SECONDS: Final = 5.0
 _SLOWEST: Final = 50_000
 """Bytes a second. A new connection sends its first body within the time for connecting."""
 _MAX_ANSWER: Final = 32 * 1024 * 1024
+_TRACES: Final = 500
+"""Most traces that MLflow gives in one answer."""
 _MAX_REFUSAL: Final = 64 * 1024
 _CHUNK: Final = 64 * 1024
 _LOOPBACK: Final = frozenset({"localhost", "127.0.0.1", "::1"})
@@ -164,7 +176,7 @@ class RestBackend:
         inputs = [
             {
                 "dataset": base.dataset_fields(dataset),
-                "tags": [{"key": "mlflow.data.context", "value": dataset.context}],
+                "tags": [{"key": base.DATASET_CONTEXT, "value": dataset.context}],
             }
             for dataset in datasets
         ]
@@ -193,6 +205,21 @@ class RestBackend:
         place = experiment_id or self.experiment_id()
         body = {"experiment_ids": [place], "filter": condition, "max_results": 1000}
         return [_stored(run) for run in self._post("runs/search", body).get("runs") or []]
+
+    def find_traces(self, condition: str, experiment_id: str | None = None) -> list[StoredTrace]:
+        """Traces that match."""
+        place = {"type": "MLFLOW_EXPERIMENT", "mlflow_experiment": {"experiment_id": experiment_id}}
+        if experiment_id is None:
+            place["mlflow_experiment"] = {"experiment_id": self.experiment_id()}
+        body: dict[str, Any] = {"locations": [place], "filter": condition, "max_results": _TRACES}
+        found: list[StoredTrace] = []
+        while len(found) < base.MAX_TRACES:
+            answer = self._rest("POST", "traces/search", version="3.0", json=body) or {}
+            found += map(_stored_trace, answer.get("traces") or ())
+            if not answer.get("next_page_token"):
+                break
+            body["page_token"] = answer["next_page_token"]
+        return found
 
     def read_artifact(self, run: CreatedRun, path: str) -> str | None:
         """A text artifact."""
@@ -507,4 +534,38 @@ def _stored(answer: Mapping[str, Any]) -> StoredRun:
         str(info.get("experiment_id", "")),
         str(info.get("status", "")),
         int(info["end_time"]) if info.get("end_time") else None,
+        {
+            tag["value"]: str(one["dataset"].get("digest"))
+            for one in answer.get("inputs", {}).get("dataset_inputs", ())
+            for tag in one.get("tags", ())
+            if tag.get("key") == base.DATASET_CONTEXT
+        },
     )
+
+
+def _stored_trace(trace: Mapping[str, Any]) -> StoredTrace:
+    assessments = [
+        (
+            str(one.get("assessment_name")),
+            one["feedback"].get("value"),
+            one.get("source", {}).get("source_type") == "HUMAN",
+            str(one.get("create_time", "")),
+        )
+        for one in trace.get("assessments", ())
+        if isinstance(one.get("feedback"), dict) and one.get("valid", True)
+    ]
+    return StoredTrace(
+        str(trace["trace_id"]),
+        trace.get("tags", {}),
+        _seconds(trace.get("execution_duration")),
+        trace.get("state") == "ERROR",
+        trace.get("request_preview"),
+        trace.get("response_preview"),
+        base.newest_scores(assessments),
+        base.stored_usage(trace.get("trace_metadata", {})),
+    )
+
+
+def _seconds(duration: Any) -> float | None:
+    """A duration in the JSON of protobuf: ``1.5s``."""
+    return float(duration[:-1]) if isinstance(duration, str) and duration.endswith("s") else None
