@@ -16,6 +16,7 @@ from dspy_otel.version import __version__
 
 if TYPE_CHECKING:
     from dspy_otel.config import Config
+    from dspy_otel.decide import compare
     from dspy_otel.instrumentor import DSPyInstrumentor
     from dspy_otel.operations.program import program_digest as program_id
     from dspy_otel.optimizers import optimization
@@ -30,6 +31,7 @@ _PLACES: Final = {
     "Origin": ("record.model", "Origin"),
     "attach": ("propagation", "attach"),
     "bind": ("propagation", "bind"),
+    "compare": ("decide", "compare"),
     "configure": ("setup", "configure"),
     "inject": ("propagation", "inject"),
     "optimization": ("optimizers", "optimization"),
@@ -81,6 +83,7 @@ __all__ = [
     "__version__",
     "attach",
     "bind",
+    "compare",
     "configure",
     "inject",
     "instrument",

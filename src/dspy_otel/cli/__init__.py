@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
 
-from dspy_otel.cli import replay, report
+from dspy_otel.cli import compare, replay, report
 from dspy_otel.version import __version__
 
 _PACKAGES_OF_DEMO = {
@@ -37,7 +37,8 @@ _KEYS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit status: 0 done, 1 failed, 2 wrong usage or something missing.
+    """Run the command line and return its exit status: 0 done, 1 failed (or worse, with
+    `compare --fail-on-regression`), 2 wrong usage or something missing.
 
     `argv` are the arguments without the program's name; None takes `sys.argv[1:]`.
     """
@@ -62,9 +63,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     demo.add_argument("--quick", action="store_true", help="less data and fewer trials")
     replay.add_command(commands)
     report.add_command(commands)
+    compare.add_command(commands)
     options = parser.parse_args(argv)
     if options.command == "replay":
         return replay.run(options)
+    if options.command == "compare":
+        return compare.run(options)
     if options.command == "report":
         modules = ["opentelemetry.sdk"] if options.spans is not None else list(_PACKAGES_OF_REPORT)
         needed = [_PACKAGES_OF_REPORT[module] for module in modules if not _installed(module)]

@@ -1,0 +1,123 @@
+"""From records to a decision: is program B better than program A, and how sure is that?
+
+* :mod:`.results` - what is compared: scored examples of a program, from spans; :mod:`.stored` - the same from MLflow;
+* :mod:`.statistics` - two scores of each of the same examples to a paired test and an interval;
+* :mod:`.comparison` - results to a verdict with its :mod:`.evidence`; :mod:`.show` and :mod:`.page` - that as text and
+  HTML.
+
+Nothing here imports DSPy, and MLflow and SciPy are imported when they are needed.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Final, TypeAlias
+
+from dspy_otel.decide.errors import CannotCompareError
+
+if TYPE_CHECKING:
+    from opentelemetry.sdk.trace import ReadableSpan
+
+    from dspy_otel.decide.comparison import Comparison
+    from dspy_otel.decide.results import Results
+
+_PART: Final = "#"
+"""Between a place and the part of it that is meant: ``spans.jsonl#best``."""
+Reference: TypeAlias = "str | os.PathLike[str] | Iterable[ReadableSpan]"
+"""What can be compared; :func:`compare` says how it is named."""
+
+__all__ = ["CannotCompareError", "Reference", "compare", "find_results"]
+
+
+def compare(
+    a: Reference,
+    b: Reference,
+    *,
+    metric: str | Sequence[str] | None = None,
+    alpha: float = 0.05,
+    max_drop: float = 0.0,
+    failed_score: float | None = 0.0,
+    experiment: str | int | None = None,
+    tracking_uri: str | None = None,
+) -> Comparison:
+    """Compare two programs by the examples that both were scored on: is B better than A, or worse?
+
+    Args:
+        a: one of
+
+            * the id of an MLflow run: of an optimization (its best trial), a trial or an evaluation; with ``#baseline``
+              or ``#4`` behind it, another trial of the optimization;
+            * the name of an MLflow experiment: its best optimization, or evaluation;
+            * a ``dspy.program.id``: answers in production that have scores, or else evaluations, in MLflow;
+            * the path of a file of OTLP JSON: the newest evaluation or optimization in it; with ``#`` and
+              ``baseline``, ``best``, the number of a trial, or the id of an optimization, an evaluation or a program
+              behind it, that part;
+            * ended spans, as an ``InMemorySpanExporter`` has them.
+        b: likewise.
+        metric: name of a metric, or several. None for all that both have.
+        alpha: how often a difference may be shown where there is none, over all metrics.
+        max_drop: drop of a score that is no :attr:`~Comparison.regression`.
+        failed_score: score of examples that raised; None leaves them out.
+        experiment: MLflow's experiment, name or id; default as for :class:`~dspy_otel.mlflow.MLflowSpanExporter`.
+        tracking_uri: likewise.
+
+    Returns:
+        The comparison; ``print`` shows it, and so does a notebook.
+
+    Raises:
+        CannotCompareError: something is not there, or the two cannot be compared; its text says why.
+    """
+    place = None if experiment is None else str(experiment)
+    with _needs("decide"):
+        from dspy_otel.decide.comparison import compare_results
+    return compare_results(
+        find_results(a, "A", experiment=place, tracking_uri=tracking_uri),
+        find_results(b, "B", experiment=place, tracking_uri=tracking_uri),
+        metrics=[metric] if isinstance(metric, str) else metric,
+        alpha=alpha,
+        max_drop=max_drop,
+        failed_score=failed_score,
+    )
+
+
+def find_results(
+    reference: Reference, name: str = "spans", *, experiment: str | None = None, tracking_uri: str | None = None
+) -> Results:
+    """Find what :func:`compare` would compare.
+
+    Args:
+        reference: as for :func:`compare`.
+        name: of the results, where the reference is no text.
+        experiment: as for :func:`compare`.
+        tracking_uri: likewise.
+
+    Raises:
+        CannotCompareError: it is not there.
+    """
+    with _needs("decide"):
+        from dspy_otel.decide.results import find, read_file, read_spans
+    if not isinstance(reference, (str, os.PathLike)):
+        return find(read_spans(reference), name)
+    text = os.fspath(reference)
+    if Path(text).is_file():
+        return find(read_file(Path(text)), text)
+    place, _, part = text.rpartition(_PART)
+    if place and Path(place).is_file():
+        return find(read_file(Path(place)), text, part)
+    if Path(text).suffix in (".json", ".jsonl") or os.sep in text:
+        raise CannotCompareError(f"There is no file {place or text}.")
+    with _needs("mlflow"):
+        from dspy_otel.decide.stored import find_stored
+    return find_stored(text, place or text, part if place else None, experiment, tracking_uri)
+
+
+@contextmanager
+def _needs(extra: str) -> Iterator[None]:
+    """Imports that need an extra."""
+    try:
+        yield
+    except ImportError as error:
+        raise CannotCompareError(f"Comparing needs {error.name}: pip install 'dspy-otel[{extra}]'.") from error

@@ -1,0 +1,188 @@
+"""Two programs' results to a verdict with its evidence. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+from dspy_otel.decide import page, show
+from dspy_otel.decide.errors import CannotCompareError
+from dspy_otel.decide.evidence import BETTER, NOT_SHOWN, WORSE, Change, Count, Evidence, PredictorChange, Score
+from dspy_otel.decide.results import Results, Row
+from dspy_otel.decide.statistics import needed_pairs, paired
+from dspy_otel.record.history import preview
+from dspy_otel.record.model import Candidate, Example, Predictor
+from dspy_otel.report.words import differences
+
+MAX_CHANGES: Final = 1000
+"""Most changed examples that are kept for one metric, the greatest losses first."""
+FAILED_SCORE: Final = 0.0
+"""The score of a failed example, as ``dspy.Evaluate`` counts it by default."""
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison(Evidence):
+    """Whether B is better than A, and what that is known by, as Python and notebooks show it."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it as values of JSON."""
+        return show.to_dict(self)
+
+    def __str__(self) -> str:
+        return show.table(self)
+
+    def _repr_html_(self) -> str:
+        return page.fragment(self)
+
+
+def compare_results(
+    a: Results,
+    b: Results,
+    *,
+    metrics: Sequence[str] | None = None,
+    alpha: float = 0.05,
+    max_drop: float = 0.0,
+    failed_score: float | None = FAILED_SCORE,
+) -> Comparison:
+    """Compare the results of two programs.
+
+    Args:
+        a: results.
+        b: results; the question is whether they are better or worse than those of A.
+        metrics: names; None for all that both have.
+        alpha: how often a difference may be shown where there is none, over all metrics.
+        max_drop: drop of a score that is no regression.
+        failed_score: score of examples that raised; None leaves them out.
+
+    Raises:
+        CannotCompareError: other examples, other metrics, or too few of them.
+    """
+    if not 0 < alpha <= 1:
+        raise CannotCompareError(f"alpha is {alpha:g}: choose a number above 0 and at most 1, such as 0.05.")
+    if not max_drop >= 0:
+        raise CannotCompareError(f"max_drop is {max_drop:g}: choose 0 or a positive number.")
+    both = [metric for metric in a.metrics if metric in b.metrics]
+    names = both if metrics is None else list(dict.fromkeys(metrics))
+    missing = [name for name in names if name not in both]
+    if missing or not names:
+        raise CannotCompareError(
+            f"Other metrics: A has {_listed(a.metrics)}, B has {_listed(b.metrics)}"
+            + (f", and not both have {_listed(missing)}." if missing else ".")
+        )
+    share = alpha / len(names)
+    known = a.program is not None and b.program is not None and bool(a.program.state and b.program.state)
+    return Comparison(
+        a,
+        b,
+        tuple(_score(a, b, name, share, max_drop, failed_score) for name in names),
+        alpha,
+        max_drop,
+        failed_score,
+        _predictor_changes(a.program, b.program) if known else (),
+        known,
+        tuple(name for name in dict.fromkeys((*a.metrics, *b.metrics)) if name not in both),
+    )
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(names) or "none"
+
+
+# --- one metric -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class _Side:
+    """The examples of one side, with their scores in one metric; those of repeats are averaged."""
+
+    scores: dict[str | int, float]
+    first: dict[str | int, Example]
+    failed: int = 0
+    unscored: int = 0
+    repeated: int = 0
+
+
+def _side(rows: Iterable[Row], metric: str, failed_score: float | None) -> _Side:
+    found = _Side({}, {})
+    values: dict[str | int, list[float]] = {}
+    for row in rows:
+        if metric not in row.scores:
+            continue
+        score = row.scores[metric]
+        if score is None and row.example.error is not None:
+            found.failed += 1
+            score = failed_score
+        elif score is None:
+            found.unscored += 1
+        if score is not None:
+            values.setdefault(row.key, []).append(score)
+            found.first.setdefault(row.key, row.example)
+    found.repeated = sum(len(scores) > 1 for scores in values.values())
+    found.scores = {key: sum(scores) / len(scores) for key, scores in values.items()}
+    return found
+
+
+def _score(a: Results, b: Results, metric: str, alpha: float, max_drop: float, failed_score: float | None) -> Score:
+    of_a, of_b = _side(a.rows, metric, failed_score), _side(b.rows, metric, failed_score)
+    shared = [key for key in of_a.scores if key in of_b.scores]
+    only = Count(len(of_a.scores) - len(shared), len(of_b.scores) - len(shared))
+    if not shared:
+        raise CannotCompareError(
+            f"Other rows: A has {len(of_a.scores)} scored examples, B has {len(of_b.scores)}, and none is the same. "
+            "Evaluate both on one dataset; with content off, with the same OTEL_DSPY_ID_KEY."
+        )
+    if len(shared) < needed_pairs(alpha):
+        raise CannotCompareError(
+            f"Too few: {len(shared)} {'example is' if len(shared) == 1 else 'examples are'} scored by both, and at "
+            f"least {needed_pairs(alpha)} are needed to show anything at alpha {alpha:g}."
+        )
+    result = paired([of_a.scores[key] for key in shared], [of_b.scores[key] for key in shared], alpha)
+    verdict = NOT_SHOWN
+    # Ranks may move one way and the mean the other: then nothing is shown.
+    if result.p <= result.alpha and result.direction * result.difference > 0:
+        verdict = BETTER if result.difference > 0 else WORSE
+    changed = sorted(
+        (key for key in shared if abs(of_b.scores[key] - of_a.scores[key]) > 1e-9),
+        key=lambda key: of_b.scores[key] - of_a.scores[key],
+    )
+    kept = changed if len(changed) <= MAX_CHANGES else [*changed[: MAX_CHANGES // 2], *changed[-MAX_CHANGES // 2 :]]
+    return Score(
+        metric,
+        result,
+        verdict,
+        verdict == WORSE and -result.difference > max_drop,
+        Count(of_a.failed, of_b.failed),
+        Count(of_a.unscored, of_b.unscored),
+        Count(of_a.repeated, of_b.repeated),
+        only,
+        tuple(
+            Change(
+                key,
+                of_b.first[key].index,
+                of_a.scores[key],
+                of_b.scores[key],
+                preview(of_a.first[key]),
+                preview(of_b.first[key]),
+            )
+            for key in kept
+        ),
+    )
+
+
+# --- the programs ---------------------------------------------------------------------------------------------------
+
+
+def _predictor_changes(a: Candidate | None, b: Candidate | None) -> tuple[PredictorChange, ...]:
+    before = {} if a is None else a.predictors
+    after = {} if b is None else b.predictors
+    found = []
+    for name in dict.fromkeys((*before, *after)):
+        old, new = before.get(name, Predictor(None)), after.get(name, Predictor(None))
+        texts = old.instructions or "", new.instructions or ""
+        pieces = tuple(differences(*texts)) if texts[0] != texts[1] else ()
+        demos = old.demos or (), new.demos or ()
+        counts = (len(demos[0]), len(demos[1])) if demos[0] != demos[1] else None
+        if pieces or counts is not None:
+            found.append(PredictorChange(name, pieces, counts))
+    return tuple(found)

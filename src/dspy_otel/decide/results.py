@@ -1,0 +1,385 @@
+"""What is compared: the scored examples of a program, and what they cost. From spans, of a file or in memory."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+from opentelemetry.sdk.trace import ReadableSpan
+
+from dspy_otel import semconv
+from dspy_otel.decide.errors import CannotCompareError
+from dspy_otel.record.history import results as records_of
+from dspy_otel.record.model import Candidate, Evaluation, Example, Optimization, Trial, Usage, load_json, number
+from dspy_otel.record.spans import Kind, is_ours, kind_of, read_usage, seconds_of
+
+BASELINE: Final = "baseline"
+BEST: Final = "best"
+UNNAMED: Final = "metric"
+"""The name of a metric whose name was not recorded."""
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One answer of a program.
+
+    Attributes:
+        key: id of the example, or its place in the dataset where it has no id.
+        scores: by metric; None where it has none, because it failed or because the metric gave none.
+        example: the answer.
+    """
+
+    key: str | int
+    scores: Mapping[str, float | None]
+    example: Example
+
+
+@dataclass(frozen=True, slots=True)
+class Results:
+    """The scored examples of a program, and what they cost.
+
+    Attributes:
+        name: as the user named it.
+        what: what was found under that name.
+        rows: the answers; several of the same example are repeats.
+        metrics: names of the metrics that it was scored with.
+        size: how many rows there should be.
+        program: the program, with its state where that was recorded.
+        models: names of the models that answered, by role.
+        usage: of all LM calls.
+        parse_failures: answers of a model that an adapter could not read.
+        run_id: MLflow's run.
+        started: nanoseconds since 1970.
+    """
+
+    name: str
+    what: str
+    rows: tuple[Row, ...] = ()
+    metrics: tuple[str, ...] = ()
+    size: int | None = None
+    program: Candidate | None = None
+    models: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    usage: Usage = Usage()
+    parse_failures: int | None = None
+    run_id: str | None = None
+    started: int | None = None
+
+    @property
+    def seconds(self) -> list[float]:
+        """How long the answers took, as far as that is known, in order."""
+        return sorted(row.example.seconds for row in self.rows if row.example.seconds is not None)
+
+    @property
+    def lost(self) -> int:
+        """How many rows were evaluated and are not recorded."""
+        return max(0, (self.size or 0) - len(self.rows))
+
+
+def rows_of(examples: Iterable[Example], metric: str | None) -> list[Row]:
+    """The rows of an evaluation; an example without an id and a place is compared with nothing."""
+    name = metric or UNNAMED
+    found: list[Row] = []
+    for example in examples:
+        key: str | int | None = example.index if example.id is None else example.id
+        score = None if example.error is not None else number(example.score)
+        found.append(Row(f"?{len(found)}" if key is None else key, {name: score}, example))
+    return found
+
+
+# --- spans ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Recorded:
+    """All that a file of spans has, or a program's memory.
+
+    Attributes:
+        optimizations, evaluations: in the order in which they started.
+        calls: answers outside of evaluations, by program.
+        scores: of traces, by trace and metric, as evaluators in production give them.
+    """
+
+    optimizations: Sequence[Optimization]
+    evaluations: Sequence[Evaluation]
+    calls: Mapping[str, Sequence[tuple[Example, Usage]]]
+    scores: Mapping[int, Mapping[str, float]]
+
+    @property
+    def programs(self) -> dict[str, Candidate]:
+        """Programs whose states are known, by id."""
+        found: dict[str, Candidate] = {}
+        for optimization in self.optimizations:
+            for candidate in (*optimization.candidates.values(), optimization.initial, optimization.returned):
+                if candidate is not None and candidate.state is not None:
+                    found.setdefault(candidate.id, candidate)
+        return found
+
+
+def read_file(path: Path) -> Recorded:
+    """Read a file of OTLP JSON, as the Collector's file exporter writes it: of spans, with logs of scores or without.
+
+    Raises:
+        CannotCompareError: it cannot be read.
+    """
+    from dspy_otel.record.otlp import decode_lines
+
+    logs: list[Any] = []
+
+    def lines(file: Iterable[str]) -> Iterable[str]:
+        for line in file:
+            if "resourceLogs" in line and isinstance(loaded := load_json(line), dict):
+                logs.append(loaded)
+            yield line
+
+    try:
+        with path.open(encoding="utf-8") as file:
+            return read_spans((span for spans in decode_lines(lines(file)) for span in spans), _scores_of_logs(logs))
+    except (OSError, ValueError) as error:
+        raise CannotCompareError(f"{path} cannot be read: {error}.") from error
+
+
+def read_spans(spans: Iterable[ReadableSpan], scores: Iterable[tuple[int, str, float]] = ()) -> Recorded:
+    """Read ended spans.
+
+    Args:
+        spans: in any order.
+        scores: of traces, with the name of the metric; read when the spans have been.
+    """
+    of_traces: dict[int, dict[str, float]] = {}
+    calls: dict[str, list[tuple[Example, Usage]]] = {}
+
+    def needed() -> Iterable[ReadableSpan]:
+        for span in spans:
+            for event in span.events:
+                if event.name == semconv.LOG_EVALUATION_RESULT and span.context is not None:
+                    _put_score(of_traces, span.context.trace_id, event.attributes or {})
+            kind = kind_of(span)
+            if kind in _LM_CALLS:
+                yield _without_messages(span)
+            elif kind is not Kind.OTHER or span.events:
+                yield span
+            if kind is Kind.OTHER and _is_call(span):
+                at = span.attributes or {}
+                calls.setdefault(str(at[semconv.PROGRAM_ID]), []).append((_call(span), read_usage(at)))
+
+    optimizations, evaluations = records_of(list(needed()))
+    for trace_id, metric, score in scores:
+        of_traces.setdefault(trace_id, {})[metric] = score
+    return Recorded(optimizations, evaluations, calls, of_traces)
+
+
+_LM_CALLS: Final = frozenset({Kind.LM_CALL, Kind.EMBEDDING})
+_MESSAGES: Final = (
+    *(semconv.GEN_AI_INPUT_MESSAGES, semconv.GEN_AI_OUTPUT_MESSAGES, semconv.GEN_AI_SYSTEM_INSTRUCTIONS),
+    *(semconv.GEN_AI_TOOL_DEFINITIONS, semconv.INPUT_VALUE, semconv.OUTPUT_VALUE),
+)
+
+
+def _without_messages(span: ReadableSpan) -> ReadableSpan:
+    """A call of an LM without its prompt and answer, which are most of a file."""
+    at = {key: value for key, value in (span.attributes or {}).items() if key not in _MESSAGES}
+    return ReadableSpan(
+        span.name,
+        span.context,
+        resource=span.resource,
+        attributes=at,
+        start_time=span.start_time,
+        end_time=span.end_time,
+    )
+
+
+def _is_call(span: ReadableSpan) -> bool:
+    """Whether a span is a program's whole answer, outside of evaluations and optimizations."""
+    at = span.attributes or {}
+    if semconv.PROGRAM_ID not in at or semconv.EVALUATION_ID in at or semconv.OPTIMIZER_RUN_ID in at:
+        return False
+    outermost = at.get(semconv.GEN_AI_OPERATION_NAME) == semconv.OPERATION_INVOKE_WORKFLOW
+    return is_ours(span) and (outermost or span.parent is None)
+
+
+def _call(span: ReadableSpan) -> Example:
+    at = span.attributes or {}
+    inputs = at.get(semconv.MODULE_INPUTS, at.get(semconv.INPUT_VALUE))
+    error = at.get(semconv.ERROR_TYPE)
+    return Example(
+        id=None if inputs is None else id_of_inputs(str(inputs)),
+        inputs=load_json(inputs),
+        prediction=load_json(at.get(semconv.MODULE_OUTPUTS, at.get(semconv.OUTPUT_VALUE))),
+        error=None if error is None else str(error),
+        trace_id=None if span.context is None else span.context.trace_id,
+        seconds=seconds_of(span),
+    )
+
+
+def id_of_inputs(text: str) -> str:
+    """What pairs answers in production, where no dataset gives an example its id: the same inputs are the same row."""
+    loaded = load_json(text)
+    return hashlib.sha256(json.dumps(loaded, sort_keys=True).encode("ascii")).hexdigest()[:16]
+
+
+def _scores_of_logs(logs: Iterable[Mapping[str, Any]]) -> Iterable[tuple[int, str, float]]:
+    """Scores in requests of OTLP logs, in JSON."""
+    found: dict[int, dict[str, float]] = {}
+    for request in logs:
+        for of_resource in request.get("resourceLogs", ()):
+            for of_scope in of_resource.get("scopeLogs", ()):
+                for entry in of_scope.get("logRecords", ()):
+                    if entry.get("eventName") == semconv.LOG_EVALUATION_RESULT and entry.get("traceId"):
+                        pairs = {pair["key"]: next(iter(pair["value"].values())) for pair in entry["attributes"]}
+                        if semconv.EVALUATION_ID not in pairs:  # an example of an evaluation has its score itself
+                            _put_score(found, int(entry["traceId"], 16), pairs)
+    for trace_id, scores in found.items():
+        for metric, score in scores.items():
+            yield trace_id, metric, score
+
+
+def _put_score(found: dict[int, dict[str, float]], trace_id: int, at: Mapping[str, Any]) -> None:
+    score = number(at.get(semconv.GEN_AI_EVALUATION_SCORE_VALUE))
+    if score is not None:
+        found.setdefault(trace_id, {})[str(at.get(semconv.GEN_AI_EVALUATION_NAME, UNNAMED))] = score
+
+
+# --- what is meant --------------------------------------------------------------------------------------------------
+
+
+def find(recorded: Recorded, name: str, part: str | None = None) -> Results:
+    """The results that are meant by the part of a file.
+
+    Args:
+        recorded: what the file has.
+        name: of the results, as the user gave it.
+        part: ``baseline``, ``best`` or a trial's number, of the newest optimization; the id of an optimization, alone
+            or with ``/`` and one of those; the id of an evaluation, or of a program. None for the newest: the
+            evaluations of one program, or the best trial of an optimization.
+
+    Raises:
+        CannotCompareError: there is no such part.
+    """
+    own = [one for one in recorded.evaluations if one.own and one.examples]
+    if part is None:
+        last: list[Evaluation | Optimization] = [*own[-1:], *recorded.optimizations[-1:]]
+        newest = max(last, key=lambda one: one.started or 0, default=None)
+        if isinstance(newest, Evaluation):
+            program = newest.program_id
+            return _of_evaluations(
+                recorded, name, [one for one in own if one is newest or (program and one.program_id == program)]
+            )
+        if newest is not None:
+            return _of_trial(recorded, name, newest, BEST)
+        raise CannotCompareError(f"{name} has no evaluation and no optimization with recorded examples.")
+    chosen, _, trial = part.rpartition("/")
+    if not chosen and (part in (BASELINE, BEST) or (part.isdigit() and len(part) < 8)):
+        if not recorded.optimizations:
+            raise CannotCompareError(f"{name}: there is no finished optimization.")
+        return _of_trial(recorded, name, recorded.optimizations[-1], part)
+    for optimization in reversed(recorded.optimizations):
+        if optimization.id in (chosen, part):
+            return _of_trial(recorded, name, optimization, trial if chosen else BEST)
+    if evaluations := [one for one in own if one.id == part]:
+        return _of_evaluations(recorded, name, evaluations)
+    calls = [(example, usage) for example, usage in recorded.calls.get(part, ()) if example.trace_id in recorded.scores]
+    if calls:
+        return _of_calls(recorded, name, part, calls)
+    if evaluations := [one for one in own if one.program_id == part]:
+        return _of_evaluations(recorded, name, evaluations)
+    if part in recorded.calls:
+        raise CannotCompareError(
+            f"{name}: none of the {len(recorded.calls[part])} answers of that program has a score."
+        )
+    known = [*(one.id for one in recorded.optimizations), *(one.id for one in own)][-8:]
+    raise CannotCompareError(f"{name}: there is no such part; there are {', '.join(known) or 'none'}.")
+
+
+def _of_evaluations(recorded: Recorded, name: str, evaluations: Sequence[Evaluation]) -> Results:
+    first = evaluations[0]
+    title = f"evaluation of {first.program_name or 'a program'}"
+    if len(evaluations) > 1:
+        title = f"{len(evaluations)} evaluations of {first.program_name or 'a program'}"
+    found = merged(name, title, evaluations)
+    program = recorded.programs.get(first.program_id or "")
+    return found if program is None else dataclasses.replace(found, program=program)
+
+
+def merged(name: str, what: str, evaluations: Sequence[Evaluation]) -> Results:
+    """The results of one program's evaluations: several of one metric are repeats."""
+    usage, models, rows = Usage(), dict[str, tuple[str, ...]](), list[Row]()
+    for one in evaluations:
+        usage = usage.plus(one.usage)
+        rows += rows_of(one.examples, one.metric)
+        for role, names in one.models.items():
+            models[role] = tuple(sorted({*models.get(role, ()), *names}))
+    failures = [one.parse_failures for one in evaluations if one.parse_failures is not None]
+    program = evaluations[0].program_id
+    return Results(
+        name,
+        what,
+        tuple(rows),
+        tuple(dict.fromkeys(one.metric or UNNAMED for one in evaluations)),
+        size=sum(one.size or len(one.examples) for one in evaluations),
+        program=None if program is None else Candidate(program),
+        models=models,
+        usage=usage,
+        parse_failures=sum(failures) if failures else None,
+        started=evaluations[-1].started,
+    )
+
+
+def _of_trial(recorded: Recorded, name: str, optimization: Optimization, which: str) -> Results:
+    trial = trial_of(optimization, which)
+    if trial is None:
+        raise CannotCompareError(f"{name}: {title_of(optimization)} has no trial that is {which!r}.")
+    evaluation = next((one for one in recorded.evaluations if one.id == trial.evaluation), None)
+    what = f"{title_of(optimization)}, {trial_title(optimization, trial)}"
+    if evaluation is None or not evaluation.examples:
+        raise CannotCompareError(f"{name}: the examples of {what} were not recorded (OTEL_DSPY_OPTIMIZATION_TRACES).")
+    found = merged(name, what, [dataclasses.replace(evaluation, metric=optimization.metric or evaluation.metric)])
+    program = None if trial.candidate is None else recorded.programs.get(trial.candidate, Candidate(trial.candidate))
+    return dataclasses.replace(found, program=program, models=found.models or optimization.models)
+
+
+def trial_of(optimization: Optimization, which: str) -> Trial | None:
+    """A trial by ``baseline``, ``best`` or its number; the best is the winner, or the best so far."""
+    trials = optimization.trials
+    if which == BASELINE:
+        return next((trial for trial in trials if trial.kind == semconv.TRIAL_BASELINE), None)
+    if which != BEST:
+        return next((trial for trial in trials if str(trial.number) == which), None)
+    scored = [trial for trial in trials if trial.score is not None and trial.score == trial.best]
+    return optimization.winning or (scored[-1] if scored else None)
+
+
+def title_of(optimization: Optimization) -> str:
+    """An optimization, for people."""
+    return " ".join(part for part in (optimization.optimizer, optimization.program_name) if part)
+
+
+def trial_title(optimization: Optimization, trial: Trial) -> str:
+    """A trial, for people."""
+    kind = BASELINE if trial.kind == semconv.TRIAL_BASELINE else "winner" if trial is optimization.winning else None
+    return f"trial {trial.number}" + ("" if kind is None else f" ({kind})")
+
+
+def _of_calls(recorded: Recorded, name: str, program: str, calls: Sequence[tuple[Example, Usage]]) -> Results:
+    usage = Usage()
+    for _, used in calls:
+        usage = usage.plus(used)
+    rows = [
+        Row(example.id or f"?{place}", recorded.scores.get(example.trace_id or 0, {}), example)
+        for place, (example, _) in enumerate(calls)
+    ]
+    metrics = Counter(metric for row in rows for metric in row.scores)
+    what = f"{len(recorded.calls[program])} answers of program {program}, {len(rows)} with a score"
+    return Results(
+        name,
+        what,
+        tuple(rows),
+        tuple(metrics),
+        program=recorded.programs.get(program, Candidate(program)),
+        usage=usage,
+    )

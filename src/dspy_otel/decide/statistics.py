@@ -1,0 +1,135 @@
+"""Two scores of each of the same examples: is the difference more than chance? Pure; needs SciPy."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+from dspy_otel.decide.errors import CannotCompareError
+
+POWER: Final = 0.8
+"""How often a difference of the smallest detectable size would be found."""
+MCNEMAR: Final = "exact McNemar"
+WILCOXON: Final = "Wilcoxon signed-rank"
+_CLOSE: Final = 1e-9
+"""Means of repeats that differ by less are equal: their sums were rounded."""
+
+
+@dataclass(frozen=True, slots=True)
+class Paired:
+    """A paired comparison of the scores of two programs.
+
+    Attributes:
+        pairs: how many examples both were scored on.
+        a, b: mean scores on those.
+        difference: ``b - a``.
+        low, high: its confidence interval.
+        wins, losses, ties: examples that B did better, worse and equally well.
+        test: name of the test.
+        p: chance of a difference at least as large where there is none, two-sided.
+        detectable: the smallest difference that so many pairs would show, four times of five.
+        alpha: level of the test and of the interval.
+        direction: 1 where the test points to B, -1 where it points to A, else 0.
+    """
+
+    pairs: int
+    a: float
+    b: float
+    difference: float
+    low: float
+    high: float
+    wins: int
+    losses: int
+    ties: int
+    test: str
+    p: float
+    detectable: float
+    alpha: float
+    direction: int
+
+
+def needed_pairs(alpha: float) -> int:
+    """The fewest pairs that could show anything: with fewer, not even a win on every example is significant."""
+    return max(1, math.ceil(math.log2(2 / alpha) - _CLOSE))
+
+
+def paired(a: Sequence[float], b: Sequence[float], alpha: float = 0.05) -> Paired:
+    """Compare scores of the same examples, in the same order.
+
+    Right or wrong (every score is 0 or 1) is tested exactly, by McNemar, and its interval is Bonett and Price's.
+    Graded scores are tested by Wilcoxon's signed ranks, and the interval is Student's for the mean difference.
+
+    Args:
+        a: scores of A.
+        b: scores of B.
+        alpha: level of the test and of the interval.
+
+    Raises:
+        CannotCompareError: SciPy is missing.
+    """
+    stats, np = _scipy()
+    of_a, of_b = np.asarray(a, float), np.asarray(b, float)
+    changes = of_b - of_a
+    changes[np.abs(changes) < _CLOSE] = 0.0
+    wins, losses, pairs = int((changes > 0).sum()), int((changes < 0).sum()), len(changes)
+    difference = float(changes.mean())
+    binary = bool(np.isin(of_a, (0.0, 1.0)).all() and np.isin(of_b, (0.0, 1.0)).all())
+    if binary:
+        test, p, towards = MCNEMAR, _mcnemar(stats, wins, losses), float(wins - losses)
+        # One more win and one more loss: without, no change at all would look like certainty.
+        spread = _spread_of_shares((wins + 1) / (pairs + 2), (losses + 1) / (pairs + 2)) / math.sqrt(pairs + 2)
+        middle, times = (wins - losses) / (pairs + 2), float(stats.norm.ppf(1 - alpha / 2))
+        low, high = max(-1.0, middle - times * spread), min(1.0, middle + times * spread)
+        error = _spread_of_shares(wins / pairs, losses / pairs) / math.sqrt(pairs)
+    else:
+        test, (p, towards) = WILCOXON, _wilcoxon(stats, np, changes)
+        error = float(changes.std(ddof=1)) / math.sqrt(pairs) if pairs > 1 else math.inf
+        times = float(stats.t.ppf(1 - alpha / 2, pairs - 1)) if pairs > 1 else math.inf
+        low, high = difference - times * error, difference + times * error
+    largest = float(np.abs(changes).max()) or 1.0
+    detectable = max(
+        float(stats.norm.ppf(1 - alpha / 2) + stats.norm.ppf(POWER)) * error,
+        needed_pairs(alpha) * (1.0 if binary else largest) / pairs if wins + losses < needed_pairs(alpha) else 0.0,
+    )
+    return Paired(
+        pairs,
+        float(of_a.mean()),
+        float(of_b.mean()),
+        difference,
+        low,
+        high,
+        wins,
+        losses,
+        pairs - wins - losses,
+        test,
+        p,
+        detectable,
+        alpha,
+        direction=(towards > 0) - (towards < 0),
+    )
+
+
+def _spread_of_shares(wins: float, losses: float) -> float:
+    return math.sqrt(max(0.0, wins + losses - (wins - losses) ** 2))
+
+
+def _mcnemar(stats: Any, wins: int, losses: int) -> float:
+    return float(stats.binomtest(wins, wins + losses).pvalue) if wins + losses else 1.0
+
+
+def _wilcoxon(stats: Any, np: Any, changes: Any) -> tuple[float, float]:
+    changed = changes[changes != 0]
+    if not len(changed):
+        return 1.0, 0.0
+    return float(stats.wilcoxon(changed).pvalue), float((stats.rankdata(np.abs(changed)) * np.sign(changed)).sum())
+
+
+def _scipy() -> tuple[Any, Any]:
+    try:
+        import numpy
+        from scipy import stats
+    except ImportError as error:
+        raise CannotCompareError(f"Comparing needs {error.name}: pip install 'dspy-otel[decide]'.") from error
+    return stats, numpy

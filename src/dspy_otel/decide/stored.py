@@ -1,0 +1,292 @@
+"""What is compared, from MLflow: a server, or a SQL store in this process."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Final
+
+from dspy_otel import semconv
+from dspy_otel.decide.errors import CannotCompareError
+from dspy_otel.decide.results import (
+    BASELINE,
+    BEST,
+    UNNAMED,
+    Results,
+    Row,
+    id_of_inputs,
+    merged,
+    title_of,
+)
+from dspy_otel.mlflow.backends import Backend, open_backend
+from dspy_otel.mlflow.backends.base import CreatedRun
+from dspy_otel.mlflow.load import rank
+from dspy_otel.mlflow.read import read_examples
+from dspy_otel.mlflow.retry import ExportError
+from dspy_otel.mlflow.runs import (
+    BEST_PROGRAM,
+    COMPILE,
+    EVALUATION,
+    EVALUATION_TABLE,
+    INITIAL_PROGRAM,
+    TAG_KIND,
+    TAG_PARENT,
+    TAG_PARSE_FAILURES,
+    TAG_WINNER,
+    TRACE_ID,
+    TRIAL,
+    TRIAL_PROGRAM,
+    StoredRun,
+    StoredTrace,
+)
+from dspy_otel.mlflow.target import Target
+from dspy_otel.record import stored
+from dspy_otel.record.model import Candidate, Evaluation, Example, Usage, load_json
+
+_RUN: Final = re.compile(r"[0-9a-f]{32}")
+_PROGRAM: Final = re.compile(r"[0-9a-f]{16}")
+_MODEL: Final = ".model"
+_MODELS: Final = tuple(f"{role}{_MODEL}" for role in (semconv.ROLE_TASK, semconv.ROLE_JUDGE))
+"""Parameters with the models that answer in an evaluation; other roles are the optimizer's."""
+_PREVIEW: Final = 1000
+"""Length at which MLflow cuts the inputs of a trace; those that are cut name no row."""
+
+
+def find_stored(name: str, place: str, part: str | None, experiment: str | None, tracking_uri: str | None) -> Results:
+    """Find results in MLflow.
+
+    Args:
+        name: as the user named them.
+        place: id of a run, name of an experiment, or a ``dspy.program.id``.
+        part: ``baseline``, ``best`` or a trial's number, or a ``dspy.program.id`` in an experiment; None for the best.
+        experiment: for a program's id alone; None for what the environment names.
+        tracking_uri: as for :class:`~dspy_otel.mlflow.MLflowSpanExporter`.
+
+    Raises:
+        CannotCompareError: they are not there, or MLflow cannot be reached.
+    """
+    if _RUN.fullmatch(place):
+        with opened(tracking_uri, "0") as store:
+            return _Reader(store, name).of_run(place, part)
+    if part is None and _PROGRAM.fullmatch(place):
+        with opened(tracking_uri, experiment) as store:
+            return _Reader(store, name).of_program(place)
+    with opened(tracking_uri, place) as store:
+        reader = _Reader(store, name)
+        if part is not None and _PROGRAM.fullmatch(part):
+            return reader.of_program(part)
+        return reader.best(part)
+
+
+@contextmanager
+def opened(tracking_uri: str | None, experiment: str | None) -> Iterator[Backend]:
+    """MLflow, opened for reading.
+
+    Raises:
+        CannotCompareError: it cannot be opened or reached, or has no such experiment.
+    """
+    store = None
+    try:
+        store = open_backend(Target(tracking_uri, experiment, create=False))
+        yield store
+    except ExportError as error:
+        raise CannotCompareError(str(error)) from error
+    finally:
+        if store is not None:
+            store.close()
+
+
+def kind_is(kind: str) -> str:
+    """A search condition for runs of a kind."""
+    return f"tags.`{TAG_KIND}` = '{kind}'"
+
+
+class _Reader:
+    """Reads results from one store."""
+
+    def __init__(self, store: Backend, name: str) -> None:
+        self._store, self._name = store, name
+
+    # --- what is meant ----------------------------------------------------------------------------------------------
+    def of_run(self, run_id: str, part: str | None) -> Results:
+        run = self._run(run_id)
+        kind = run.tags.get(TAG_KIND)
+        if kind == TRIAL and part is None:
+            return self._of_trial(run, self._parent(run))
+        if kind == TRIAL:
+            run, kind = self._parent(run) or run, COMPILE
+        if kind == COMPILE:
+            return self._of_optimization(run, part or BEST)
+        if kind == EVALUATION and part is None:
+            return self._of_evaluations([run], None)
+        if kind == EVALUATION:
+            raise CannotCompareError(f"{self._name}: an evaluation has no part {part!r}.")
+        raise CannotCompareError(f"Run {run_id} is no optimization, trial or evaluation that dspy-otel recorded.")
+
+    def best(self, part: str | None) -> Results:
+        finished = f"{kind_is(COMPILE)} AND attributes.status = 'FINISHED'"
+        runs = [run for run in self._store.find_runs(None, finished) if not _is_step(run)]
+        if runs:
+            return self._of_optimization(max(runs, key=rank), part or BEST)
+        if part is not None:
+            raise CannotCompareError(f"{self._name}: that experiment has no finished optimization.")
+        runs = self._store.find_runs(None, kind_is(EVALUATION))
+        if not runs:
+            raise CannotCompareError(f"{self._name}: that experiment has no optimization and no evaluation.")
+        return self._of_evaluations([max(runs, key=lambda run: (run.metrics.get("score", 0.0), run.started))], None)
+
+    def of_program(self, program: str) -> Results:
+        traces = self._store.find_traces(f"tags.`{semconv.PROGRAM_ID}` = '{program}'")
+        calls = [one for one in traces if not {semconv.EVALUATION_ID, semconv.OPTIMIZER_RUN_ID} & one.tags.keys()]
+        scored = [one for one in calls if one.scores]
+        if scored:
+            return self._of_calls(program, calls, scored)
+        runs = self._store.find_runs(None, f"{kind_is(EVALUATION)} AND tags.`{semconv.PROGRAM_ID}` = '{program}'")
+        if runs:
+            return self._of_evaluations(runs, program)
+        if calls:
+            raise CannotCompareError(f"{self._name}: none of the {len(calls):,} answers of that program has a score.")
+        raise CannotCompareError(f"{self._name}: that experiment has no answers and no evaluations of that program.")
+
+    def _run(self, run_id: str) -> StoredRun:
+        runs = self._store.find_runs(run_id, "")
+        if not runs:
+            raise CannotCompareError(f"There is no run {run_id}: is MLFLOW_TRACKING_URI right?")
+        return runs[0]
+
+    def _parent(self, run: StoredRun) -> StoredRun | None:
+        return self._run(run.tags[TAG_PARENT]) if TAG_PARENT in run.tags else None
+
+    # --- reading ----------------------------------------------------------------------------------------------------
+    def _of_optimization(self, run: StoredRun, which: str) -> Results:
+        condition = f"tags.`{TAG_PARENT}` = '{run.run_id}' AND {kind_is(TRIAL)}"
+        trials = self._store.find_runs(None, condition, run.experiment_id)
+        trials.sort(key=lambda one: stored.trial_number(one.tags))
+        if which == BASELINE:
+            chosen = [one for one in trials if one.tags.get(semconv.TRIAL_KIND) == semconv.TRIAL_BASELINE]
+        elif which == BEST:
+            chosen = [one for one in trials if one.tags.get(TAG_WINNER) == "true"]
+            chosen = chosen or [one for one in trials if one.tags.get(semconv.TRIAL_IS_BEST) == "true"][-1:]
+        else:
+            chosen = [one for one in trials if str(stored.trial_number(one.tags)) == which]
+        if not chosen:
+            raise CannotCompareError(f"{self._name}: {_title(run)} has no trial that is {which!r}.")
+        return self._of_trial(chosen[0], run)
+
+    def _of_trial(self, run: StoredRun, parent: StoredRun | None) -> Results:
+        kind = BASELINE if run.tags.get(semconv.TRIAL_KIND) == semconv.TRIAL_BASELINE else None
+        kind = "winner" if run.tags.get(TAG_WINNER) == "true" else kind
+        title = f"trial {stored.trial_number(run.tags)}" + (f" ({kind})" if kind else "")
+        if parent is not None:
+            title = f"{_title(parent)}, {title}"
+        evaluation = self._evaluation(run, parent)
+        if not evaluation.examples:
+            raise CannotCompareError(
+                f"{self._name}: the examples of {title} were not recorded (OTEL_DSPY_OPTIMIZATION_TRACES)."
+            )
+        return self._with_traces(merged(self._name, title, [evaluation]), [run])
+
+    def _of_evaluations(self, runs: Sequence[StoredRun], program: str | None) -> Results:
+        found = [self._evaluation(run, None) for run in sorted(runs, key=lambda run: run.started)]
+        several = "evaluation" if len(found) == 1 else f"{len(found)} evaluations"
+        title = f"{several} of {found[-1].program_name or program or 'a program'}"
+        if not any(one.examples for one in found):
+            raise CannotCompareError(f"{self._name}: the examples of the {title} were not recorded.")
+        return self._with_traces(merged(self._name, title, found), runs)
+
+    def _evaluation(self, run: StoredRun, parent: StoredRun | None) -> Evaluation:
+        """The evaluation that a run has."""
+        metric = run.tags.get(semconv.EVALUATION_METRIC_NAME) or run.params.get("metric")
+        size, failures = run.params.get("examples", ""), run.tags.get(TAG_PARSE_FAILURES, "")
+        return Evaluation(
+            id=run.tags.get(semconv.EVALUATION_ID, run.run_id),
+            program_name=run.tags.get(semconv.PROGRAM_NAME),
+            program_id=run.tags.get(semconv.CANDIDATE_ID) or run.tags.get(semconv.PROGRAM_ID),
+            metric=metric if parent is None else parent.params.get("metric", metric),
+            size=int(size) if size.isdigit() else None,
+            parse_failures=int(failures) if failures.isdigit() else None,
+            usage=Usage.of(run.metrics),
+            models=_models(run.params if parent is None else parent.params),
+            examples=read_examples(self._read(run, EVALUATION_TABLE)),
+            started=run.started * 1_000_000,
+        )
+
+    def _with_traces(self, results: Results, runs: Sequence[StoredRun]) -> Results:
+        """Add what the traces of the examples know: durations, and scores by other metrics and of people."""
+        traces: dict[str, StoredTrace] = {}
+        for run in runs:
+            if semconv.EVALUATION_ID in run.tags:
+                condition = f"tags.`{semconv.EVALUATION_ID}` = '{run.tags[semconv.EVALUATION_ID]}'"
+                traces.update((one.trace_id, one) for one in self._store.find_traces(condition, run.experiment_id))
+        # Several examples in one trace (nested traces) have no duration and no scores of their own.
+        counts = Counter(row.example.trace_id for row in results.rows)
+        rows = []
+        for row in results.rows:
+            trace = None
+            if row.example.trace_id is not None and counts[row.example.trace_id] == 1:
+                trace = traces.get(TRACE_ID.replace("{}", f"{row.example.trace_id:032x}"))
+            if trace is not None:
+                example = dataclasses.replace(row.example, seconds=trace.seconds)
+                row = Row(row.key, {**trace.scores, **row.scores}, example)  # noqa: PLW2901
+            rows.append(row)
+        program = results.program
+        if program is not None:
+            program = self._program(program.id, runs)
+        metrics = dict.fromkeys((*results.metrics, *(metric for row in rows for metric in row.scores)))
+        run_id = runs[0].run_id if len(runs) == 1 else None
+        return dataclasses.replace(results, rows=tuple(rows), metrics=tuple(metrics), program=program, run_id=run_id)
+
+    def _of_calls(self, program: str, calls: Sequence[StoredTrace], scored: Sequence[StoredTrace]) -> Results:
+        usage, rows = Usage(), []
+        for trace in scored:
+            usage = usage.plus(trace.usage)
+            whole = trace.inputs is not None and len(trace.inputs) < _PREVIEW
+            example = Example(
+                id=id_of_inputs(trace.inputs) if whole and trace.inputs is not None else None,
+                inputs=load_json(trace.inputs),
+                prediction=load_json(trace.outputs),
+                error="error" if trace.failed else None,
+                seconds=trace.seconds,
+            )
+            rows.append(Row(example.id or trace.trace_id, trace.scores, example))
+        metrics = dict.fromkeys(metric for row in rows for metric in row.scores)
+        what = f"{len(calls):,} answers of program {program}, {len(rows):,} with a score"
+        found = self._program(program, ())
+        return Results(self._name, what, tuple(rows), tuple(metrics) or (UNNAMED,), program=found, usage=usage)
+
+    def _program(self, program: str, runs: Sequence[StoredRun]) -> Candidate:
+        """A program, with its state if some run has that."""
+        made = f"tags.`{semconv.PROGRAM_ID}` = '{program}'"
+        began = f"tags.`{semconv.INITIAL_PROGRAM_ID}` = '{program}'"
+        experiment = runs[0].experiment_id if runs else None
+        places: Iterator[tuple[StoredRun, str]] = (
+            place
+            for condition, path in (
+                (f"{made} AND {kind_is(TRIAL)}", TRIAL_PROGRAM),
+                (f"{made} AND {kind_is(COMPILE)}", BEST_PROGRAM),
+                (f"{began} AND {kind_is(COMPILE)}", INITIAL_PROGRAM),
+            )
+            for place in ((run, path) for run in self._store.find_runs(None, condition, experiment)[:1])
+        )
+        for run, path in places:
+            if (state := self._read(run, path)) is not None:
+                return Candidate(program, state)
+        return Candidate(program)
+
+    def _read(self, run: StoredRun, path: str) -> str | None:
+        return self._store.read_artifact(CreatedRun(run.run_id, run.artifact_uri), path)
+
+
+def _title(run: StoredRun) -> str:
+    return title_of(stored.read_optimization(run.tags, {}, {}))
+
+
+def _is_step(run: StoredRun) -> bool:
+    return semconv.OPTIMIZER_PARENT_RUN_ID in run.tags
+
+
+def _models(params: Mapping[str, str]) -> dict[str, tuple[str, ...]]:
+    return {name.removesuffix(_MODEL): tuple(params[name].split(", ")) for name in _MODELS if name in params}

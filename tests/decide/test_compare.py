@@ -1,0 +1,282 @@
+"""Real evaluations and optimizations, compared from memory and from files of OTLP JSON; and the command."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import dspy
+import pytest
+from dspy.utils import DummyLM
+
+import dspy_otel
+from dspy_otel import cli, program_id, semconv
+from dspy_otel.decide import CannotCompareError, find_results
+from dspy_otel.decide.evidence import BETTER, WORSE
+from dspy_otel.record.history import optimizations
+from tests.optimizers.common import RUNS, quietly, scripted_lm
+from tests.report.test_optimizations import otlp_json
+
+pytest.importorskip("scipy")
+
+ROWS = [dspy.Example(question=f"question {place}", answer="right").with_inputs("question") for place in range(12)]
+
+
+def exact(example: Any, prediction: Any, trace: Any = None) -> bool:
+    return bool(prediction.answer == example.answer)
+
+
+def length(example: Any, prediction: Any, trace: Any = None) -> float:
+    return 1 / len(prediction.answer)
+
+
+class Asking(dspy.Module):
+    """Answers what it is told to; raises where that is None, and answers what cannot be parsed where that is empty."""
+
+    def __init__(self, instructions: str = "Answer.") -> None:
+        super().__init__()
+        self.ask = dspy.Predict(dspy.Signature("question -> answer", instructions))
+
+    def forward(self, question: str) -> Any:
+        return self.ask(question=question)
+
+
+class Failing(Asking):
+    def forward(self, question: str) -> Any:
+        if question.endswith(("1", "2")):
+            raise LookupError("no")
+        return super().forward(question)
+
+
+def evaluate(
+    telemetry: Any, answers: Sequence[str], program: Any = None, metric: Any = exact, rows: Any = ROWS
+) -> tuple[Any, ...]:
+    """The spans of an evaluation in which the model gives these answers."""
+    telemetry.clear()
+    program = program or Asking()
+    with dspy.context(lm=DummyLM([{"answer": answer} for answer in answers])):
+        dspy.Evaluate(devset=rows, metric=metric, num_threads=1, display_progress=False, max_errors=100)(program)
+    return tuple(telemetry.exporter.get_finished_spans())
+
+
+def write(path: Path, spans: Iterable[Any]) -> str:
+    path.write_text(otlp_json(spans))
+    return str(path)
+
+
+def test_evaluations_in_memory(telemetry: Any) -> None:
+    telemetry.instrument(capture_content="span_only")
+    a = evaluate(telemetry, ["right"] * 12)
+    b = evaluate(telemetry, ["right"] * 2 + ["wrong"] * 10)
+    found = dspy_otel.compare(a, b)
+    (score,) = found.scores
+    assert (score.metric, score.result.a, score.result.b) == ("exact", 1.0, pytest.approx(2 / 12))
+    assert (score.verdict, found.regression) == (WORSE, True)
+    change = score.changes[0]
+    assert (change.of_a.prediction, change.of_b.prediction) == ({"answer": "right"}, {"answer": "wrong"})
+    assert change.of_b.inputs == {"question": "question 2"}
+    assert found.a.usage.lm_calls == 12
+    assert found.a.program is not None
+    assert found.a.program.id == program_id(Asking())
+    assert len(found.a.seconds) == 12
+    assert "the same program" in str(found)
+    assert dspy_otel.compare(b, a).verdict == BETTER
+
+
+def test_a_file_says_the_same_as_memory(telemetry: Any, tmp_path: Path) -> None:
+    telemetry.instrument(capture_content="span_only")
+    a, b = evaluate(telemetry, ["right"] * 12), evaluate(telemetry, ["wrong"] * 12)
+    of_files = dspy_otel.compare(write(tmp_path / "a.jsonl", a), tmp_path / write(tmp_path / "b.jsonl", b))
+    of_memory = dspy_otel.compare(a, b)
+    assert of_files.scores == of_memory.scores
+    assert of_files.a.rows == of_memory.a.rows
+
+
+def test_without_content_rows_are_paired_all_the_same(telemetry: Any) -> None:
+    telemetry.instrument()
+    found = dspy_otel.compare(evaluate(telemetry, ["right"] * 12), evaluate(telemetry, ["wrong"] * 12))
+    assert (found.scores[0].result.pairs, found.scores[0].result.losses) == (12, 12)
+    assert "question" not in str(found)
+
+
+def test_failures_of_programs_and_of_adapters_are_counted(telemetry: Any) -> None:
+    telemetry.instrument(capture_content="span_only")
+    a = evaluate(telemetry, ["right"] * 12)
+    found = dspy_otel.compare(a, evaluate(telemetry, ["right"] * 12, Failing()))
+    (score,) = found.scores
+    failing = sum(row.question.endswith(("1", "2")) for row in ROWS)
+    assert (score.failed.b, score.result.losses) == (failing, failing)
+    assert "B: LookupError" in str(found)
+    telemetry.clear()
+    with dspy.context(lm=DummyLM([{"nothing": "here"}] * 80)):
+        dspy.Evaluate(devset=ROWS, metric=exact, num_threads=1, display_progress=False, max_errors=100)(Asking())
+    found = dspy_otel.compare(a, telemetry.exporter.get_finished_spans())
+    assert found.a.parse_failures == 0
+    assert (found.b.parse_failures or 0) >= 12
+    assert found.scores[0].failed.b == 12
+
+
+def test_evaluations_of_one_program_in_a_file_are_repeats_and_metrics(telemetry: Any, tmp_path: Path) -> None:
+    telemetry.instrument(capture_content="span_only")
+    good = [*evaluate(telemetry, ["right"] * 12), *evaluate(telemetry, ["right"] * 11 + ["wrong"])]
+    good += evaluate(telemetry, ["right"] * 12, metric=length)
+    path = write(tmp_path / "a.jsonl", good)
+    found = dspy_otel.compare(path, path)
+    assert [score.metric for score in found.scores] == ["exact", "length"]
+    assert found.scores[0].repeated.a == 12
+    assert found.scores[0].result.a == pytest.approx(11.5 / 12)
+    assert found.a.what.startswith("3 evaluations of Asking")
+    only = dspy_otel.compare(path, path, metric="length")
+    assert [score.metric for score in only.scores] == ["length"]
+
+
+def test_rows_of_another_dataset_cannot_be_compared(telemetry: Any) -> None:
+    telemetry.instrument()
+    others = [dspy.Example(question=f"other {place}", answer="right").with_inputs("question") for place in range(12)]
+    a, b = evaluate(telemetry, ["right"] * 12), evaluate(telemetry, ["right"] * 12, rows=others)
+    with pytest.raises(CannotCompareError, match="Other rows"):
+        dspy_otel.compare(a, b)
+
+
+@pytest.mark.parametrize("optimizer", ["MIPROv2", "GEPA", "BootstrapFewShotWithRandomSearch"])
+def test_the_baseline_and_the_winner_of_an_optimization(telemetry: Any, optimizer: str, tmp_path: Path) -> None:
+    if optimizer == "GEPA":
+        pytest.importorskip("gepa")
+    lm = scripted_lm()
+    telemetry.instrument(capture_content="span_only")
+    program, _ = quietly(RUNS[optimizer], lm)
+    spans = telemetry.exporter.get_finished_spans()
+    (record,) = optimizations(spans)
+    path = write(tmp_path / "spans.jsonl", spans)
+    found = dspy_otel.compare(f"{path}#baseline", path)
+    assert found.a.what.endswith("trial 1 (baseline)")
+    assert (found.a.program.id, found.b.program.id) == (record.initial_id, program_id(program))  # type: ignore[union-attr]
+    (score,) = found.scores
+    scale = 100 if (record.best or 0) > 1 else 1
+    assert score.metric == str(record.params["metric"])
+    assert (score.result.a * scale, score.result.b * scale) == pytest.approx((record.baseline, record.best), abs=0.01)
+    assert found.programs_known
+    texts = {name: one.signature.instructions for name, one in program.named_predictors()}
+    for change in found.predictors:
+        if change.instructions:
+            added = "".join(piece.text for piece in change.instructions if piece.kind != "removed")
+            assert added == texts[change.name]
+    # The same by other names.
+    assert find_results(f"{path}#{record.winner}").rows == found.b.rows
+    assert find_results(f"{path}#{record.id}/best").rows == found.b.rows
+    assert find_results(f"{path}#{record.id}").rows == found.b.rows
+
+
+# --- production -----------------------------------------------------------------------------------------------------
+
+
+def answers(telemetry: Any, given: Sequence[str], program: Any) -> list[Any]:
+    telemetry.clear()
+    with dspy.context(lm=DummyLM([{"answer": answer} for answer in given])):
+        for place in range(len(given)):
+            program(question=f"question {place}")
+    return list(telemetry.exporter.get_finished_spans())
+
+
+def score_log(span: Any, score: float) -> str:
+    """As the Collector's file exporter writes the event of an evaluator in production."""
+    at = {semconv.GEN_AI_EVALUATION_NAME: {"stringValue": "thumbs"}}
+    at[semconv.GEN_AI_EVALUATION_SCORE_VALUE] = {"doubleValue": score}
+    record = {
+        "eventName": semconv.LOG_EVALUATION_RESULT,
+        "traceId": f"{span.context.trace_id:032x}",
+        "attributes": [{"key": key, "value": value} for key, value in at.items()],
+    }
+    return json.dumps({"resourceLogs": [{"scopeLogs": [{"logRecords": [record]}]}]}) + "\n"
+
+
+def test_answers_in_production_are_paired_by_their_inputs(telemetry: Any, tmp_path: Path) -> None:
+    telemetry.instrument(capture_content="span_only")
+    old, new = Asking("Answer."), Asking("Answer in one word.")
+    text = ""
+    for program, score in ((old, 1.0), (new, 0.0)):
+        spans = answers(telemetry, ["right"] * 8, program)
+        roots = [span for span in spans if span.parent is None]
+        text += otlp_json(spans) + "".join(score_log(root, score) for root in roots[:7])
+    path = tmp_path / "production.jsonl"
+    path.write_text(text)
+    found = dspy_otel.compare(f"{path}#{program_id(old)}", f"{path}#{program_id(new)}")
+    (score,) = found.scores
+    assert (score.metric, score.result.pairs, score.result.losses) == ("thumbs", 7, 7)
+    assert found.a.what == f"8 answers of program {program_id(old)}, 7 with a score"
+    assert found.a.usage.lm_calls == 7
+    other = tmp_path / "unscored.jsonl"
+    other.write_text(otlp_json(answers(telemetry, ["right"], old)))
+    with pytest.raises(CannotCompareError, match="none of the 1 answers of that program has a score"):
+        find_results(f"{other}#{program_id(old)}")
+
+
+# --- the command ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def files(telemetry: Any, tmp_path: Path) -> tuple[str, str]:
+    telemetry.instrument(capture_content="span_only")
+    a, b = evaluate(telemetry, ["right"] * 12), evaluate(telemetry, ["right"] * 4 + ["wrong"] * 8)
+    return write(tmp_path / "a.jsonl", a), write(tmp_path / "b.jsonl", b)
+
+
+def test_the_exit_status_is_a_gate(files: tuple[str, str], capsys: pytest.CaptureFixture[str]) -> None:
+    a, b = files
+    gate = "--fail-on-regression"
+    assert cli.main(["compare", a, b]) == 0
+    assert cli.main(["compare", a, b, gate]) == 1
+    assert cli.main(["compare", b, a, gate]) == 0
+    assert cli.main(["compare", a, a, gate]) == 0
+    assert cli.main(["compare", a, b, gate, "--max-drop", "0.7"]) == 0
+    assert cli.main(["compare", a, b, gate, "--alpha", "0.0001"]) == 2
+    assert capsys.readouterr().err.startswith("dspy-otel: Too few: 12 examples are scored by both")
+
+
+@pytest.mark.parametrize("form", ["table", "markdown", "json", "junit"])
+def test_every_format(files: tuple[str, str], form: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["compare", *files, "--format", form]) == 0
+    out = capsys.readouterr().out
+    assert "exact" in out
+    assert out.endswith("\n")
+
+
+@pytest.mark.parametrize(
+    ("reference", "reason"),
+    [
+        ("nothing.jsonl", "There is no file nothing.jsonl."),
+        ("{a}#nothing", "there is no such part; there are "),
+        ("{a}#best", "there is no finished optimization"),
+        ("{tmp}/broken.jsonl", "line 1 is no OTLP JSON"),
+        ("{tmp}/empty.jsonl", "has no evaluation and no optimization with recorded examples."),
+    ],
+)
+def test_what_is_not_there_is_one_sentence(
+    files: tuple[str, str], tmp_path: Path, reference: str, reason: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "broken.jsonl").write_text("nonsense\n")
+    (tmp_path / "empty.jsonl").write_text("{}\n")
+    given = reference.replace("{a}", files[0]).replace("{tmp}", str(tmp_path))
+    for form in ("table", "json", "junit"):
+        assert cli.main(["compare", files[0], given, "--format", form]) == 2
+        found = capsys.readouterr()
+        assert reason in found.err
+        assert found.err.count("\n") == 1
+        assert (reason in found.out.replace("&quot;", '"')) is (form != "table")
+
+
+def test_it_runs_without_dspy_and_mlflow(files: tuple[str, str]) -> None:
+    code = (
+        "import sys\n"
+        "for name in ('dspy', 'mlflow', 'litellm'): sys.modules[name] = None\n"
+        "from dspy_otel import cli\n"
+        f"sys.exit(cli.main(['compare', {files[0]!r}, {files[1]!r}]))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert re.search(r"12 pairs: B better 0, worse 8, same 4", done.stdout)

@@ -1,0 +1,136 @@
+"""The tests and intervals: by hand, against SciPy, and by simulation."""
+
+from __future__ import annotations
+
+import math
+import sys
+from typing import Any
+
+import pytest
+
+from dspy_otel.decide.errors import CannotCompareError
+from dspy_otel.decide.statistics import MCNEMAR, WILCOXON, needed_pairs, paired
+
+stats = pytest.importorskip("scipy.stats")
+np = pytest.importorskip("numpy")
+
+TIMES = 2000
+
+
+def right_or_wrong(both: int, wins: int, losses: int, neither: int) -> tuple[list[float], list[float]]:
+    a = [1.0] * both + [0.0] * wins + [1.0] * losses + [0.0] * neither
+    b = [1.0] * both + [1.0] * wins + [0.0] * losses + [0.0] * neither
+    return a, b
+
+
+@pytest.mark.parametrize(
+    ("wins", "losses", "p"),
+    # Twice the tail of a coin thrown `wins + losses` times, counted by hand.
+    [(0, 0, 1.0), (6, 0, 2 / 64), (5, 0, 2 / 32), (1, 7, 2 * 9 / 256), (2, 8, 2 * 56 / 1024), (5, 5, 1.0)],
+)
+def test_mcnemar_is_exact(wins: int, losses: int, p: float) -> None:
+    found = paired(*right_or_wrong(20, wins, losses, 10))
+    assert (found.test, found.wins, found.losses, found.ties) == (MCNEMAR, wins, losses, 30)
+    assert found.p == pytest.approx(p)
+    assert found.difference == pytest.approx((wins - losses) / found.pairs)
+    assert found.a == pytest.approx((20 + losses) / found.pairs)
+    assert found.direction == (wins > losses) - (wins < losses)
+
+
+def test_the_interval_of_shares_is_bonett_and_prices() -> None:
+    # Bonett and Price (2012), by hand: 100 pairs, 20 won, 10 lost, one more of each.
+    found = paired(*right_or_wrong(50, 20, 10, 20))
+    won, lost = 21 / 102, 11 / 102
+    half = 1.959964 * math.sqrt((won + lost - (won - lost) ** 2) / 102)
+    assert (found.low, found.high) == pytest.approx((won - lost - half, won - lost + half), abs=1e-6)
+    nothing = paired(*right_or_wrong(10, 0, 0, 10))
+    assert nothing.low < -0.1 < 0.1 < nothing.high
+
+
+def test_graded_scores_are_tested_as_scipy_does() -> None:
+    a = [0.1, 0.4, 0.35, 0.8, 0.5, 0.9, 0.2, 0.66, 0.0, 0.3]
+    b = [0.3, 0.4, 0.45, 0.7, 0.9, 0.95, 0.5, 0.7, 0.15, 0.31]
+    found = paired(a, b)
+    changes = np.asarray(b) - np.asarray(a)
+    assert found.test == WILCOXON
+    assert found.p == pytest.approx(stats.wilcoxon(changes[changes != 0]).pvalue)
+    assert (found.wins, found.losses, found.ties, found.direction) == (8, 1, 1, 1)
+    expected = stats.ttest_rel(b, a).confidence_interval(0.95)
+    assert (found.low, found.high) == pytest.approx((expected.low, expected.high))
+    # By hand: six ranks, all on one side, have a chance of 2 / 64.
+    assert paired([0.5] * 6, [0.6, 0.7, 0.8, 0.9, 0.95, 0.99]).p == pytest.approx(2 / 64)
+
+
+def test_repeats_of_right_or_wrong_are_graded() -> None:
+    assert paired([0.5, 1, 0, 1, 1, 1], [1, 1, 1, 1, 1, 1]).test == WILCOXON
+
+
+def test_sums_that_were_rounded_are_no_change() -> None:
+    found = paired([(0.1 + 0.2) / 2] * 8, [0.15] * 8)
+    assert (found.ties, found.p, found.difference) == (8, 1.0, 0.0)
+
+
+@pytest.mark.parametrize(("alpha", "pairs"), [(0.05, 6), (0.01, 8), (1.0, 1), (0.5, 2)])
+def test_fewer_pairs_could_show_nothing(alpha: float, pairs: int) -> None:
+    assert needed_pairs(alpha) == pairs
+    assert paired(*right_or_wrong(0, pairs, 0, 0), alpha).p <= alpha
+    if pairs > 1:
+        assert paired(*right_or_wrong(0, pairs - 1, 0, 0), alpha).p > alpha
+
+
+@pytest.mark.slow
+def test_the_smallest_difference_is_found_four_times_of_five() -> None:
+    random = np.random.default_rng(5)
+    a = random.normal(0, 1, (TIMES, 50))
+    noise = random.normal(0, 0.5, (TIMES, 50))
+    detectable = float(np.mean([paired(x, x + y).detectable for x, y in zip(a[:50], noise[:50], strict=True)]))
+    found = sum(paired(x, x + y + detectable).p <= 0.05 for x, y in zip(a, noise, strict=True))
+    assert 0.74 < found / TIMES < 0.86
+
+
+def expected_counts(share: float) -> tuple[int, int]:
+    """What so many throws give in all but one of ten thousand experiments."""
+    low, high = stats.binom.interval(0.9999, TIMES, share)
+    return int(low), int(high)
+
+
+def scores(kind: str, random: Any, difference: float) -> tuple[Any, Any]:
+    """Scores of sixty examples, which are as hard for both programs; B is better by the difference."""
+    hardness = random.uniform(0.2, 0.8, 60)
+    if kind == "right or wrong":
+        draw = random.uniform(size=(2, 60))
+        return (draw[0] < hardness).astype(float), (draw[1] < hardness + difference).astype(float)
+    return hardness + random.normal(0, 0.1, 60), hardness + difference + random.normal(0, 0.1, 60)
+
+
+@pytest.mark.parametrize("kind", ["right or wrong", "graded"])
+def test_with_no_difference_one_in_twenty_is_significant(kind: str) -> None:
+    random = np.random.default_rng(16)
+    found = [paired(*scores(kind, random, 0.0)) for _ in range(TIMES)]
+    significant = sum(one.p <= 0.05 for one in found)
+    low, high = expected_counts(0.05)
+    assert significant <= high
+    # An exact test of few whole numbers cannot use all of its level; ranks can.
+    assert significant >= (low if kind == "graded" else TIMES * 0.01)
+    # The interval has the true difference, zero, nineteen times of twenty.
+    covered = sum(one.low <= 0 <= one.high for one in found)
+    assert covered >= expected_counts(0.95)[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["right or wrong", "graded"])
+def test_the_interval_has_the_difference(kind: str) -> None:
+    random = np.random.default_rng(17)
+    covered = 0
+    for _ in range(TIMES):
+        found = paired(*scores(kind, random, 0.1))
+        covered += found.low <= 0.1 <= found.high
+    low, high = expected_counts(0.95)
+    assert covered >= low
+    assert kind == "right or wrong" or covered <= high
+
+
+def test_without_scipy_one_sentence_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "scipy", None)
+    with pytest.raises(CannotCompareError, match=r"needs scipy: pip install 'dspy-otel\[decide\]'\.$"):
+        paired([1.0] * 6, [0.0] * 6)

@@ -1,0 +1,149 @@
+"""Comparisons from a real MLflow, a server and a sqlite store: runs, experiments, and answers in production."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import dspy
+import pytest
+from dspy.utils import DummyLM
+
+import dspy_otel
+from dspy_otel import DSPyInstrumentor, cli, program_id, semconv
+from dspy_otel.decide import CannotCompareError, find_results
+from tests.decide.test_compare import ROWS, Asking, Failing, exact
+from tests.optimizers.common import RUNS, quietly, scripted_lm
+from tests.support.mlflow_store import Store
+
+pytest.importorskip("mlflow")
+pytest.importorskip("scipy")
+pytestmark = pytest.mark.integration
+
+
+@pytest.fixture(params=["server", "sqlite"])
+def uri(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    if request.param == "server":
+        return str(request.getfixturevalue("server_uri"))
+    monkeypatch.chdir(tmp_path)  # MLflow puts artifacts beside it
+    return f"sqlite:///{tmp_path / 'mlflow.db'}"
+
+
+@pytest.fixture
+def store(uri: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    store = Store(uri, request.node.name)
+    yield store
+    if DSPyInstrumentor().is_instrumented_by_opentelemetry:
+        DSPyInstrumentor().uninstrument()
+    store.provider.shutdown()
+
+
+def test_an_optimization_says_the_same_from_mlflow_and_from_memory(store: Store, capsys: Any) -> None:
+    lm = scripted_lm()
+    store.instrument()
+    program, _ = quietly(RUNS["MIPROv2"], lm)
+    store.flush()
+    runs = store.runs()
+    (top,) = [run for run in runs.values() if "mlflow.parentRunId" not in run.data.tags]
+    run_id = top.info.run_id
+    found = dspy_otel.compare(f"{run_id}#baseline", run_id)
+    spans = store.spans.get_finished_spans()
+    best = find_results(spans)
+    expected = {row.key: (row.scores, row.example.prediction, row.example.inputs) for row in best.rows}
+    assert {row.key: (row.scores, row.example.prediction, row.example.inputs) for row in found.b.rows} == expected
+    assert found.b.program is not None
+    assert found.b.program.id == program_id(program)
+    assert found.programs_known
+    assert found.b.metrics == best.metrics
+    assert (found.b.parse_failures, found.b.size) == (best.parse_failures, best.size)
+    assert found.b.models == best.models
+    assert found.b.usage.lm_calls == best.usage.lm_calls
+    assert len(found.b.seconds) == len(best.seconds) == 8
+    # Other names for the same: the experiment, and the run of the trial itself.
+    assert find_results(store.experiment).rows == found.b.rows
+    winner = next(run for run in runs.values() if run.data.tags.get("dspy.winner") == "true")
+    assert find_results(winner.info.run_id).rows == found.b.rows
+    number = winner.data.tags[semconv.TRIAL_NUMBER]
+    assert find_results(f"{run_id}#{number}").rows == found.b.rows
+    assert cli.main(["compare", f"{run_id}#baseline", run_id, "--fail-on-regression"]) == int(found.regression)
+    assert "MIPROv2 ColourFamily" in capsys.readouterr().out
+
+
+def test_evaluations_and_what_people_and_judges_said_of_them(store: Store) -> None:
+    store.instrument()
+    for answers, program in ((["right"] * 12, Asking("Answer.")), (["right"] * 12, Failing("Answer in a word."))):
+        with dspy.context(lm=DummyLM([{"answer": answer} for answer in answers])):
+            dspy.Evaluate(devset=ROWS, metric=exact, num_threads=1, display_progress=False, max_errors=100)(program)
+    store.flush()
+    good, bad = sorted(store.runs().values(), key=lambda run: run.info.start_time)
+    found = dspy_otel.compare(good.info.run_id, bad.info.run_id)
+    (score,) = found.scores
+    failing = sum(row.question.endswith(("1", "2")) for row in ROWS)
+    assert (score.failed.b, score.result.pairs, score.result.losses) == (failing, 12, failing)
+    by_program = dspy_otel.compare(
+        program_id(Asking("Answer.")),
+        f"{store.experiment}#{program_id(Failing('Answer in a word.'))}",
+        experiment=store.experiment,
+    )
+    assert by_program.scores == found.scores
+
+    # A person's verdict on the same traces is another metric.
+    from mlflow.entities import AssessmentSource, Feedback
+    from mlflow.tracing.client import TracingClient
+
+    traces = {run.info.run_id: store.traces(run) for run in (good, bad)}
+    for run_id, of_run in traces.items():
+        for trace in of_run:
+            source = AssessmentSource("HUMAN", "somebody")
+            feedback = Feedback(name="helpful", value=run_id == good.info.run_id, source=source)
+            TracingClient(store.uri).log_assessment(trace.info.trace_id, feedback)
+    found = dspy_otel.compare(good.info.run_id, bad.info.run_id)
+    assert [score.metric for score in found.scores] == ["exact", "helpful"]
+    assert (found.scores[1].result.losses, found.scores[1].regression) == (12, True)
+
+
+def test_answers_in_production_with_feedback(store: Store) -> None:
+    from mlflow.entities import AssessmentSource, Feedback
+    from mlflow.tracing.client import TracingClient
+
+    store.instrument()
+    programs = Asking("Answer."), Asking("Answer in a word.")
+    for program in programs:
+        with dspy.context(lm=DummyLM([{"answer": "right"}] * 9)):
+            for place in range(9):
+                program(question=f"question {place}")
+    store.flush()
+    ids = [program_id(program) for program in programs]
+    with pytest.raises(CannotCompareError, match="none of the 9 answers of that program has a score"):
+        dspy_otel.compare(*ids, experiment=store.experiment)
+    client = TracingClient(store.uri)
+    for trace in store.client.search_traces(locations=[store.experiment_id], include_spans=False, max_results=100):
+        value = "yes" if trace.info.tags[semconv.PROGRAM_ID] == ids[0] else "no"
+        feedback = Feedback(name="thumbs", value=value, source=AssessmentSource("HUMAN", "somebody"))
+        client.log_assessment(trace.info.trace_id, feedback)
+    found = dspy_otel.compare(*ids, experiment=store.experiment)
+    (score,) = found.scores
+    assert (score.metric, score.result.pairs, score.result.losses) == ("thumbs", 9, 9)
+    assert found.a.what == f"9 answers of program {ids[0]}, 9 with a score"
+    assert len(found.a.seconds) == 9
+
+
+@pytest.mark.parametrize(
+    ("reference", "reason"),
+    [
+        ("0" * 32, "There is no run 0000"),
+        ("no-such-experiment", "MLflow has no experiment 'no-such-experiment'."),
+        ("0" * 16, "no answers and no evaluations of that program"),
+        ("Default", "has no optimization and no evaluation"),
+    ],
+)
+def test_what_is_not_there_is_one_sentence(store: Store, reference: str, reason: str, capsys: Any) -> None:
+    store.provider.get_tracer("t").start_span("s").end()
+    store.flush()
+    capsys.readouterr()  # what MLflow says of a new store
+    assert cli.main(["compare", reference, reference, "--experiment", store.experiment]) == 2
+    error = capsys.readouterr().err
+    assert reason in error
+    assert error.count("\n") == 1
