@@ -22,6 +22,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dspy_otel.content import encoder as module
+from dspy_otel.content import redaction
 from dspy_otel.content.encoder import MAX_DEPTH, MAX_ITEMS, MAX_NODES, MIN_LIMIT, Content
 
 LIMIT = 4096
@@ -610,7 +611,10 @@ def test_any_text_stays_within_the_limit(text: str, limit: int) -> None:
             st.none(),
             st.booleans(),
             st.integers(-(2**60), 2**60),
-            st.text(alphabet=st.characters(exclude_categories=["Cs"]), max_size=14),
+            # A name of a secret makes one of what stands beside it: `("password", 7)`.
+            st.text(alphabet=st.characters(exclude_categories=["Cs"]), max_size=14).filter(
+                lambda text: not redaction.name_kind(text)
+            ),
         ),
         lambda inner: st.one_of(
             st.lists(inner, max_size=5), st.dictionaries(st.text("abc", max_size=3), inner, max_size=5)
