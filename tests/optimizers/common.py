@@ -187,7 +187,9 @@ class Scenario:
     columns: tuple[str, ...] = ()
 
 
-_MIPRO = tuple(f"params.{place}_predictor_{part}" for place in (0, 1) for part in ("instruction", "demos"))
+_MIPRO = tuple(
+    f"params.{name}.{part}_index" for name in ("describe", "choose.predict") for part in ("instruction", "demos")
+)
 _GEPA = (
     *("params.iteration", "params.components", "params.minibatch_ids"),
     *("score_before", "score_after", "accepted", "on_pareto_front"),

@@ -38,7 +38,9 @@ def test_mipro_trials_are_its_trial_logs(telemetry: Any, minibatch: bool) -> Non
         assert trial["candidate.id"] == program_id(scored)
         chosen = {key: value for key, value in log.items() if "_predictor_" in key}
         for key, value in chosen.items():
-            assert trial[f"trial.params.{key}"] == value
+            number, _, part = key.partition("_predictor_")
+            name = list(dict(program.named_predictors()))[int(number)]
+            assert trial[f"trial.params.{name}.{part}_index"] == value
         assert kind == "baseline" or any(key.startswith("trial.params.") for key in trial)
     kinds = [trial["trial.kind"] for trial in found]
     assert kinds[0] == "baseline"

@@ -259,7 +259,7 @@ def read_trial(
     chosen = {
         name: value
         for name, value in params.items()
-        if name not in _OWN_PARAMS and not any(part in name for part in (".instructions", ".demos"))
+        if name not in _OWN_PARAMS and not name.endswith((".instructions", ".demos")) and ".demos." not in name
     }
     return Trial(
         number=trial_number(tags),

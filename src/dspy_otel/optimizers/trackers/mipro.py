@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from dspy_otel import semconv
 from dspy_otel.content import introspection
 from dspy_otel.core.attributes import Attributes
+from dspy_otel.operations.module_tree import named_predictors
 from dspy_otel.optimizers.run import Run
 from dspy_otel.optimizers.tracker import Evaluation, Phase, Tracker, hooks, tracks
 from dspy_otel.patching import Patches, argument, resolve
@@ -34,8 +35,20 @@ class MIPROv2Tracker(Tracker):
         return self.known.get(about.program_id, {})
 
     def choose(self, params: Mapping[str, Any]) -> None:
-        """Set what the next candidate is made of: ``{"0_predictor_instruction": 1, "0_predictor_demos": 2, ...}``."""
-        self.chosen = {name: index for name, index in params.items() if type(index) is int}
+        """Set what the next candidate is made of: ``{"0_predictor_instruction": 1, "0_predictor_demos": 2, ...}``.
+
+        DSPy numbers the predictors; we name them.
+        """
+        names = [] if self.run.student is None else [name for name, _ in named_predictors(self.run.student)]
+        self.chosen = {_named(key, names): index for key, index in params.items() if type(index) is int}
+
+
+def _named(key: str, names: Sequence[str]) -> str:
+    """``describe.instruction_index`` for ``0_predictor_instruction``."""
+    number, found, part = key.partition("_predictor_")
+    if not found or not number.isdecimal() or int(number) >= len(names):
+        return key
+    return f"{names[int(number)]}.{part}_index"
 
 
 @hooks
