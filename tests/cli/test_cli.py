@@ -90,3 +90,31 @@ def test_a_model_that_does_not_answer_is_one_clear_error(tmp_path):
     assert done.returncode == 1
     assert "The model gave no answer" in done.stdout
     assert "Traceback" not in done.stderr
+
+
+def test_ui_opens_the_store_of_the_environment(monkeypatch, capsys, tmp_path):
+    pytest.importorskip("mlflow")
+    started = []
+    monkeypatch.setattr(subprocess, "call", lambda command, env: started.append((command, env)) or 0)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    assert cli.main(["ui"]) == 1
+    assert "run your program first" in capsys.readouterr().err
+    (tmp_path / "mlflow.db").touch()
+    assert cli.main(["ui", "--port", "5011"]) == 0
+    assert "http://127.0.0.1:5011" in capsys.readouterr().out
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "postgresql://me:hidden@db/mlflow")
+    assert cli.main(["ui"]) == 0
+    (first, at_first), (second, at_second) = started
+    assert at_first["MLFLOW_BACKEND_STORE_URI"] == f"sqlite:///{tmp_path / 'mlflow.db'}"
+    assert at_second["MLFLOW_BACKEND_STORE_URI"] == "postgresql://me:hidden@db/mlflow"
+    assert first[1:4] == second[1:4] == ["-m", "mlflow", "server"]
+    assert "hidden" not in str(second) + capsys.readouterr().out
+
+
+def test_ui_of_a_server_is_its_address(monkeypatch, capsys):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:hidden@host:5000/")
+    assert cli.main(["ui"]) == 0
+    assert capsys.readouterr().out == "http://host:5000\n"
+    assert cli.main(["ui", "--tracking-uri", "file:///tmp"]) == 1
+    assert "cannot take OpenTelemetry traces" in capsys.readouterr().err

@@ -17,7 +17,7 @@ from typing import Any
 import dspy
 import pytest
 
-from dspy_otel import DSPyInstrumentor, program_id, semconv
+from dspy_otel import DSPyInstrumentor, optimization, program_id, semconv
 from dspy_otel.cli.demo.task import ColourFamily, load_examples, same_family, same_family_with_feedback
 from dspy_otel.mlflow import load_best
 from dspy_otel.mlflow.read import read_optimization
@@ -77,6 +77,10 @@ def test_runs_are_what_the_spans_say(store: Store, optimizer: str, tmp_path: Pat
         assert run.data.tags.get("mlflow.parentRunId") == (None if above is None else ids[above]), key
     (top,) = [key for key, span in compiles.items() if semconv.OPTIMIZER_PARENT_RUN_ID not in span.attributes]
     assert runs[top].info.run_name == f"{optimizer} ColourFamily"
+    made = optimization(program)
+    page = f"{store.uri}/#/experiments/{store.experiment_id}/runs/{ids[top]}" if store.uri.startswith("http") else None
+    assert made is not None
+    assert (made.mlflow_run_id, made.url) == (ids[top], page)
 
     # Scores: each trial's own, and as one curve for each kind on the parent.
     for key, span in trials.items():

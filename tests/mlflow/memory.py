@@ -31,6 +31,7 @@ class Memory:
     """
 
     parallel = True
+    name = "memory"
 
     def __init__(self) -> None:
         self.failure: ExportError | None = None
@@ -92,6 +93,9 @@ class Memory:
     def add_datasets(self, run_id: str, datasets: Sequence[Any]) -> None:
         self.answer()
         self.runs[run_id]["datasets"] += [one for one in datasets if one not in self.runs[run_id]["datasets"]]
+
+    def url(self, run_id: str, experiment_id: str | None = None) -> str | None:
+        return f"memory/{run_id}"
 
     def put_artifact(self, run: CreatedRun, path: str, text: str) -> None:
         self.answer()

@@ -21,6 +21,7 @@ from dspy_otel.mlflow.exporter import exporters_of, track_runs
 from dspy_otel.mlflow.retry import ExportError, Verdict
 from dspy_otel.mlflow.runs import Score, runs_of, safe_key
 from dspy_otel.mlflow.worker import EXIT_ATTEMPTS
+from dspy_otel.record.addresses import Address, address_of
 from dspy_otel.record.history import History
 from dspy_otel.record.model import Candidate
 from dspy_otel.record.otlp import decode
@@ -59,6 +60,24 @@ def test_a_run_is_there_before_its_span_ends(program: Program, store: Memory) ->
     assert program.provider.force_flush()
     assert run["status"] == "FINISHED"
     assert run["params"] == {"num_trials": "7"}
+
+
+def test_where_a_run_is_shown_is_logged_and_kept(
+    program: Program, store: Memory, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caplog.set_level(logging.INFO, "dspy_otel.mlflow")
+    span = program.compile("first")
+    assert program.provider.force_flush()
+    assert [record.getMessage() for record in caplog.records] == ["Best QA: memory/id of first"]
+    assert address_of("first") == Address("id of first", "memory/id of first")
+    span.end()
+    assert program.provider.force_flush()
+    assert "Best QA: finished: memory/id of first" in [record.getMessage() for record in caplog.records]
+    monkeypatch.setattr(Memory, "url", lambda *_: None)
+    program.compile("second").end()
+    assert program.provider.force_flush()
+    assert "run id of second; to look at it: dspy-otel ui --tracking-uri memory" in caplog.records[-1].getMessage()
+    assert address_of("second") == Address("id of second", None)
 
 
 def test_scores_are_curves_over_trials_and_examples_have_theirs(program: Program, store: Memory) -> None:

@@ -29,7 +29,7 @@ from dspy_otel.mlflow.runs import (
     TRIAL_PROGRAM,
     StoredRun,
 )
-from dspy_otel.mlflow.target import Target, public_uri
+from dspy_otel.mlflow.target import Target, public_uri, run_page
 from dspy_otel.record import model, stored
 from dspy_otel.record.history import preview
 from dspy_otel.record.model import Candidate, Example, Failure, Optimization, Trial
@@ -128,10 +128,10 @@ class _Reader:
         }
         if server is None:
             return Source(trace_name=TRACE_ID, versions=versions)
-        place = f"{server}/#/experiments/{self._run.experiment_id}"
+        place = self._run.experiment_id
         return Source(
-            runs={trial: f"{place}/runs/{child.run_id}" for trial, child in self._children.items()},
-            trace_url=place + "/traces?selectedEvaluationId={}",
+            runs={trial: run_page(server, place, child.run_id) for trial, child in self._children.items()},
+            trace_url=f"{server}/#/experiments/{place}/traces?selectedEvaluationId={{}}",
             trace_name=TRACE_ID,
             versions=versions,
         )

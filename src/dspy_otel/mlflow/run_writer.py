@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Callable, Mapping
 from itertools import islice
 from typing import Any, Final
@@ -14,7 +15,10 @@ from dspy_otel.mlflow.items import ATTEMPTS_BEFORE_SPLIT, Items
 from dspy_otel.mlflow.pending import Pending, PendingRuns
 from dspy_otel.mlflow.retry import ExportError, Verdict
 from dspy_otel.mlflow.runs import COMPILE, TAG_NAME, TAG_PARENT
-from dspy_otel.mlflow.threads import HELPERS, Helpers
+from dspy_otel.mlflow.threads import HELPERS, Helpers, log_safely
+from dspy_otel.record.addresses import Address, add_address
+
+_logger = logging.getLogger(__name__)
 
 _MAX_ITEMS: Final = 100
 VALUES: Final = "values of runs"
@@ -121,6 +125,11 @@ class RunWriter:
             if run.tags.get(name) == some[name]:
                 del run.tags[name]
         self._account.written[RUNS] += 1
+        if run.kind == COMPILE:
+            url = backend.url(run.run_id, run.experiment)
+            add_address(run.key, Address(run.run_id, url))
+            if run.parent_key is None:
+                log_safely(_logger.info, "%s: %s", run.name, url or _how_to_open(backend, run.run_id))
         if known:  # it may have been created with other values
             run.tags.update(some)
 
@@ -174,6 +183,9 @@ class RunWriter:
             status, when = run.ended
             self._items.write("ends of runs", run.key, lambda: backend.end_run(run_id, status, when))
             run.ended = None
+            if run.kind == COMPILE and run.parent_key is None:
+                where = backend.url(run_id, run.experiment) or _how_to_open(backend, run_id)
+                log_safely(_logger.info, "%s: %s: %s", run.name, status.lower(), where)
 
     def _log(self, backend: Backend, run: Pending, metrics: Any, params: Any, tags: Any) -> None:
         """Write values; when some of them are refused, they are written one by one."""
@@ -200,6 +212,11 @@ class RunWriter:
 
     def _log_one(self, run: Pending, name: str, call: Callable[[], object]) -> None:
         self._items.write(VALUES, f"{run.key}/{name}", call)
+
+
+def _how_to_open(backend: Backend, run_id: str) -> str:
+    """What to do to see a run of a store without a server."""
+    return f"run {run_id}; to look at it: dspy-otel ui --tracking-uri {backend.name}"
 
 
 def _some(values: Mapping[str, str], most: int) -> dict[str, str]:

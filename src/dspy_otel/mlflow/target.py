@@ -136,6 +136,11 @@ def public_uri(uri: str) -> str:
     return parts._replace(netloc=parts.netloc.rpartition("@")[2], query=query).geturl()
 
 
+def run_page(server: str, experiment_id: str, run_id: str) -> str:
+    """The address of a run's page."""
+    return f"{server}/#/experiments/{experiment_id}/runs/{run_id}"
+
+
 def _is_credential(name: str) -> bool:
     return name.lower() in ("user", "username") or redaction.is_secret_name(unquote(name))
 

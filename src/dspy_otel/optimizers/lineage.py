@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 from collections import OrderedDict
 from typing import Any, Final
 
 from dspy_otel.operations.program import program_digest
 from dspy_otel.optimizers.run import Run, Scored
+from dspy_otel.record.addresses import address_of
 from dspy_otel.record.model import Origin
 
 _MOST: Final = 4096
@@ -61,12 +63,16 @@ def optimization(program: Any) -> Origin | None:
         program: a ``dspy.Module``, or a ``dspy.program.id``.
 
     Returns:
-        Run, trial and score, or ``None`` for a program that no watched optimization of this process has made (the
-        last 4,096 candidates are known).
+        Run, trial and score, and the run's page in MLflow; ``None`` for a program that no watched optimization of this
+        process has made (the last 4,096 candidates are known).
     """
     try:
         program_id = program if isinstance(program, str) else program_digest(program)
     except Exception:
         return None
     with _lock:
-        return None if program_id is None else _made.get(program_id)
+        found = None if program_id is None else _made.get(program_id)
+    address = None if found is None else address_of(found.run_id)
+    if found is None or address is None:
+        return found
+    return dataclasses.replace(found, mlflow_run_id=address.run_id, url=address.url)

@@ -532,6 +532,8 @@ class Origin:
         trial: number of the trial that scored it, or ``None`` if none did (an optimizer without trials).
         score: of that trial: the mean of the metric.
         winner: the compile returned it. Otherwise it was a candidate.
+        mlflow_run_id: the MLflow run of the optimization; None until MLflow has it, which takes a moment.
+        url: of that run's page; None for a store without a server (``dspy-otel ui`` opens that).
     """
 
     run_id: str
@@ -540,6 +542,8 @@ class Origin:
     trial: int | None
     score: float | None
     winner: bool
+    mlflow_run_id: str | None = None
+    url: str | None = None
 
 
 # --- values ---------------------------------------------------------------------------------------------------------

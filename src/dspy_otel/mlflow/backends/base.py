@@ -60,11 +60,13 @@ class Backend(Protocol):
 
     Attributes:
         parallel: whether several threads write scores faster than one.
+        name: its address, without credentials.
         answered: number of answers so far, refusals included; it tells a slow server from one that is down.
     """
 
     parallel: bool
     answered: int
+    name: str
 
     def deliver(self, batch: Batch) -> bool:
         """Write spans, links and scores together, all or nothing; False when the backend cannot."""
@@ -93,6 +95,14 @@ class Backend(Protocol):
 
     def find_run(self, key: str, experiment_id: str | None = None) -> CreatedRun | None:
         """A run by its key."""
+
+    def url(self, run_id: str, experiment_id: str | None = None) -> str | None:
+        """The page of a run; None without a server.
+
+        Args:
+            run_id: the run.
+            experiment_id: where, if not in the backend's own experiment.
+        """
 
     def log(self, run_id: str, metrics: Sequence[Metric], params: Mapping[str, str], tags: Mapping[str, str]) -> None:
         """Write at most 100 parameters, 100 tags and in all 1,000 items. A parameter never gets another value."""

@@ -168,6 +168,10 @@ class EmbeddedBackend:
         runs = self._call("run", lambda: search(places, f"tags.`{TAG_KEY}` = '{key}'", max_results=1))
         return CreatedRun(runs[0].info.run_id, runs[0].info.artifact_uri) if runs else None
 
+    def url(self, run_id: str, experiment_id: str | None = None) -> str | None:
+        """Return None: a store has no pages."""
+        return None
+
     def log(self, run_id: str, metrics: Sequence[Metric], params: Mapping[str, str], tags: Mapping[str, str]) -> None:
         """Write metrics, parameters and tags."""
         from mlflow.entities import Metric as Point

@@ -39,7 +39,7 @@ from dspy_otel.mlflow.runs import (
     StoredRun,
     StoredTrace,
 )
-from dspy_otel.mlflow.target import Target, public_uri
+from dspy_otel.mlflow.target import Target, public_uri, run_page
 
 _logger = logging.getLogger(__name__)
 
@@ -164,6 +164,10 @@ class RestBackend:
         body = {"experiment_ids": [place], "filter": f"tags.`{TAG_KEY}` = '{key}'", "max_results": 1}
         runs = self._post("runs/search", body).get("runs") or []
         return _created(runs[0]) if runs else None
+
+    def url(self, run_id: str, experiment_id: str | None = None) -> str | None:
+        """The page of a run."""
+        return run_page(self._uri, experiment_id or self.experiment_id(), run_id)
 
     def log(self, run_id: str, metrics: Sequence[Metric], params: Mapping[str, str], tags: Mapping[str, str]) -> None:
         """Write metrics, parameters and tags."""
