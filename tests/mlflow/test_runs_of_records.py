@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from dspy_otel.mlflow.runs import Run, Score, assessments_of, key_of, readable, runs_of, score_of
+from dspy_otel.mlflow.runs import Run, Score, assessments_of, key_of, readable, runs_of, score_of, whole_tags
 from dspy_otel.record.model import (
     Candidate,
     Dataset,
@@ -242,3 +242,22 @@ def test_what_was_expected_is_an_expectation_for_each_field(expected: Any, found
 def test_scores_are_readable(score: float, metric: float) -> None:
     assert readable(score) == pytest.approx(metric, rel=1e-3)
     assert len(str(readable(score)).lstrip("-")) <= 9
+
+
+def test_what_nobody_searches_by_is_in_one_tag() -> None:
+    run = runs_of(dataclasses.replace(TRIAL, reported=75.0, is_best=True), {"dspy_otel.version": "1"})[0]
+    assert {name for name in run.tags if not name.startswith("mlflow.")} == {
+        *("dspy.run.kind", "dspy.run.key", "dspy.optimizer.name", "dspy.optimizer.run.id", "dspy.program.name"),
+        *("dspy.program.id", "dspy.trial.number", "dspy.trial.kind", "dspy.trial.accepted", "dspy.details"),
+    }
+    assert json.loads(run.tags["dspy.details"]) == {
+        "dspy_otel.version": "1",
+        "dspy.trial.score.reported": "75.0",
+        "dspy.trial.is_best": "true",
+        "dspy.candidate.id": "c2",
+        "dspy.candidate.parent_ids": '["c1"]',
+    }
+    assert whole_tags(run.tags)["dspy.candidate.id"] == "c2"
+    assert whole_tags({"a": "b", "dspy.details": "no JSON"})["a"] == "b"
+    many = dataclasses.replace(TRIAL, parents=tuple(map(str, range(9000))), is_best=True)
+    assert json.loads(runs_of(many, {})[0].tags["dspy.details"])["dspy.trial.is_best"] == "true"

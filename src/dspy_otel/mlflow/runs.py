@@ -86,6 +86,17 @@ TAG_PARSE_FAILURES: Final = "dspy.parse_failures"
 """How many answers of a model no adapter could read, in an evaluation. No metric: MLflow would add a column."""
 TAG_WINNER: Final = "dspy.winner"
 TAG_WINNER_RUN: Final = "dspy.winner.run_id"
+TAG_DETAILS: Final = "dspy.details"
+"""All tags that nobody searches by, as JSON: MLflow's page of a run shows each tag as a row."""
+_DETAILS: Final = frozenset(
+    {
+        *("dspy_otel.version", "opentelemetry-sdk.version"),
+        *(semconv.OPTIMIZER_PARENT_RUN_ID, semconv.OPTIMIZER_ROOT_RUN_ID, semconv.OPTIMIZER_INFERENCE_TIME),
+        *(semconv.OPTIMIZER_OUTCOME, semconv.OPTIMIZER_SCORE_SCALE, semconv.OPTIMIZER_PHASE),
+        *(semconv.INITIAL_PROGRAM_ID, semconv.CANDIDATE_ID, semconv.CANDIDATE_PARENT_IDS, semconv.EVALUATION_ID),
+        *(semconv.TRIAL_SCORE_REPORTED, semconv.TRIAL_IS_BEST, semconv.TRIAL_ON_PARETO_FRONT),
+    }
+)
 TAG_NAME: Final = "mlflow.runName"
 TAG_PARENT: Final = "mlflow.parentRunId"
 TAG_NOTE: Final = "mlflow.note.content"
@@ -786,7 +797,19 @@ def columns_of(rows: Iterable[Mapping[str, Any]]) -> tuple[tuple[str, str], ...]
 
 
 def _tags(values: Mapping[str, Any]) -> dict[str, str]:
-    return {key[:MAX_KEY]: cut(as_text(value), MAX_TAG) for key, value in values.items() if value is not None}
+    """Tags that people look at or search by, and one with all others."""
+    known = {key: as_text(value) for key, value in values.items() if value is not None}
+    details = {key: text for key, text in known.items() if key in _DETAILS}
+    found = {key[:MAX_KEY]: cut(text, MAX_TAG) for key, text in known.items() if key not in details}
+    while details and len(text := as_text(details)) > MAX_TAG:  # a cut text would be no JSON any more
+        del details[max(details, key=lambda key: len(details[key]))]
+    return {**found, TAG_DETAILS: text} if details else found
+
+
+def whole_tags(tags: Mapping[str, str]) -> dict[str, str]:
+    """The tags of a run, those in its tag of all others among them."""
+    details = load_json(tags.get(TAG_DETAILS))
+    return {**(details if isinstance(details, dict) else {}), **tags}
 
 
 def _params(values: Mapping[str, Any]) -> dict[str, str]:

@@ -26,7 +26,17 @@ from dspy_otel.mlflow.backends import base
 from dspy_otel.mlflow.backends.base import OLDEST_MLFLOW, Batch, CreatedRun, FoundExperiment, resolve_experiment
 from dspy_otel.mlflow.locks import importing, lock_for
 from dspy_otel.mlflow.retry import ExportError, Verdict, clean
-from dspy_otel.mlflow.runs import TAG_KEY, TAG_NAME, Assessment, Dataset, Metric, Score, StoredRun, StoredTrace
+from dspy_otel.mlflow.runs import (
+    TAG_KEY,
+    TAG_NAME,
+    Assessment,
+    Dataset,
+    Metric,
+    Score,
+    StoredRun,
+    StoredTrace,
+    whole_tags,
+)
 from dspy_otel.mlflow.target import Target, public_uri, sqlite_path
 from dspy_otel.mlflow.translate import CHAT_USAGE, LLM_COST
 
@@ -219,7 +229,7 @@ class EmbeddedBackend:
                 run.info.run_id,
                 run.info.artifact_uri,
                 run.info.start_time,
-                run.data.tags,
+                whole_tags(run.data.tags),
                 run.data.metrics,
                 run.data.params,
                 run.info.experiment_id,

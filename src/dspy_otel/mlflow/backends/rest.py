@@ -38,6 +38,7 @@ from dspy_otel.mlflow.runs import (
     Score,
     StoredRun,
     StoredTrace,
+    whole_tags,
 )
 from dspy_otel.mlflow.target import Target, public_uri, run_page
 
@@ -532,7 +533,7 @@ def _stored(answer: Mapping[str, Any]) -> StoredRun:
         str(info["run_id"]),
         str(info.get("artifact_uri", "")),
         int(info.get("start_time", 0)),
-        {tag["key"]: tag.get("value", "") for tag in data.get("tags", ())},
+        whole_tags({tag["key"]: tag.get("value", "") for tag in data.get("tags", ())}),
         {metric["key"]: float(metric["value"]) for metric in data.get("metrics", ())},
         {param["key"]: param.get("value", "") for param in data.get("params", ())},
         str(info.get("experiment_id", "")),
