@@ -739,7 +739,7 @@ def resumed() -> Any:
 NEVER_CALLED = re.compile(
     r"LightSpan\.__repr__|LightTracer\.start_as_current_span|"
     r"optimizers\.(trackers\.)?(finetune|reanchor|progress)\.|interpreter|typed|_CountedStream|_counted_stream"
-    r"|record_(chunk|retry)|count_chunk|_suppression_keys|simba\._in_compile|older_dspy\.|on_merge_rejected"
+    r"|record_(chunk|retry)|count_chunk|_suppression_keys|call_context\._runtime$|simba\._in_compile|older_dspy\.|on_merge_rejected"
     r"|formatting_without|propagation\._typed|\.DeferredSpan\.|Asking\.of|\.__init__$|\.Telemetry\.(_make|_after_fork|__)"
     r"|is_trace_id_random|parent_of_process|gepa\.(GEPAWithoutEvents|OldGEPA)Tracker|gepa\._takes"
     r"|\.((Enclosed)?Operation|Tracker|Blob|SpanFactory)\.\w+$|_Pending|_moment|moment$"

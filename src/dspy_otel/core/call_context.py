@@ -7,10 +7,12 @@ written here are not public: the public helpers show them, and copy a context fo
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextvars import ContextVar, Token
 from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
 
 from opentelemetry import context as otel_context
-from opentelemetry.context import Context, get_current
+from opentelemetry.context import Context
 from opentelemetry.instrumentation.utils import suppress_instrumentation
 from opentelemetry.trace import INVALID_SPAN, Span, SpanContext, set_span_in_context
 
@@ -163,7 +165,7 @@ class CallContext:
 
 def current_call_context(context: Context | None = None) -> CallContext | None:
     """The innermost call of ``context`` (default: the current one)."""
-    found = (get_current() if context is None else context).get(_CALL_CONTEXT_KEY)
+    found = (current_context() if context is None else context).get(_CALL_CONTEXT_KEY)
     return found if found.__class__ is CallContext else None
 
 
@@ -206,6 +208,21 @@ def _suppression_keys() -> tuple[str, ...]:
         otel_context.detach(token)
 
 
+def _runtime() -> tuple[Callable[[], Context], Callable[[Context], Token[Context]]]:
+    """How to get and attach the current context: by OpenTelemetry's context variable, if that is what it has."""
+    context = Context({"dspy_otel": True})
+    token = otel_context.attach(context)
+    try:
+        variable = getattr(token, "var", None)
+        if type(variable) is ContextVar and variable.get() is context:
+            return variable.get, variable.set
+    finally:
+        otel_context.detach(token)
+    return otel_context.get_current, otel_context.attach
+
+
+current_context, attach = _runtime()
+"""What ``opentelemetry.context.get_current`` and ``attach`` do, without the two calls that each of them makes."""
 _CALL_CONTEXT_KEY: Final = otel_context.create_key("dspy_otel.call_context")
 SPAN_KEY: Final = next(iter(set_span_in_context(INVALID_SPAN, Context())))
 _SUPPRESSION_KEYS: Final = _suppression_keys()

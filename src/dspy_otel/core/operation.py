@@ -30,7 +30,14 @@ from opentelemetry.trace import (
 
 from dspy_otel import semconv
 from dspy_otel.core.attributes import Attributes, repair, restore_dropped, sendable
-from dspy_otel.core.call_context import CallContext, current_call_context, inside, suppressed
+from dspy_otel.core.call_context import (
+    CallContext,
+    attach,
+    current_call_context,
+    current_context,
+    inside,
+    suppressed,
+)
 from dspy_otel.core.errors import Recorded, error_type, exception_attributes, hide_frames
 from dspy_otel.core.internal_errors import failed
 from dspy_otel.core.telemetry import Telemetry
@@ -192,7 +199,7 @@ class Operation:
         """
         telemetry = self.telemetry
         try:
-            surrounding = otel_context.get_current()
+            surrounding = current_context()
             if not telemetry.active or suppressed(surrounding):
                 return None
             parent = current_call_context(surrounding)
@@ -270,7 +277,7 @@ class Operation:
                 call.attributes = self.start_attributes(call)
             except Exception as error:
                 failed(f"attributes of {self.kind}", error)
-        call.token = otel_context.attach(call.otel_context)
+        call.token = attach(call.otel_context)
         call.started = time.perf_counter()
         return call
 

@@ -7,12 +7,10 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-from opentelemetry.context import get_current
-
 from dspy_otel import semconv
 from dspy_otel.content import introspection
 from dspy_otel.core.attributes import Attributes
-from dspy_otel.core.call_context import CallContext, current_call_context, suppressed
+from dspy_otel.core.call_context import CallContext, current_call_context, current_context, suppressed
 from dspy_otel.core.errors import error_type, hide_frames
 from dspy_otel.core.internal_errors import guard
 from dspy_otel.core.operation import Call, Operation, SpanStart, openinference
@@ -65,7 +63,7 @@ class AdapterOperation(Operation):
         Returns:
             Whether it takes over from the predictor's own adapter, and not from one that helps that one to parse.
         """
-        surrounding = get_current()
+        surrounding = current_context()
         context = current_call_context(surrounding)
         if context is None or type(context.state) is not ModuleState:
             return False
