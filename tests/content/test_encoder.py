@@ -626,11 +626,25 @@ def test_json_values_come_back_as_they_were(value: Any) -> None:
     assert render(value, 10**6) == value
 
 
-@given(value=VALUES, limit=st.integers(MIN_LIMIT, 2000), media=st.booleans())
+SECRET = "sk-proj-" + "aB3dE5gH7jK9mN1pQ3sT5vX7"
+NAMED = st.recursive(
+    st.one_of(st.none(), st.integers(), st.floats(), st.sampled_from(["text", "password", "Authorization", SECRET])),
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=4),
+        st.dictionaries(st.sampled_from(["a", "name", "value", "content", "type", "password", "token"]), inner),
+        st.builds(lambda store: dspy.Prediction(**store), st.dictionaries(st.sampled_from(["answer", "token"]), inner)),
+    ),
+    max_leaves=20,
+)
+
+
+@given(value=st.one_of(VALUES, NAMED), limit=st.integers(MIN_LIMIT, 2000), media=st.booleans())
 def test_ordinary_values_come_out_as_they_would_the_long_way(value: Any, limit: int, media: bool) -> None:
     content = Content(limit, media)
     short_way = content.json(value)
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "_ordinary", lambda *_: module._UNUSUAL)
+        assert content.json(value) == short_way
         patch.setattr(module._ContentWalker, "is_harmless", lambda _: False)
         assert content.json(value) == short_way
 

@@ -30,10 +30,10 @@ from tests.support.spans import Recorder
 OURS = os.path.dirname(dspy_otel.__file__) + os.sep
 GROWTH = 1.05
 MOST = {
-    ("predict", "no_content"): 192,
-    ("predict", "span_only"): 355,
-    ("nested", "no_content"): 341,
-    ("nested", "span_only"): 604,
+    ("predict", "no_content"): 193,
+    ("predict", "span_only"): 281,
+    ("nested", "no_content"): 343,
+    ("nested", "span_only"): 491,
 }
 MOST_DISABLED = {"predict": 35, "nested": 56}
 

@@ -122,6 +122,10 @@ def _definition(tool: Any) -> dict[str, Any]:
 
 
 def _message(message: Any) -> Message:
+    if type(message) is dict and len(message) == 2:  # Most are a role and a text.
+        role, content = message.get("role"), message.get("content")
+        if type(role) is str and type(content) is str and role and role != "tool":
+            return {"role": role[:64], "parts": [{"type": "text", "content": content}]}
     role = introspection.text(field(message, "role"), 64) or "user"
     content = field(message, "parts") if not is_a(message, dict) else None
     parts = _parts(content if content is not None else field(message, "content"))
