@@ -1,0 +1,120 @@
+"""What each part of this package takes of one call: a profile by time, where a profiler's own cost would hide it.
+
+``python benchmarks/parts.py`` calls a program once with every function of the list below recorded, and then repeats
+each of them with the arguments it had, in a loop. So the times are those of warm code: in a program, where DSPy's own
+work lies between two calls, the same code takes two to three times as long. Times of a function contain those of the
+functions that it calls. ``--help`` has the options.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextvars
+import functools
+import gc
+import logging
+import timeit
+from collections.abc import Callable
+from typing import Any
+
+import dspy
+from programs import PROGRAMS, Workload
+from worker import Pipeline
+
+import dspy_otel
+from dspy_otel.content.encoder import Content
+from dspy_otel.core import spans
+from dspy_otel.core.metrics import BoundedHistogram
+from dspy_otel.operations import lm, module, program
+from dspy_otel.operations.adapter import AdapterOperation
+
+PARTS: list[tuple[Any, str]] = [
+    *((module.ModuleOperation, name) for name in ("start", "start_attributes", "end_attributes", "measure")),
+    (program.Programs, "find"),
+    *((lm.LMOperation, name) for name in ("start", "start_attributes", "end_attributes", "measure")),
+    *((lm.LMOperation, name) for name in ("record_engine", "record_result")),
+    (AdapterOperation, "serves"),
+    (spans.LightTracer, "start_span"),
+    (spans.LightSpan, "set_attributes"),
+    (spans.LightSpan, "end"),
+    (BoundedHistogram, "record"),
+    (Content, "json"),
+]
+"""What is measured: owner and name. A span can end once, so that of its end is the time of one whole span less."""
+
+
+def recorded(workload: Workload) -> dict[str, list[tuple[Callable[[], Any], contextvars.Context]]]:
+    """Each call of a part in one call of the program, with the context it was made in."""
+    calls: dict[str, list[tuple[Callable[[], Any], contextvars.Context]]] = {}
+    originals = [(owner, name, vars(owner)[name]) for owner, name in PARTS]
+    for owner, name, original in originals:
+
+        def record(*args: Any, original: Any = original, key: str = f"{owner.__name__}.{name}", **kwargs: Any) -> Any:
+            repeat = functools.partial(original, *args, **kwargs)
+            calls.setdefault(key, []).append((repeat, contextvars.copy_context()))
+            return repeat()
+
+        setattr(owner, name, record)
+    try:
+        workload.run(1)
+    finally:
+        for owner, name, original in originals:
+            setattr(owner, name, original)
+    return calls
+
+
+def lowest(function: Callable[[], Any], context: contextvars.Context) -> float:
+    """Microseconds of one call: the lowest of several means."""
+    return min(context.run(timeit.repeat, function, number=300, repeat=15)) / 300 * 1e6
+
+
+def span_parts(calls: dict[str, list[tuple[Callable[[], Any], contextvars.Context]]]) -> dict[str, float]:
+    """Microseconds of the parts that change a span, each time on a new one."""
+    took: dict[str, float] = {}
+    starts = calls.pop("LightTracer.start_span", [])
+    changes = [calls.pop(f"LightSpan.{name}", []) for name in ("set_attributes", "end")]
+    took["LightTracer.start_span"] = sum(lowest(*start) for start in starts)
+    # Inner spans end first; the attributes of each are those that it had.
+    for (start, context), (change, _) in zip(starts, reversed(changes[0]), strict=True):
+
+        def with_attributes(start: Any = start, change: Any = change) -> None:
+            change.func(start(), *change.args[1:])
+
+        def whole(start: Any = start, change: Any = change) -> None:
+            span = start()
+            change.func(span, *change.args[1:])
+            span.end()
+
+        begun, changed, ended = (lowest(function, context) for function in (start, with_attributes, whole))
+        took["LightSpan.set_attributes"] = took.get("LightSpan.set_attributes", 0.0) + changed - begun
+        took["LightSpan.end"] = took.get("LightSpan.end", 0.0) + ended - changed
+    return took
+
+
+def main() -> None:
+    """Measure, and print the parts by time."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--program", choices=list(PROGRAMS), default="predict")
+    parser.add_argument("--content", action="store_true", help="with content on")
+    options = parser.parse_args()
+    logging.disable(logging.WARNING)  # the queue of spans runs over
+    pipeline = Pipeline("on" if options.content else "off")
+    dspy_otel.instrument(
+        tracer_provider=pipeline.tracer_provider,
+        meter_provider=pipeline.meter_provider,
+        capture_content="span_only" if options.content else "no_content",
+    )
+    workload = Workload(options.program)
+    workload.run(20)
+    calls = recorded(workload)
+    gc.collect()
+    counts = {key: len(found) for key, found in calls.items()}
+    took = span_parts(calls)
+    took.update((key, sum(lowest(*call) for call in found)) for key, found in calls.items())
+    print(f"{PROGRAMS[options.program]}, content {'on' if options.content else 'off'}, DSPy {dspy.__version__}")
+    for key, microseconds in sorted(took.items(), key=lambda each: -each[1]):
+        print(f"{microseconds:8.1f} us  {counts[key]} calls  {key}")
+
+
+if __name__ == "__main__":
+    main()
