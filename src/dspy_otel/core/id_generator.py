@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import os
 import random
+import struct
 import sys
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -29,18 +31,33 @@ def given_ids(trace_id: int, span_id: int) -> Iterator[None]:
         _given.reset(token)
 
 
+_numbers: Final[deque[int]] = deque()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_numbers.clear)
+
+
+def _number() -> int:
+    """64 random bits, read for 64 ids at once: a system call lets the other threads of a program go first."""
+    try:
+        return _numbers.popleft()
+    except IndexError:
+        first, *others = struct.unpack("=64Q", os.urandom(512))
+        _numbers.extend(others)
+        return int(first)
+
+
 class SystemIds:
     """Ids from the operating system's randomness; the interface of the SDK's ``IdGenerator``. Fork-safe."""
 
     def generate_span_id(self) -> int:
         """A new span id: 64 bits, never 0."""
         given = _given.get()
-        return given[1] if given is not None else int.from_bytes(os.urandom(8), "big") or 1
+        return given[1] if given is not None else _number() or 1
 
     def generate_trace_id(self) -> int:
         """A new trace id: 128 bits, never 0."""
         given = _given.get()
-        return given[0] if given is not None else int.from_bytes(os.urandom(16), "big") or 1
+        return given[0] if given is not None else _number() << 64 | _number() or 1
 
     def is_trace_id_random(self) -> bool:
         """Whether the ids are evenly distributed, as samplers and W3C's ``random`` flag require."""
