@@ -12,7 +12,10 @@ from dspy.utils import DummyLM
 
 import dspy_otel
 from dspy_otel import DSPyInstrumentor, cli, program_id, semconv
-from dspy_otel.decide import CannotCompareError, find_results
+from dspy_otel.cli.demo.task import ColourFamily, load_examples, same_family
+from dspy_otel.decide import CannotCompareError, find_results, list_runs
+from dspy_otel.decide.overview import grouped, summaries
+from dspy_otel.decide.results import read_spans
 from tests.decide.test_compare import ROWS, Asking, Failing, exact
 from tests.optimizers.common import RUNS, quietly, scripted_lm
 from tests.support.mlflow_store import Store
@@ -147,3 +150,38 @@ def test_what_is_not_there_is_one_sentence(store: Store, reference: str, reason:
     error = capsys.readouterr().err
     assert reason in error
     assert error.count("\n") == 1
+
+
+def test_runs_and_one_of_them(store: Store, capsys: Any) -> None:
+    lm = scripted_lm()
+    store.instrument()
+    quietly(RUNS["MIPROv2"], lm)
+    quietly(RUNS["BootstrapFewShotWithRandomSearch"], lm)
+    dspy.Evaluate(devset=load_examples("val", 8), metric=same_family, num_threads=2, display_progress=False)(
+        ColourFamily()
+    )
+    store.flush()
+    # All on the same eight examples with the same metric: one group, as from the spans alone.
+    of_spans = grouped(summaries(read_spans(store.spans.get_finished_spans())))
+    (group,) = list_runs(experiment=store.experiment, examples=True)
+    (expected,) = of_spans
+    assert (group.metric, group.digest, group.size) == (expected.metric, expected.digest, 8)
+    ids = ("title", "outcome", "metric", "digest", "size", "trials", "program", "models")
+    for one, other in zip(group.runs, expected.runs, strict=True):
+        assert [getattr(one, name) for name in ids] == [getattr(other, name) for name in ids]
+        assert (one.baseline, one.best) == pytest.approx((other.baseline, other.best), abs=1e-4)
+        assert one.usage.lm_calls == other.usage.lm_calls
+    assert group.examples is not None
+    assert len(group.examples.runs) == 3
+    assert cli.main(["runs", "--experiment", store.experiment, "--examples"]) == 0
+    text = capsys.readouterr().out
+    assert all(run.id in text for run in group.runs)
+    winner = next(run for run in store.runs().values() if run.data.tags.get("dspy.winner") == "true")
+    for run_id in (group.runs[-1].id, winner.info.run_id):
+        assert cli.main(["show", run_id]) == 0
+        assert "Baseline (A) against winner (B)" in capsys.readouterr().out
+    assert cli.main(["show", group.runs[0].id]) == 0
+    assert "evaluation of ColourFamily, finished" in capsys.readouterr().out
+    for missing in ("0" * 32, "no run"):
+        assert cli.main(["show", missing]) == 2
+        assert f"There is no run {missing}" in capsys.readouterr().err

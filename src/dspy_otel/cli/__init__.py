@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
 
-from dspy_otel.cli import compare, replay, report, ui
+from dspy_otel.cli import compare, replay, report, runs, ui
 from dspy_otel.version import __version__
 
 _PACKAGES_OF_DEMO = {
@@ -65,6 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     report.add_command(commands)
     compare.add_command(commands)
     ui.add_command(commands)
+    runs.add_commands(commands)
     options = parser.parse_args(argv)
     if options.command == "replay":
         return replay.run(options)
@@ -75,6 +76,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if needed:
             return _refuse(f"ui needs {', '.join(needed)}. Install it with: pip install 'dspy-otel[mlflow]'")
         return ui.run(options)
+    if options.command in ("runs", "show"):
+        return runs.run(options)
     if options.command == "report":
         modules = ["opentelemetry.sdk"] if options.spans is not None else list(_PACKAGES_OF_REPORT)
         needed = [_PACKAGES_OF_REPORT[module] for module in modules if not _installed(module)]

@@ -3,7 +3,8 @@
 * :mod:`.results` - what is compared: scored examples of a program, from spans; :mod:`.stored` - the same from MLflow;
 * :mod:`.statistics` - two scores of each of the same examples to a paired test and an interval;
 * :mod:`.comparison` - results to a verdict with its :mod:`.evidence`; :mod:`.show` and :mod:`.page` - that as text and
-  HTML.
+  HTML;
+* :mod:`.overview` - what was optimized and evaluated, by dataset and metric; :mod:`.listing` - that as text.
 
 Nothing here imports DSPy, and MLflow and SciPy are imported when they are needed.
 """
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from opentelemetry.sdk.trace import ReadableSpan
 
     from dspy_otel.decide.comparison import Comparison
+    from dspy_otel.decide.overview import Group, Summary
     from dspy_otel.decide.results import Results
 
 _PART: Final = "#"
@@ -29,7 +31,7 @@ _PART: Final = "#"
 Reference: TypeAlias = "str | os.PathLike[str] | Iterable[ReadableSpan]"
 """What can be compared; :func:`compare` says how it is named."""
 
-__all__ = ["CannotCompareError", "Reference", "compare", "find_results"]
+__all__ = ["CannotCompareError", "Reference", "compare", "find_results", "find_run", "list_runs"]
 
 
 def compare(
@@ -112,6 +114,80 @@ def find_results(
     with _needs("mlflow"):
         from dspy_otel.decide.stored import find_stored
     return find_stored(text, place or text, part if place else None, experiment, tracking_uri)
+
+
+def list_runs(
+    file: str | os.PathLike[str] | None = None,
+    *,
+    examples: bool = False,
+    experiment: str | None = None,
+    tracking_uri: str | None = None,
+) -> list[Group]:
+    """What was optimized and evaluated, by dataset and metric.
+
+    Args:
+        file: of OTLP JSON; None for MLflow.
+        examples: also read which examples fail in every run, or in some.
+        experiment: as for :func:`compare`.
+        tracking_uri: likewise.
+
+    Raises:
+        CannotCompareError: it cannot be read, or has nothing.
+    """
+    with _needs("decide"):
+        from dspy_otel.decide.overview import grouped, summaries, with_examples
+        from dspy_otel.decide.results import find, read_file
+    if file is not None:
+        recorded = read_file(Path(file))
+        found = summaries(recorded)
+    else:
+        with _needs("mlflow"):
+            from dspy_otel.decide.stored import stored_summaries
+        found = stored_summaries(experiment, tracking_uri)
+    if not found:
+        where = file or "That experiment"
+        raise CannotCompareError(f"{where} has no finished optimization and no evaluation.")
+
+    def results_of(run: Summary) -> Results:
+        if file is not None:
+            return find(recorded, str(file), run.id)
+        return find_results(run.id, experiment=experiment, tracking_uri=tracking_uri)
+
+    groups = grouped(found)
+    return [with_examples(group, results_of) for group in groups] if examples else groups
+
+
+def find_run(reference: str, *, experiment: str | None = None, tracking_uri: str | None = None) -> tuple[Summary, str]:
+    """One optimization or evaluation, and the beginning of the names of its parts, for :func:`compare`.
+
+    Args:
+        reference: MLflow's run, of a trial too; or a file of OTLP JSON, with ``#`` and an id or without, for the
+            newest in it.
+        experiment: as for :func:`compare`.
+        tracking_uri: likewise.
+
+    Raises:
+        CannotCompareError: it is not there.
+    """
+    with _needs("decide"):
+        from dspy_otel.decide.overview import summaries
+        from dspy_otel.decide.results import read_file
+    place, _, part = reference.rpartition(_PART)
+    file = reference if Path(reference).is_file() else place
+    if file and Path(file).is_file():
+        found = sorted(summaries(read_file(Path(file))), key=lambda one: one.started)
+        chosen = [one for one in found if file == reference or one.id == part]
+        if not chosen:
+            raise CannotCompareError(f"{reference}: there is no such part; there are {_listed(found)}.")
+        return chosen[-1], f"{file}{_PART}{chosen[-1].id}/"
+    with _needs("mlflow"):
+        from dspy_otel.decide.stored import stored_summaries
+    (run,) = stored_summaries(experiment, tracking_uri, reference)
+    return run, f"{run.id}{_PART}"
+
+
+def _listed(found: Sequence[Summary]) -> str:
+    return ", ".join(one.id for one in found[-8:]) or "none"
 
 
 @contextmanager

@@ -181,13 +181,13 @@ def table(comparison: Evidence) -> str:
 
 def _table(comparison: Evidence) -> Iterator[str]:
     for letter, side in (("A", comparison.a), ("B", comparison.b)):
-        yield from _wrapped(f"{letter}  {side.name}: {_side(side)}", "   ")
+        yield from wrapped(f"{letter}  {side.name}: {_side(side)}", "   ")
     yield ""
     yield _columns("", "A", "B", "difference")
     for score in comparison.scores:
         result = score.result
         difference, interval = signed(result.difference), f"{signed(result.low)} to {signed(result.high)}"
-        yield _columns(_cut(clean(score.metric), 30), score_text(result.a), score_text(result.b), difference)
+        yield _columns(cut(clean(score.metric), 30), score_text(result.a), score_text(result.b), difference)
         yield _columns(f"  {100 * (1 - result.alpha):.3g} % interval", "", "", interval)
         yield f"  {result.pairs:,} pairs: B better {result.wins:,}, worse {result.losses:,}, same {result.ties:,}"
         yield f"  {test_text(score)}: {score.verdict}"
@@ -199,11 +199,11 @@ def _table(comparison: Evidence) -> Iterator[str]:
     if sentences := left_out(comparison):
         yield ""
         for sentence in sentences:
-            yield from _wrapped(sentence, "  ")
+            yield from wrapped(sentence, "  ")
     for score in comparison.scores:
         if changes := shown_changes(score):
             yield ""
-            yield f"Examples with another {_cut(clean(score.metric), 30)}, greatest losses first"
+            yield f"Examples with another {cut(clean(score.metric), 30)}, greatest losses first"
             for change in changes:
                 yield from _changed(change)
             if more := result_changes(score) - len(changes):
@@ -213,16 +213,16 @@ def _table(comparison: Evidence) -> Iterator[str]:
         yield ""
         yield "Programs"
         for line in lines:
-            yield from _wrapped(f"  {line}", "    ")
+            yield from wrapped(f"  {line}", "    ")
         for one in comparison.predictors:
-            name = _cut(clean(one.name), 40)
+            name = cut(clean(one.name), 40)
             if one.demos is not None:
                 yield f"  {name}: {demos_text(one)}"
             if one.instructions:
                 yield f"  {name}: instructions"
-                yield from _wrapped(f"    {shorten(clean(_words(one)), 1200, placeholder=' ...')}", "    ")
+                yield from wrapped(f"    {shorten(clean(_words(one)), 1200, placeholder=' ...')}", "    ")
     yield ""
-    yield from _wrapped(decision(comparison), "  ")
+    yield from wrapped(decision(comparison), "  ")
 
 
 def result_changes(score: Score) -> int:
@@ -233,17 +233,19 @@ def result_changes(score: Score) -> int:
 def _changed(change: Change) -> Iterator[str]:
     place = f"#{change.index}" if change.index is not None else str(change.key)
     inputs = "" if change.of_b.inputs is None else content(change.of_b.inputs)
-    yield _cut(f"  {place:<6} {change.a:.3g} -> {change.b:.3g}  {_line(inputs)}", WIDTH)
+    yield cut(f"  {place:<6} {change.a:.3g} -> {change.b:.3g}  {line(inputs)}", WIDTH)
     for letter, example in (("A", change.of_a), ("B", change.of_b)):
         if text := answer_text(example):
-            yield _cut(f"         {letter}: {_line(text)}", WIDTH)
+            yield cut(f"         {letter}: {line(text)}", WIDTH)
 
 
-def _line(text: str) -> str:
+def line(text: str) -> str:
+    """A text on one line, without control characters."""
     return " ".join(clean(text).split())
 
 
-def _cut(text: str, width: int) -> str:
+def cut(text: str, width: int) -> str:
+    """A text of at most so many characters."""
     return text if len(text) <= width else text[: width - 3] + "..."
 
 
@@ -252,7 +254,8 @@ def _columns(name: str, *values: str) -> str:
     return f"{name:<30}{a:>14}{b:>14}{change:>21}"
 
 
-def _wrapped(text: str, indent: str) -> Iterable[str]:
+def wrapped(text: str, indent: str) -> Iterable[str]:
+    """The lines of a text, with what stands before each but the first."""
     return wrap(clean(text), WIDTH, subsequent_indent=indent, break_long_words=True, break_on_hyphens=False)
 
 
@@ -290,7 +293,7 @@ def markdown(comparison: Evidence) -> str:
             texts = ["" if change.of_b.inputs is None else content(change.of_b.inputs)]
             texts += [answer_text(change.of_a), answer_text(change.of_b)]
             place = str(change.key if change.index is None else change.index)
-            cells = [place, f"{change.a:.3g}", f"{change.b:.3g}", *(_escaped(_cut(_line(text), 200)) for text in texts)]
+            cells = [place, f"{change.a:.3g}", f"{change.b:.3g}", *(_escaped(cut(line(text), 200)) for text in texts)]
             found.append(f"| {' | '.join(cells)} |")
         found += ["", "</details>"]
     lines = program_lines(comparison)
@@ -312,7 +315,7 @@ def _escaped(text: str) -> str:
 
 
 def _code(text: str) -> str:
-    return _line(text).replace("`", "'")
+    return line(text).replace("`", "'")
 
 
 # --- JSON and JUnit -------------------------------------------------------------------------------------------------

@@ -7,10 +7,13 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Final
+from typing import Any, Final
 
 from dspy_otel import semconv
 from dspy_otel.decide.errors import CannotCompareError
+from dspy_otel.decide.overview import EVALUATION as OF_EVALUATION
+from dspy_otel.decide.overview import OPTIMIZATION as OF_OPTIMIZATION
+from dspy_otel.decide.overview import Summary
 from dspy_otel.decide.results import (
     BASELINE,
     BEST,
@@ -43,11 +46,12 @@ from dspy_otel.mlflow.runs import (
     StoredTrace,
 )
 from dspy_otel.mlflow.target import Target
-from dspy_otel.record import stored
+from dspy_otel.record import model, stored
 from dspy_otel.record.model import Candidate, Evaluation, Example, Usage, load_json
 
 _RUN: Final = re.compile(r"[0-9a-f]{32}")
 _PROGRAM: Final = re.compile(r"[0-9a-f]{16}")
+_OUTCOMES: Final = {"FINISHED": model.FINISHED, "FAILED": model.FAILED, "KILLED": model.INTERRUPTED}
 _MODEL: Final = ".model"
 _MODELS: Final = tuple(f"{role}{_MODEL}" for role in (semconv.ROLE_TASK, semconv.ROLE_JUDGE))
 """Parameters with the models that answer in an evaluation; other roles are the optimizer's."""
@@ -79,6 +83,60 @@ def find_stored(name: str, place: str, part: str | None, experiment: str | None,
         if part is not None and _PROGRAM.fullmatch(part):
             return reader.of_program(part)
         return reader.best(part)
+
+
+def stored_summaries(experiment: str | None, tracking_uri: str | None, run_id: str | None = None) -> list[Summary]:
+    """The optimizations and evaluations of an experiment, or the one of a run.
+
+    Raises:
+        CannotCompareError: MLflow cannot be reached or opened, has no such experiment or run, or that is neither.
+    """
+    with opened(tracking_uri, "0" if run_id is not None else experiment) as store:
+        if run_id is not None:
+            reader = _Reader(store, run_id)
+            run = reader.top(run_id)
+            return [_summary(run)]
+        compiles = [run for run in store.find_runs(None, kind_is(COMPILE)) if not _is_step(run)]
+        evaluations = store.find_runs(None, kind_is(EVALUATION))
+    inside = {run.run_id for run in compiles}
+    return [_summary(run) for run in (*compiles, *evaluations) if run.tags.get(TAG_PARENT) not in inside]
+
+
+def _summary(run: StoredRun) -> Summary:
+    models = {name.removesuffix(_MODEL): value for name, value in run.params.items() if name.endswith(_MODEL)}
+    common: dict[str, Any] = {
+        "outcome": _OUTCOMES.get(run.status, model.RUNNING),
+        "models": {role: tuple(names.split(", ")) for role, names in models.items()},
+        "usage": Usage.of(run.metrics),
+        "started": run.started * 1_000_000,
+        "program": run.tags.get(semconv.PROGRAM_ID),
+    }
+    if run.tags.get(TAG_KIND) == EVALUATION:
+        size = run.params.get("examples", "")
+        return Summary(
+            run.run_id,
+            OF_EVALUATION,
+            f"evaluation of {run.tags.get(semconv.PROGRAM_NAME, 'a program')}",
+            metric=run.params.get("metric", UNNAMED),
+            digest=run.digests.get("eval"),
+            size=int(size) if size.isdigit() else None,
+            best=run.metrics.get("score"),
+            **common,
+        )
+    record = stored.read_optimization(run.tags, run.params, run.metrics)
+    dataset = record.val or record.train
+    return Summary(
+        run.run_id,
+        OF_OPTIMIZATION,
+        title_of(record),
+        metric=record.metric or UNNAMED,
+        digest=None if dataset is None else run.digests.get(dataset.role),
+        size=None if dataset is None else dataset.size,
+        baseline=record.baseline,
+        best=record.best,
+        trials=record.done,
+        **common,
+    )
 
 
 @contextmanager
@@ -125,6 +183,15 @@ class _Reader:
         if kind == EVALUATION:
             raise CannotCompareError(f"{self._name}: an evaluation has no part {part!r}.")
         raise CannotCompareError(f"Run {run_id} is no optimization, trial or evaluation that dspy-otel recorded.")
+
+    def top(self, run_id: str) -> StoredRun:
+        """The run of an optimization or an evaluation, by its id or that of one of its trials."""
+        run = self._run(run_id)
+        if run.tags.get(TAG_KIND) == TRIAL:
+            run = self._parent(run) or run
+        if run.tags.get(TAG_KIND) not in (COMPILE, EVALUATION):
+            raise CannotCompareError(f"Run {run_id} is no optimization or evaluation that dspy-otel recorded.")
+        return run
 
     def best(self, part: str | None) -> Results:
         finished = f"{kind_is(COMPILE)} AND attributes.status = 'FINISHED'"

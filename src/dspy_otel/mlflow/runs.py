@@ -650,7 +650,7 @@ def _of_evaluation(record: Evaluation, versions: Mapping[str, str], user_run: st
     datasets: tuple[Dataset, ...] = ()
     _put_examples(record, artifacts, tags)
     if not _cut_short(record.failure):
-        digest = digest_of(record.examples)
+        digest = stored.dataset_digest(record.examples)
         if digest is not None:
             columns = _columns_of_examples(record.examples)
             name = f"{(record.program_name or 'Evaluate').rpartition(' ')[2]} eval"
@@ -700,14 +700,6 @@ def _put_examples(record: Evaluation, artifacts: dict[str, str], tags: dict[str,
     _name_tables(artifacts, tags)
     if record.without_content:
         tags["dspy.evaluation_table"] = f"{record.without_content} rows without content (size)"
-
-
-def digest_of(examples: Sequence[Example]) -> str | None:
-    """A dataset's digest from its examples' ids, as that of a validation set is made; None when an id is missing."""
-    ids = [example.id for example in examples]
-    if not ids or None in ids:
-        return None
-    return hashlib.sha256(json.dumps(ids).encode("ascii")).hexdigest()[:16]
 
 
 # --- parts ----------------------------------------------------------------------------------------------------------

@@ -6,8 +6,9 @@ are here, so that they agree; each backend decides how it writes a value as text
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final
 
 from dspy_otel import semconv
@@ -205,6 +206,14 @@ def example_columns(examples: Iterable[Example]) -> list[str]:
     content = _CONTENT_COLUMNS if any(row.inputs is not None for row in rows) else ()
     known = [name for name in ("score", "feedback", "error") if any(getattr(row, name) is not None for row in rows)]
     return ["index", "id", *content, *known, "trace_id"]
+
+
+def dataset_digest(examples: Sequence[Example]) -> str | None:
+    """A dataset's digest from its examples' ids, as that of a validation set is made; None when an id is missing."""
+    ids = [example.id for example in examples]
+    if not ids or None in ids:
+        return None
+    return hashlib.sha256(json.dumps(ids).encode("ascii")).hexdigest()[:16]
 
 
 # --- names and values to records ------------------------------------------------------------------------------------
