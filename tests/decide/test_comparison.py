@@ -103,6 +103,8 @@ def test_failed_and_unscored_rows_are_said() -> None:
     assert "Answers without a score: 0 of A, 1 of B" in text
     assert "B: 2 of 12 evaluated examples were not recorded" in text
     assert "B: ValueError" in text
+    unfinished = compare_results(a, dataclasses.replace(b, unfinished=True))
+    assert "B: an evaluation did not finish." in str(unfinished)
     skipped = compare_results(a, b, failed_score=None)
     assert (skipped.scores[0].result.pairs, skipped.scores[0].result.losses) == (7, 0)
     assert "Failed answers are left out: 0 of A, 2 of B" in str(skipped)

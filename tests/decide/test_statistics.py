@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+from itertools import product
 from typing import Any
 
 import pytest
@@ -49,7 +50,7 @@ def test_the_interval_of_shares_is_bonett_and_prices() -> None:
 
 def test_graded_scores_are_tested_as_scipy_does() -> None:
     a = [0.1, 0.4, 0.35, 0.8, 0.5, 0.9, 0.2, 0.66, 0.0, 0.3]
-    b = [0.3, 0.4, 0.45, 0.7, 0.9, 0.95, 0.5, 0.7, 0.15, 0.31]
+    b = [0.3, 0.4, 0.45, 0.68, 0.9, 0.95, 0.5, 0.7, 0.15, 0.31]
     found = paired(a, b)
     changes = np.asarray(b) - np.asarray(a)
     assert found.test == WILCOXON
@@ -59,6 +60,26 @@ def test_graded_scores_are_tested_as_scipy_does() -> None:
     assert (found.low, found.high) == pytest.approx((expected.low, expected.high))
     # By hand: six ranks, all on one side, have a chance of 2 / 64.
     assert paired([0.5] * 6, [0.6, 0.7, 0.8, 0.9, 0.95, 0.99]).p == pytest.approx(2 / 64)
+
+
+@pytest.mark.parametrize("steps", [5, 7, 1000])
+def test_signed_ranks_are_counted_with_ties_too(steps: int) -> None:
+    # Every way to give ten changes their signs, counted one by one.
+    random = np.random.default_rng(steps)
+    changes = random.integers(1, steps, 10) * random.choice([-1, 1], 10, p=[0.2, 0.8]) / steps
+    ranks = stats.rankdata(np.abs(changes))
+    sums = [sum(rank for rank, sign in zip(ranks, signs, strict=True) if sign) for signs in product((0, 1), repeat=10)]
+    won = ranks[changes > 0].sum()
+    tails = sum(one <= won for one in sums), sum(one >= won for one in sums)
+    assert paired([0.5] * 10, 0.5 + changes).p == pytest.approx(min(1, 2 * min(tails) / 1024))
+    if steps == 1000:
+        assert paired([0.5] * 10, 0.5 + changes).p == pytest.approx(stats.wilcoxon(changes, method="exact").pvalue)
+
+
+def test_many_signed_ranks_are_as_scipy_has_them() -> None:
+    random = np.random.default_rng(3)
+    changes = random.normal(0.1, 1, 51)
+    assert paired([0.0] * 51, changes).p == pytest.approx(stats.wilcoxon(changes, method="approx").pvalue)
 
 
 def test_repeats_of_right_or_wrong_are_graded() -> None:
@@ -101,6 +122,12 @@ def scores(kind: str, random: Any, difference: float) -> tuple[Any, Any]:
         draw = random.uniform(size=(2, 60))
         return (draw[0] < hardness).astype(float), (draw[1] < hardness + difference).astype(float)
     return hardness + random.normal(0, 0.1, 60), hardness + difference + random.normal(0, 0.1, 60)
+
+
+def test_few_examples_with_grades_are_not_too_sure() -> None:
+    random = np.random.default_rng(18)
+    found = [paired(*random.integers(0, 4, (2, 8)) / 3).p <= 0.05 for _ in range(TIMES)]
+    assert sum(found) <= expected_counts(0.05)[1]
 
 
 @pytest.mark.parametrize("kind", ["right or wrong", "graded"])

@@ -39,6 +39,7 @@ def test_a_change_that_makes_it_worse_does_not_pass(
     assert steps[0].startswith("pip install ")  # what is installed here already
     env = {name: value for name, value in job["env"].items() if "secrets." not in value}
     env |= {"GITHUB_STEP_SUMMARY": str(tmp_path / "summary.md"), "LITELLM_LOCAL_MODEL_COST_MAP": "True"}
+    env["GITHUB_RUN_ID"] = "7"
     kept = ("HOME", "XDG", "DSPY", "LANG", "TMP")
     env |= {name: value for name, value in os.environ.items() if name.startswith(kept)}
     env["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"

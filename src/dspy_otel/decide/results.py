@@ -54,6 +54,7 @@ class Results:
         models: names of the models that answered, by role.
         usage: of all LM calls.
         parse_failures: answers of a model that an adapter could not read.
+        unfinished: an evaluation failed, was interrupted or still runs.
         run_id: MLflow's run.
         started: nanoseconds since 1970.
     """
@@ -67,6 +68,7 @@ class Results:
     models: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     usage: Usage = Usage()
     parse_failures: int | None = None
+    unfinished: bool = False
     run_id: str | None = None
     started: int | None = None
 
@@ -261,7 +263,8 @@ def find(recorded: Recorded, name: str, part: str | None = None) -> Results:
     Raises:
         CannotCompareError: there is no such part.
     """
-    own = [one for one in recorded.evaluations if one.own and one.examples]
+    scored = [one for one in recorded.evaluations if one.examples]
+    own = [one for one in scored if one.own and one.optimization is None]
     if part is None:
         last: list[Evaluation | Optimization] = [*own[-1:], *recorded.optimizations[-1:]]
         newest = max(last, key=lambda one: one.started or 0, default=None)
@@ -281,7 +284,7 @@ def find(recorded: Recorded, name: str, part: str | None = None) -> Results:
     for optimization in reversed(recorded.optimizations):
         if optimization.id in (chosen, part):
             return _of_trial(recorded, name, optimization, trial if chosen else BEST)
-    if evaluations := [one for one in own if one.id == part]:
+    if evaluations := [one for one in scored if one.id == part]:
         return _of_evaluations(recorded, name, evaluations)
     calls = [(example, usage) for example, usage in recorded.calls.get(part, ()) if example.trace_id in recorded.scores]
     if calls:
@@ -326,6 +329,7 @@ def merged(name: str, what: str, evaluations: Sequence[Evaluation]) -> Results:
         models=models,
         usage=usage,
         parse_failures=sum(failures) if failures else None,
+        unfinished=any(one.failure is not None for one in evaluations),
         started=evaluations[-1].started,
     )
 

@@ -90,6 +90,8 @@ def left_out(comparison: Evidence) -> list[str]:
     """What was not compared, or counts otherwise, in sentences."""
     found = []
     for name, side in (("A", comparison.a), ("B", comparison.b)):
+        if side.unfinished:
+            found.append(f"{name}: an evaluation did not finish.")
         if side.lost:
             found.append(f"{name}: {side.lost:,} of {side.size:,} evaluated examples were not recorded.")
     for score in comparison.scores:

@@ -47,7 +47,7 @@ from dspy_otel.mlflow.runs import (
 )
 from dspy_otel.mlflow.target import Target
 from dspy_otel.record import model, stored
-from dspy_otel.record.model import Candidate, Evaluation, Example, Usage, load_json
+from dspy_otel.record.model import Candidate, Evaluation, Example, Failure, Usage, load_json
 
 _RUN: Final = re.compile(r"[0-9a-f]{32}")
 _PROGRAM: Final = re.compile(r"[0-9a-f]{16}")
@@ -279,6 +279,7 @@ class _Reader:
             models=_models(run.params if parent is None else parent.params),
             examples=read_examples(self._read(run, EVALUATION_TABLE)),
             started=run.started * 1_000_000,
+            failure=None if run.status == "FINISHED" else Failure(None),
         )
 
     def _with_traces(self, results: Results, runs: Sequence[StoredRun]) -> Results:
