@@ -273,8 +273,10 @@ def test_what_is_not_there_is_one_sentence(
 def test_it_runs_without_dspy_and_mlflow(files: tuple[str, str]) -> None:
     code = (
         "import sys\n"
-        "for name in ('dspy', 'mlflow', 'litellm'): sys.modules[name] = None\n"
+        "for name in ('dspy', 'mlflow', 'litellm', 'requests', 'packaging', 'filelock', 'platformdirs'):\n"
+        "    sys.modules[name] = None\n"
         "from dspy_otel import cli\n"
+        f"assert cli.main(['runs', {files[0]!r}]) == cli.main(['show', {files[0]!r}]) == 0\n"
         f"sys.exit(cli.main(['compare', {files[0]!r}, {files[1]!r}]))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
