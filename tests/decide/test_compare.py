@@ -36,7 +36,7 @@ def length(example: Any, prediction: Any, trace: Any = None) -> float:
 
 
 class Asking(dspy.Module):
-    """Answers what it is told to; raises where that is None, and answers what cannot be parsed where that is empty."""
+    """One predictor with instructions."""
 
     def __init__(self, instructions: str = "Answer.") -> None:
         super().__init__()

@@ -89,7 +89,7 @@ def test_repeats_are_averaged_within_their_example_first() -> None:
     assert "Examples with repeats, averaged first: 0 of A, 1 of B" in str(compare_results(a, b))
 
 
-def test_failed_and_unscored_rows_are_said() -> None:
+def test_failed_and_unscored_rows_are_listed() -> None:
     a = results([1.0] * 10)
     failed = [example(place, None, error="ValueError") for place in range(2)]
     rows = (*rows_of(failed, "exact"), *rows_of([example(2, None)], "exact"), *a.rows[3:])
@@ -141,7 +141,7 @@ def test_several_metrics_share_alpha() -> None:
         (results([1.0] * 9), results([1.0] * 9), {"max_drop": -1}, "max_drop is -1"),
     ],
 )
-def test_what_cannot_be_compared_is_said(a: Results, b: Results, options: dict[str, Any], reason: str) -> None:
+def test_what_cannot_be_compared_has_a_reason(a: Results, b: Results, options: dict[str, Any], reason: str) -> None:
     with pytest.raises(CannotCompareError) as error:
         compare_results(a, b, **options)
     assert reason in str(error.value)

@@ -94,7 +94,7 @@ def test_an_optimization_and_whether_it_gained_anything(
     assert json.loads(capsys.readouterr().out)[0]["runs"][0]["id"] == record.id
 
 
-def test_without_recorded_examples_the_reason_is_said(
+def test_without_recorded_examples_there_is_a_reason(
     telemetry: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     lm = scripted_lm()

@@ -74,7 +74,7 @@ def test_an_optimization_says_the_same_from_mlflow_and_from_memory(store: Store,
     assert "MIPROv2 ColourFamily" in capsys.readouterr().out
 
 
-def test_evaluations_and_what_people_and_judges_said_of_them(store: Store) -> None:
+def test_evaluations_and_the_verdicts_of_people(store: Store) -> None:
     store.instrument()
     for answers, program in ((["right"] * 12, Asking("Answer.")), (["right"] * 12, Failing("Answer in a word."))):
         with dspy.context(lm=DummyLM([{"answer": answer} for answer in answers])):

@@ -88,7 +88,7 @@ def run(options: argparse.Namespace) -> int:
 def quiet() -> Iterator[None]:
     """Without what MLflow logs, which is of no use here, and without its downloads and progress bars.
 
-    And without the garbage collector, which would look through all spans again and again: a fifth of the time.
+    And without the garbage collector, which would look through all spans repeatedly: a fifth of the time.
     """
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     os.environ.setdefault("LITELLM_LOCAL_MODEL_COST_MAP", "True")  # else an import may wait for a download
