@@ -49,7 +49,8 @@ class Fault:
 
     Attributes:
         kind: ``status``, ``database`` (400, no free connection), ``page`` (200, HTML), ``text`` (200, no JSON),
-            ``redirect``, ``drip`` (an answer that does not end), ``reset``, ``half`` (of an answer).
+            ``object`` (200, JSON of another server), ``redirect``, ``drip`` (an answer that does not end), ``headers``
+            (whose headers do not end), ``reset``, ``half`` (of an answer).
         status: for ``status``.
         applied: the server has done what it was asked.
         retry_after: seconds, for ``status``.
@@ -138,6 +139,8 @@ class Misbehaving(BaseHTTPRequestHandler):
             self.send(200, "text/html; charset=utf-8", PAGE)
         elif fault.kind == "text":
             self.send(200, "text/plain", b"OK")
+        elif fault.kind == "object":
+            self.send(200, "application/json", b'{"error": "please log in"}')
         elif fault.kind == "redirect":
             self.send(302, "text/html", PAGE, {"Location": "http://127.0.0.1:9/login"})
         elif fault.kind == "drip":
@@ -145,6 +148,12 @@ class Misbehaving(BaseHTTPRequestHandler):
             self.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n\r\n{")
             for _ in range(10_000):  # until the client has had enough
                 self.wfile.write(b" ")
+                time.sleep(0.02)
+        elif fault.kind == "headers":
+            self.close_connection = True
+            self.wfile.write(b"HTTP/1.1 200 OK\r\nX-Slow: ")
+            for _ in range(10_000):
+                self.wfile.write(b"a")
                 time.sleep(0.02)
         elif fault.kind == "half":
             self.close_connection = True

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-_OWN_TAGS = re.compile(r"mlflow\.(user|artifactLocation|artifact\..*)$")
+_OWN_TAGS = re.compile(r"mlflow\.(artifactLocation|artifact\..*)$")
 
 
 def contents_of(client: Any, experiment_id: str, scratch: Path) -> dict[str, Any]:

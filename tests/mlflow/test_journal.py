@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import textwrap
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -417,6 +418,47 @@ def test_a_strangers_directory_is_named_and_not_read(directory: Path, store: Mem
     assert outcome.sent["spans"] == 11
     assert ["can be reached by other users" in outcome.left[0], "is a link" in outcome.left[1]] == [True, True]
     assert stranger.files()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="pipes and modes")
+@pytest.mark.parametrize("kind", ["deep", "pipe"])
+def test_one_broken_directory_does_not_stop_the_others(
+    directory: Path, store: Memory, other: Memory, kind: str
+) -> None:
+    leave(directory, store)
+    leave(directory, store)
+    broken, _ = journal_directories(directory)
+    about = broken.path / "about.json"
+    about.unlink()
+    if kind == "deep":
+        about.write_text("[" * 200_000)
+        about.chmod(0o600)
+    else:
+        os.mkfifo(about, 0o600)
+    outcome = replay([directory])
+    assert outcome.sent["spans"] == 11
+    assert "about.json" in outcome.left[0]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="modes")
+def test_nothing_is_written_to_a_file_that_others_can_open(tmp_path: Path) -> None:
+    planted = tmp_path / "000001.pb"
+    planted.touch(mode=0o644)
+    with pytest.raises(PermissionError, match="own file"):
+        journal._append(planted, b"private")
+    assert planted.read_bytes() == b""
+
+
+def test_a_disk_that_hangs_does_not_hold_the_end_up(
+    directory: Path, store: Memory, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    hangs = threading.Event()
+    monkeypatch.setattr(journal.Journal, "save", lambda _: hangs.wait() or [])
+    monkeypatch.setattr(processor, "_LONGEST_CLOSE_SECONDS", 0.1)
+    with caplog.at_level(logging.WARNING):
+        leave(directory, store)
+    assert "the disk does not answer" in caplog.text
+    hangs.set()
 
 
 def test_a_lock_that_is_a_link_makes_no_file(directory: Path, tmp_path: Path, store: Memory, other: Memory) -> None:

@@ -31,6 +31,7 @@ from tests.mlflow.stored import comparable, contents_of, timeless
 
 pytestmark = [pytest.mark.injects_faults, pytest.mark.filterwarnings("ignore:.*fork")]
 
+ENDLESS = ("drip", "headers")
 SHORT = 0.3
 """Seconds for one request where an answer does not end; elsewhere all time there is."""
 
@@ -40,10 +41,12 @@ _before = st.sampled_from(
         *(Fault("status", status) for status in (400, 401, 403, 404, 406, 408, 409, 413, 422, 423, 425, 500, 501)),
         *(Fault("status", status) for status in (502, 503, 504, 507)),
         *(Fault("status", 429, retry_after=text) for text in ("1", "0", "soon", "Fri, 31 Dec 2100 23:59:59 GMT")),
-        *(Fault(kind) for kind in ("database", "page", "text", "redirect", "reset", "half")),
+        *(Fault(kind) for kind in ("database", "page", "text", "object", "redirect", "reset", "half")),
     ]
 )
-_after = st.sampled_from([*(Fault(k, applied=True) for k in ("reset", "half", "page")), Fault("status", 500, True)])
+_after = st.sampled_from(
+    [*(Fault(k, applied=True) for k in ("reset", "half", "page", "object")), Fault("status", 500, True)]
+)
 faults = st.one_of(_before, _after)
 _step = st.integers(0, 100)
 _network = st.one_of(
@@ -137,7 +140,7 @@ def without_faults(plan: Plan, first: int = 1) -> dict[str, Any]:
 def check(plan: Plan) -> None:
     expected = without_faults(plan)
     disk = Disk()
-    endless = any(event.fault is not None and event.fault.kind == "drip" for event in plan.events)
+    endless = any(event.fault is not None and event.fault.kind in ENDLESS for event in plan.events)
     with scratch() as directory, fake_mlflow() as server, quick(plan, directory, disk, "0.5"):
         done = run(plan, server.url, server.faults, disk, SHORT if endless else 60.0)
         assert done.exit_codes == [0] * done.forked
@@ -291,7 +294,9 @@ DISKS = plans(
     memory=st.sampled_from([0, 0, 2_000]),
 )
 FORKS = plans(forks)
-ENDLESS = plans(st.builds(Event, _step, st.just("fault"), st.sampled_from(NAMES), st.just(Fault("drip"))))
+SLOW = plans(
+    st.builds(Event, _step, st.just("fault"), st.sampled_from(NAMES), st.sampled_from([Fault(k) for k in ENDLESS]))
+)
 
 
 @FEW
@@ -326,7 +331,7 @@ def test_a_process_that_forks(plan: Plan) -> None:
 
 @pytest.mark.slow
 @settings_for(60, phases=[Phase.explicit, Phase.generate])
-@given(ENDLESS)
+@given(SLOW)
 def test_an_answer_that_does_not_end(plan: Plan) -> None:
     check(plan)
 

@@ -58,6 +58,8 @@ _LOCK_SECONDS: Final = 10.0
 _DISK_RETRY_SECONDS: Final = 30.0
 """Seconds after a failure to write to disk before the next attempt."""
 _NOFOLLOW: Final = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0)
+_NONBLOCK: Final = getattr(os, "O_NONBLOCK", 0)
+"""A pipe in a file's place does not block whoever opens it."""
 _STARTS: Final = "starts.pb"
 
 
@@ -210,7 +212,10 @@ class JournalDirectory:
             ValueError: the file is broken.
         """
         self.check()
-        loaded = json.loads(read_file(self.path / "about.json"))
+        try:
+            loaded = json.loads(read_file(self.path / "about.json"))
+        except RecursionError as error:
+            raise JournalError("about.json is not readable JSON") from error
         if not isinstance(loaded, dict):
             raise ValueError("about.json is no object")
         return loaded
@@ -549,7 +554,7 @@ def read_file(path: Path) -> bytes:
         JournalError: it is not, or cannot be read.
     """
     try:
-        with os.fdopen(os.open(path, os.O_RDONLY | _NOFOLLOW), "rb") as file:
+        with os.fdopen(os.open(path, os.O_RDONLY | _NOFOLLOW | _NONBLOCK), "rb") as file:
             found = os.fstat(file.fileno())
             if not stat.S_ISREG(found.st_mode) or (os.name == "posix" and found.st_uid != os.getuid()):
                 raise JournalError(f"{path.name} is no file of this user's")
@@ -591,7 +596,10 @@ def _append(path: Path, body: bytes) -> None:
     """Append all of a body to a file, or nothing."""
     handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | _NOFOLLOW, 0o600)
     try:
-        before = os.fstat(handle).st_size
+        found = os.fstat(handle)
+        if not _is_own(found):  # Whoever owns the directory above may have put another one in its place.
+            raise PermissionError(errno.EPERM, "not the user's own file", str(path))
+        before = found.st_size
         try:
             rest = memoryview(body)
             while rest:
@@ -604,6 +612,14 @@ def _append(path: Path, body: bytes) -> None:
             raise
     finally:
         os.close(handle)
+
+
+def _is_own(file: os.stat_result) -> bool:
+    """Whether a file is a regular one of this user's, that nobody else can open and that has one name."""
+    if os.name != "posix":
+        return stat.S_ISREG(file.st_mode)
+    own = file.st_uid == os.getuid() and not file.st_mode & 0o077
+    return own and stat.S_ISREG(file.st_mode) and file.st_nlink == 1
 
 
 def _used(directory: Path) -> int:

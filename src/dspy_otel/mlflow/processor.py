@@ -36,7 +36,7 @@ from dspy_otel.mlflow.retry import clean
 from dspy_otel.mlflow.runs import count_assessments, key_of_start
 from dspy_otel.mlflow.source import source_tags
 from dspy_otel.mlflow.target import Target
-from dspy_otel.mlflow.termination import after_shutdown, before_termination
+from dspy_otel.mlflow.termination import after_shutdown, before_termination, before_worker_ends
 from dspy_otel.mlflow.threads import Throttle, log_safely, start_thread
 from dspy_otel.mlflow.translate import started_copy, translate
 from dspy_otel.mlflow.worker import EXIT_ATTEMPTS, Worker, group_of
@@ -60,6 +60,8 @@ _LAST_SECONDS: Final = 0.5
 _LONGEST_RECORD_SECONDS: Final = 60.0
 _LAST_RECORD_SECONDS: Final = 2.0
 """Seconds that the journal's thread has for what is still on the queue."""
+_LONGEST_CLOSE_SECONDS: Final = 10.0
+"""Most seconds that the end waits for the disk."""
 _BATCH_SPANS: Final = 512
 _REPORTED_FROM: Final = 500
 _RUN_NAMES: Final = frozenset({semconv.SPAN_COMPILE, semconv.SPAN_TRIAL, semconv.SPAN_EVALUATE})
@@ -85,6 +87,7 @@ class MLflowProcessor(SpanProcessor):
             after_fork = weakref.WeakMethod(self._after_fork)
             os.register_at_fork(after_in_child=lambda: (method := after_fork()) and method())
         before_termination(self)
+        before_worker_ends(self)
         at_exit = weakref.WeakMethod(self._record_at_exit)
         atexit.register(lambda: (method := at_exit()) and method())
 
@@ -104,6 +107,8 @@ class MLflowProcessor(SpanProcessor):
         self._idle = threading.Event()
         self._stop = threading.Event()
         self._over = threading.Event()
+        self._closing = threading.Lock()
+        self._closed = threading.Event()
         self._threads: list[threading.Thread] = []
         self._no_threads = False
         count_spans = _counter_of_spans()
@@ -483,6 +488,21 @@ class MLflowProcessor(SpanProcessor):
                 return
 
     def _close(self) -> None:
+        """End the journal and log the account, once; a disk that hangs does not hold the end of the program up."""
+        if self._closing.acquire(blocking=False):
+            thread = start_thread(self._close_now, "dspy-otel-mlflow-close")
+            if thread is None:
+                self._close_now()
+        if not self._closed.wait(_LONGEST_CLOSE_SECONDS):
+            log_safely(_logger.error, "MLflow: the disk does not answer; what is not yet in the journal is lost.")
+
+    def _close_now(self) -> None:
+        try:
+            self._close_journal()
+        finally:
+            self._closed.set()
+
+    def _close_journal(self) -> None:
         worker, journal = self.worker, self.journal
         self.record(_LAST_RECORD_SECONDS)
         self._over.set()

@@ -1,5 +1,7 @@
 """SIGTERM ends a process without any clean-up, as when a container stops. This module delivers what is pending first.
 
+A worker of ``multiprocessing``, or of a pool of processes, ends without the functions of ``atexit``: the other case.
+
 The signal is handled only where no other handler is set, and the process still ends by it, at most a few seconds
 later. A handler that the program sets afterwards replaces ours; a server such as uvicorn that handles the signal ends
 the program in the usual way, and then this module has nothing to do.
@@ -13,6 +15,7 @@ import signal
 import time
 import weakref
 from functools import partial
+from multiprocessing import process, util
 from typing import Any, Final, Protocol
 
 from dspy_otel.mlflow.threads import start_thread
@@ -21,6 +24,8 @@ SECONDS: Final = 8.0
 """Most time for the delivery. Docker kills a container ten seconds after the signal, Kubernetes after thirty."""
 _LAST: Final = 2.0
 """Of these, what is left when delivery has to stop: for the journal, and for the line in the log."""
+_FIRST: Final = 1000
+"""Before ``multiprocessing`` ends its own queues and threads."""
 
 
 class SupportsShutdown(Protocol):
@@ -38,6 +43,23 @@ def before_termination(running: SupportsShutdown) -> None:
     _running.add(running)
     if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
         _set(_terminate)
+
+
+def before_worker_ends(running: SupportsShutdown) -> None:
+    """Shut an object down when a worker process of ``multiprocessing`` ends; it is referenced weakly."""
+    util.register_after_fork(running, _in_worker)
+    if process.parent_process() is not None:
+        _in_worker(running)
+
+
+def _in_worker(running: SupportsShutdown) -> None:
+    found = weakref.ref(running)
+
+    def shut_down() -> None:
+        if (one := found()) is not None:
+            one.shutdown()
+
+    util.Finalize(None, shut_down, exitpriority=_FIRST)
 
 
 def after_shutdown(ended: SupportsShutdown) -> None:

@@ -27,6 +27,7 @@ from packaging.version import InvalidVersion, Version
 
 from dspy_otel.mlflow.backends import base
 from dspy_otel.mlflow.backends.base import Batch, CreatedRun, FoundExperiment, resolve_experiment
+from dspy_otel.mlflow.backends.session import session
 from dspy_otel.mlflow.retry import Answer, ExportError, Verdict, clean, explain, judge
 from dspy_otel.mlflow.runs import (
     TAG_KEY,
@@ -82,7 +83,7 @@ class RestBackend:
         self._user = _user_of(uri)
         self._experiment_id: str | None = None
         self._compress = urlsplit(uri).hostname not in _LOOPBACK
-        self._session = requests.Session()
+        self._session = session()
         self._until = float("inf")
         self._batches = 0
         self.answered = 0
@@ -139,10 +140,10 @@ class RestBackend:
             assessment["span_id"] = score.span_id
         path = f"traces/{score.trace_id}/assessments"
         try:
-            found = self._rest("POST", path, version="3.0", json={"assessment": assessment})
+            found = self._rest("POST", path, "assessment", version="3.0", json={"assessment": assessment})
         except ExportError as error:
             # An attempt whose answer was lost may have stored it.
-            if error.unavailable or self._rest("GET", f"{path}/{score.id}", version="3.0") is None:
+            if error.unavailable or self._rest("GET", f"{path}/{score.id}", "assessment", version="3.0") is None:
                 raise
             return
         if found is None:
@@ -157,13 +158,13 @@ class RestBackend:
         if known and (found := self.find_run(key, place)) is not None:
             return found
         body = {"experiment_id": place, "run_name": tags[TAG_NAME], "start_time": started, "tags": _pairs(tags)}
-        return _created(self._post("runs/create", body)["run"])
+        return _created(self._post("runs/create", body, "run")["run"])
 
     def find_run(self, key: str, experiment_id: str | None = None) -> CreatedRun | None:
         """A run by its key."""
         place = experiment_id or self.experiment_id()
         body = {"experiment_ids": [place], "filter": f"tags.`{TAG_KEY}` = '{key}'", "max_results": 1}
-        runs = self._post("runs/search", body).get("runs") or []
+        runs = self._post("runs/search", body, "runs", empty=True).get("runs") or []
         return _created(runs[0]) if runs else None
 
     def url(self, run_id: str, experiment_id: str | None = None) -> str | None:
@@ -200,16 +201,16 @@ class RestBackend:
 
     def end_run(self, run_id: str, status: str, when: int) -> None:
         """Set a run's status and end."""
-        self._post("runs/update", {"run_id": run_id, "status": status, "end_time": when})
+        self._post("runs/update", {"run_id": run_id, "status": status, "end_time": when}, "run_info")
 
     def find_runs(self, run_id: str | None, condition: str, experiment_id: str | None = None) -> list[StoredRun]:
         """The run with an id, or those that match."""
         if run_id is not None:
-            answer = self._rest("GET", "runs/get", params={"run_id": run_id})
+            answer = self._rest("GET", "runs/get", "run", params={"run_id": run_id})
             return [] if answer is None else [_stored(answer["run"])]
         place = experiment_id or self.experiment_id()
         body = {"experiment_ids": [place], "filter": condition, "max_results": 1000}
-        return [_stored(run) for run in self._post("runs/search", body).get("runs") or []]
+        return [_stored(run) for run in self._post("runs/search", body, "runs", empty=True).get("runs") or []]
 
     def find_traces(self, condition: str, experiment_id: str | None = None) -> list[StoredTrace]:
         """Traces that match."""
@@ -219,7 +220,7 @@ class RestBackend:
         body: dict[str, Any] = {"locations": [place], "filter": condition, "max_results": _TRACES}
         found: list[StoredTrace] = []
         while len(found) < base.MAX_TRACES:
-            answer = self._rest("POST", "traces/search", version="3.0", json=body) or {}
+            answer = self._rest("POST", "traces/search", "traces", empty=True, version="3.0", json=body) or {}
             found += map(_stored_trace, answer.get("traces") or ())
             if not answer.get("next_page_token"):
                 break
@@ -255,9 +256,11 @@ class RestBackend:
         return resolve_experiment(
             self._target.named_experiment,
             self._target.create,
-            lambda one: _experiment(self._rest("GET", "experiments/get", params={"experiment_id": one})),
-            lambda one: _experiment(self._rest("GET", "experiments/get-by-name", params={"experiment_name": one})),
-            lambda one: str(self._post("experiments/create", {"name": one})["experiment_id"]),
+            lambda one: _experiment(self._rest("GET", "experiments/get", "experiment", params={"experiment_id": one})),
+            lambda one: _experiment(
+                self._rest("GET", "experiments/get-by-name", "experiment", params={"experiment_name": one})
+            ),
+            lambda one: str(self._post("experiments/create", {"name": one}, "experiment_id")["experiment_id"]),
         )
 
     def set_deadline(self, until: float) -> None:
@@ -270,7 +273,7 @@ class RestBackend:
 
     def after_fork(self) -> None:
         """Drop the connections shared with the parent process."""
-        self._session = requests.Session()
+        self._session = session()
 
     def _check_version(self) -> None:
         answer = self._request("GET", "/version")
@@ -287,23 +290,37 @@ class RestBackend:
                 OLDEST_MLFLOW,
             )
 
-    def _post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
-        answer = self._rest("POST", path, json=body)
+    def _post(
+        self, path: str, body: dict[str, Any], gives: str | None = None, *, empty: bool = False
+    ) -> dict[str, Any]:
+        answer = self._rest("POST", path, gives, empty=empty, json=body)
         if answer is None:
             raise base.refusal(
                 "not found", f"MLflow at {self.name} says the run or experiment does not exist any more."
             )
         return answer
 
-    def _rest(self, method: str, path: str, *, version: str = "2.0", **kwargs: Any) -> dict[str, Any] | None:
-        """Call MLflow's REST API; None when what is asked for does not exist."""
+    def _rest(
+        self, method: str, path: str, gives: str | None, *, empty: bool = False, version: str = "2.0", **kwargs: Any
+    ) -> dict[str, Any] | None:
+        """Call MLflow's REST API; None when what is asked for does not exist.
+
+        Args:
+            method: of HTTP.
+            path: below the API's version.
+            gives: a key of MLflow's own answer, by which it is known from that of a proxy. None: it has no keys.
+            empty: whether it may also have none: nothing was found.
+            version: of the API.
+            **kwargs: for the request.
+        """
         answer = self._request(method, f"/api/{version}/mlflow/{path}", **kwargs)
         if answer.error_code == _NOT_FOUND:
             return None
-        verdict = judge(answer, ours=_is_json(answer))
+        loaded = _json(answer)
+        ours = loaded is not None and (gives in loaded if loaded else empty or gives is None)
+        verdict = judge(answer, ours=ours)
         if verdict is not Verdict.DELIVERED:
             raise explain(answer, verdict, self.name, path.partition("/")[0])
-        loaded: dict[str, Any] = json.loads(answer.body)
         return loaded
 
     def _request(
@@ -430,7 +447,8 @@ def _expectation(expectation: Expectation) -> dict[str, Any]:
 def _is_otlp(answer: Answer) -> bool:
     """Whether an answer to spans is that of an OTLP receiver: its message in protobuf or JSON."""
     if "protobuf" not in answer.kind:
-        return _is_json(answer) and json.loads(answer.body).keys() <= {"partialSuccess"}
+        loaded = _json(answer)
+        return loaded is not None and loaded.keys() <= {"partialSuccess"}
     try:
         ExportTraceServiceResponse.FromString(answer.body)
     except DecodeError:
@@ -446,17 +464,19 @@ def _rejected(answer: Answer) -> int:
     return int(part.get("rejectedSpans") or 0) if isinstance(part, dict) else 0
 
 
-def _is_json(answer: Answer) -> bool:
+def _json(answer: Answer) -> dict[str, Any] | None:
+    """The object in an answer's body, if it is one."""
     try:
-        return isinstance(json.loads(answer.body), dict)
-    except ValueError:
-        return False
+        loaded = json.loads(answer.body)
+    except (ValueError, RecursionError):
+        return None
+    return loaded if isinstance(loaded, dict) else None
 
 
 def _error_code(body: bytes) -> str | None:
     try:
         loaded = json.loads(body)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return str(loaded["error_code"]) if isinstance(loaded, dict) and "error_code" in loaded else None
 
