@@ -161,3 +161,21 @@ def test_a_name_that_turns_out_to_be_a_secret_is_masked_from_then_on() -> None:
     assert plain_name(text) == without_secrets(text) == text
     redaction.remember(text)
     assert plain_name(text) == without_secrets(text) == redaction.MASK
+
+
+@pytest.mark.parametrize("hosted", [True, False])
+def test_an_embedders_name_is_no_way_out_for_a_key(hosted: bool, telemetry: Recorder) -> None:
+    telemetry.instrument()
+
+    def embed(texts: list[str]) -> Any:
+        raise ValueError
+
+    embed.__qualname__ = f"embed-{KEY}"
+    embedder = dspy.Embedder(f"openai/{KEY}" if hosted else embed, caching=False, api_base="http://127.0.0.1:9")
+    with pytest.raises(Exception):  # LiteLLM's, or the function's
+        embedder("text")
+    assert redaction.MASK in telemetry.only("embeddings").name
+    assert KEY not in telemetry.everything()
+    labels = [dict(point.attributes) for point in telemetry.metric("gen_ai.client.operation.duration")]
+    assert labels
+    assert KEY not in str(labels)

@@ -13,6 +13,7 @@ from opentelemetry.trace import SpanKind, get_current_span
 
 from dspy_otel import semconv
 from dspy_otel.content import introspection, redaction
+from dspy_otel.content.names import without_secrets
 from dspy_otel.core.attributes import Attributes
 from dspy_otel.core.call_context import CallContext
 from dspy_otel.core.errors import error_type
@@ -111,7 +112,7 @@ class EmbeddingOperation(Operation):
         settings = {**(dict(dict.items(defaults)) if introspection.is_a(defaults, dict) else {}), **kwargs}
         with _SETTINGS:
             redaction.remember_settings(settings)
-        model = (introspection.text(embedder) or "") if hosted else _qualified_name(embedder)
+        model = without_secrets((introspection.text(embedder) or "") if hosted else _qualified_name(embedder))
         provider, name = split_model(model) if hosted else (None, model)
         attributes: Attributes = {
             semconv.GEN_AI_OPERATION_NAME: semconv.OPERATION_EMBEDDINGS,
