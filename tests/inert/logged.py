@@ -58,3 +58,22 @@ def derived(base: type, name: str) -> Any:
     found = {special: getattr(base, special, None) for special in _SPECIAL}
     body = {special: method(special, own) for special, own in found.items() if own is not None}
     return type(name, (base,), {**body, "__getattribute__": attribute, "__module__": __name__})
+
+
+def of_logged_class(name: str) -> Any:
+    """A plain object whose class writes down what it is asked itself, as an entry of a set is for its hash."""
+
+    def hashed(kind: Any) -> int:
+        LOG.append((name, "__hash__ of its class"))
+        return type.__hash__(kind)
+
+    def equal(kind: Any, other: Any) -> Any:
+        LOG.append((name, "__eq__ of its class"))
+        return type.__eq__(kind, other)
+
+    def attribute(kind: Any, wanted: str) -> Any:
+        LOG.append((name, f"{wanted} of its class"))
+        return type.__getattribute__(kind, wanted)
+
+    asking = type("Asking", (type,), {"__hash__": hashed, "__eq__": equal, "__getattribute__": attribute})
+    return asking("Asked", (), {"__module__": __name__})()

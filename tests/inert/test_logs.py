@@ -20,7 +20,7 @@ from dspy.teleprompt.teleprompt_optuna import BootstrapFewShotWithOptuna
 from dspy.utils.parallelizer import ParallelExecutor
 
 import dspy_otel
-from tests.inert.logged import LOG, derived, stand_in
+from tests.inert.logged import LOG, derived, of_logged_class, stand_in
 from tests.optimizers.common import quietly
 from tests.optimizers.test_weights import Trainer
 from tests.support.older import DSPY
@@ -428,6 +428,9 @@ VALUES: dict[str, Callable[[], Any]] = {
     "a text": lambda: derived(str, "text")("a"),
     "a list": lambda: derived(list, "list")([1]),
     "a dictionary": lambda: derived(dict, "dictionary")(score=1),
+    "of a logged class": lambda: of_logged_class("asked"),
+    "a logged class": lambda: type(of_logged_class("asked")),
+    "a list of a logged class's": lambda: [of_logged_class("asked"), of_logged_class("asked")],
 }
 
 
@@ -458,3 +461,37 @@ def test_results_of_programs_tools_metrics_and_retrievers(name: str, telemetry: 
     }
     for about, run in cases.items():
         assert_same(telemetry, about, run)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: {derived(str, "key")("k"): 1},
+        lambda: {"a": {stand_in(object(), "key"): 1}},
+        lambda: [{(1, derived(int, "key")(2)): 1}],
+        lambda: of_logged_class("asked"),
+        lambda: {of_logged_class("asked"): of_logged_class("asked")},
+        lambda: [of_logged_class("asked"), (of_logged_class("asked"),)],
+    ],
+)
+def test_values_of_demos(make: Callable[[], Any], telemetry: Recorder) -> None:
+    def run() -> Any:
+        trainset = [dspy.Example(question=make(), answer="a").with_inputs("question")]
+        LOG.clear()
+        return dspy.BootstrapFewShot(
+            metric=lambda *_: True, max_bootstrapped_demos=1, max_labeled_demos=1, metric_threshold=None
+        ).compile(program(), trainset=trainset)
+
+    assert_same(telemetry, "demos", run)
+
+
+def test_classes_of_parameters(telemetry: Recorder) -> None:
+    def run() -> Any:
+        optimizer = dspy.BootstrapFewShotWithRandomSearch(
+            metric=metric, num_candidate_programs=1, max_rounds=1, num_threads=1, stop_at_score=of_logged_class("asked")
+        )
+        restrict = [0, of_logged_class("asked")]
+        LOG.clear()
+        return optimizer.compile(program(), trainset=rows(2), restrict=restrict)
+
+    assert_same(telemetry, "restrict", run)

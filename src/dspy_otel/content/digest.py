@@ -15,7 +15,7 @@ from typing import Any, Final
 from weakref import WeakKeyDictionary
 
 from dspy_otel.content import introspection
-from dspy_otel.content.introspection import is_a
+from dspy_otel.content.introspection import LEAVES, is_a
 from dspy_otel.content.walker import CHANGING, Walker
 
 LENGTH: Final = 16
@@ -26,7 +26,6 @@ _MAX_NODES: Final = 100_000
 _MAX_CHARACTERS: Final = 1_000_000
 _MAX_BITS: Final = 10_000
 _MAX_OBJECTS: Final = 4096
-_LEAVES: Final = frozenset({str, int, float, bool, type(None), bytes})
 _FIELDS: Final = frozenset({"__dataclass_fields__", "__pydantic_fields__"})
 
 
@@ -119,7 +118,7 @@ class _Canonical(Walker):
         if issubclass(kind, str):
             name = self.text(key)
         else:
-            plain = kind in _LEAVES or (kind is tuple and all(type(part) in _LEAVES for part in key))
+            plain = id(kind) in LEAVES or (kind is tuple and all(id(type(part)) in LEAVES for part in key))
             name = str(key) if plain else _name(kind)
         result[name] = made
 
@@ -163,7 +162,7 @@ def runs_code(value: Any, examples: bool = False) -> bool:
             return False
         each = waiting.pop()
         store = introspection.store_of(each) if examples and introspection.library(type(each)) == "dspy" else None
-        inner = _inside(each) if store is None else list(dict.values(store))
+        inner = _inside(each) if store is None else _entries(store)
         if inner is None:
             return True
         waiting += inner
@@ -173,7 +172,7 @@ def runs_code(value: Any, examples: bool = False) -> bool:
 def _inside(value: Any) -> list[Any] | None:
     """The parts of a value that pydantic dumps; ``None`` if that runs code of its class."""
     kind = type(value)
-    if kind in _LEAVES:
+    if id(kind) in LEAVES:
         return []
     members = introspection.members_of(kind)
     if "__pydantic_fields__" in members:
@@ -183,12 +182,17 @@ def _inside(value: Any) -> list[Any] | None:
             return None
         more = introspection.slot(value, "__pydantic_extra__")
         extra = more[0] if more and type(more[0]) is dict else {}
-        return [*introspection.instance_dict(value).values(), *extra.values()]
+        return [*introspection.instance_dict(value).values(), *_entries(extra)]
     if introspection.library(kind) not in _STANDARD and introspection.library(kind) != "dspy":
         return None  # pydantic would call code of its class.
     if is_a(value, dict):
-        return list(dict.values(value))
+        return _entries(value)
     return list(islice(introspection.items(value), _MAX_OBJECTS))
+
+
+def _entries(entries: dict[Any, Any]) -> list[Any]:
+    """The values of a dictionary, and the keys that are no plain texts: a copy of it asks each for its hash."""
+    return [*dict.values(entries), *(key for key in list(dict.keys(entries)) if type(key) is not str)]
 
 
 _STANDARD: Final = frozenset({"builtins", "datetime", "decimal", "uuid", "enum", "pathlib", "fractions", "collections"})

@@ -438,7 +438,9 @@ def _ordinary(value: Any, strings: list[str], nodes: list[int], depth: int) -> A
         return _UNUSUAL
     if kind is list:
         items = value[:]
-        if len(items) > 1 and type(items[0]) in (str, bytes):  # The arguments of a command line may be such a list.
+        if len(items) > 1 and (
+            type(items[0]) is str or type(items[0]) is bytes
+        ):  # The arguments of a command line may be such a list.
             return _UNUSUAL
         for place, item in enumerate(items):
             items[place] = shown = _ordinary(item, strings, nodes, depth + 1)

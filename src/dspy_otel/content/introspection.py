@@ -13,6 +13,7 @@ from typing import Any, Final
 
 # The slots of `type` itself: a metaclass cannot stand in between, as it can with `kind.__name__`.
 name_of: Final[Callable[[type], Any]] = type.__dict__["__qualname__"].__get__
+short_name_of: Final[Callable[[type], str]] = type.__dict__["__name__"].__get__
 module_of: Final[Callable[[type], Any]] = type.__dict__["__module__"].__get__
 bases_of: Final[Callable[[type], tuple[type, ...]]] = type.__dict__["__mro__"].__get__
 members_of: Final[Callable[[type], Any]] = type.__dict__["__dict__"].__get__
@@ -23,7 +24,10 @@ context_of: Final[Callable[[BaseException], Any]] = BaseException.__dict__["__co
 _DICT_SLOTS: Final = (types.GetSetDescriptorType, types.MemberDescriptorType)
 # What DSPy hands around is of these packages: their properties are no code of the user's.
 _TRUSTED: Final = frozenset({"dspy", "litellm", "openai", "pydantic"})
-_PLAIN: Final = frozenset({bool, int, float, str, bytes, type(None), list, tuple, dict, set, frozenset})
+# Classes by identity: a set of them would ask the metaclass of what is looked for (`__hash__`, `__eq__`).
+LEAVES: Final = frozenset(map(id, (str, int, float, bool, type(None), bytes)))
+"""Identities of the classes whose values have no parts."""
+_PLAIN: Final = LEAVES.union(map(id, (list, tuple, dict, set, frozenset)))
 _ABSENT: Final = object()
 
 
@@ -151,7 +155,7 @@ def real(value: Any) -> float | None:
 
 def truth(value: Any) -> bool | None:
     """What ``bool(value)`` gives, where that runs no code of a user's class; ``None`` where it would."""
-    if type(value) in _PLAIN:
+    if id(type(value)) in _PLAIN:
         return bool(value)
     store = store_of(value)
     if store is not None:  # DSPy's examples and predictions are as long as they have fields.

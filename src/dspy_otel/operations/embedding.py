@@ -56,11 +56,13 @@ class Asking:
         return [context for query, thread, context in entries if thread != here and query in known]
 
 
-_NAMED: Final = (types.FunctionType, types.BuiltinFunctionType, types.MethodType)
+_NAMED: Final = frozenset(map(id, (types.FunctionType, types.BuiltinFunctionType, types.MethodType)))
 
 
 def _qualified_name(function: Any) -> str:
-    plain = type(function) in _NAMED or introspection.is_a(function, type)
+    if introspection.is_a(function, type):
+        return str(introspection.name_of(function))
+    plain = id(type(function)) in _NAMED
     return str(function.__qualname__ if plain else introspection.name_of(type(function)).rpartition(".")[2])
 
 

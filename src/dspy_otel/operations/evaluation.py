@@ -24,7 +24,7 @@ from dspy_otel.operations.module import put_inputs, put_outputs
 from dspy_otel.operations.program import Programs
 
 _MOST_PARTIALS: Final = 16
-_FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType, types.MethodType)
+_FUNCTIONS: Final = frozenset(map(id, (types.FunctionType, types.BuiltinFunctionType, types.MethodType)))
 _CONTENT: Final = guard("content")
 
 
@@ -293,7 +293,9 @@ def callable_name(function: Any) -> str:
         if type(function) is not functools.partial:
             break
         function = function.func
-    plain = type(function) in _FUNCTIONS or introspection.is_a(function, type)
+    if introspection.is_a(function, type):
+        return without_secrets(introspection.short_name_of(function)[:256])
+    plain = id(type(function)) in _FUNCTIONS
     name = introspection.text(function.__name__ if plain else introspection.field(function, "__name__"), 256)
     return without_secrets(name or introspection.name_of(type(function)).rpartition(".")[2])
 

@@ -8,7 +8,9 @@ import weakref
 from collections.abc import Callable
 from typing import Any, Final
 
-_LEAVES: Final = frozenset({str, int, float, bool, type(None), bytes})
+from dspy_otel.content.introspection import LEAVES
+
+_CONTAINERS: Final = frozenset(map(id, (list, dict, set)))
 
 
 class IdentityCache:
@@ -53,9 +55,9 @@ class _Identity(int):
 
 def _handle(each: Any) -> Any:
     kind = type(each)
-    if kind in _LEAVES or issubclass(kind, type):
+    if id(kind) in LEAVES or issubclass(kind, type):
         return each
-    if kind in (list, dict, set):
+    if id(kind) in _CONTAINERS:
         return _Identity(id(each))
     try:
         return weakref.ref(each)

@@ -31,6 +31,8 @@ _PREDICTOR_STATE: Final = frozenset({"traces", "train", "demos", "config", "fiel
 
 _HEAP: Final = 1 << 9  # Py_TPFLAGS_HEAPTYPE: a class that can be freed
 _flags_of: Final[Callable[[type], int]] = type.__dict__["__flags__"].__get__
+_KEYS: Final = frozenset(map(id, (str, int, bool, float, type(None))))
+_CONTAINERS: Final = frozenset(map(id, (list, tuple, dict)))
 _CONTAINER: Final = 1
 _MODULE: Final = 2
 _PREDICTOR: Final = 3
@@ -212,7 +214,7 @@ def places_in_digest(root: Any) -> list[tuple[str, Any]]:
         without = _PREDICTOR_STATE if "signature" in stored else _LOGS
         below: list[tuple[str, Any]] = []
         for name, value in list(stored.items()):
-            if type(value) not in (list, tuple, dict) or name not in without:
+            if id(type(value)) not in _CONTAINERS or name not in without:
                 below += _below(f"{place}.{name}" if place else name, value, 3)
         for each in reversed(below):
             if id(each[1]) not in seen:
@@ -224,7 +226,7 @@ def places_in_digest(root: Any) -> list[tuple[str, Any]]:
 def _below(place: str, value: Any, depth: int) -> Iterator[tuple[str, Any]]:
     if _KINDS[type(value)] in (_MODULE, _PREDICTOR):
         yield place if len(place) <= _MAX_PATH else f"{place[:_MAX_PATH]}…", value
-    elif type(value) in (list, tuple, dict) and depth:
+    elif id(type(value)) in _CONTAINERS and depth:
         for key, inner in islice(value.items() if type(value) is dict else enumerate(value), _MAX_ITEMS):
             if type(key) is str:
                 shown = repr(key) if len(key) <= _MAX_KEY and key.isidentifier() else "*"
@@ -315,7 +317,7 @@ def _parameters(module: Any, around: tuple[Any, ...]) -> Iterator[tuple[str, Any
 
 def _key(key: Any, position: int) -> str:
     """A key of a dictionary as DSPy writes it, if it is a plain one; its position for any other."""
-    return str(key) if type(key) in (str, int, bool, float, type(None)) else f"*{position}"
+    return str(key) if id(type(key)) in _KEYS else f"*{position}"
 
 
 def _named_sub_modules(root: Any) -> tuple[list[_Item], bool]:

@@ -8,7 +8,7 @@ from typing import Any, Final
 from dspy_otel.content import introspection
 from dspy_otel.content.digest import digest
 from dspy_otel.content.id_key import IdKey
-from dspy_otel.content.introspection import is_a
+from dspy_otel.content.introspection import LEAVES, is_a
 from dspy_otel.core.call_context import Program
 from dspy_otel.core.internal_errors import guard
 from dspy_otel.operations.identity_cache import IdentityCache
@@ -24,7 +24,6 @@ from dspy_otel.operations.module_tree import (
 
 _MAX_ITEMS: Final = 256
 _MAX_OBJECTS: Final = 4096
-_LEAVES: Final = frozenset({str, int, float, bool, type(None), bytes})
 
 
 def _add_state(module: Any, shape: list[Any], objects: list[Any]) -> None:
@@ -61,7 +60,7 @@ def _add_state(module: Any, shape: list[Any], objects: list[Any]) -> None:
             for key, value in dict.items(values):
                 shape.append(key if type(key) is str else id(key))
                 objects.append(value)
-                if type(value) not in _LEAVES:
+                if id(type(value)) not in LEAVES:
                     _add_parts(value, objects, 3)
             shape.append(len(objects))
     decisions = stored.get("fields")
@@ -79,7 +78,7 @@ def _add_parts(value: Any, objects: list[Any], depth: int) -> None:
         if len(objects) >= _MAX_OBJECTS:  # Looked at on each call.
             return
         objects.append(part)
-        if depth and type(part) not in _LEAVES:
+        if depth and id(type(part)) not in LEAVES:
             _add_parts(part, objects, depth - 1)
 
 

@@ -40,7 +40,7 @@ _STORED_AS: Final = {
     "vectorizer": "KNN.embedding",
 }
 _CONTENT: Final = Content(limit=4096)
-_PLAIN_KINDS: Final = (dict, list, tuple, set, frozenset)
+_PLAIN_KINDS: Final = frozenset(map(id, (dict, list, tuple, set, frozenset)))
 _MOST: Final = 100
 _DEEPEST: Final = 4
 
@@ -131,7 +131,7 @@ def parameter_attributes(
 def parameter(value: Any, content: bool) -> AttributeValue | None:
     """One parameter as an attribute value, or ``None`` when there is nothing to show."""
     value = _for_every_lm(value)
-    if type(value) in _PLAIN_KINDS:
+    if id(type(value)) in _PLAIN_KINDS:
         return None if not value or is_dataset(value) else _CONTENT.json(_plain(value, content))
     shown: AttributeValue | None = _scalar(value, content)
     return _CONTENT.text(shown) if isinstance(shown, str) else shown
@@ -169,11 +169,13 @@ def _choice(value: str, content: bool) -> str:
 
 def _plain(value: Any, content: bool, depth: int = 0) -> Any:
     kind = type(value)
-    if kind not in _PLAIN_KINDS or depth >= _DEEPEST:
+    if id(kind) not in _PLAIN_KINDS or depth >= _DEEPEST:
         return _scalar(value, content)
     if kind is dict:
         return {
-            _choice(str(key), content) if type(key) in (str, int) else named(key): _plain(item, content, depth + 1)
+            _choice(str(key), content) if type(key) is str or type(key) is int else named(key): _plain(
+                item, content, depth + 1
+            )
             for key, item in islice(value.items(), _MOST)
         }
     if is_dataset(value):

@@ -9,6 +9,7 @@ from dspy_otel.core.attributes import Attributes
 from dspy_otel.optimizers.tracker import Evaluation, Tracker, tracks
 
 # As random_search.py treats its seeds; all others are bootstrapped from a shuffled training set.
+_CONTAINERS: Final = frozenset(map(id, (list, tuple, set, frozenset)))
 _STRATEGIES: Final = {-3: "zero_shot", -2: "labeled", -1: "bootstrap_unshuffled"}
 
 
@@ -37,4 +38,4 @@ class RandomSearchTracker(Tracker):
 def _is_plain(seeds: Any) -> bool:
     """Whether ``seeds`` can be searched again and again, and without code of a user's class."""
     kind = type(seeds)
-    return kind is range or (kind in (list, tuple, set, frozenset) and all(type(seed) in (int, bool) for seed in seeds))
+    return kind is range or (id(kind) in _CONTAINERS and all(type(seed) is int or type(seed) is bool for seed in seeds))
