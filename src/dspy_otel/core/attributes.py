@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Final, TypeAlias
 
@@ -32,20 +33,27 @@ class Labels(dict[str, AttributeValue]):
         self.series: dict[Any, Any] = {}
 
 
+_SHORT: Final = 256
+_REPLACEMENT: Final = "\N{REPLACEMENT CHARACTER}"
+_CONTROLS: Final = re.compile(r"[\0-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
+_C1: Final = re.compile(rb"\xc2[\x80-\x9f]")  # as UTF-8
+_LINES: Final = re.compile(r"[\t\r\n\u2028\u2029]")
 _NUMBERS: Final = frozenset({int, float, bool})
 
 
 def repair(attributes: Attributes) -> None:
     """Make each text among ``attributes``, in place, one that every exporter can send and every store keep.
 
-    Half a character in one value would cost its whole batch in OTLP, and NUL in a SQL store.
+    Half a character in one value would cost its whole batch in OTLP, and NUL in a SQL store. What :func:`sendable`
+    replaces is replaced.
     """
     # For each span, and most texts are ASCII: one look at each.
     for key, value in attributes.items():
         kind = type(value)
         if kind is str:
-            if not value.isascii() or "\0" in value:  # type: ignore[union-attr, operator]  # as in `sendable`
-                attributes[key] = sendable(value)  # type: ignore[arg-type]
+            text: str = value  # type: ignore[assignment]
+            if not text.isprintable() if len(text) <= _SHORT else not text.isascii() or "\0" in text or "\x1b" in text:
+                attributes[key] = sendable(text)
         elif kind not in _NUMBERS:
             mended = _mended(value)
             if mended is not value:
@@ -87,7 +95,23 @@ def _is_the_sdks(sampler: Any) -> bool:
 
 
 def sendable(text: str) -> str:
-    """``text`` without half characters and NUL; each is replaced by U+FFFD."""
-    if text.isascii() and "\0" not in text:
-        return text
-    return repaired(text).replace("\0", "\N{REPLACEMENT CHARACTER}")
+    """``text`` without half characters and control characters, which would be commands to a terminal that shows it.
+
+    Each is replaced by U+FFFD. Tab, CR and LF stay. A text of more than 256 characters is searched only for NUL, ESC
+    and C1: what a terminal obeys begins with one of those.
+    """
+    if len(text) <= _SHORT:
+        return text if text.isprintable() else _CONTROLS.sub(_REPLACEMENT, repaired(text))
+    if text.isascii():
+        return _CONTROLS.sub(_REPLACEMENT, text) if "\0" in text or "\x1b" in text else text
+    try:
+        data = text.encode("utf-8")
+    except UnicodeEncodeError:
+        return _CONTROLS.sub(_REPLACEMENT, repaired(text))
+    found = b"\0" in data or b"\x1b" in data or (b"\xc2" in data and _C1.search(data) is not None)
+    return _CONTROLS.sub(_REPLACEMENT, text) if found else text
+
+
+def sendable_name(text: str) -> str:
+    """:func:`sendable`, on one line: the name of a span, or a label of a metric."""
+    return text if text.isprintable() else _LINES.sub(" ", sendable(text))

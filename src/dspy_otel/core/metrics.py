@@ -11,7 +11,7 @@ from opentelemetry.metrics import Histogram, Meter
 
 from dspy_otel import semconv
 from dspy_otel.content.names import OTHER
-from dspy_otel.core.attributes import Labels, sendable
+from dspy_otel.core.attributes import Labels, sendable_name
 from dspy_otel.core.measurements import BoundSeries, bind, real_histogram
 
 SCORE_BUCKETS = tuple(tenth / 10 for tenth in range(11))
@@ -54,8 +54,8 @@ class MetricAttributes:
                 shown = self._known[name].get(value) or self._admit(name, value)
                 if shown != value:
                     changed[name] = shown
-            elif type(value) is str and (not value.isascii() or "\0" in value):
-                changed[name] = sendable(value)
+            elif type(value) is str and not value.isprintable():
+                changed[name] = sendable_name(value)
         if changed:
             return {**attributes, **changed}
         if len(self._unchanged) < _MOST_SERIES:
@@ -67,7 +67,7 @@ class MetricAttributes:
         with self._lock:
             if len(known) >= MOST_VALUES and value not in known:
                 return OTHER
-            return known.setdefault(value, sendable(str(value)))
+            return known.setdefault(value, sendable_name(str(value)))
 
 
 class BoundedHistogram:

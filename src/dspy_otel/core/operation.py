@@ -29,7 +29,7 @@ from opentelemetry.trace import (
 )
 
 from dspy_otel import semconv
-from dspy_otel.core.attributes import Attributes, repair, restore_dropped, sendable
+from dspy_otel.core.attributes import Attributes, repair, restore_dropped, sendable_name
 from dspy_otel.core.call_context import (
     CallContext,
     attach,
@@ -242,7 +242,7 @@ class Operation:
             attributes.update(context.inherited)
         # All names and values enter a span here or at the end of the call, wherever they come from.
         if not start.repaired or context.inherited:
-            name = sendable(name)
+            name = sendable_name(name)
             repair(attributes)
         call = Call()
         call.operation = self

@@ -16,7 +16,7 @@ from opentelemetry.trace import SpanKind
 
 from dspy_otel import semconv
 from dspy_otel.content import introspection, redaction
-from dspy_otel.core.attributes import Attributes, Labels, repair, sendable
+from dspy_otel.core.attributes import Attributes, Labels, repair, sendable_name
 from dspy_otel.core.call_context import CallContext, current_call_context, current_state, enclosing_state
 from dspy_otel.core.errors import error_type
 from dspy_otel.core.internal_errors import failed, guard
@@ -224,7 +224,7 @@ class LMOperation(Operation):
         name = f"{attributes[semconv.GEN_AI_OPERATION_NAME]} {attributes[semconv.GEN_AI_REQUEST_MODEL]}"
         repair(attributes)
         model = introspection.text(introspection.field(lm, "model"))
-        return LMDescription(sendable(name), model, attributes, request, stop)
+        return LMDescription(sendable_name(name), model, attributes, request, stop)
 
     def overridden(
         self, context: CallContext, args: tuple[Any, ...], kwargs: dict[str, Any], override_of: type | None

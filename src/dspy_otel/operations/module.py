@@ -14,7 +14,7 @@ from dspy_otel import semconv
 from dspy_otel.content import introspection
 from dspy_otel.content.introspection import is_a
 from dspy_otel.content.names import without_secrets
-from dspy_otel.core.attributes import Attributes, Labels, repair, sendable
+from dspy_otel.core.attributes import Attributes, Labels, repair, sendable_name
 from dspy_otel.core.call_context import CallContext, Program
 from dspy_otel.core.errors import error_type
 from dspy_otel.core.operation import Call, Operation, SpanStart, openinference
@@ -228,7 +228,7 @@ def describe(instance: Any, program: Program, path: str | None, outermost: bool)
         span = f"{semconv.OPERATION_INVOKE_WORKFLOW} {class_name}"
     else:
         span = f"{class_name} {path}" if path else class_name
-    return ModuleDescription(sendable(span), attributes, Labels(labels), outermost, [])
+    return ModuleDescription(sendable_name(span), attributes, Labels(labels), outermost, [])
 
 
 def call_signature(stored: dict[str, Any], kwargs: dict[str, Any]) -> Any:
