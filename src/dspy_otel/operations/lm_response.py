@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from typing import Any, Final
 
@@ -15,6 +16,7 @@ from dspy_otel.core.usage import LMUsage
 from dspy_otel.operations.lm_request import is_loopback
 
 _MOST_CHOICES: Final = 1000
+_MADE_BY_LITELLM: Final = re.compile(r"chatcmpl-[0-9a-f]{8}-(?:[0-9a-f]{4}-){3}[0-9a-f]{12}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +73,7 @@ def response_of_call_result(result: Any, requested: Any, stream: Any = None) -> 
         reasons = [reason for each in responses if (reason := finish_reason(each.finish_reason))]
         model, response_id = _model_of_lm15(responses[0]), _id_of_lm15(responses[0])
     else:
-        reasons, response_id = choice_reasons(raw), field(raw, "id")
+        reasons, response_id = choice_reasons(raw), id_of_answer(raw)
         streamed = is_litellm(raw) and was_streamed(raw)
         model = model_of_litellm(raw, requested, streamed) if is_litellm(raw) else result.response_model
         if cache_hit and streamed:
@@ -105,6 +107,14 @@ def _id_of_lm15(response: Any) -> Any:
     """The id of the answer; lm15 has it of a chat stream only in the body of its last event."""
     found = getattr(response, "id", None)
     return field(getattr(response, "provider_data", None), "id") if found is None else found
+
+
+def id_of_answer(response: Any) -> str | None:
+    """The server's id of an answer; LiteLLM makes one up where a server gives none."""
+    found = introspection.text(field(response, "id"), LONGEST)
+    if found is None or (is_litellm(response) and _MADE_BY_LITELLM.fullmatch(found)):
+        return None
+    return found
 
 
 def is_litellm(response: Any) -> bool:

@@ -17,6 +17,7 @@ from dspy_otel.operations.lm import LMCallState
 from dspy_otel.operations.lm_response import (
     LMResponse,
     choice_reasons,
+    id_of_answer,
     is_litellm,
     model_of_litellm,
     short_text,
@@ -84,7 +85,7 @@ def response_of_openai(response: Any, outputs: Any, requested: Any, streamed: bo
         cost=introspection.real(field(field(response, "_hidden_params"), "response_cost")),
         cache_hit=field(response, "cache_hit") is True,
         model=short_text(model),
-        response_id=short_text(field(response, "id")),
+        response_id=short_text(id_of_answer(response)),
         finish_reasons=choice_reasons(response),
     )
 
