@@ -283,6 +283,7 @@ def test_without_a_disk_what_is_above_the_limit_is_counted(
     assert found["queue_full"] + found[None] == 201
     assert found["queue_full"] >= 50
     assert sum("Too many spans wait for MLflow" in record.message for record in caplog.records) == 1
+    assert sum("OTEL_DSPY_SPOOL=off: spans wait in memory" in record.message for record in caplog.records) == 1
     compile_.end()
     program.provider.shutdown()
     assert {run["status"] for run in store.runs.values()} == {"FINISHED"}
@@ -453,7 +454,7 @@ def test_a_disk_that_hangs_does_not_hold_the_end_up(
     directory: Path, store: Memory, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     hangs = threading.Event()
-    monkeypatch.setattr(journal.Journal, "save", lambda _: hangs.wait() or [])
+    monkeypatch.setattr(journal.Journal, "save", lambda _: [][: hangs.wait()])
     monkeypatch.setattr(processor, "_LONGEST_CLOSE_SECONDS", 0.1)
     with caplog.at_level(logging.WARNING):
         leave(directory, store)

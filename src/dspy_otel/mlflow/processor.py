@@ -29,7 +29,7 @@ from dspy_otel import semconv
 from dspy_otel.core.metrics import WithoutExemplars
 from dspy_otel.mlflow.account import SPANS, TRACES
 from dspy_otel.mlflow.backends import open_backend
-from dspy_otel.mlflow.journal import Journal, spool_directory, spool_limit
+from dspy_otel.mlflow.journal import ENV_SPOOL, Journal, spool_directory, spool_limit
 from dspy_otel.mlflow.pending import UserRun
 from dspy_otel.mlflow.replay import recover
 from dspy_otel.mlflow.retry import clean
@@ -86,6 +86,12 @@ class MLflowProcessor(SpanProcessor):
         if hasattr(os, "register_at_fork"):
             after_fork = weakref.WeakMethod(self._after_fork)
             os.register_at_fork(after_in_child=lambda: (method := after_fork()) and method())
+        if self.journal.directory is None:
+            log_safely(
+                _logger.warning,
+                "%s=off: spans wait in memory, and what is not sent when the program ends, or is killed, is lost.",
+                ENV_SPOOL,
+            )
         before_termination(self)
         before_worker_ends(self)
         at_exit = weakref.WeakMethod(self._record_at_exit)
@@ -497,10 +503,9 @@ class MLflowProcessor(SpanProcessor):
             log_safely(_logger.error, "MLflow: the disk does not answer; what is not yet in the journal is lost.")
 
     def _close_now(self) -> None:
-        try:
+        with contextlib.suppress(Exception):
             self._close_journal()
-        finally:
-            self._closed.set()
+        self._closed.set()
 
     def _close_journal(self) -> None:
         worker, journal = self.worker, self.journal
