@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor, SpanExportResult
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
@@ -473,6 +474,36 @@ def test_without_mlflow_a_store_is_refused_with_the_command_that_helps(
     assert [mlflow.export(spans), mlflow.export(spans)] == [FAILURE, FAILURE]
     assert len(lines()) == 1
     assert "pip install 'dspy-otel[mlflow]'" in lines()[0]
+
+
+@pytest.mark.parametrize("place", ["resource", "resource's key", "scope", "version", "scope's attribute"])
+def test_half_a_character_in_what_spans_share_costs_nothing_else(
+    fake: FakeMLflow, place: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A service named after a host, or an instrumentation after a file, whose name is not UTF-8."""
+    from dspy_otel.mlflow.translate import repair
+
+    half, mended = "caf\udce9\0", "caf\ufffd\ufffd"
+    shared = {half: "x"} if place == "resource's key" else {"host": half if place == "resource" else "cafe"}
+    memory = InMemorySpanExporter()
+    provider = TracerProvider(resource=Resource(shared), shutdown_on_exit=False)
+    provider.add_span_processor(SimpleSpanProcessor(memory))
+    tracer = provider.get_tracer(
+        half if place == "scope" else "s",
+        half if place == "version" else "1",
+        attributes={"path": half if place == "scope's attribute" else "cafe"},
+    )
+    tracer.start_span("first").end()
+    tracer.start_span("second").end()
+    assert MLflowSpanExporter(fake.url).export(memory.get_finished_spans()) is OK
+    assert fake.batches() == [["first", "second"]]
+    assert "Traceback" not in caplog.text
+    assert not caplog.records
+    repaired = [repair(span) for span in memory.get_finished_spans()]
+    found = [(span.resource.attributes, span.instrumentation_scope) for span in repaired]
+    assert mended in str(found[0])
+    assert found[0][1] is found[1][1]
+    assert repaired[0].resource is repaired[1].resource
 
 
 def test_half_a_character_in_a_span_of_the_users_own_costs_nothing_else(

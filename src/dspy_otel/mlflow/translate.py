@@ -19,15 +19,17 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
+from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import Event, ReadableSpan
+from opentelemetry.sdk.util.instrumentation import InstrumentationScope
 from opentelemetry.trace import Link, SpanContext, Status, StatusCode
 from opentelemetry.util.types import AttributeValue
 
 from dspy_otel import semconv
-from dspy_otel.core.attributes import sendable
+from dspy_otel.content.truncation import repaired
 from dspy_otel.mlflow.pending import UserRun
 from dspy_otel.record.spans import Kind, kind_of
 
@@ -186,7 +188,10 @@ def finished_group(span: ReadableSpan) -> str | None:
 def repair(span: ReadableSpan) -> ReadableSpan:
     """A span whose names and texts can all be sent: a lone surrogate or NUL makes MLflow refuse the batch."""
     at = span.attributes or {}
-    whole = _is_sendable(span.name) and _all_sendable(at) and _is_sendable(span.status.description or "")
+    resource: Resource = _once(span.resource, _repaired_resource)
+    scope: InstrumentationScope | None = _once(span.instrumentation_scope, _repaired_scope)
+    whole = resource is span.resource and scope is span.instrumentation_scope
+    whole = whole and _is_sendable(span.name) and _all_sendable(at) and _is_sendable(span.status.description or "")
     whole = whole and all(_is_sendable(event.name) and _all_sendable(event.attributes or {}) for event in span.events)
     if whole and all(_all_sendable(link.attributes or {}) for link in span.links):
         return span
@@ -195,16 +200,46 @@ def repair(span: ReadableSpan) -> ReadableSpan:
         name=_sendable(span.name),
         context=span.context,
         parent=span.parent,
-        resource=span.resource,
+        resource=resource,
         attributes=_repaired_attributes(at),
         events=[Event(_sendable(e.name), _repaired_attributes(e.attributes or {}), e.timestamp) for e in span.events],
         links=[Link(link.context, _repaired_attributes(link.attributes or {})) for link in span.links],
         kind=span.kind,
-        instrumentation_scope=span.instrumentation_scope,
+        instrumentation_scope=scope,
         status=Status(StatusCode.ERROR, _sendable(status.description)) if status.description else status,
         start_time=span.start_time,
         end_time=span.end_time,
     )
+
+
+_MOST_REPAIRED: Final = 64
+_repaired_once: Final[dict[int, tuple[Any, Any]]] = {}
+
+
+def _once(shared: Any, repaired_copy: Callable[[Any], Any]) -> Any:
+    """``repaired_copy(shared)``, made once for an object that all spans of a tracer share."""
+    kept = _repaired_once.get(id(shared))
+    if kept is None or kept[0] is not shared:
+        if len(_repaired_once) >= _MOST_REPAIRED:
+            _repaired_once.clear()
+        kept = _repaired_once[id(shared)] = shared, repaired_copy(shared)
+    return kept[1]
+
+
+def _repaired_resource(resource: Resource) -> Resource:
+    if _all_sendable(resource.attributes) and _is_sendable(resource.schema_url):
+        return resource
+    return Resource(_repaired_attributes(resource.attributes), _sendable(resource.schema_url))
+
+
+def _repaired_scope(scope: InstrumentationScope | None) -> InstrumentationScope | None:
+    if scope is None:
+        return None
+    name, version, schema = scope.name, scope.version or "", scope.schema_url or ""
+    at = scope.attributes or {}
+    if all(map(_is_sendable, (name, version, schema))) and _all_sendable(at):
+        return scope
+    return InstrumentationScope(_sendable(name), _sendable(version), _sendable(schema), _repaired_attributes(at))
 
 
 def _is_sendable(text: str) -> bool:
@@ -215,7 +250,7 @@ def _is_sendable(text: str) -> bool:
 
 def _sendable(text: str) -> str:
     """The text without NUL and lone surrogates, also those that are escaped in JSON."""
-    text = sendable(text)
+    text = repaired(text).replace("\0", "\N{REPLACEMENT CHARACTER}")
     return _HALF_ESCAPE.sub(r"\\ufffd", text) if "\\ud" in text or "\\uD" in text else text
 
 
