@@ -346,6 +346,10 @@ def test_ordinary_values_stand_under_names_and_beside_them() -> None:
         {"name": "api_key", "value": None},
         {"key": 3, "value": "password"},
         {"name": "token", "value": "the"},
+        {"title": "Password", "text": "A password is a secret word."},
+        {"label": "Secret", "value": 3},
+        {"title": "Cookies", "content": ""},
+        {"sig": "question, context -> answer"},
     ):
         assert json.dumps(by_name(value)) == json.dumps(value)
 

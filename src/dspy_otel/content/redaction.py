@@ -54,7 +54,11 @@ _NAMING: Final = (
     *("Name", "Key"),
 )
 _NAMED: Final = ("value", "val", "content", "v", "Value")
-NAMING: Final = frozenset(_NAMING)
+# A passage has a title, too: under a title or label, what has no blank in it is no passage.
+_TITLING: Final = ("label", "title")
+_TITLED: Final = (*_NAMED, "text")
+_BLANK: Final = re.compile(r"\s")
+NAMING: Final = frozenset((*_NAMING, *_TITLING))
 """Keys under which a dictionary may have the name of another of its values."""
 
 # --- by look -----------------------------------------------------------------------------------------------------
@@ -74,7 +78,7 @@ _NAME_WINDOW: Final = 80
 _NAMING_WINDOW: Final = 160
 _LONGEST_WORD: Final = 20
 _NAMING_BEFORE: Final = _Pattern(
-    r"[\s\S]*\b(?:name|key|header|field|parameter|param|variable|property|id)[\\\"']{0,4}\s{0,4}[:=]\s{0,4}[\\\"']{0,4}"
+    r"[\s\S]*\b(?:name|key|header|field|parameter|param|variable|property|label|title|id)[\\\"']{0,4}\s{0,4}[:=]\s{0,4}[\\\"']{0,4}"
     r"([\w.\-]{2,64})[\\\"']{0,4}[,\s]{0,40}[\\\"']{0,4}(?:value|val)\Z",
     re.IGNORECASE,
 )
@@ -196,6 +200,13 @@ def named(fields: Mapping[str, Any]) -> str | None:
             for naming in _NAMING:
                 name = fields.get(naming)
                 if type(name) is str and hides(name, value):
+                    return key
+    for titling in _TITLING:
+        name = fields.get(titling)
+        if type(name) is str and is_secret_name(name):
+            for key in _TITLED:
+                value = fields.get(key)
+                if type(value) is str and value and _BLANK.search(value, 0, _MAX_LENGTH) is None:
                     return key
     return None
 

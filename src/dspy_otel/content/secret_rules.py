@@ -211,6 +211,11 @@ KEYS: Final = (
     Key("Amazon MWS", ("amzn.mws.",), _UUID),
     Key("Twitter", ("AAAAAAAAAAAAAAAAAAAAA",), r"A[A-Za-z0-9%]{60,}"),
     Key("Telegram", ("AA",), r"[\w\-]{32,34}\b", before=r"[0-9]{6,14}(?::|%3A)"),
+    Key("Pinecone", ("pcsk_",), r"\w{30,}"),
+    Key("E2B", ("e2b_",), r"[0-9a-f]{40}\b"),
+    Key("Firecrawl", ("fc-",), r"[0-9a-f]{32}\b"),
+    Key("Anyscale", ("esecret_",), r"[A-Za-z0-9]{20,}"),
+    Key("Firebase Cloud Messaging", ("APA91b",), r"[\w\-]{100,}"),
     Key("PuTTY", ("PuTTY-User-Key-File-",), r"[23]:[\s\S]*"),
     Key(
         "JSON web token, also one that is cut; Grafana's older key",
@@ -264,6 +269,15 @@ SHAPES: Final = (
         "field of a form",
         "assword",
         r"(value=[\"']?)[^\s\"'<>]{3,128}([\"' ][^<>]{0,120}\b(?:type|name)=[\"']?[\w\-]{0,32}password\b)",
+    ),
+    Shape(
+        "value before its name",
+        "alue",
+        r"(alue\\{0,3}[\"']\s{0,4}[:=]\s{0,4}\\{0,3}[\"'])[^\"'\\\r\n]{3,900}"
+        r"(\\{0,3}[\"']\s{0,4},\s{0,40}\\{0,3}[\"'](?:name|key|header|field|label|title|id)\\{0,3}[\"']\s{0,4}[:=]\s{0,4}"
+        r"\\{0,3}[\"'][\w.\-]{0,64}(?i:password|passwd|passphrase|pwd|secret|credentials?|authorization|cookie|"
+        r"(?:api|access|secret|private|account|auth)[_\-]?key|(?:access|auth|refresh|api|bearer|hf|github)[_\-]?token)"
+        r"\\{0,3}[\"'])",
     ),
     Shape("curl's user and password", "-u", r"(-u(?:ser)?[ =]{1,2}[\"']?[^\s:\"']{1,64}:)[^\s\"']{3,}"),
 )
@@ -320,7 +334,7 @@ NAMES: Final = (
             *("api_token", "id_token", "ad_token", "csrf_token", "xsrf_token", "oauth_token", "personal_access_token"),
             *("bot_token", "jwt_token", "sas_token", "npm_token", "pypi_token", "vault_token", "private_token"),
             *("job_token", "deploy_token", "app_token", "service_token", "webhook_token", "huggingface_token"),
-            *("credential", "credentials", "sas_url", "amz_signature"),
+            *("credential", "credentials", "sas_url", "amz_signature", "jsessionid", "phpsessid"),
         ),
     ),
     # As names of fields only: in text these are words, and what stands behind them is anything.
@@ -331,6 +345,7 @@ NAMES: Final = (
             *("auth", "x_auth", "basic_auth", "http_auth", "proxy_auth", "bearer", "jwt", "pw", "passkey", "otp"),
             *("service_account_key", "service_account_json", "authorization", "cookie", "cookies", "set_cookie", "pem"),
             *("tls_key", "ssl_key", "secret_string", "pat", "secret_key_base", "mnemonic"),
+            *("recovery_code", "recovery_codes", "security_code", "cvv"),
         ),
     ),
     Name(Kind.HEADER, Where.TEXT, ("authorization", "authorisation", "auth")),
@@ -340,9 +355,11 @@ NAMES: Final = (
         Where.BOTH,
         ("token", "key", "session", "signature", "dsn"),
     ),
-    Name(Kind.DOUBTFUL, Where.NAME, ("pass", "connection_string", "sid", "csrf")),
+    Name(Kind.DOUBTFUL, Where.NAME, ("pass", "connection_string", "sid", "sessionid", "sig", "csrf", "xsrf")),
     Name(
-        Kind.DOUBTFUL, Where.TEXT, ("sig", "jwt", "pass", "passkey", "identitytoken", "registrytoken", "code_verifier")
+        Kind.DOUBTFUL,
+        Where.TEXT,
+        ("sig", "sessionid", "jwt", "pass", "passkey", "identitytoken", "registrytoken", "code_verifier"),
     ),
 )
 
