@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import json
+import random
+import textwrap
+import urllib.parse
 from typing import Any
 
 import dspy
@@ -18,6 +22,11 @@ from tests.support.spans import Recorder
 
 DATA = bytes(range(256)) * 2
 BASE64 = base64.b64encode(DATA).decode()
+
+
+def base64_lines(data: bytes, width: int, ending: str) -> str:
+    """``data`` in lines of base64, the last one without an end."""
+    return ending.join(textwrap.wrap(base64.b64encode(data).decode(), width))
 
 
 def ask(telemetry: Recorder, url: str, **options: Any) -> tuple[list[Any], Any]:
@@ -110,6 +119,48 @@ def test_base64_anywhere_in_a_text_is_named_by_size(where: str) -> None:
     assert Content(65536, media=True).text(text) == text
 
 
+RANDOM = random.Random(3).randbytes(1200)
+SVG = "%3Csvg%20xmlns='a'%20d='M(1,2)'%3E" * 20
+FORMS = {
+    "76 columns": (base64.encodebytes(RANDOM).decode().rstrip("\n"), "<1200 bytes>"),
+    "76 columns, last line full": (base64.encodebytes(RANDOM[:1140]).decode().rstrip("\n"), "<1140 bytes>"),
+    "64 columns": (base64_lines(RANDOM, 64, "\n"), "<1200 bytes>"),
+    "64 columns, CRLF": (base64_lines(RANDOM, 64, "\r\n"), "<1200 bytes>"),
+    "76 columns, escaped": (base64_lines(RANDOM, 76, "\\n"), "<1200 bytes>"),
+    "URL-safe": (base64.urlsafe_b64encode(RANDOM).decode(), "<1200 bytes>"),
+    "URL-safe, no padding": (base64.urlsafe_b64encode(RANDOM[:1000]).decode().rstrip("="), "<1000 bytes>"),
+    "quoted": (f"data:image/svg+xml,{SVG}", f"data:image/svg+xml,<{len(urllib.parse.unquote(SVG))} bytes>"),
+    "quoted, charset": (f"data:image/svg+xml;charset=utf-8,{SVG}", "data:image/svg+xml;charset=utf-8,<"),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    "where", ["{}", "see {} and", 'x = "{}"', "words " * 300 + "\n{}\n" + "words " * 300, "語" * 300 + "\n{}"]
+)
+def test_media_in_other_forms_is_named_by_size_too(form: str, where: str) -> None:
+    data, size = FORMS[form]
+    before, _, after = where.partition("{}")
+    for text in (
+        Content(65536).text(where.format(data)),
+        json.loads(Content(65536).json([where.format(data)]))[0],
+        json.loads(Content(65536).json({"a": {"b": where.format(data)}}))["a"]["b"],
+    ):
+        assert text.startswith(before + size)
+        assert text.endswith(after)
+        assert len(text) < len(where) + 100
+    assert Content(65536, media=True).text(where.format(data)) == where.format(data)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_other_forms_where_a_text_is_cut_are_not_shown_in_part(form: str) -> None:
+    data = FORMS[form][0]
+    for before in range(0, 1100, 37):
+        shown = Content(1000).text("ä " * (before // 2) + f"{data} " + "z " * 5000)
+        assert data[60:100] not in shown
+        assert data[-60:-20] not in shown
+
+
 @pytest.mark.parametrize("before", [0, 1, 100, 200, 900, 1000])
 def test_media_at_the_place_where_a_text_is_cut_is_not_shown_in_part(before: int) -> None:
     long = base64.b64encode(bytes(range(256)) * 2000).decode()
@@ -119,5 +170,22 @@ def test_media_at_the_place_where_a_text_is_cut_is_not_shown_in_part(before: int
 
 def test_what_only_looks_like_media_stays() -> None:
     path = "/" + "/".join(["usr"] * 100)
-    for text in ("a" * 600, "ACGT" * 200, "0123456789" * 60, path, "data: a, b", "x" * 255 + " " + "Y1" * 120):
+    words = "-".join(["Step", "one", "of", "2"] * 100)
+    lines = [hashlib.sha256(bytes([n])).hexdigest() + "\n" for n in range(40)]
+    for text in (
+        "-" * 400,
+        words,
+        words.replace("-", "_"),
+        "".join(lines),
+        ("ACGT" * 15 + "\n") * 20,
+        "data:image/png,abc%20",
+        "data:a/b," + "1,2, 3%, " * 100,
+        '"DATA:" 50% ' * 100,
+        "a" * 600,
+        "ACGT" * 200,
+        "0123456789" * 60,
+        path,
+        "data: a, b",
+        "x" * 255 + " " + "Y1" * 120,
+    ):
         assert Content(65536).text(text) == text

@@ -67,13 +67,28 @@ _VIEWS: Final = frozenset(map(id, (type({}.keys()), type({}.values()), type({}.i
 _ARRAY_LIBRARIES: Final = frozenset({"numpy", "pandas", "polars", "torch", "tensorflow", "jax", "jaxlib", "pyarrow"})
 _EXAMPLES: Final = ("dspy.primitives.example", "dspy.primitives.prediction")
 _BASE64_LENGTH: Final = 256
+_LINE_LENGTH: Final = 56
+_BEGINNING: Final = 512
+"""Binary data in a text is recognised by so many characters of it."""
+_MOST_DASHES: Final = 24
+"""Of so many characters at most this many are dashes in URL-safe base64: words joined by dashes have more."""
+_LINE: Final = r"[A-Za-z0-9+/]{60,76}"
+_LINE_END: Final = r"(?:\r?\n|(?:\\r)?\\n)"  # also escaped, as in JSON
+# In groups of four: what follows a last line that is full may be a word.
+_LAST_LINE: Final = (
+    r"(?:[A-Za-z0-9+/]{4}){0,19}(?:[A-Za-z0-9+/]{4}|[A-Za-z0-9+/]{2}==|[A-Za-z0-9+/]{3}=)(?=[\s\"'\\`]|\Z)"
+)
+_QUOTED_URL: Final = re.compile(r"data:[\w.+-]{1,40}/[\w.+-]{1,80}[;,]")
 _BASE64: Final = re.compile(r"[A-Za-z0-9+/]+")
-_UP_TO_OTHER: Final = re.compile(r".*[^A-Za-z0-9+/]", re.DOTALL)
-# Binary data inside a text: a data URL, or base64 alone. DSPy writes an image of a demo, a history or a tool's result
-# into a text that way when it saves a program or makes a prompt.
+_UP_TO_OTHER: Final = re.compile(r".*[^A-Za-z0-9+/_-]", re.DOTALL)
+# Binary data inside a text: a data URL, or base64 alone, also in lines or URL-safe. DSPy writes an image of a demo, a
+# history or a tool's result into a text that way when it saves a program or makes a prompt.
 _MEDIA: Final = re.compile(
     r"(data:[\w.+/-]{0,80}(?:;[\w=.+-]{0,80}){0,8};base64,)[A-Za-z0-9+/_-]*={0,2}"
+    rf"|(data:[\w.+-]{{1,40}}/[\w.+-]{{1,80}}(?:;[\w=.+-]{{1,40}}){{0,3}},)[^\s\"<>\\`]{{{_BASE64_LENGTH},}}"
     rf"|(?<![A-Za-z0-9+/])[A-Za-z0-9+/]{{{_BASE64_LENGTH},}}={{0,2}}"
+    rf"|(?<![A-Za-z0-9+/]){_LINE}(?:{_LINE_END}{_LINE}){{3,}}(?:{_LINE_END}{_LAST_LINE})?"
+    rf"|(?<![A-Za-z0-9_-])[A-Za-z0-9_-]{{{_BASE64_LENGTH},}}={{0,2}}"
 )
 
 
@@ -99,19 +114,19 @@ def _exact(text: str, most: int) -> str:
 
 
 def _is_base64(start: str) -> bool:
-    """Whether a text that begins so is binary data in base64: one unbroken run of letters in both cases and digits."""
+    """Whether a run that begins so is binary data in base64: letters in both cases and digits, not many words."""
     return (
-        " " not in start
-        and _BASE64.fullmatch(start) is not None
-        and any(map(str.islower, start))
+        any(map(str.islower, start))
         and any(map(str.isupper, start))
         and any(map(str.isdigit, start))
+        and start.count("-") + start.count("_") <= _MOST_DASHES
     )
 
 
 def _has_base64(text: str) -> bool:
-    """Whether a run of at least ``_BASE64_LENGTH`` characters of base64 is in a text."""
+    """Whether a run of at least ``_BASE64_LENGTH`` characters of base64, or some lines of it, may be in a text."""
     start, length = 0, len(text)
+    in_lines = "\n" in text or "\\" in text
     while start + _BASE64_LENGTH <= length:
         end = start + _BASE64_LENGTH
         # Behind the last character that belongs to no such run; a space is found faster.
@@ -119,6 +134,10 @@ def _has_base64(text: str) -> bool:
         if space >= 0:
             start = space + 1
         elif (found := _UP_TO_OTHER.match(text, start, end)) is not None:
+            # In lines, such a run is before the last end of a line; CR and escapes take two characters more at most.
+            line = max(text.rfind("\n", start, end), text.rfind("\\", start, end)) - 2 if in_lines else start
+            if line - _LINE_LENGTH > start and _BASE64.fullmatch(text, line - _LINE_LENGTH, line) is not None:
+                return True
             start = found.end()
         else:
             return True
@@ -126,7 +145,12 @@ def _has_base64(text: str) -> bool:
 
 
 def _has_media(text: str) -> bool:
-    return ("data:" in text and ";base64," in text) or (len(text) >= _BASE64_LENGTH and _has_base64(text))
+    return _has_data_url(text) or (len(text) >= _BASE64_LENGTH and _has_base64(text))
+
+
+def _has_data_url(text: str) -> bool:
+    """Whether a data URL may be in a text. One character is found much faster, and many texts lack it."""
+    return (";" in text and ";base64," in text) or ("%" in text and _QUOTED_URL.search(text) is not None)
 
 
 def without_media(text: str, most: int) -> tuple[str, int]:
@@ -141,7 +165,7 @@ def without_media(text: str, most: int) -> tuple[str, int]:
     while room > 0 and position < length:
         stop = min(position + room, length)
         # One that begins before `stop` shows at its first characters; how long it is, only where it ends.
-        found = _MEDIA.search(text, position, stop + _BASE64_LENGTH)
+        found = _MEDIA.search(text, position, stop + _BEGINNING)
         if found is not None:
             found = _MEDIA.match(text, found.start()) if found.start() < stop else None
         if found is None:
@@ -156,11 +180,16 @@ def without_media(text: str, most: int) -> tuple[str, int]:
 
 def _described_media(text: str, found: re.Match[str]) -> str:
     start, end = found.span()
+    if found.start(2) >= 0:
+        data = found.end(2)
+        size = end - data - 2 * str.count(text, "%", data, end)
+        return f"{str.__getitem__(text, slice(start, data))}<{size} bytes>"
     data = start if found.start(1) < 0 else found.end(1)
     if data == start and not _is_base64(str.__getitem__(text, slice(start, start + _BASE64_LENGTH))):
         return str.__getitem__(text, slice(start, end))
+    breaks = str.count(text, "\n", data, end) + str.count(text, "\r", data, end) + 2 * str.count(text, "\\", data, end)
     padding = str.count(text, "=", max(data, end - 2), end)
-    return f"{str.__getitem__(text, slice(start, data))}<{(end - data) * 3 // 4 - padding} bytes>"
+    return f"{str.__getitem__(text, slice(start, data))}<{(end - data - breaks) * 3 // 4 - padding} bytes>"
 
 
 def base64_size(text: str, start: int = 0) -> int:
@@ -244,7 +273,7 @@ class _ContentWalker(Walker):
         length = str.__len__(value)
         beyond = redaction.lookahead()
         most, unseen = longest + beyond, 0
-        if (not self.content.media or length > longest) and _has_media(_exact(value, most + _BASE64_LENGTH)):
+        if (not self.content.media or length > longest) and _has_media(_exact(value, most + _BEGINNING)):
             value, unseen = without_media(value, most)
             length = len(value)
         piece = _exact(value, most if length > longest else length)
@@ -596,7 +625,7 @@ class Content:
         if self.redact is not None or sum(map(len, strings)) > self.limit:
             return False
         together = "\n".join(strings)
-        if ";" in together and ";base64," in together:  # One character is found much faster, and many texts lack it.
+        if _has_data_url(together):
             return False
         if len(together) >= _BASE64_LENGTH and _has_base64(together):
             return False
