@@ -256,8 +256,8 @@ SHAPES: Final = (
     Shape("password in a command", " -p", r"( login [^\r\n|;&]{0,120}-p[ =]?[\"']?)[^\s\"'\-][^\s\"']{3,}"),
     Shape("password in a command", " -p", r"(mysql[^\r\n|;&]{0,120} -p[\"']?)[^\s\"'][^\s\"']{3,}"),
     Shape("variable of a Dockerfile", "ENV ", r"(ENV \w{0,64}(?:KEY|TOKEN|SECRET|PASSWO?R?D) )[^\s=]\S{3,}"),
-    Shape("SQL", "IDENTIFIED", r"(IDENTIFIED (?:WITH \S{1,40} )?BY ')[^'\r\n]{3,}"),
-    Shape("SQL", "PASSWORD '", r"(PASSWORD ')[^'\r\n]{3,}"),
+    Shape("SQL", "IDENTIFIED", r"(IDENTIFIED (?:WITH \S{1,40} )?BY ')[^'\"\\\r\n]{3,128}(')"),
+    Shape("SQL", "PASSWORD '", r"(PASSWORD ')[^'\"\\\r\n]{3,128}(')"),
     Shape("netrc", "assword", r"(login \S{1,128}\s{1,8}password )\S{3,}"),
     Shape(
         "password in a sentence",
