@@ -44,7 +44,10 @@ def failed(where: str, error: BaseException) -> None:
     if raises:
         raise error
     # The message of an error may quote what the program works on: the warning has only its type, maybe a user's own.
-    name = plain_name(type(error).__name__)
+    try:
+        name = plain_name(type(error).__name__)
+    except Exception:  # what makes names plain has failed itself
+        name = "Exception"
     warn_once((where, name), "%s failed (%s); that detail is missing from telemetry", where, name)
 
 
