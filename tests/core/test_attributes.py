@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from types import SimpleNamespace
 from typing import Any
 
@@ -118,3 +119,14 @@ def test_no_name_is_a_command_to_a_terminal(telemetry: Any) -> None:
     assert [label for label in labels if "tool" in label or "model" in label or "metric" in label]
     assert all(label.isprintable() for label in labels)
     assert not [name for name in names if not set(CONTROL).difference(KEPT).isdisjoint(name)]
+
+
+def test_a_saved_program_loads_with_its_control_characters(telemetry: Any) -> None:
+    telemetry.instrument(capture_content="span_only")
+    rows = [dspy.Example(question=CONTROL, answer=f"ä{CONTROL}").with_inputs("question")]
+    program = dspy.LabeledFewShot(k=1).compile(dspy.Predict("question -> answer"), trainset=rows)
+    attributes = telemetry.only("compile").attributes
+    assert "dspy.program.state.complete" not in attributes
+    loaded = dspy.Predict("question -> answer")
+    loaded.load_state(json.loads(attributes["dspy.program.state"]))
+    assert loaded.dump_state()["demos"] == program.dump_state()["demos"]

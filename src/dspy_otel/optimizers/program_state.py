@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from typing import Any, Final
 
 from dspy_otel import semconv
@@ -17,6 +18,7 @@ from dspy_otel.operations.module_tree import attributes, named_parameters, named
 
 MOST: Final = 256 * 1024
 """Bytes of a saved state that may be recorded whatever the content limit: a truncated state cannot be loaded."""
+_CONTROLS: Final = re.compile(r"[\x7f-\x9f]")
 
 
 def state_of(program: Any) -> dict[str, Any]:
@@ -139,6 +141,8 @@ def _state_attributes(telemetry: Telemetry, program: Any, key: str) -> Attribute
     state, loadable = saved(program)
     content = telemetry.content
     text = Content(max(content.limit, MOST), content.media, content.redact).json(state)
+    # Escaped, as JSON has the other control characters: those would be replaced on the way into a span.
+    text = _CONTROLS.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
     attributes: Attributes = {key: text}
     if not loadable or not _is_whole(state, text):
         attributes[key + semconv.STATE_COMPLETE] = False
