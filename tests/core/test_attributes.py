@@ -130,3 +130,21 @@ def test_a_saved_program_loads_with_its_control_characters(telemetry: Any) -> No
     loaded = dspy.Predict("question -> answer")
     loaded.load_state(json.loads(attributes["dspy.program.state"]))
     assert loaded.dump_state()["demos"] == program.dump_state()["demos"]
+
+
+def test_parameters_of_an_optimizer_are_repaired_too(telemetry: Any) -> None:
+    telemetry.instrument(capture_content="span_only")
+
+    def metric(example: Any, prediction: Any, trace: Any = None) -> float:
+        return 1.0
+
+    metric.__name__ = f"metric{CONTROL}"
+    rows = [dspy.Example(question=f"q{CONTROL}", answer="a").with_inputs("question")]
+    optimizer = dspy.BootstrapFewShot(metric=metric, max_rounds=1, teacher_settings={CONTROL: f"ä{CONTROL}{HALF}"})
+    optimizer.compile(dspy.Predict("question -> answer"), trainset=rows)
+    attributes = telemetry.only("compile BootstrapFewShot").attributes
+    assert attributes["dspy.optimizer.params.metric"].startswith("metric\ufffd")
+    assert "dspy.optimizer.params.teacher_settings" in attributes
+    texts = [value for value in attributes.values() if isinstance(value, str)]
+    assert not [text for text in texts if not set(CONTROL).difference(KEPT).isdisjoint(text)]
+    encode_spans(telemetry.spans)

@@ -10,7 +10,7 @@ from opentelemetry.trace import Link
 
 from dspy_otel import semconv
 from dspy_otel.content import introspection
-from dspy_otel.core.attributes import Attributes
+from dspy_otel.core.attributes import Attributes, repair
 from dspy_otel.core.call_context import CallContext, current_call_context
 from dspy_otel.core.internal_errors import guard
 from dspy_otel.core.operation import Call, Operation, SpanStart, openinference
@@ -146,6 +146,7 @@ class CompileOperation(Operation):
             state.tracker.arguments_known()
         if context.span is not None and context.span.is_recording():
             attributes.update(self._about(run, context.owner, new, described=not attributes))
+            repair(attributes)
             context.span.set_attributes(attributes)
 
     def open(
@@ -238,6 +239,7 @@ class CompileOperation(Operation):
 def put_attributes(call: Call) -> None:
     """Set the attributes collected so far: a compile takes long, and processors may show its span before it ends."""
     if call.attributes:
+        repair(call.attributes)
         call.span.set_attributes(call.attributes)
         call.attributes = {}
 
