@@ -12,7 +12,7 @@ import pytest
 
 import dspy_otel
 from dspy_otel.operations.lm_request import is_loopback
-from dspy_otel.operations.lm_response import id_of_answer, response_of_call_result, without_provider
+from dspy_otel.operations.lm_response import id_of_litellm, response_of_call_result, without_provider
 from tests.operations.common import NATIVE, VERSION, dummy, only_native
 from tests.support.openai_server import Reply
 
@@ -154,8 +154,8 @@ def test_an_id_that_litellm_makes_up_is_left_out():
     from litellm import ModelResponse
 
     assert ModelResponse().id
-    assert id_of_answer(ModelResponse()) is None
-    assert id_of_answer(ModelResponse(id="chatcmpl-9X3")) == "chatcmpl-9X3"
+    assert id_of_litellm(ModelResponse()) is None
+    assert id_of_litellm(ModelResponse(id="chatcmpl-9X3")) == "chatcmpl-9X3"
 
 
 @only_native

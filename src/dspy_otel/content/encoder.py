@@ -625,7 +625,7 @@ class Content:
         if self.redact is not None or sum(map(len, strings)) > self.limit:
             return False
         together = "\n".join(strings)
-        if _has_data_url(together):
+        if (";" in together or "%" in together) and _has_data_url(together):
             return False
         if len(together) >= _BASE64_LENGTH and _has_base64(together):
             return False

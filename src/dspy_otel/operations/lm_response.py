@@ -73,9 +73,10 @@ def response_of_call_result(result: Any, requested: Any, stream: Any = None) -> 
         reasons = [reason for each in responses if (reason := finish_reason(each.finish_reason))]
         model, response_id = _model_of_lm15(responses[0]), _id_of_lm15(responses[0])
     else:
-        reasons, response_id = choice_reasons(raw), id_of_answer(raw)
-        streamed = is_litellm(raw) and was_streamed(raw)
-        model = model_of_litellm(raw, requested, streamed) if is_litellm(raw) else result.response_model
+        litellm = is_litellm(raw)
+        reasons, response_id = choice_reasons(raw), id_of_litellm(raw) if litellm else field(raw, "id")
+        streamed = litellm and was_streamed(raw)
+        model = model_of_litellm(raw, requested, streamed) if litellm else result.response_model
         if cache_hit and streamed:
             cost = None  # DSPy keeps the price, but not whether anybody counted what it is for.
     if stream is not None:
@@ -109,12 +110,10 @@ def _id_of_lm15(response: Any) -> Any:
     return field(getattr(response, "provider_data", None), "id") if found is None else found
 
 
-def id_of_answer(response: Any) -> str | None:
-    """The server's id of an answer; LiteLLM makes one up where a server gives none."""
+def id_of_litellm(response: Any) -> str | None:
+    """The server's id of an answer of LiteLLM, which makes one up where the server gives none."""
     found = introspection.text(field(response, "id"), LONGEST)
-    if found is None or (is_litellm(response) and _MADE_BY_LITELLM.fullmatch(found)):
-        return None
-    return found
+    return None if found is None or _MADE_BY_LITELLM.fullmatch(found) else found
 
 
 def is_litellm(response: Any) -> bool:

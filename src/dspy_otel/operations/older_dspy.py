@@ -17,7 +17,7 @@ from dspy_otel.operations.lm import LMCallState
 from dspy_otel.operations.lm_response import (
     LMResponse,
     choice_reasons,
-    id_of_answer,
+    id_of_litellm,
     is_litellm,
     model_of_litellm,
     short_text,
@@ -78,14 +78,15 @@ def response_of_openai(response: Any, outputs: Any, requested: Any, streamed: bo
         requested: DSPy's name of the model, with its provider.
         streamed: LiteLLM has put it together from chunks.
     """
-    model = model_of_litellm(response, requested, streamed) if is_litellm(response) else field(response, "model")
+    litellm = is_litellm(response)
+    model = model_of_litellm(response, requested, streamed) if litellm else field(response, "model")
     return LMResponse(
         outputs=list(introspection.items(outputs)),
         usage=usage_counters(field(response, "usage")),
         cost=introspection.real(field(field(response, "_hidden_params"), "response_cost")),
         cache_hit=field(response, "cache_hit") is True,
         model=short_text(model),
-        response_id=short_text(id_of_answer(response)),
+        response_id=short_text(id_of_litellm(response) if litellm else field(response, "id")),
         finish_reasons=choice_reasons(response),
     )
 
