@@ -450,7 +450,7 @@ def test_nothing_is_written_to_a_file_that_others_can_open(tmp_path: Path) -> No
     assert planted.read_bytes() == b""
 
 
-def test_a_disk_that_hangs_does_not_hold_the_end_up(
+def test_a_disk_that_hangs_does_not_block_the_end(
     directory: Path, store: Memory, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     hangs = threading.Event()

@@ -71,6 +71,7 @@ def test_a_handler_that_the_program_sets_later_stays() -> None:
 WORKERS = """
     import json, logging, multiprocessing, os, sys
     from concurrent.futures import ProcessPoolExecutor
+    from multiprocessing import util
     from opentelemetry.sdk.trace import TracerProvider
     from dspy_otel.mlflow import MLflowSpanExporter
     from dspy_otel.mlflow.exporter import track_runs
@@ -83,11 +84,14 @@ WORKERS = """
     def work(number):
         provider.get_tracer("dspy_otel").start_span("span").end()
 
+    def late():
+        util.Finalize(None, work, args=(0,), exitpriority=5)
+
     if __name__ == "__main__":
         context = multiprocessing.get_context({method!r})
         with ProcessPoolExecutor(2, mp_context=context) as pool:
             list(pool.map(work, range(20)))
-        one = context.Process(target=work, args=(0,))
+        one = context.Process(target=late)
         one.start()
         one.join()
 """

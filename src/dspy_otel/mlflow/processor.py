@@ -494,7 +494,7 @@ class MLflowProcessor(SpanProcessor):
                 return
 
     def _close(self) -> None:
-        """End the journal and log the account, once; a disk that hangs does not hold the end of the program up."""
+        """Close the journal and log the account, once. A disk that hangs delays the end by seconds only."""
         if self._closing.acquire(blocking=False):
             thread = start_thread(self._close_now, "dspy-otel-mlflow-close")
             if thread is None:

@@ -24,8 +24,8 @@ SECONDS: Final = 8.0
 """Most time for the delivery. Docker kills a container ten seconds after the signal, Kubernetes after thirty."""
 _LAST: Final = 2.0
 """Of these, what is left when delivery has to stop: for the journal, and for the line in the log."""
-_FIRST: Final = 1000
-"""Before ``multiprocessing`` ends its own queues and threads."""
+_LAST_BEFORE_CHILDREN_END: Final = 0
+"""The priority of a finalizer of ``multiprocessing``: after those of the program, which may still make spans."""
 
 
 class SupportsShutdown(Protocol):
@@ -59,7 +59,7 @@ def _in_worker(running: SupportsShutdown) -> None:
         if (one := found()) is not None:
             one.shutdown()
 
-    util.Finalize(None, shut_down, exitpriority=_FIRST)
+    util.Finalize(None, shut_down, exitpriority=_LAST_BEFORE_CHILDREN_END)
 
 
 def after_shutdown(ended: SupportsShutdown) -> None:

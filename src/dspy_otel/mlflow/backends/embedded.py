@@ -467,29 +467,24 @@ def _leave_unpriced(span: Any) -> None:
 def _assessment(score: Assessment, run_id: str | None) -> Any:
     from mlflow.entities import AssessmentError, AssessmentSource, Expectation, Feedback
 
-    if not isinstance(score, Score):
-        expectation = Expectation(
-            name=score.name,
-            value=score.value,
-            source=AssessmentSource("CODE", base.EXPECTATION_SOURCE),
-            metadata=base.score_metadata(score, run_id),
-            span_id=score.span_id,
-            trace_id=score.trace_id,
+    place: dict[str, Any] = {
+        "name": score.name,
+        "value": score.value,
+        "metadata": base.score_metadata(score, run_id),
+        "span_id": score.span_id,
+        "trace_id": score.trace_id,
+    }
+    if isinstance(score, Score):
+        made = Feedback(
+            error=None if score.error is None else AssessmentError(score.error, score.message or base.FAILED_EXAMPLE),
+            rationale=score.rationale,
+            source=AssessmentSource("CODE", score.name),
+            **place,
         )
-        expectation.assessment_id = score.id
-        return expectation
-    feedback = Feedback(
-        name=score.name,
-        value=score.value,
-        error=None if score.error is None else AssessmentError(score.error, score.message or base.FAILED_EXAMPLE),
-        rationale=score.rationale,
-        source=AssessmentSource("CODE", score.name),
-        metadata=base.score_metadata(score, run_id),
-        span_id=score.span_id,
-        trace_id=score.trace_id,
-    )
-    feedback.assessment_id = score.id
-    return feedback
+    else:
+        made = Expectation(source=AssessmentSource("CODE", base.EXPECTATION_SOURCE), **place)
+    made.assessment_id = score.id
+    return made
 
 
 def _stored_trace(trace: Any) -> StoredTrace:
