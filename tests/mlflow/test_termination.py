@@ -77,7 +77,8 @@ WORKERS = """
     from dspy_otel.mlflow.exporter import track_runs
     from opentelemetry.sdk.trace.export import BatchSpanProcessor
 
-    provider = TracerProvider()
+    # From Python 3.13 on, a spawned process runs atexit's functions, the provider's among them, before its finalizers.
+    provider = TracerProvider(shutdown_on_exit=False)
     provider.add_span_processor(BatchSpanProcessor(MLflowSpanExporter({url!r})))
     track_runs(provider)
 
