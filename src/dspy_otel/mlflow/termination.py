@@ -47,16 +47,16 @@ def before_termination(running: SupportsShutdown) -> None:
 
 def before_worker_ends(running: SupportsShutdown) -> None:
     """Shut an object down when a worker process of ``multiprocessing`` ends; it is referenced weakly."""
-    util.register_after_fork(running, _in_worker)
-    if process.parent_process() is not None:
-        _in_worker(running)
+    util.register_after_fork(running, _add_finalizer)
+    _add_finalizer(running)
 
 
-def _in_worker(running: SupportsShutdown) -> None:
+def _add_finalizer(running: SupportsShutdown) -> None:
     found = weakref.ref(running)
 
     def shut_down() -> None:
-        if (one := found()) is not None:
+        # Asked here, because a spawned process does not know its parent yet while it imports the program.
+        if process.parent_process() is not None and (one := found()) is not None:
             one.shutdown()
 
     util.Finalize(None, shut_down, exitpriority=_LAST_BEFORE_CHILDREN_END)
