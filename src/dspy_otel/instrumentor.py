@@ -16,6 +16,7 @@ from dspy_otel.coexistence import OtherInstrumentations
 from dspy_otel.config import Config
 from dspy_otel.content import redaction
 from dspy_otel.content.id_key import IdKey
+from dspy_otel.content.introspection import library, members_of, module_of
 from dspy_otel.core.errors import formatting_without_our_frames
 from dspy_otel.core.id_generator import give_exporters_a_generator
 from dspy_otel.core.internal_errors import failed, guard, reset_warnings, warn_once
@@ -246,7 +247,7 @@ def wrap_class_tree(
         for name, make in methods:
             if owner is base:
                 patches.wrap(base, name, make, loses=loses)
-            elif name in vars(owner) and not _hands_on(owner, name):
+            elif name in members_of(owner) and not _hands_on(owner, name):
                 patches.wrap(owner, name, functools.partial(make, override_of=override_of))
 
     for owner in (base, *_subclasses(base)):
@@ -269,15 +270,15 @@ def wrap_class_tree(
 
 def _hands_on(owner: type, method: str) -> bool:
     """Whether ``owner`` is a class of DSPy whose override of ``method`` ends in another call that is watched."""
-    if method not in ("__call__", "acall") or not owner.__module__.startswith("dspy."):
+    if method not in ("__call__", "acall") or library(owner) != "dspy":
         return False
-    function = vars(owner)[method]
+    function = members_of(owner)[method]
     if not isinstance(function, FunctionType):
         return True  # another instrumentation's wrapper around it
     code = function.__code__
     # By super(), to the synchronous way (DummyLM before DSPy 3.2), or to the LM it stands for.
     through = "__class__" in code.co_freevars or (method == "acall" and "__call__" in code.co_names)
-    return through or owner.__module__ == "dspy.primitives.facade"
+    return through or module_of(owner) == "dspy.primitives.facade"
 
 
 def _subclasses(base: type[Any]) -> list[type[Any]]:

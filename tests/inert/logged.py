@@ -42,7 +42,7 @@ def stand_in(real: Any, name: str) -> Any:
 
 
 def derived(base: type, name: str) -> Any:
-    """A class that derives from ``base``, whose instances are asked what those of ``base`` are."""
+    """A class that derives from ``base``; what is asked of it and of its instances is written down."""
 
     def method(special: str, own: Callable[..., Any]) -> Callable[..., Any]:
         def asked(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -57,11 +57,17 @@ def derived(base: type, name: str) -> Any:
 
     found = {special: getattr(base, special, None) for special in _SPECIAL}
     body = {special: method(special, own) for special, own in found.items() if own is not None}
-    return type(name, (base,), {**body, "__getattribute__": attribute, "__module__": __name__})
+    kind: Any = asking(type(base), name)
+    return kind(name, (base,), {**body, "__getattribute__": attribute, "__module__": __name__})
 
 
 def of_logged_class(name: str) -> Any:
     """A plain object whose class writes down what it is asked itself, as an entry of a set is for its hash."""
+    return asking(type, name)("Asked", (), {"__module__": __name__})()
+
+
+def asking(base: type, name: str) -> Any:
+    """A metaclass that derives from ``base``, whose classes write down what they are asked."""
 
     def hashed(kind: Any) -> int:
         LOG.append((name, "__hash__ of its class"))
@@ -73,7 +79,6 @@ def of_logged_class(name: str) -> Any:
 
     def attribute(kind: Any, wanted: str) -> Any:
         LOG.append((name, f"{wanted} of its class"))
-        return type.__getattribute__(kind, wanted)
+        return base.__getattribute__(kind, wanted)
 
-    asking = type("Asking", (type,), {"__hash__": hashed, "__eq__": equal, "__getattribute__": attribute})
-    return asking("Asked", (), {"__module__": __name__})()
+    return type("Asking", (base,), {"__hash__": hashed, "__eq__": equal, "__getattribute__": attribute})

@@ -405,7 +405,12 @@ def test_classes_of_the_users_own(name: str, telemetry: Recorder) -> None:
     assert_same(telemetry, name, run)
 
 
-ROW, ANSWERED = derived(dspy.Example, "row"), derived(dspy.Prediction, "prediction")
+def answered() -> Any:
+    return derived(dspy.Prediction, "prediction")(answer="a", score=0.5, feedback="f")
+
+
+def row() -> Any:
+    return derived(dspy.Example, "row")(question="q", answer="a", score=0.5)
 
 
 class Answering(dspy.Module):
@@ -420,8 +425,8 @@ class Answering(dspy.Module):
 
 
 VALUES: dict[str, Callable[[], Any]] = {
-    "prediction": lambda: ANSWERED(answer="a", score=0.5, feedback="f"),
-    "row": lambda: ROW(question="q", answer="a", score=0.5),
+    "prediction": answered,
+    "row": row,
     "anything": lambda: stand_in(object(), "anything"),
     "a number": lambda: stand_in(0.5, "number"),
     "a number's subclass": lambda: derived(float, "number")(0.5),
@@ -454,7 +459,7 @@ def test_results_of_programs_tools_metrics_and_retrievers(name: str, telemetry: 
         "retriever": lambda: Finds(k=1)("q"),
         "evaluated program": lambda: evaluated(make, metric),
         "metric": lambda: evaluated(lambda: dspy.Prediction(answer="a"), lambda *_: make()),
-        "rows": lambda: evaluated(lambda: dspy.Prediction(answer="a"), metric, ROW),
+        "rows": lambda: evaluated(lambda: dspy.Prediction(answer="a"), metric, derived(dspy.Example, "row")),
         "bootstrap": lambda: dspy.BootstrapFewShot(metric=lambda *_: make(), max_bootstrapped_demos=1).compile(
             program(), trainset=rows(2)
         ),

@@ -12,7 +12,6 @@ import uuid
 from itertools import islice
 from types import FunctionType, MethodType
 from typing import Any, Final
-from weakref import WeakKeyDictionary
 
 from dspy_otel.content import introspection
 from dspy_otel.content.introspection import LEAVES, is_a
@@ -208,13 +207,12 @@ def _serializes_itself(kind: type) -> bool:
     They come with the class (serializers, computed fields), its settings (``json_encoders``) or the type of a field
     (``Annotated``): all are in the schema that pydantic has compiled.
     """
-    known = _SERIALIZING.get(kind)
-    if known is None:
-        known = _SERIALIZING[kind] = _has_functions(introspection.members_of(kind).get("__pydantic_core_schema__"))
-    return known
+    return _serializing.of(kind)
 
 
-_SERIALIZING: Final[WeakKeyDictionary[type, bool]] = WeakKeyDictionary()
+_serializing: Final = introspection.ByClass(
+    lambda kind: _has_functions(introspection.members_of(kind).get("__pydantic_core_schema__"))
+)
 _MAX_SCHEMA: Final = 20_000
 _MAKERS: Final = ("pydantic.", "dspy.")
 

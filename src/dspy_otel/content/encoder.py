@@ -369,7 +369,7 @@ class _ContentWalker(Walker):
         return result
 
     def sequence(self, owner: Any, items: Any, length: int, depth: int) -> Any:
-        if type(items) not in (list, tuple) or not 2 <= len(items) <= _MOST_ARGUMENTS:
+        if (type(items) is not list and type(items) is not tuple) or not 2 <= len(items) <= _MOST_ARGUMENTS:
             return super().sequence(owner, items, length, depth)
         if type(items[0]) is not str and type(items[0]) is not bytes:
             return super().sequence(owner, items, length, depth)

@@ -7,9 +7,10 @@ own methods (an override in a subclass is passed by), and fields are read where 
 from __future__ import annotations
 
 import types
+import weakref
 from collections.abc import Callable, Iterator
 from itertools import islice
-from typing import Any, Final
+from typing import Any, Final, Generic, TypeVar
 
 # The slots of `type` itself: a metaclass cannot stand in between, as it can with `kind.__name__`.
 name_of: Final[Callable[[type], Any]] = type.__dict__["__qualname__"].__get__
@@ -21,7 +22,7 @@ arguments_of: Final[Callable[[BaseException], tuple[Any, ...]]] = BaseException.
 cause_of: Final[Callable[[BaseException], Any]] = BaseException.__dict__["__cause__"].__get__
 context_of: Final[Callable[[BaseException], Any]] = BaseException.__dict__["__context__"].__get__
 
-_DICT_SLOTS: Final = (types.GetSetDescriptorType, types.MemberDescriptorType)
+_DICT_SLOTS: Final = frozenset(map(id, (types.GetSetDescriptorType, types.MemberDescriptorType)))
 # What DSPy hands around is of these packages: their properties are no code of the user's.
 _TRUSTED: Final = frozenset({"dspy", "litellm", "openai", "pydantic"})
 # Classes by identity: a set of them would ask the metaclass of what is looked for (`__hash__`, `__eq__`).
@@ -29,6 +30,32 @@ LEAVES: Final = frozenset(map(id, (str, int, float, bool, type(None), bytes)))
 """Identities of the classes whose values have no parts."""
 _PLAIN: Final = LEAVES.union(map(id, (list, tuple, dict, set, frozenset)))
 _ABSENT: Final = object()
+
+_T = TypeVar("_T")
+
+
+class ByClass(Generic[_T]):
+    """Answers that belong to a class, each worked out once and kept for as long as the class lives.
+
+    Keyed by identity: any dictionary of classes, also one of weak references, would ask a metaclass.
+
+    Args:
+        make: works out the answer for a class.
+    """
+
+    def __init__(self, make: Callable[[type], _T]) -> None:
+        self._make = make
+        self._kept: dict[int, tuple[weakref.ref[type], _T]] = {}
+
+    def of(self, kind: type) -> _T:
+        """The answer for a class."""
+        identity = id(kind)
+        kept = self._kept.get(identity)
+        if kept is not None and kept[0]() is kind:
+            return kept[1]
+        answer = self._make(kind)
+        self._kept[identity] = weakref.ref(kind, lambda _: self._kept.pop(identity, None)), answer
+        return answer
 
 
 def is_a(value: Any, kinds: type | tuple[type, ...]) -> bool:
@@ -47,7 +74,7 @@ def instance_dict(value: Any) -> dict[Any, Any]:
     for base in bases_of(type(value)):
         found = members_of(base).get("__dict__")
         if found is not None:
-            stored = found.__get__(value) if type(found) in _DICT_SLOTS else None
+            stored = found.__get__(value) if id(type(found)) in _DICT_SLOTS else None
             return stored if type(stored) is dict else {}
     return {}
 

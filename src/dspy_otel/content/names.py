@@ -11,6 +11,7 @@ import re
 from typing import Final
 
 from dspy_otel.content import redaction
+from dspy_otel.content.introspection import ByClass, short_name_of
 
 OTHER: Final = "other"
 LONGEST: Final = 256
@@ -51,6 +52,10 @@ def plain_name(text: str) -> str:
 def without_secrets(text: str) -> str:
     """A name that the user gave, as it is except for secrets."""
     return _masked(text, 4 * LONGEST, redaction.remembered)
+
+
+class_name: Final = ByClass(lambda kind: without_secrets(short_name_of(kind))).of
+"""The name of a class, whatever its metaclass makes of it, and without secrets."""
 
 
 def plain_word(text: str) -> str:

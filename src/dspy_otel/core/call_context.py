@@ -46,7 +46,7 @@ class Program:
         name: str,
         program_id: str | None = None,
         paths: dict[int, str] | None = None,
-        origins: dict[tuple[type, str, str], list[str]] | None = None,
+        origins: dict[tuple[int, str, str], list[str]] | None = None,
     ) -> None:
         self.name = name
         self.id = program_id

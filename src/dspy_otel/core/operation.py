@@ -209,7 +209,10 @@ class Operation:
                     return None
                 telemetry.on_outermost()
             elif (
-                parent.owner is instance and parent.kind == self.kind and parent.override_of not in (None, override_of)
+                parent.owner is instance
+                and parent.kind == self.kind
+                and parent.override_of is not None
+                and parent.override_of is not override_of
             ):
                 # A call that comes back to the override which has opened the span is recursion, and another call.
                 self.overridden(parent, args, kwargs, override_of)

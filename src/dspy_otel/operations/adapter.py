@@ -9,6 +9,7 @@ from typing import Any
 
 from dspy_otel import semconv
 from dspy_otel.content import introspection
+from dspy_otel.content.names import class_name
 from dspy_otel.core.attributes import Attributes
 from dspy_otel.core.call_context import CallContext, current_call_context, current_context, suppressed
 from dspy_otel.core.errors import error_type, hide_frames
@@ -69,7 +70,7 @@ class AdapterOperation(Operation):
             return False
         if not self.telemetry.active or suppressed(surrounding):
             return False
-        state, name = context.state, type(adapter).__name__
+        state, name = context.state, class_name(type(adapter))
         if state.adapter is None:
             state.adapter = name
         failed, state.failed_adapter = state.failed_adapter, None
@@ -84,7 +85,7 @@ class AdapterOperation(Operation):
         """Record that this adapter has answered in place of the first one."""
         context = current_call_context()
         if context is not None and isinstance(context.state, ModuleState):
-            context.state.fallback_adapter = type(adapter).__name__
+            context.state.fallback_adapter = class_name(type(adapter))
 
     def watch(self, original: Callable[..., Any]) -> Callable[..., Any]:
         """In place of ``Adapter._call_postprocess``, the one place in which every adapter's parsing fails.
@@ -106,7 +107,7 @@ class AdapterOperation(Operation):
         context = current_call_context()
         if context is None or not isinstance(context.state, ModuleState) or not self.telemetry.enabled():
             return
-        name = type(adapter).__name__
+        name = class_name(type(adapter))
         context.state.failed_adapter = name
         attributes: Attributes = {semconv.ADAPTER_NAME: name, semconv.ERROR_TYPE: error_type(error)}
         completion = introspection.field(error, "lm_response")
@@ -132,7 +133,7 @@ class AdapterSpanOperation(Operation):
     def start(
         self, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any], parent: CallContext | None
     ) -> SpanStart | None:
-        name = type(instance).__name__
+        name = class_name(type(instance))
         attributes: Attributes = {semconv.ADAPTER_NAME: name}
         openinference(attributes, self.telemetry, semconv.KIND_CHAIN)
         context = CallContext(self.kind, instance, parent)

@@ -6,6 +6,7 @@ from typing import Any
 
 from dspy_otel import semconv
 from dspy_otel.content.introspection import is_a
+from dspy_otel.content.names import class_name
 from dspy_otel.core.attributes import Attributes
 from dspy_otel.core.call_context import CallContext
 from dspy_otel.core.operation import Call, Operation, SpanStart, openinference
@@ -19,7 +20,7 @@ class InterpreterOperation(Operation):
     def start(
         self, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any], parent: CallContext | None
     ) -> SpanStart | None:
-        attributes: Attributes = {semconv.INTERPRETER_NAME: type(instance).__name__}
+        attributes: Attributes = {semconv.INTERPRETER_NAME: class_name(type(instance))}
         openinference(attributes, self.telemetry, semconv.KIND_TOOL)
         return SpanStart(semconv.SPAN_EXECUTE_CODE, CallContext(self.kind, instance, parent), attributes)
 

@@ -366,7 +366,7 @@ class LMOperation(Operation):
         if state is None:
             return
         backend, _engine, provider = chosen
-        name = type(backend).__name__
+        name = introspection.short_name_of(type(backend))
         state.engine = _ENGINES.get(name, name)
         if isinstance(provider, str) and semconv.GEN_AI_PROVIDER_NAME not in state.description.request:
             state.provider = PROVIDERS.get(provider, provider)

@@ -46,7 +46,7 @@ _READ: Final = frozenset(
     {*_REQUEST_NUMBERS, "stop", "n", "reasoning_effort", "response_format", "rollout_id", "api_base", "base_url"}
 )
 """The parameters that attributes of a request are made of."""
-_COMPARABLE: Final = frozenset({str, int, float, bool, type(None)})
+_COMPARABLE: Final = frozenset(map(id, (str, int, float, bool, type(None))))
 _LONGEST_COMPARED: Final = 1024
 _MOST_STOPS: Final = 16
 _LONGEST_ADDRESS: Final = 4096
@@ -105,7 +105,7 @@ def request_key(lm: Any, settings: Mapping[str, Any]) -> tuple[Any, ...] | None:
                 key += (name, value is None)
                 continue
             type_ = type(value)
-            if type_ not in _COMPARABLE or (type_ is str and len(value) > _LONGEST_COMPARED):
+            if id(type_) not in _COMPARABLE or (type_ is str and len(value) > _LONGEST_COMPARED):
                 return None
             key += (name, type_, value)  # 1, 1.0 and True are equal, and not the same.
     return tuple(key)

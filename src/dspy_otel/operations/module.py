@@ -6,14 +6,13 @@ import re
 import weakref
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
-from weakref import WeakKeyDictionary
 
 from opentelemetry import baggage
 
 from dspy_otel import semconv
 from dspy_otel.content import introspection
 from dspy_otel.content.introspection import is_a
-from dspy_otel.content.names import without_secrets
+from dspy_otel.content.names import class_name, without_secrets
 from dspy_otel.core.attributes import Attributes, Labels, repair, sendable_name
 from dspy_otel.core.call_context import CallContext, Program
 from dspy_otel.core.errors import error_type
@@ -65,7 +64,7 @@ class ModuleOperation(Operation):
         program = context.program
         outermost = program is None
         if program is None:
-            program = self.programs.find(instance) or Program(type(instance).__name__)
+            program = self.programs.find(instance) or Program(class_name(type(instance)))
             context.program, context.paths = program, program.paths
             # Each program keeps its own totals, beside those of an evaluation or compile around it.
             totals = Totals()
@@ -170,16 +169,15 @@ def caller_attributes() -> Attributes:
 
 def is_agent(instance: Any) -> bool:
     """Whether ``instance`` is one of DSPy's agent modules, or a subclass of one."""
-    kind = type(instance)
-    answer = _AGENT_TYPES.get(kind)
-    if answer is None:
-        answer = any(base.__name__ in AGENT_CLASSES and base.__module__.startswith("dspy.") for base in kind.__mro__)
-        _AGENT_TYPES[kind] = answer
-    return answer
+    return _agents.of(type(instance))
 
 
-# As long as the class lives.
-_AGENT_TYPES: Final[WeakKeyDictionary[type, bool]] = WeakKeyDictionary()
+_agents: Final = introspection.ByClass(
+    lambda kind: any(
+        introspection.short_name_of(base) in AGENT_CLASSES and introspection.library(base) == "dspy"
+        for base in introspection.bases_of(kind)
+    )
+)
 
 
 class ModuleDescription(NamedTuple):
@@ -209,8 +207,8 @@ def describe(instance: Any, program: Program, path: str | None, outermost: bool)
         path: where the module sits in the program, if it does.
         outermost: whether the module is the program itself.
     """
-    class_name = type(instance).__name__
-    labels: Attributes = {semconv.MODULE_CLASS: class_name, semconv.PROGRAM_NAME: program.name}
+    shown = class_name(type(instance))
+    labels: Attributes = {semconv.MODULE_CLASS: shown, semconv.PROGRAM_NAME: program.name}
     attributes = labels.copy()
     if program.id is not None:
         attributes[semconv.PROGRAM_ID] = program.id
@@ -218,16 +216,16 @@ def describe(instance: Any, program: Program, path: str | None, outermost: bool)
         attributes[semconv.MODULE_PATH] = path
         labels[semconv.MODULE_PATH] = _SUBSCRIPT.sub("[*]", path)  # steps[0] and steps[1] are one series
     if is_agent(instance):
-        agent = path or class_name
+        agent = path or shown
         attributes[semconv.GEN_AI_OPERATION_NAME] = semconv.OPERATION_INVOKE_AGENT
         attributes[semconv.GEN_AI_AGENT_NAME] = agent
         span = f"{semconv.OPERATION_INVOKE_AGENT} {agent}"
     elif outermost:
         attributes[semconv.GEN_AI_OPERATION_NAME] = semconv.OPERATION_INVOKE_WORKFLOW
-        attributes[semconv.GEN_AI_WORKFLOW_NAME] = class_name
-        span = f"{semconv.OPERATION_INVOKE_WORKFLOW} {class_name}"
+        attributes[semconv.GEN_AI_WORKFLOW_NAME] = shown
+        span = f"{semconv.OPERATION_INVOKE_WORKFLOW} {shown}"
     else:
-        span = f"{class_name} {path}" if path else class_name
+        span = f"{shown} {path}" if path else shown
     return ModuleDescription(sendable_name(span), attributes, Labels(labels), outermost, [])
 
 
@@ -248,7 +246,7 @@ def signature_attributes(signature: Any, programs: Programs) -> Attributes:
     """Name and field names of a signature; nothing for ``None``."""
     attributes: Attributes = {}
     if signature is not None:
-        attributes[semconv.SIGNATURE_NAME] = signature.__name__
+        attributes[semconv.SIGNATURE_NAME] = class_name(signature)
         fields = programs.signature_fields(signature)
         if fields is not None:
             attributes[semconv.SIGNATURE_FIELDS] = fields

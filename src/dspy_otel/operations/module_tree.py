@@ -10,9 +10,8 @@ share a path.
 
 from __future__ import annotations
 
-import weakref
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from typing import Any, Final, NamedTuple, TypeAlias
 
@@ -37,40 +36,38 @@ _CONTAINER: Final = 1
 _MODULE: Final = 2
 _PREDICTOR: Final = 3
 
-Origins: TypeAlias = dict[tuple[type, str, str], list[str]]
+Origins: TypeAlias = dict[tuple[int, str, str], list[str]]
 
 
-class _Kinds(dict[type, int]):
+_LASTING: Final[dict[int, int]] = {}
+"""What :func:`_kind` says of classes that never end, by identity: Python's built-in ones, and DSPy's."""
+_kept_alive: Final[list[type]] = []
+
+
+def _kind(of: type) -> int:
     """What instances of a class are in a program: predictors, other modules, containers, or nothing of these (0).
 
-    Classes of DSPy are known by name, without importing it. A user's class is not kept alive.
+    Classes of DSPy are known by name, without importing it.
     """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._users: dict[int, tuple[weakref.ref[type], int]] = {}
-
-    def __missing__(self, kind: type) -> int:
-        identity = id(kind)
-        kept = self._users.get(identity)
-        answer = kept[1] if kept is not None and kept[0]() is kind else None
-        if answer is None:
-            bases = introspection.bases_of(kind)
-            names = {introspection.name_of(base) for base in bases if introspection.library(base) == "dspy"}
-            if "BaseModule" in names:
-                answer = _PREDICTOR if "Parameter" in names else _MODULE
-            else:
-                answer = _CONTAINER if issubclass(kind, (dict, list, tuple)) else 0
-            lasting = not _flags_of(kind) & _HEAP or introspection.library(kind) == "dspy"
-            if lasting:
-                self[kind] = answer
-            else:
-                self._users[identity] = weakref.ref(kind, lambda _: self._users.pop(identity, None)), answer
-        return answer
+    bases = introspection.bases_of(of)
+    names = {introspection.name_of(base) for base in bases if introspection.library(base) == "dspy"}
+    if "BaseModule" in names:
+        kind = _PREDICTOR if "Parameter" in names else _MODULE
+    else:
+        kind = _CONTAINER if issubclass(of, (dict, list, tuple)) else 0
+    if not _flags_of(of) & _HEAP or introspection.library(of) == "dspy":
+        _kept_alive.append(of)
+        _LASTING[id(of)] = kind
+    return kind
 
 
-_KINDS: Final = _Kinds()
-_kind_of: Final = _KINDS.__getitem__
+_kinds: Final = introspection.ByClass(_kind)
+
+
+def _kind_of(value: Any) -> int:
+    of = type(value)
+    kind = _LASTING.get(id(of))
+    return _kinds.of(of) if kind is None else kind
 
 
 def attributes(module: Any) -> dict[str, Any]:
@@ -95,9 +92,10 @@ def survey(root: Any) -> tuple[list[Any], list[Any]]:
     containers = 0
     items = [root]
     seen = {id(root)}
+    lasting, kinds = _LASTING.get, _kinds.of
     for item in items:  # Grows meanwhile: breadth first.
         without = frozenset[str]()
-        if _KINDS[type(item)] == _CONTAINER:
+        if _kind_of(item) == _CONTAINER:
             containers += 1
             if containers > _MAX_CONTAINERS:
                 continue
@@ -114,7 +112,9 @@ def survey(root: Any) -> tuple[list[Any], list[Any]]:
             without = _PREDICTOR_STATE if "signature" in stored else _LOGS
             pairs = list(stored.items())
         for key, value in pairs:
-            kind = _KINDS[type(value)]
+            kind = lasting(id(type(value)))
+            if kind is None:
+                kind = kinds(type(value))
             if kind and (kind != _CONTAINER or type(key) is not str or key not in without):
                 identity = id(value)
                 structure += (key if type(key) is str or type(key) is int else id(key), identity)
@@ -127,13 +127,18 @@ def survey(root: Any) -> tuple[list[Any], list[Any]]:
 
 def _pairs(container: Any) -> list[tuple[Any, Any]]:
     """The first keys and values of a container; none if there is no module and no container among them."""
-    kind = type(container)
-    if issubclass(kind, dict):
+    if introspection.is_a(container, dict):
         pairs = list(islice(dict.items(container), _MAX_ITEMS))
-        return pairs if any(_KINDS[type(value)] for _, value in pairs) else []
-    base: Any = list if issubclass(kind, list) else tuple
+        return pairs if _holds_modules([value for _, value in pairs]) else []
+    base: Any = list if introspection.is_a(container, list) else tuple
     values = base.__getitem__(container, slice(_MAX_ITEMS))
-    return list(enumerate(values)) if any(map(_kind_of, map(type, values))) else []
+    return list(enumerate(values)) if _holds_modules(values) else []
+
+
+def _holds_modules(values: Sequence[Any]) -> bool:
+    """Whether a module or container is among the values, most of which are of one class."""
+    first = {id(type(value)): value for value in values}
+    return any(map(_kind_of, first.values()))
 
 
 class _Item(NamedTuple):
@@ -148,14 +153,14 @@ class _Item(NamedTuple):
         if self.kind == _CONTAINER:
             keyed = introspection.is_a(self.value, dict)
             for position, (key, value) in enumerate(_pairs(self.value)):
-                if kind := _KINDS[type(value)]:
+                if kind := _kind_of(value):
                     subscript = _subscript(key, position) if keyed else position
                     yield _Item(f"{self.path}[{subscript}]", value, kind)
             return
         stored = attributes(self.value)
         without = _PREDICTOR_STATE if "signature" in stored else _LOGS
         for name, value in list(stored.items()):
-            kind = _KINDS[type(value)]
+            kind = _kind_of(value)
             if kind and (kind != _CONTAINER or name not in without):
                 yield _Item(f"{self.path}.{name}" if self.path else name, value, kind)
 
@@ -224,7 +229,7 @@ def places_in_digest(root: Any) -> list[tuple[str, Any]]:
 
 
 def _below(place: str, value: Any, depth: int) -> Iterator[tuple[str, Any]]:
-    if _KINDS[type(value)] in (_MODULE, _PREDICTOR):
+    if _kind_of(value) in (_MODULE, _PREDICTOR):
         yield place if len(place) <= _MAX_PATH else f"{place[:_MAX_PATH]}…", value
     elif id(type(value)) in _CONTAINERS and depth:
         for key, inner in islice(value.items() if type(value) is dict else enumerate(value), _MAX_ITEMS):
@@ -297,7 +302,7 @@ def _parameters(module: Any, around: tuple[Any, ...]) -> Iterator[tuple[str, Any
         yield "self", module
     for name, value in list(attributes(module).items()):
         members = [(name, value)]
-        if _KINDS[type(value)] == _CONTAINER:
+        if _kind_of(value) == _CONTAINER:
             keyed = list(dict.items(value)) if introspection.is_a(value, dict) else None
             if keyed is None:
                 members = [(f"{name}[{place}]", item) for place, item in enumerate(introspection.items(value))]
@@ -306,7 +311,7 @@ def _parameters(module: Any, around: tuple[Any, ...]) -> Iterator[tuple[str, Any
         for path, member in members:
             found = [(path, member)]
             if not _derives(member, "Parameter"):
-                if _KINDS[type(member)] != _MODULE or attributes(member).get("_compiled", False):
+                if _kind_of(member) != _MODULE or attributes(member).get("_compiled", False):
                     continue
                 found = [(f"{path}.{inner}", each) for inner, each in _parameters(member, around)]
             for each in found:
@@ -354,10 +359,10 @@ def origins(modules: list[tuple[str, Any]]) -> Origins:
         modules: the modules of a program with their paths.
 
     Returns:
-        By class of a module, path inside it to one of its predictors, and stage of this predictor: the module's path,
-        or several for modules that are copies of each other.
+        By identity of a module's class, path inside it to one of its predictors, and stage of this predictor: the
+        module's path, or several for modules that are copies of each other.
     """
-    classes = {path: type(module) for path, module in modules}
+    classes = {path: id(type(module)) for path, module in modules}
     found: Origins = {}
     for path, module in modules:
         stage = attributes(module).get("stage")
@@ -387,7 +392,7 @@ def origin(modules: list[tuple[str, Any]], known: Origins, caller: str | None) -
         known: what :func:`origins` gave for the program.
         caller: path of the module that calls it: of several originals, one inside of this is meant.
     """
-    kind = type(modules[0][1])
+    kind = id(type(modules[0][1]))
     for inner, module in modules:
         stage = attributes(module).get("stage")
         found = known.get((kind, inner, stage)) if type(stage) is str else None

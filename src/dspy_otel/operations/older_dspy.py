@@ -43,7 +43,7 @@ def record_response(lm: Any, args: tuple[Any, ...], kwargs: dict[str, Any], outp
     answer = response_of_openai(response, outputs, field(lm, "model"), streamed)
     state.response = as_counted(answer, state.usage_requested) if streamed else answer
     # DSPy's own LM has one engine. The class of any other LM is enough.
-    if any(base.__module__ == "dspy.clients.lm" for base in type(lm).__mro__):
+    if any(introspection.module_of(base) == "dspy.clients.lm" for base in introspection.bases_of(type(lm))):
         state.engine = "litellm"
 
 

@@ -9,6 +9,7 @@ from dspy_otel.content import introspection
 from dspy_otel.content.digest import digest
 from dspy_otel.content.id_key import IdKey
 from dspy_otel.content.introspection import LEAVES, is_a
+from dspy_otel.content.names import class_name
 from dspy_otel.core.call_context import Program
 from dspy_otel.core.internal_errors import guard
 from dspy_otel.operations.identity_cache import IdentityCache
@@ -201,7 +202,7 @@ class Programs:
 def _describe(root: Any) -> Program:
     modules = named_modules(root)
     paths = {id(module): path for path, module in modules}
-    return Program(type(root).__name__, _id_of(root), paths, origins(modules))
+    return Program(class_name(type(root)), _id_of(root), paths, origins(modules))
 
 
 @guard("program id")

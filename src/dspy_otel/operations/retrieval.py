@@ -9,6 +9,7 @@ from opentelemetry.trace import SpanKind
 
 from dspy_otel import semconv
 from dspy_otel.content import introspection
+from dspy_otel.content.names import class_name
 from dspy_otel.core.attributes import Attributes
 from dspy_otel.core.call_context import CallContext
 from dspy_otel.core.operation import Call, Operation, SpanStart, openinference
@@ -52,7 +53,7 @@ class RetrievalOperation(Operation):
     def start(
         self, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any], parent: CallContext | None
     ) -> SpanStart | None:
-        name = type(instance).__name__
+        name = class_name(type(instance))
         attributes: Attributes = {
             semconv.GEN_AI_OPERATION_NAME: semconv.OPERATION_RETRIEVAL,
             semconv.GEN_AI_DATA_SOURCE_ID: name,

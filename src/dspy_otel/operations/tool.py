@@ -6,7 +6,7 @@ from typing import Any, Final
 
 from dspy_otel import semconv
 from dspy_otel.content import introspection
-from dspy_otel.content.names import without_secrets
+from dspy_otel.content.names import class_name, without_secrets
 from dspy_otel.core.attributes import Attributes
 from dspy_otel.core.call_context import CallContext
 from dspy_otel.core.errors import error_type
@@ -30,7 +30,7 @@ class ToolOperation(Operation):
         self, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any], parent: CallContext | None
     ) -> SpanStart | None:
         name = name_of(instance)
-        if parent is not None and _END_MARKERS.get(type(parent.owner).__name__) == name:
+        if parent is not None and _END_MARKERS.get(class_name(type(parent.owner))) == name:
             return None
         attributes: Attributes = {
             semconv.GEN_AI_OPERATION_NAME: semconv.OPERATION_EXECUTE_TOOL,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any, TypeVar
 
+from dspy_otel.content import introspection
 from dspy_otel.core.internal_errors import guard
 from dspy_otel.core.telemetry import Telemetry
 from dspy_otel.operations.program import Programs
@@ -51,9 +52,10 @@ class Optimizers:
 
     def tracker_for(self, optimizer: Any) -> type[Tracker]:
         """The tracker of an optimizer: the one of its class, or of the nearest base class in DSPy that has one."""
-        for kind in type(optimizer).__mro__:
-            if kind.__module__.startswith("dspy.") and kind.__name__ in self.trackers:
-                return self.trackers[kind.__name__]
+        for kind in introspection.bases_of(type(optimizer)):
+            name = introspection.short_name_of(kind)
+            if introspection.library(kind) == "dspy" and name in self.trackers:
+                return self.trackers[name]
         return Tracker
 
     @guard("optimizer")

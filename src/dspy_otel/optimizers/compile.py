@@ -10,6 +10,7 @@ from opentelemetry.trace import Link
 
 from dspy_otel import semconv
 from dspy_otel.content import introspection
+from dspy_otel.content.names import class_name
 from dspy_otel.core.attributes import Attributes, repair
 from dspy_otel.core.call_context import CallContext, current_call_context
 from dspy_otel.core.internal_errors import guard
@@ -79,7 +80,7 @@ class CompileOperation(Operation):
         totals = Totals(by_role=True)
         context.program = None
         context.totals = (*context.totals, totals)
-        name = type(instance).__name__
+        name = class_name(type(instance))
         kind = self.tracker_for(instance)
         run = Run(self.telemetry, random_source.token_hex(8), name, context, totals, kind.scale, run_of(parent))
         around = run.parent is not None and run.parent.inference_time

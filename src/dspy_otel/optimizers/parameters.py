@@ -56,8 +56,9 @@ def bound_arguments(
         kwargs: keyword arguments.
         kind: the class whose ``compile()`` this is, when it is not the instance's own.
     """
-    with contextlib.suppress(TypeError, ValueError):
-        signature = inspect.signature((kind or type(instance)).compile)  # type: ignore[attr-defined]
+    with contextlib.suppress(TypeError, ValueError, StopIteration):
+        bases = map(introspection.members_of, introspection.bases_of(kind or type(instance)))
+        signature = inspect.signature(next(members["compile"] for members in bases if "compile" in members))
         bound = signature.bind(instance, *args, **kwargs)
         bound.apply_defaults()
         given: dict[str, Any] = {}
@@ -81,8 +82,8 @@ def constructor_arguments(instance: Any) -> dict[str, Any]:
     """
     stored = introspection.instance_dict(instance)
     found: dict[str, Any] = {}
-    for kind in type(instance).__mro__:
-        init = vars(kind).get("__init__")
+    for kind in introspection.bases_of(type(instance)):
+        init = introspection.members_of(kind).get("__init__")
         if init is None or kind is object:
             continue
         try:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from dspy_otel.content import introspection
+from dspy_otel.content.names import class_name
 from dspy_otel.core.attributes import Attributes
 from dspy_otel.optimizers.run import Run
 from dspy_otel.optimizers.tracker import Evaluation, Tracker, tracks
@@ -38,7 +39,7 @@ class BetterTogetherTracker(Tracker):
         done = self.steps[: self._trials - 1]
         params: Attributes = {"strategy": _SEPARATOR.join(done)}
         if done:
-            params["optimizer"] = type(introspection.field(self.instance, "optimizers")[done[-1]]).__name__
+            params["optimizer"] = class_name(type(introspection.field(self.instance, "optimizers")[done[-1]]))
         return params
 
     def parents(self, about: Evaluation) -> list[str]:

@@ -57,7 +57,7 @@ class GEPATracker(Tracker):
     def state_file(self) -> Path | None:
         folder = introspection.field(self.instance, "log_dir")
         # Of any other class, making a path of it would call its `__fspath__`.
-        return Path(folder) / "gepa_state.bin" if type(folder) in (str, type(Path())) else None
+        return Path(folder) / "gepa_state.bin" if type(folder) is str or type(folder) is type(Path()) else None
 
     def _new_iteration(self) -> None:
         # One entry for each sampled task, in GEPA's order: (parent's index, minibatch ids), and the parent's sum.
