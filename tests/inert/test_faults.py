@@ -438,10 +438,10 @@ MACHINERY = {
 }
 AT_TIMES = re.compile(
     r"\.redaction\.(\w*environment\w*|_Pattern\.__(getattr|init)__|_in_any_case|_kind|_names|_remember_setting|_rules)$"
-    r"|\.digest\.(_has_functions|_is_known)$|\.measurements\.(_collected|BoundSeries\._made)$"
+    r"|\.module_tree\._kind$|\.digest\.(_has_functions|_is_known)$|\.measurements\.(_collected|BoundSeries\._made)$"
     r"|\.spans\.(_(Witness|Ids)\.\w+|_seen|_view|_is_the_sdks|LightTracer\.look|_acting|_decisions|_static)$"
     r"|LightSpan\.(_attributes|_events|_links|dropped_attributes)$"
-    r"|is_secret_name$|_kept_encoder$|give_exporters_a_generator$|given_ids|__missing__$"
+    r"|is_secret_name$|_kept_encoder$|give_exporters_a_generator$|given_ids"
 )
 """Called when something has changed since the last time, or once in a process: which may not be so at the next."""
 
