@@ -215,6 +215,7 @@ def test_a_trace_belongs_to_one_run(places: tuple[Any, ...], key: str | None) ->
     [
         ({"a": "yes", "n": 2, "none": None}, [("a", "yes"), ("n", 2)]),
         ({"a": {"b": [1, "\ud800"]}}, [("a", {"b": [1, "?"]})]),
+        ({"a": "caf\ufffd", "b": ["\ufffd"], "c": "yes"}, [("c", "yes")]),
         ({"a": float("nan"), "b": "x" * 9000}, [("a", "nan"), ("b", "x" * 7999 + "…")]),
         ({str(n): n for n in range(9)}, [("expected", {str(n): n for n in range(9)})]),
         ('{"a": "cut by the SDK', [("expected", '{"a": "cut by the SDK')]),

@@ -75,6 +75,8 @@ MAX_KEY: Final = 250
 """Longest values and names, in characters, that MLflow takes (``mlflow/utils/validation.py``, 3.17.2)."""
 
 EXPECTED: Final = "expected"
+_REPLACED: Final = "\ufffd"
+"""Stands in a text for each character that no store can keep."""
 MAX_EXPECTATIONS: Final = 8
 """Most fields of one example that each are an expectation of their own: a server takes them one by one."""
 
@@ -364,11 +366,15 @@ def assessments_of(trace: Trace) -> list[Assessment]:
 
 
 def _expected(expected: Any) -> list[tuple[str, Any]]:
-    """The fields of what was expected; all under one name when they are many, or when the text of them was cut."""
+    """The fields of what was expected; all under one name when they are many, or when the text of them was cut.
+
+    A value with characters that could not be kept is left out: nothing that is compared with it would be right.
+    """
     if expected is None or expected == {}:
         return []
     fields = expected if isinstance(expected, dict) and len(expected) <= MAX_EXPECTATIONS else {EXPECTED: expected}
-    return [(cut(as_text(name), MAX_KEY), _plain(value)) for name, value in fields.items() if value is not None]
+    kept = [(cut(as_text(name), MAX_KEY), _plain(value)) for name, value in fields.items() if value is not None]
+    return [(name, value) for name, value in kept if _REPLACED not in strict_json(value)]
 
 
 def _plain(value: Any) -> Any:
