@@ -14,9 +14,10 @@ import pytest
 
 # Both are read when DSPy and LiteLLM are imported.
 os.environ.setdefault("LITELLM_LOCAL_MODEL_COST_MAP", "True")
-os.environ.setdefault("DSPY_CACHEDIR", tempfile.mkdtemp(prefix="dspy-otel-tests-"))
+_HOME = tempfile.TemporaryDirectory(prefix="dspy-otel-tests-", ignore_cleanup_errors=True)
+os.environ.setdefault("DSPY_CACHEDIR", f"{_HOME.name}/dspy")
 # What tests could not send is nobody's business outside of them.
-os.environ["XDG_STATE_HOME"] = tempfile.mkdtemp(prefix="dspy-otel-tests-state-")
+os.environ["XDG_STATE_HOME"] = f"{_HOME.name}/state"
 
 from dspy_otel import DSPyInstrumentor
 from dspy_otel.content import redaction
@@ -38,6 +39,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         dest="write_snapshots",
         help="write snapshots instead of comparing with them",
     )
+
+
+def pytest_unconfigure() -> None:
+    _HOME.cleanup()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
