@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
+import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -14,10 +15,9 @@ import pytest
 
 # Both are read when DSPy and LiteLLM are imported.
 os.environ.setdefault("LITELLM_LOCAL_MODEL_COST_MAP", "True")
-_HOME = tempfile.TemporaryDirectory(prefix="dspy-otel-tests-", ignore_cleanup_errors=True)
-os.environ.setdefault("DSPY_CACHEDIR", f"{_HOME.name}/dspy")
 # What tests could not send is nobody's business outside of them.
-os.environ["XDG_STATE_HOME"] = f"{_HOME.name}/state"
+os.environ["XDG_STATE_HOME"] = tempfile.mkdtemp(prefix="dspy-otel-tests-")
+os.environ.setdefault("DSPY_CACHEDIR", os.environ["XDG_STATE_HOME"])
 
 from dspy_otel import DSPyInstrumentor
 from dspy_otel.content import redaction
@@ -26,6 +26,7 @@ from tests.support.older import skip_what_is_newer
 from tests.support.openai_server import OpenAIServer, openai_server
 from tests.support.spans import Recorder
 
+_MADE = os.environ["XDG_STATE_HOME"]
 _FOREIGN_SETTINGS = re.compile(
     r"^(OTEL_|MLFLOW_|TRACEPARENT$|TRACESTATE$|BAGGAGE$|DSPY_(?!CACHEDIR$))|_API_KEY$|_API_BASE$|_BASE_URL$"
 )
@@ -42,7 +43,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_unconfigure() -> None:
-    _HOME.cleanup()
+    shutil.rmtree(_MADE, ignore_errors=True)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
