@@ -20,7 +20,7 @@ export DSPY_CACHEDIR = $(CURDIR)/$(VENV)/dspy-cache
 # Tests and benchmarks start processes, many of them: none compiles every package again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help demo test test-slow test-integration test-server test-rest test-all lint format hooks matrix lowest nightly dist bench imports services backends collector jaeger phoenix rotel kafka clean
+.PHONY: help demo test test-slow test-integration test-server test-rest test-all lint format hooks docs matrix lowest nightly dist bench imports services backends collector jaeger phoenix rotel kafka clean
 help: ## show this
 	@sed -n 's/^\([a-z -]*\):.*## /\1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 18
 
@@ -58,6 +58,10 @@ format: $(VENV)/.lint ## let ruff mend style
 
 hooks: $(VENV)/.hooks ## run style and types before each commit (pre-commit)
 	$(BIN)/pre-commit install
+
+docs: $(VENV)/.docs ## the documentation as a site, in site/; a link that leads nowhere fails it
+	$(BIN)/sphinx-build --quiet --fail-on-warning --fresh-env docs site
+	@echo "site/index.html"
 
 matrix: ## the fast tests on an old DSPy and Python, and on the newest
 	@scripts/matrix
@@ -114,6 +118,10 @@ $(VENV)/.server: $(VENV)/.test
 
 $(VENV)/.lint: $(VENV)/.demo
 	@$(INSTALL) --group lint --group test
+	@touch $@
+
+$(VENV)/.docs: $(BIN)/python pyproject.toml
+	@$(INSTALL) --group docs
 	@touch $@
 
 $(VENV)/.hooks: $(VENV)/.lint

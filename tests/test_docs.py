@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from collections import Counter
 from pathlib import Path
 
 import pytest
 
-from dspy_otel import semconv
+import dspy_otel
+from dspy_otel import cli, semconv
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "semantic-conventions.md"
@@ -79,6 +81,34 @@ def test_links_between_pages_lead_somewhere(page: Path) -> None:
         if not there.exists() or (anchor and there.suffix == ".md" and anchor not in anchors(there)):
             wrong.append(f"{target}#{anchor}")
     assert not wrong
+
+
+COMMAND = re.compile(r"(?:^|[`;] ?)dspy-otel ([a-z]+(?: [^`\n|#]*)?)", re.MULTILINE)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_command_on_a_page_has_the_options_that_it_shows(page: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = page.read_text(encoding="utf-8")
+    quoted = "\n".join(re.findall(r"^```.*?^```|`dspy-otel [^`]*`", text, re.MULTILINE | re.DOTALL))
+    for command in COMMAND.findall(quoted):
+        name, *arguments = command.split()
+        with pytest.raises(SystemExit) as ended:
+            cli.main([name, "--help"])
+        shown = capsys.readouterr()
+        assert ended.value.code == 0, f"{command}: {shown.err}"
+        for option in (each.partition("=")[0] for each in arguments if each.startswith("-")):
+            assert re.search(rf"(^|[ ,]){option}\b", shown.out, re.MULTILINE), f"dspy-otel {command}: {option}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_python_on_a_page_uses_what_there_is(page: Path) -> None:
+    for block in re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL):
+        for node in ast.walk(ast.parse(block)):
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "dspy_otel":
+                assert hasattr(dspy_otel, node.attr), node.attr
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("dspy_otel"):
+                found = pytest.importorskip(str(node.module))
+                assert all(hasattr(found, name.name) for name in node.names), ast.unparse(node)
 
 
 SECURITY = ROOT / "docs" / "security.md"

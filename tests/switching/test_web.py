@@ -53,7 +53,7 @@ class Greeter(dspy.Module):
 
 
 def application() -> Any:
-    """As a user writes it; the middleware is the one of docs/coexistence.md."""
+    """As a user writes it; the middleware is the one of docs/web.md."""
     from fastapi import FastAPI
     from fastapi.responses import StreamingResponse
 

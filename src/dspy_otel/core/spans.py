@@ -50,7 +50,7 @@ from dspy_otel.core.call_context import SPAN_KEY
 from dspy_otel.core.measurements import sdk_is_known
 
 _new: Final = object.__new__
-_UNSET: Final = ReadableSpan("").status
+_UNSET: Final = ReadableSpan("", resource=Resource.get_empty()).status
 _SCALARS: Final = frozenset({str, bool, int, float})
 _TEXT: Final = frozenset({str})
 _FLAGS: Final = tuple(map(TraceFlags, range(4)))

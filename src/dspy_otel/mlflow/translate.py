@@ -173,7 +173,10 @@ def user_run_of(span: ReadableSpan) -> UserRun | None:
 def finished(group: str) -> ReadableSpan:
     """A span that marks in the journal that MLflow has an optimization or evaluation in full."""
     context = SpanContext(1, 1, is_remote=False)
-    return ReadableSpan(FINISHED, context, attributes={FINISHED: group}, start_time=0, end_time=0)
+    # With a resource: the SDK would look for one in threads, which cannot be started when the program ends.
+    return ReadableSpan(
+        FINISHED, context, resource=Resource.get_empty(), attributes={FINISHED: group}, start_time=0, end_time=0
+    )
 
 
 def finished_group(span: ReadableSpan) -> str | None:
