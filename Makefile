@@ -20,7 +20,7 @@ export DSPY_CACHEDIR = $(CURDIR)/$(VENV)/dspy-cache
 # Tests and benchmarks start processes, many of them: none compiles every package again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help demo test test-slow test-integration test-server test-rest test-all lint format hooks docs matrix lowest nightly dist bench imports services backends collector jaeger phoenix rotel kafka clean
+.PHONY: help demo test test-slow test-integration test-server test-rest test-all lint format hooks docs pictures matrix lowest nightly dist bench imports services backends collector jaeger phoenix rotel kafka clean
 help: ## show this
 	@sed -n 's/^\([a-z -]*\):.*## /\1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 18
 
@@ -62,6 +62,9 @@ hooks: $(VENV)/.hooks ## run style and types before each commit (pre-commit)
 docs: $(VENV)/.docs ## the documentation as a site, in site/; a link that leads nowhere fails it
 	$(BIN)/sphinx-build --quiet --fail-on-warning --fresh-env docs site
 	@echo "site/index.html"
+
+pictures: $(VENV)/.pictures ## the pictures of MLflow's pages in docs/images, from the demo (needs Chromium)
+	$(BIN)/python scripts/pictures.py $(ARGS)
 
 matrix: ## the fast tests on an old DSPy and Python, and on the newest
 	@scripts/matrix
@@ -122,6 +125,10 @@ $(VENV)/.lint: $(VENV)/.demo
 
 $(VENV)/.docs: $(BIN)/python pyproject.toml
 	@$(INSTALL) --group docs
+	@touch $@
+
+$(VENV)/.pictures: $(VENV)/.demo
+	@$(INSTALL) --group pictures
 	@touch $@
 
 $(VENV)/.hooks: $(VENV)/.lint
