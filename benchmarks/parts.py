@@ -24,7 +24,7 @@ from worker import Pipeline
 import dspy_otel
 from dspy_otel.content.encoder import Content
 from dspy_otel.core import spans
-from dspy_otel.core.metrics import BoundedHistogram
+from dspy_otel.core.metrics import BoundedInstrument
 from dspy_otel.operations import lm, module, program
 from dspy_otel.operations.adapter import AdapterOperation
 
@@ -37,7 +37,7 @@ PARTS: list[tuple[Any, str]] = [
     (spans.LightTracer, "start_span"),
     (spans.LightSpan, "set_attributes"),
     (spans.LightSpan, "end"),
-    (BoundedHistogram, "record"),
+    (BoundedInstrument, "record"),
     (Content, "json"),
 ]
 """What is measured: owner and name. A span can end once, so that of its end is the time of one whole span less."""

@@ -1,4 +1,4 @@
-"""Histograms that bind their series: the very points of the public way, whatever readers and views there are."""
+"""Histograms and counters that bind their series: the points of the public way, whatever readers and views."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from opentelemetry.context import Context
 from opentelemetry.sdk.metrics import (
     AlwaysOffExemplarFilter,
     AlwaysOnExemplarFilter,
+    Counter,
     Histogram,
     MeterProvider,
     TraceBasedExemplarFilter,
@@ -34,7 +35,7 @@ from opentelemetry.trace import NonRecordingSpan, SpanContext, TraceFlags, set_s
 
 from dspy_otel.core import measurements
 from dspy_otel.core.attributes import Labels
-from dspy_otel.core.metrics import BoundedHistogram, MetricAttributes
+from dspy_otel.core.metrics import BoundedInstrument, MetricAttributes, WithoutExemplars
 from tests.support.spans import Recorder
 
 DELTA, CUMULATIVE = AggregationTemporality.DELTA, AggregationTemporality.CUMULATIVE
@@ -47,7 +48,7 @@ def span(number: int, sampled: bool) -> Context:
     return set_span_in_context(NonRecordingSpan(SpanContext(number, number, False, flags)), Context())
 
 
-def series_of(histogram: BoundedHistogram) -> list[Any]:
+def series_of(histogram: BoundedInstrument) -> list[Any]:
     return [series for series in histogram._bound.values() if series is not None]
 
 
@@ -91,21 +92,23 @@ STEPS = st.lists(st.one_of(RECORD, RECORD, RECORD, COLLECT, *([CHANGE] if GROWIN
 
 
 class Measured:
-    """One way of recording: a provider with readers and views, and a histogram."""
+    """One way of recording: a provider with readers and views, a histogram and a counter."""
 
     def __init__(self, light: bool, temporalities: list[Any], made: list[dict[str, Any]], exemplars: Any) -> None:
         self.readers = list(map(self.reader, temporalities))
         self.provider = MeterProvider(
             self.readers, exemplar_filter=exemplars, views=[View(**view) for view in made], shutdown_on_exit=False
         )
-        made_by = self.provider.get_meter("tests").create_histogram("measured", "s", "all of it")
-        self.histogram = BoundedHistogram(made_by, MetricAttributes(), light)
+        meter = self.provider.get_meter("tests")
+        made_by = meter.create_histogram("measured", "s", "all of it")
+        self.histogram = BoundedInstrument(made_by, MetricAttributes(), light)
+        self.counter = WithoutExemplars(meter.create_counter("counted"), MetricAttributes(), light)
         self.kept: dict[str, Labels] = {}
         self.seen: list[Any] = []
 
     @staticmethod
     def reader(temporality: Any) -> InMemoryMetricReader:
-        return InMemoryMetricReader(preferred_temporality={Histogram: temporality})
+        return InMemoryMetricReader(preferred_temporality={Histogram: temporality, Counter: temporality})
 
     def step(self, what: str, *how: Any) -> None:
         if what == "record":
@@ -116,6 +119,7 @@ class Measured:
                 kept = self.kept.setdefault(repr(attributes), Labels(attributes))
                 attributes = kept if number % 2 else dict(attributes)
             self.histogram.record(amount, attributes, context)
+            self.counter.add(amount, attributes, context)
         elif what == "collect":
             if self.readers:
                 self.collect(self.readers[how[0] % len(self.readers)])
@@ -276,11 +280,11 @@ def test_binding_of_opentelemetrys_own(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_another_meter_and_one_that_is_set_later() -> None:
     for meter in (api.NoOpMeter("none"), api.NoOpMeterProvider().get_meter("none")):
-        histogram = BoundedHistogram(meter.create_histogram("measured"), MetricAttributes(), light=True)
+        histogram = BoundedInstrument(meter.create_histogram("measured"), MetricAttributes(), light=True)
         histogram.record(1.0, {"a": "x"})
         assert not series_of(histogram)
     proxies = api._internal._ProxyMeter("tests", None, None)  # type: ignore[attr-defined]
-    histogram = BoundedHistogram(proxies.create_histogram("measured"), MetricAttributes(), light=True)
+    histogram = BoundedInstrument(proxies.create_histogram("measured"), MetricAttributes(), light=True)
     histogram.record(1.0, {"a": "x"})
     way = Measured(True, [CUMULATIVE], [], TraceBasedExemplarFilter())
     proxies.on_set_meter_provider(way.provider)

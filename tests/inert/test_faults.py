@@ -438,7 +438,7 @@ MACHINERY = {
 }
 AT_TIMES = re.compile(
     r"\.redaction\.(\w*environment\w*|_Pattern\.__(getattr|init)__|_in_any_case|_kind|_names|_remember_setting|_rules)$"
-    r"|\.module_tree\._kind$|\.digest\.(_has_functions|_is_known)$|\.measurements\.(_collected|BoundSeries\._made)$"
+    r"|\.module_tree\._kind$|\.digest\.(_has_functions|_is_known)$|\.measurements\.(_collected|_shown|BoundSeries\._made)$"
     r"|\.spans\.(_(Witness|Ids)\.\w+|_seen|_view|_is_the_sdks|LightTracer\.look|_acting|_decisions|_static)$"
     r"|LightSpan\.(_attributes|_events|_links|dropped_attributes)$"
     r"|is_secret_name$|_kept_encoder$|give_exporters_a_generator$|given_ids"

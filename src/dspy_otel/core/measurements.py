@@ -1,14 +1,14 @@
-"""Histograms that find the SDK's aggregation of a series once, and not for each measurement.
+"""Histograms and counters that find the SDK's aggregation of a series once, and not for each measurement.
 
 The SDK cleans, copies, sorts and hashes the attributes of each measurement to find the aggregation that counts it,
 which takes more than half of the time of ``Histogram.record``. A program of DSPy has few series, and each is recorded
 again and again. What counts a series is the SDK's own aggregation all the same, in its own fields: where it is the one
-for histograms with fixed buckets, as ours are unless a view says otherwise, this module does what its ``aggregate`` and
-the reservoir of its exemplars do, without the ten calls that those make.
+for histograms with fixed buckets or for sums, as ours are unless a view says otherwise, this module does what its
+``aggregate`` and the reservoir of its exemplars do, without the ten calls that those make.
 
-This reaches into the SDK. It is done only for the SDK's own histograms, in versions that are known, where a check finds
-the points to be those of the public way, and until OpenTelemetry can bind attributes to an instrument itself. In all
-other cases, and whenever a series is not found as it was, the measurement goes the public way.
+This reaches into the SDK. It is done only for the SDK's own instruments, in versions that are known, where a check
+finds the points to be those of the public way, and until OpenTelemetry can bind attributes to an instrument itself. In
+all other cases, and whenever a series is not found as it was, the measurement goes the public way.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ from itertools import islice
 from typing import Any, Final, NamedTuple
 
 from opentelemetry.context import Context, get_current
-from opentelemetry.metrics import Histogram
 from opentelemetry.trace import NonRecordingSpan, SpanContext, TraceFlags, set_span_in_context
 
 from dspy_otel.core.attributes import Attributes
@@ -32,6 +31,7 @@ from dspy_otel.core.call_context import SPAN_KEY
 _VERSIONS: Final = range(38, 46)
 """Minor versions of the SDK's 1.x that tests have run with."""
 _INTERNAL: Final = "opentelemetry.sdk.metrics._internal"
+_KINDS: Final = frozenset({"_Histogram", "_Counter"})
 _NEWEST: Final = 64
 """How many of an instrument's series are searched. One that has just been recorded is among the newest."""
 _CHECKED: Final[Sequence[tuple[float, Attributes]]] = (
@@ -56,6 +56,7 @@ class _Counted(NamedTuple):
         buckets: the bounds of its buckets, where it is counted here; else ``None``.
         exemplars: where it keeps an exemplar for each bucket.
         guard: held while one is put there.
+        sums: whether it is the SDK's sum, which counts without exemplars here.
     """
 
     match: Any
@@ -65,13 +66,14 @@ class _Counted(NamedTuple):
     buckets: tuple[float, ...] | None
     exemplars: Any
     guard: Any
+    sums: bool
 
 
 class BoundSeries:
-    """One series of a histogram: the set of its attributes, and what counts it for each reader and view.
+    """One series of an instrument: the set of its attributes, and what counts it for each reader and view.
 
     Args:
-        histogram: an instrument of the SDK.
+        instrument: a histogram or counter of the SDK.
         attributes: as the SDK has cleaned them.
         storages: of the readers that there are.
         counted: where it is counted.
@@ -85,22 +87,22 @@ class BoundSeries:
         "_counted",
         "_enabled",
         "_filter",
-        "_histogram",
+        "_instrument",
         "_measurement",
         "_storages",
     )
 
     def __init__(
         self,
-        histogram: Any,
+        instrument: Any,
         attributes: dict[str, Any],
         storages: Any,
         counted: Sequence[_Counted],
         measurement: type[Any],
     ) -> None:
-        self._histogram = histogram
-        self._consumer = histogram._measurement_consumer
-        self._enabled = getattr(histogram, "_is_enabled", None)  # A configurator of meters may change it at any time.
+        self._instrument = instrument
+        self._consumer = instrument._measurement_consumer
+        self._enabled = getattr(instrument, "_is_enabled", None)  # A configurator of meters may change it at any time.
         self._attributes = attributes
         self._storages = storages
         self._counted = counted
@@ -111,10 +113,10 @@ class BoundSeries:
         self._by_trace = kind.__name__ == "TraceBasedExemplarFilter" and kind.__module__.startswith(_INTERNAL)
 
     def record(self, amount: float, context: Context | None = None) -> bool:
-        """Record ``amount`` in ``context``, as the histogram would, unless the SDK no longer has the series as it was.
+        """Record ``amount`` in ``context``, as the instrument would, unless the SDK no longer has the series as it was.
 
         Returns:
-            Whether it is recorded. If not, the caller records it with the histogram itself.
+            Whether it is recorded. If not, the caller records it with the instrument itself.
         """
         if self._consumer._reader_storages is not self._storages or not (self._enabled is None or self._enabled()):
             return False
@@ -125,7 +127,9 @@ class BoundSeries:
         now = time.time_ns()
         span: Any = context.get(SPAN_KEY) if self._by_trace else None
         within: Any = None if span is None else span.get_span_context()
-        if type(within) is SpanContext:
+        if span is None and self._by_trace:
+            sampled = False
+        elif type(within) is SpanContext:
             sampled = bool(within[3] & TraceFlags.SAMPLED)  # its flags, without the calls of two properties
         else:
             sampled = self._filter.should_sample(amount, now, self._attributes, context)
@@ -145,7 +149,12 @@ class BoundSeries:
         """Count ``amount``, as the SDK's ``aggregate`` does."""
         aggregation, buckets = counted.aggregation, counted.buckets
         if buckets is None:
-            aggregation.aggregate(self._made(amount, now, context), sampled)
+            if counted.sums and not sampled:
+                with aggregation._lock:
+                    value = aggregation._value
+                    aggregation._value = amount if value is None else value + amount
+            else:
+                aggregation.aggregate(self._made(amount, now, context), sampled)
             return
         place = bisect_left(buckets, amount)
         with aggregation._lock:
@@ -165,38 +174,38 @@ class BoundSeries:
         """The SDK's measurement. Its constructor cleans the attributes, and sets each field past a frozen class."""
         measurement: Any = object.__new__(self._measurement)
         measurement.__dict__.update(
-            value=amount, time_unix_nano=now, instrument=self._histogram, context=context, attributes=self._attributes
+            value=amount, time_unix_nano=now, instrument=self._instrument, context=context, attributes=self._attributes
         )
         return measurement
 
 
-def real_histogram(histogram: Histogram) -> Any:
+def real_instrument(instrument: Any) -> Any:
     """What stands behind OpenTelemetry's proxy, as soon as there is a provider; ``None`` until then."""
-    return getattr(histogram, "_real_instrument", histogram)
+    return getattr(instrument, "_real_instrument", instrument)
 
 
-def bind(histogram: Any, attributes: Attributes) -> BoundSeries | None:
+def bind(instrument: Any, attributes: Attributes) -> BoundSeries | None:
     """Find what counts a series that has just been recorded.
 
     Args:
-        histogram: any instrument.
+        instrument: any instrument.
         attributes: of the series.
 
     Returns:
         The series, or ``None`` when it must be recorded the public way.
     """
-    if not is_known(histogram) or not same_points():
+    if not is_known(instrument) or not same_points():
         return None
     try:
-        return _find(histogram, attributes)
+        return _find(instrument, attributes)
     except Exception:  # Another SDK than its version says.
         return None
 
 
-def is_known(histogram: Any) -> bool:
-    """Whether this is a histogram of an SDK that is known, and that cannot bind attributes itself."""
-    kind = type(histogram)
-    if kind.__module__ != f"{_INTERNAL}.instrument" or kind.__name__ != "_Histogram" or hasattr(histogram, "bind"):
+def is_known(instrument: Any) -> bool:
+    """Whether this is a histogram or counter of an SDK that is known, and that cannot bind attributes itself."""
+    kind = type(instrument)
+    if kind.__module__ != f"{_INTERNAL}.instrument" or kind.__name__ not in _KINDS or hasattr(instrument, "bind"):
         return False
     return sdk_is_known()
 
@@ -210,14 +219,14 @@ def sdk_is_known() -> bool:
     return major == "1" and minor.isdecimal() and int(minor) in _VERSIONS
 
 
-def _find(histogram: Any, attributes: Attributes) -> BoundSeries | None:
-    consumer = histogram._measurement_consumer
+def _find(instrument: Any, attributes: Attributes) -> BoundSeries | None:
+    consumer = instrument._measurement_consumer
     storages = consumer._reader_storages
     measurement = sys.modules[f"{_INTERNAL}.measurement"].Measurement
-    cleaned = measurement(0, 0, histogram, Context(), attributes).attributes
+    cleaned = measurement(0, 0, instrument, Context(), attributes).attributes
     found: list[_Counted] = []
     for storage in storages.values():
-        for match in storage._instrument_view_instrument_matches[histogram]:
+        for match in storage._instrument_view_instrument_matches[instrument]:
             keys = match._view._attribute_keys
             shown = cleaned if keys is None else {key: value for key, value in cleaned.items() if key in keys}
             series = match._attributes_aggregation
@@ -227,8 +236,9 @@ def _find(histogram: Any, attributes: Attributes) -> BoundSeries | None:
             if aggregation is None or type(aggregation).__module__ != f"{_INTERNAL}.aggregation":
                 return None
             lock = match._lock if getattr(match, "_reset_on_collect", False) else None
-            found.append(_Counted(match, series, aggregation, lock, *_buckets(aggregation)))
-    return BoundSeries(histogram, cleaned, storages, found, measurement)
+            sums = type(aggregation).__name__ == "_SumAggregation"
+            found.append(_Counted(match, series, aggregation, lock, *_buckets(aggregation), sums))
+    return BoundSeries(instrument, cleaned, storages, found, measurement)
 
 
 def _buckets(aggregation: Any) -> tuple[Any, Any, Any]:
@@ -252,7 +262,7 @@ def _same(one: Any, other: dict[str, Any]) -> bool:
 
 @functools.lru_cache(maxsize=1)
 def same_points() -> bool:
-    """Whether a bound series gives the very points that the histogram itself gives. Checked once for each process."""
+    """Whether a bound series gives the very points that the instrument itself gives. Checked once for each process."""
     try:
         return bool(public := _collected(bound=False)) and _collected(bound=True) == public
     except Exception:
@@ -261,31 +271,44 @@ def same_points() -> bool:
 
 def _collected(bound: bool) -> list[Any]:
     """The points of some measurements, with one reader of each temporality, collected two times."""
-    from opentelemetry.sdk.metrics import Histogram, MeterProvider
+    from opentelemetry.sdk.metrics import Counter, Histogram, MeterProvider
     from opentelemetry.sdk.metrics.export import AggregationTemporality, InMemoryMetricReader
     from opentelemetry.sdk.resources import Resource
 
     readers = [
-        InMemoryMetricReader(preferred_temporality={Histogram: temporality})
+        InMemoryMetricReader(preferred_temporality={Histogram: temporality, Counter: temporality})
         for temporality in (AggregationTemporality.DELTA, AggregationTemporality.CUMULATIVE)
     ]
     provider = MeterProvider(readers, resource=Resource.get_empty(), shutdown_on_exit=False)
-    histogram = provider.get_meter("dspy_otel.check").create_histogram("checked")
+    meter = provider.get_meter("dspy_otel.check")
+    histogram, counter = meter.create_histogram("measured"), meter.create_counter("counted")
     sampled = SpanContext(1, 1, is_remote=False, trace_flags=TraceFlags(TraceFlags.SAMPLED))
-    context = set_span_in_context(NonRecordingSpan(sampled), Context())
+    # Which measurement is a counter's exemplar is random; it has none outside of a span.
+    ways: list[tuple[Any, Any, Context]] = [
+        (histogram, histogram.record, set_span_in_context(NonRecordingSpan(sampled), Context())),
+        (counter, counter.add, Context({"dspy_otel.check": True})),
+    ]
     points: list[Any] = []
     for _ in range(2):
         for amount, attributes in _CHECKED:
-            histogram.record(amount, attributes)
-            series = _find(histogram, attributes) if bound else None
-            if series is None:
-                histogram.record(2 * amount, attributes, context)
-            elif not series.record(2 * amount, context):
-                return []
+            for instrument, record, context in ways:
+                record(amount, attributes, context if instrument is counter else None)
+                series = _find(instrument, attributes) if bound else None
+                if series is None:
+                    record(2 * amount, attributes, context)
+                elif not series.record(2 * amount, context):
+                    return []
         for reader in readers:
             data: Any = reader.get_metrics_data()
-            for point in data.resource_metrics[0].scope_metrics[0].metrics[0].data.data_points:
-                exemplars = [(each.value, each.span_id, each.filtered_attributes) for each in point.exemplars]
-                counts = point.bucket_counts, point.explicit_bounds
-                points.append((dict(point.attributes), point.count, point.sum, point.min, point.max, counts, exemplars))
+            for metric in data.resource_metrics[0].scope_metrics[0].metrics:
+                points += map(_shown, metric.data.data_points)
     return points
+
+
+def _shown(point: Any) -> tuple[Any, ...]:
+    """What is to be the same of a point of a histogram or a counter."""
+    exemplars = [(each.value, each.span_id, each.filtered_attributes) for each in point.exemplars]
+    if not hasattr(point, "bucket_counts"):
+        return dict(point.attributes), point.value, exemplars
+    counts = point.bucket_counts, point.explicit_bounds
+    return dict(point.attributes), point.count, point.sum, point.min, point.max, counts, exemplars

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from typing import Any, Final
 
 from opentelemetry.context import Context
-from opentelemetry.metrics import Histogram, Meter
+from opentelemetry.metrics import Meter
 
 from dspy_otel import semconv
 from dspy_otel.content.names import OTHER
 from dspy_otel.core.attributes import Labels, sendable_name
-from dspy_otel.core.measurements import BoundSeries, bind, real_histogram
+from dspy_otel.core.measurements import BoundSeries, bind, real_instrument
 
 SCORE_BUCKETS = tuple(tenth / 10 for tenth in range(11))
 
@@ -70,19 +70,19 @@ class MetricAttributes:
             return known.setdefault(value, sendable_name(str(value)))
 
 
-class BoundedHistogram:
-    """A histogram with bounded attributes.
+class BoundedInstrument:
+    """An instrument with bounded attributes: a histogram, or the base of :class:`WithoutExemplars`.
 
     Args:
-        histogram: an OpenTelemetry ``Histogram``.
-        attributes: those of all instruments together.
+        instrument: an OpenTelemetry ``Histogram``, ``Counter`` or ``Gauge``.
+        attributes: those of all instruments together; default, its own.
         light: whether to bind series to what counts them in the SDK.
     """
 
-    def __init__(self, histogram: Histogram, attributes: MetricAttributes, light: bool = False) -> None:
-        self._histogram = histogram
+    def __init__(self, instrument: Any, attributes: MetricAttributes | None = None, light: bool = False) -> None:
+        self._instrument = instrument
         self._real: Any = None
-        self._attributes = attributes
+        self._attributes = attributes or MetricAttributes()
         self._most_series = _MOST_SERIES if light else 0
         self._bound: dict[Any, BoundSeries | None] = {}
 
@@ -93,7 +93,7 @@ class BoundedHistogram:
             if bound is not None and 0 <= amount < _INFINITY and bound.record(amount, context):
                 return
         if self._real is None:
-            self._real = real_histogram(self._histogram)
+            self._real = real_instrument(self._instrument)
             if self._real is None:
                 return
         # With types: 1, 1.0 and True are equal, and three series.
@@ -104,33 +104,33 @@ class BoundedHistogram:
                 attributes.series[self] = bound
             return
         shown = self._attributes.of(attributes)
-        self._real.record(amount, shown, context)
+        self._record(self._real, amount, shown, context)
         # One that could not be bound is not tried a second time.
         if bound is not None or (len(self._bound) < self._most_series and series not in self._bound):
             self._bound[series] = bind(self._real, shown or {})
 
+    def _record(self, instrument: Any, amount: float, attributes: Any, context: Context | None) -> None:
+        """Record the public way."""
+        instrument.record(amount, attributes, context)
 
-class WithoutExemplars:
+
+class WithoutExemplars(BoundedInstrument):
     """A counter or gauge that is recorded outside of any span.
 
     Which measurement becomes the exemplar of a counter, the SDK decides by a draw from the ``random`` module: that
     would change the random numbers of the program. Histograms keep exemplars, by bucket and without a draw.
-
-    Args:
-        instrument: an OpenTelemetry ``Counter`` or ``Gauge``.
-        attributes: those of all instruments together; default, its own.
     """
-
-    def __init__(self, instrument: Any, attributes: MetricAttributes | None = None) -> None:
-        self._attributes = attributes or MetricAttributes()
-        self._record = instrument.set if hasattr(instrument, "set") else instrument.add
 
     def add(self, amount: float, attributes: Any = None, context: Context | None = None) -> None:
         """Count ``amount``; the context is not passed on."""
-        self._record(amount, self._attributes.of(attributes), _NOWHERE)
+        self.record(amount, attributes, _NOWHERE)
 
     set = add
     """Set to ``amount``; the context is not passed on."""
+
+    def _record(self, instrument: Any, amount: float, attributes: Any, context: Context | None) -> None:
+        record = instrument.set if hasattr(instrument, "set") else instrument.add
+        record(amount, attributes, context)
 
 
 class Metrics:
@@ -140,21 +140,21 @@ class Metrics:
 
     Args:
         meter: where the instruments belong.
-        light: whether histograms bind their series to what counts them in the SDK.
+        light: whether histograms and counters bind their series to what counts them in the SDK.
     """
 
     def __init__(self, meter: Meter, light: bool = False) -> None:
         attributes = MetricAttributes()
 
-        def histogram(name: str, unit: str, description: str, buckets: Sequence[float]) -> BoundedHistogram:
+        def histogram(name: str, unit: str, description: str, buckets: Sequence[float]) -> BoundedInstrument:
             made = meter.create_histogram(name, unit, description, explicit_bucket_boundaries_advisory=list(buckets))
-            return BoundedHistogram(made, attributes, light)
+            return BoundedInstrument(made, attributes, light)
 
-        def seconds(name: str, description: str) -> BoundedHistogram:
+        def seconds(name: str, description: str) -> BoundedInstrument:
             return histogram(name, "s", description, semconv.DURATION_BUCKETS)
 
         def count(name: str, unit: str, description: str) -> WithoutExemplars:
-            return WithoutExemplars(meter.create_counter(name, unit, description), attributes)
+            return WithoutExemplars(meter.create_counter(name, unit, description), attributes, light)
 
         def gauge(name: str, unit: str, description: str) -> WithoutExemplars:
             return WithoutExemplars(meter.create_gauge(name, unit, description), attributes)
