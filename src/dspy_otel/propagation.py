@@ -12,7 +12,7 @@ from opentelemetry import context as otel_context
 from opentelemetry.context import Context
 
 from dspy_otel import semconv
-from dspy_otel.core.attributes import Attributes, AttributeValue
+from dspy_otel.core.attributes import Attributes, AttributeValue, repair
 from dspy_otel.core.call_context import CallContext, current_call_context, with_call_context
 from dspy_otel.core.internal_errors import guard
 from dspy_otel.core.operation import detach
@@ -111,6 +111,7 @@ def read_context(carrier: Any, context: Context) -> Context:
             role = text if text in _ROLES else None
         elif key.startswith(_INHERITED_PREFIX) and len(inherited) < MAX_INHERITED:
             inherited[key] = _typed(key, text)
+    repair(inherited)
     call_context = CallContext("remote", None, None)
     call_context.inherited, call_context.role = inherited, role
     return with_call_context(found, call_context)

@@ -16,7 +16,8 @@ AttributeValue: TypeAlias = (
 Attributes: TypeAlias = dict[str, AttributeValue]
 ReadOnlyAttributes: TypeAlias = Mapping[str, AttributeValue]
 
-EMPTY: ReadOnlyAttributes = {}
+EMPTY: Final[Attributes] = {}
+"""No attributes. Never changed."""
 
 
 class Labels(dict[str, AttributeValue]):

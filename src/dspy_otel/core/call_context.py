@@ -12,11 +12,12 @@ from contextvars import ContextVar, Token
 from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
 
 from opentelemetry import context as otel_context
+from opentelemetry.baggage import set_baggage
 from opentelemetry.context import Context
 from opentelemetry.instrumentation.utils import suppress_instrumentation
 from opentelemetry.trace import INVALID_SPAN, Span, SpanContext, set_span_in_context
 
-from dspy_otel.core.attributes import EMPTY, ReadOnlyAttributes
+from dspy_otel.core.attributes import EMPTY, Attributes
 from dspy_otel.core.usage import Totals
 
 if TYPE_CHECKING:
@@ -85,7 +86,8 @@ class CallContext:
             of an evaluation and of a compile.
         paths: module paths to look inner modules up in. Written as ``program`` is.
         inherited: attributes that every span inside carries (ids of evaluation, run, trial and candidate; session and
-            user). Replaced by ``start()``, never changed in place: inner contexts share it.
+            user). Replaced by ``start()``, never changed in place: inner contexts share it. Its values can be sent by
+            every exporter once the call is open.
         role: what the LM calls inside are for; ``None`` outside of evaluations and optimizations. Written by
             ``start()``, by :meth:`module_answered` in the thread of the example, and by an optimizer's tracker in the
             thread of the compile.
@@ -121,7 +123,7 @@ class CallContext:
 
     program: Program | None
     paths: dict[int, str] | None
-    inherited: ReadOnlyAttributes
+    inherited: Attributes
     role: str | None
     totals: tuple[Totals, ...]
     deferred: SpanFactory | None
@@ -199,11 +201,11 @@ def enclosing_state(
 # --- OpenTelemetry contexts --------------------------------------------------------------------------------------
 
 
-def _suppression_keys() -> tuple[str, ...]:
+def _suppression_keys() -> frozenset[str]:
     token = otel_context.attach(Context())  # what surrounds the import must not hide a key
     try:
         with suppress_instrumentation():
-            return tuple(otel_context.get_current())
+            return frozenset(otel_context.get_current())
     finally:
         otel_context.detach(token)
 
@@ -225,12 +227,14 @@ current_context, attach = _runtime()
 """What ``opentelemetry.context.get_current`` and ``attach`` do, without the two calls that each of them makes."""
 _CALL_CONTEXT_KEY: Final = otel_context.create_key("dspy_otel.call_context")
 SPAN_KEY: Final = next(iter(set_span_in_context(INVALID_SPAN, Context())))
+BAGGAGE_KEY: Final = next(iter(set_baggage("key", "value", Context())))
 _SUPPRESSION_KEYS: Final = _suppression_keys()
 
 
 def suppressed(context: Context) -> bool:
     """Whether ``context`` was made inside ``suppress_instrumentation()``."""
-    return any(map(context.get, _SUPPRESSION_KEYS))
+    # Both: most contexts have no such key, and that is known without a call of Python's.
+    return not _SUPPRESSION_KEYS.isdisjoint(context) and any(map(context.get, _SUPPRESSION_KEYS))
 
 
 def inside(context: Context, span: Span, call_context: CallContext) -> Context:

@@ -89,7 +89,8 @@ class Call:
         started: when, by ``time.perf_counter()``.
         token: undoes the attaching of ``otel_context``; ``None`` when that is not attached.
         outside: OpenTelemetry context around the call.
-        identity: attributes of its start that must be on the span at its end.
+        started_with: attributes of its start.
+        identity: names of those of them that must be on the span at its end.
         on_closed: called when the call has been closed, with its result and its error.
         closed: whether the call has been closed.
     """
@@ -109,6 +110,7 @@ class Call:
         "recording",
         "span",
         "started",
+        "started_with",
         "token",
     )
 
@@ -121,7 +123,8 @@ class Call:
     otel_context: Context
     recording: bool
     attributes: Attributes
-    identity: Attributes | None
+    identity: tuple[str, ...]
+    started_with: Attributes
     started: float
     token: Token[Context] | None
     outside: Context
@@ -240,13 +243,15 @@ class Operation:
             outside = set_span_in_context(INVALID_SPAN, surrounding)
         elif telemetry.default_parent is not None and not get_current_span(surrounding).get_span_context().is_valid:
             outside = set_span_in_context(get_current_span(telemetry.default_parent), surrounding)
-        name, attributes = start.name, start.attributes
-        if context.inherited:
-            attributes.update(context.inherited)
+        name, attributes, inherited = start.name, start.attributes, context.inherited
         # All names and values enter a span here or at the end of the call, wherever they come from.
-        if not start.repaired or context.inherited:
+        if not start.repaired:
             name = sendable_name(name)
             repair(attributes)
+        if inherited:
+            if context.parent is None or inherited is not context.parent.inherited:
+                repair(inherited)  # once, by the call that has made it
+            attributes.update(inherited)
         call = Call()
         call.operation = self
         call.instance = instance
@@ -270,12 +275,11 @@ class Operation:
         call.recording = call.span.is_recording()
         call.otel_context = inside(outside, call.span, context)
         call.attributes = {}
-        call.identity = None
+        call.identity = start.identity
+        call.started_with = attributes
         if call.recording:
             if not telemetry.keeps_attributes:
                 restore_dropped(call.span, attributes)
-            if start.identity:
-                call.identity = {key: attributes[key] for key in start.identity if key in attributes}
             try:
                 call.attributes = self.start_attributes(call)
             except Exception as error:
@@ -314,8 +318,10 @@ class Operation:
             if call.attributes:
                 repair(call.attributes)
                 call.span.set_attributes(call.attributes)
-            if call.identity is not None and getattr(call.span, "dropped_attributes", None):
-                call.span.set_attributes(call.identity)  # what is set a second time becomes the newest
+            if call.identity and call.recording and getattr(call.span, "dropped_attributes", None):
+                # What is set a second time becomes the newest.
+                started = call.started_with
+                call.span.set_attributes({key: started[key] for key in call.identity if key in started})
         except Exception as problem:
             failed("attributes of span", problem)
         try:

@@ -150,6 +150,14 @@ class Telemetry:
             except Exception as error:
                 failed("content", error)
 
+    @property
+    def keeps_events(self) -> bool:
+        """Whether anybody may keep a log event; not before there is a provider."""
+        logger: Any = self.logger
+        if type(logger).__name__ == "ProxyLogger":
+            logger = getattr(logger, "_logger", logger)  # what stands behind OpenTelemetry's proxy
+        return not isinstance(logger, NoOpLogger)
+
     def emit_event(self, name: str, attributes: Attributes, context: Context) -> None:
         """Emit a log event that belongs to the span in ``context``."""
         repair(attributes)

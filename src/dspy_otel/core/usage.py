@@ -76,28 +76,28 @@ class Totals:
             usage: what it used.
             role: what it was for, if that is known.
         """
-        with self._lock:
-            self._count(usage)
+        inputs, outputs, cost, cache_hit = usage
+        counted: tuple[Totals, ...] = (self,)
+        with self._lock:  # one for all: this runs several times for each LM call
             if self.roles is not None and role is not None:
                 own = self.roles.get(role)
                 if own is None:
                     own = self.roles[role] = Totals()
-                    own._lock = self._lock  # one lock for all: this runs several times for each LM call
-                own._count(usage)
-
-    def _count(self, usage: LMUsage) -> None:
-        self.calls += 1
-        if usage.cache_hit:
-            self.cache_hits += 1
-        elif usage.cost is None:
-            self.unpriced += 1
-        if usage.cost is not None:
-            self.priced += 1
-            self.cost += usage.cost
-        if usage.input_tokens is not None:
-            self.input_tokens = (self.input_tokens or 0) + usage.input_tokens
-        if usage.output_tokens is not None:
-            self.output_tokens = (self.output_tokens or 0) + usage.output_tokens
+                    own._lock = self._lock
+                counted = self, own
+            for totals in counted:
+                totals.calls += 1
+                if cache_hit:
+                    totals.cache_hits += 1
+                elif cost is None:
+                    totals.unpriced += 1
+                if cost is not None:
+                    totals.priced += 1
+                    totals.cost += cost
+                if inputs is not None:
+                    totals.input_tokens = (totals.input_tokens or 0) + inputs
+                if outputs is not None:
+                    totals.output_tokens = (totals.output_tokens or 0) + outputs
 
     def by_role(self) -> dict[str, Totals]:
         """The sums of each role that occurred."""

@@ -7,14 +7,14 @@ import math
 import secrets as random_source
 import types
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from opentelemetry.trace import Link, Status, StatusCode
 
 from dspy_otel import semconv
 from dspy_otel.content import introspection
 from dspy_otel.content.names import without_secrets
-from dspy_otel.core.attributes import Attributes
+from dspy_otel.core.attributes import Attributes, Labels, repair, sendable_name
 from dspy_otel.core.call_context import CallContext
 from dspy_otel.core.errors import error_type
 from dspy_otel.core.internal_errors import guard
@@ -41,6 +41,7 @@ class EvaluationState:
         scored: indices of examples that have a score; each addition is one step.
         failed: indices of examples that have failed; likewise.
         executing: DSPy runs the examples; written in the thread of the evaluation.
+        examples: what they share; written by the first one.
     """
 
     program: Any
@@ -51,6 +52,48 @@ class EvaluationState:
     scored: set[Any] = field(default_factory=set)
     failed: set[Any] = field(default_factory=set)
     executing: bool = False
+    examples: ExampleDescription | None = None
+
+
+class Verdict(NamedTuple):
+    """What a metric returned.
+
+    Attributes:
+        number: the score, maybe not finite; ``None`` where there is none.
+        feedback: the text of a metric that returned ``Prediction(score, feedback)``.
+    """
+
+    number: float | None = None
+    feedback: str | None = None
+
+    @property
+    def score(self) -> float | None:
+        """The score, if it is finite."""
+        return self.number if self.number is not None and math.isfinite(self.number) else None
+
+    @property
+    def unusable(self) -> str | None:
+        """Why the score counts as a failure (it is NaN or infinite); ``None`` for any other."""
+        number = self.number
+        return None if number is None or math.isfinite(number) else f"the metric returned {number}"
+
+
+class ExampleDescription(NamedTuple):
+    """What all examples of an evaluation share.
+
+    Attributes:
+        span: span name.
+        program: attributes of their spans: of the program.
+        metric: likewise, of the metric.
+        scored: labels of those that have a score.
+        failed: labels of those that have failed.
+    """
+
+    span: str
+    program: Attributes
+    metric: Attributes
+    scored: Labels
+    failed: Labels
 
 
 @dataclass(slots=True)
@@ -59,9 +102,11 @@ class ExampleState:
 
     Attributes:
         superseded: DSPy had submitted it twice and has taken the other answer.
+        verdict: what the metric returned.
     """
 
     superseded: bool = False
+    verdict: Verdict = Verdict()
 
 
 class EvaluateOperation(Operation):
@@ -170,20 +215,40 @@ class ExampleOperation(Operation):
         context.role_after = semconv.ROLE_JUDGE
         if run.program is not None:
             context.owner, context.role = run.program, semconv.ROLE_TASK
-        attributes: Attributes = {semconv.PROGRAM_NAME: evaluation.program_name}
-        if evaluation.program_id is not None:
-            attributes[semconv.PROGRAM_ID] = evaluation.program_id
+        description = evaluation.examples
+        if description is None:
+            description = evaluation.examples = self._described(evaluation)
+        attributes = description.program.copy()
         if run.index >= 0:
             attributes[semconv.EXAMPLE_INDEX] = run.index
         if run.resubmitted:
             attributes[semconv.EXAMPLE_RESUBMITTED] = True
-        if evaluation.metric is not None:
-            attributes[semconv.EVALUATION_METRIC_NAME] = evaluation.metric
-        openinference(attributes, self.telemetry, semconv.KIND_CHAIN)
+        attributes.update(description.metric)
         linked = self.telemetry.config.evaluation_traces == "linked"
         links = [Link(evaluate.span.get_span_context())] if linked and evaluate.span is not None else []
-        name = f"{semconv.SPAN_EXAMPLE} {evaluation.program_name}"
-        return SpanStart(name, context, attributes, root=linked, links=links, identity=self.identity)
+        return SpanStart(
+            description.span, context, attributes, root=linked, links=links, repaired=True, identity=self.identity
+        )
+
+    def _described(self, evaluation: EvaluationState) -> ExampleDescription:
+        """What all examples of an evaluation share. Made once, for there are many."""
+        program: Attributes = {semconv.PROGRAM_NAME: evaluation.program_name}
+        if evaluation.program_id is not None:
+            program[semconv.PROGRAM_ID] = evaluation.program_id
+        metric: Attributes = {}
+        if evaluation.metric is not None:
+            metric[semconv.EVALUATION_METRIC_NAME] = evaluation.metric
+        openinference(metric, self.telemetry, semconv.KIND_CHAIN)
+        repair(program)
+        repair(metric)
+        labels = evaluation_labels(evaluation)
+        return ExampleDescription(
+            sendable_name(f"{semconv.SPAN_EXAMPLE} {evaluation.program_name}"),
+            program,
+            metric,
+            Labels({**labels, semconv.EXAMPLE_OUTCOME: semconv.OUTCOME_SCORED}),
+            Labels({**labels, semconv.EXAMPLE_OUTCOME: semconv.OUTCOME_FAILED}),
+        )
 
     def start_attributes(self, call: Call) -> Attributes:
         run: ExampleRun = call.instance
@@ -203,42 +268,43 @@ class ExampleOperation(Operation):
         attributes: Attributes = {}
         if error is not None or type(result) is not tuple or len(result) != 2:
             return attributes
-        prediction, verdict = result
-        shown = prediction[0] if type(prediction) is tuple and prediction else prediction
-        put_outputs(self.telemetry, attributes, shown)
-        score = score_of(verdict)
+        if self.telemetry.config.content_on_spans:
+            prediction = result[0]
+            shown = prediction[0] if type(prediction) is tuple and prediction else prediction
+            put_outputs(self.telemetry, attributes, shown)
         state: ExampleState = call.context.state
+        verdict = state.verdict
+        score = verdict.score
         if score is not None and not state.superseded:
             attributes[semconv.EXAMPLE_SCORE] = score
-        unusable = unusable_score(verdict)
+        unusable = verdict.unusable
         if unusable is not None:
             attributes[semconv.ERROR_TYPE] = semconv.ERROR_SCORE_NOT_FINITE
             call.span.set_status(Status(StatusCode.ERROR, unusable))
-        feedback = feedback_of(verdict)
-        if feedback is not None:
-            self.telemetry.put_text(attributes, semconv.EXAMPLE_FEEDBACK, feedback)
+        if verdict.feedback is not None:
+            self.telemetry.put_text(attributes, semconv.EXAMPLE_FEEDBACK, verdict.feedback)
         return attributes
 
     def measure(self, call: Call, result: Any, error: BaseException | None, seconds: float) -> None:
         run: ExampleRun = call.instance
         evaluation: EvaluationState = run.evaluate.state
-        labels = evaluation_labels(evaluation)
+        state: ExampleState = call.context.state
+        if type(result) is tuple and len(result) == 2:
+            state.verdict = verdict_of(result[1])
         key = run.index if run.index >= 0 else object()
         if key in evaluation.scored:
-            state: ExampleState = call.context.state
             state.superseded = True
             return
-        verdict = result[1] if type(result) is tuple and len(result) == 2 else None
-        failed = error is not None or unusable_score(verdict) is not None
+        failed = error is not None or state.verdict.unusable is not None
         (evaluation.failed if failed else evaluation.scored).add(key)
-        if failed:
-            labels[semconv.EXAMPLE_OUTCOME] = semconv.OUTCOME_FAILED
-        else:
-            labels[semconv.EXAMPLE_OUTCOME] = semconv.OUTCOME_SCORED
-        self.telemetry.metrics.evaluation_examples.add(1, labels, call.otel_context)
-        self._emit_result(call, verdict, error)
+        description = evaluation.examples
+        if description is not None:
+            labels = description.failed if failed else description.scored
+            self.telemetry.metrics.evaluation_examples.add(1, labels, call.otel_context)
+        if self.telemetry.keeps_events:
+            self._emit_result(call, state.verdict, error)
 
-    def _emit_result(self, call: Call, verdict: Any, error: BaseException | None) -> None:
+    def _emit_result(self, call: Call, verdict: Verdict, error: BaseException | None) -> None:
         """The ``gen_ai.evaluation.result`` event of this example, unless its trace was not sampled."""
         span = call.span.get_span_context()
         if span.is_valid and not span.trace_flags.sampled:
@@ -249,14 +315,13 @@ class ExampleOperation(Operation):
         attributes.update(call.context.inherited)
         if run.index >= 0:
             attributes[semconv.EXAMPLE_INDEX] = run.index
-        score = score_of(verdict)
+        score, feedback = verdict.score, verdict.feedback
         if score is not None:
             attributes[semconv.GEN_AI_EVALUATION_SCORE_VALUE] = score
         if error is not None:
             attributes[semconv.ERROR_TYPE] = error_type(error)
-        elif unusable_score(verdict) is not None:
+        elif verdict.unusable is not None:
             attributes[semconv.ERROR_TYPE] = semconv.ERROR_SCORE_NOT_FINITE
-        feedback = feedback_of(verdict)
         if feedback is not None and self.telemetry.config.content_on_events:
             with _CONTENT:
                 attributes[semconv.GEN_AI_EVALUATION_EXPLANATION] = self.telemetry.content.text(feedback)
@@ -305,10 +370,23 @@ def metric_name(metric: Any) -> str | None:
     return None if metric is None else callable_name(metric)
 
 
-def score_of(verdict: Any) -> float | None:
-    """The score in what a metric returned: a number, a boolean, or something with a ``score``. Not finite: ``None``."""
-    number = _number_of(verdict)
-    return number if number is not None and math.isfinite(number) else None
+def verdict_of(returned: Any) -> Verdict:
+    """What a metric returned: a number, a boolean, or something with a ``score`` and maybe ``feedback``."""
+    if returned is None:
+        return Verdict()
+    number = introspection.real(returned)
+    if number is not None:
+        return Verdict(number)
+    feedback = introspection.field(returned, "feedback")
+    return Verdict(
+        introspection.real(introspection.field(returned, "score")),
+        feedback if introspection.is_a(feedback, str) else None,
+    )
+
+
+def score_of(returned: Any) -> float | None:
+    """The finite score in what a metric returned, or ``None``."""
+    return verdict_of(returned).score
 
 
 def mean_score(result: Any) -> float | None:
@@ -320,25 +398,6 @@ def mean_score(result: Any) -> float | None:
 def from_percent(percent: float) -> float:
     """A percent as ``Evaluate`` reports it, which is 100 times the mean of the metric, as that mean."""
     return round(percent / 100, 9)  # without the noise of the division: 57.99 is 0.5799
-
-
-def unusable_score(verdict: Any) -> str | None:
-    """Why the score in what a metric returned counts as a failure (it is NaN or infinite); ``None`` for any other."""
-    number = _number_of(verdict)
-    return None if number is None or math.isfinite(number) else f"the metric returned {number}"
-
-
-def _number_of(verdict: Any) -> float | None:
-    number = introspection.real(verdict)
-    return introspection.real(introspection.field(verdict, "score")) if number is None else number
-
-
-def feedback_of(verdict: Any) -> str | None:
-    """The feedback text of a metric that returned ``Prediction(score, feedback)``."""
-    if verdict is None or introspection.real(verdict) is not None:
-        return None
-    feedback = introspection.field(verdict, "feedback")
-    return feedback if introspection.is_a(feedback, str) else None
 
 
 def split_example(example: Any) -> tuple[Any, Any]:

@@ -14,7 +14,7 @@ from dspy_otel.content import introspection
 from dspy_otel.content.introspection import is_a
 from dspy_otel.content.names import class_name, without_secrets
 from dspy_otel.core.attributes import Attributes, Labels, repair, sendable_name
-from dspy_otel.core.call_context import CallContext, Program
+from dspy_otel.core.call_context import BAGGAGE_KEY, CallContext, Program, current_context
 from dspy_otel.core.errors import error_type
 from dspy_otel.core.operation import Call, Operation, SpanStart, openinference
 from dspy_otel.core.telemetry import Telemetry
@@ -156,9 +156,9 @@ class ModuleOperation(Operation):
 def caller_attributes() -> Attributes:
     """Session and user that the application has put into OpenTelemetry's baggage, for all spans of a program call."""
     attributes: Attributes = {}
-    found = baggage.get_all()
-    if not found:
+    if BAGGAGE_KEY not in current_context():
         return attributes
+    found = baggage.get_all()
     for key in (semconv.SESSION_ID, semconv.USER_ID):
         value = found.get(key)
         shown = introspection.text(value) if introspection.is_a(value, str) else introspection.whole(value)

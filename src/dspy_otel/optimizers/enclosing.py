@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from typing import Any, Final
 
+from dspy_otel.core.call_context import current_call_context
 from dspy_otel.core.internal_errors import guard
 from dspy_otel.core.operation import Call, Operation, safe_open
 from dspy_otel.optimizers.run import Run
@@ -14,6 +15,9 @@ _ENCLOSING: Final = guard("span around an optimizer's call")
 
 class EnclosedOperation(Operation, safe=True):
     """Opens another operation's call around its own, and closes it after its own. Put before the operation's class."""
+
+    enclosed_by: tuple[type, ...] = ()
+    """Types of the state of the calls directly inside of which :meth:`enclose` may open one."""
 
     def enclose(self, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
         """Open the call around this one and make it current, if there is one. Called inside a compile only."""
@@ -26,7 +30,8 @@ class EnclosedOperation(Operation, safe=True):
     def open(
         self, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any], override_of: type | None = None
     ) -> Call | None:
-        if not Run.live:
+        # Nearly all calls of an optimization are inside of examples.
+        if not Run.live or type(getattr(current_call_context(), "state", None)) not in self.enclosed_by:
             return super().open(instance, args, kwargs, override_of)
         return self._open_inside(instance, args, kwargs, override_of)
 

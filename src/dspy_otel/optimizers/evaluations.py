@@ -26,6 +26,8 @@ from dspy_otel.optimizers.trials import TrialOperation
 class CandidateEvaluation(EnclosedOperation, EvaluateOperation):
     """``Evaluate``, which directly inside a compile is one trial."""
 
+    enclosed_by = (CompileState, PhaseState)
+
     def __init__(self, telemetry: Any, programs: Any, phases: PhaseOperation, trials: TrialOperation) -> None:
         super().__init__(telemetry, programs)
         self.phases = phases

@@ -19,6 +19,8 @@ from dspy_otel.optimizers.state import CompileState
 class DirectModule(EnclosedOperation, ModuleOperation):
     """A module; one that the optimizer itself calls has a role, and may make up a phase."""
 
+    enclosed_by = (CompileState,)
+
     def __init__(self, telemetry: Any, programs: Any, phases: PhaseOperation) -> None:
         super().__init__(telemetry, programs)
         self.phases = phases
@@ -37,8 +39,10 @@ class DirectModule(EnclosedOperation, ModuleOperation):
         self, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any], parent: CallContext | None
     ) -> SpanStart | None:
         start = super().start(instance, args, kwargs, parent)
-        caller = ParallelOperation.caller(parent)
-        if start is not None and caller is not None and isinstance(caller.state, CompileState):
+        caller = parent
+        if caller is not None and caller.kind == ParallelOperation.kind:
+            caller = ParallelOperation.caller(caller)
+        if start is not None and caller is not None and type(caller.state) is CompileState:
             tracker = caller.state.tracker
             if is_program_of(tracker.run, instance):
                 start.context.role = tracker.program_role

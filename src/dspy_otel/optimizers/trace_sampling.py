@@ -11,7 +11,7 @@ from dspy_otel.core.call_context import CallContext, enclosing_state
 from dspy_otel.core.deferred_spans import DeferredTrace, DroppedTrace
 from dspy_otel.core.operation import Call
 from dspy_otel.core.telemetry import Telemetry
-from dspy_otel.operations.evaluation import ExampleState, score_of, unusable_score
+from dspy_otel.operations.evaluation import ExampleState, verdict_of
 from dspy_otel.optimizers.run import Run
 from dspy_otel.optimizers.state import CompileState, TrialState, run_of
 
@@ -67,9 +67,9 @@ def has_failed(result: Any, error: BaseException | None) -> bool:
     """Whether an example counts as failed: it raised, or its score is 0 or less (``False`` too), or not finite."""
     if error is not None:
         return True
-    verdict = result[1] if type(result) is tuple and len(result) == 2 else result
-    score = score_of(verdict)
-    return score <= 0 if score is not None else unusable_score(verdict) is not None
+    verdict = verdict_of(result[1] if type(result) is tuple and len(result) == 2 else result)
+    score = verdict.score
+    return score <= 0 if score is not None else verdict.unusable is not None
 
 
 def _keep(deferred: DeferredTrace, around: CallContext) -> None:
