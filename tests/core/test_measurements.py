@@ -199,6 +199,21 @@ def test_a_series_is_bound_at_its_first_measurement(temporality: Any) -> None:
     assert series.record(1.0)
 
 
+@pytest.mark.parametrize("measured", [3, 1000])
+def test_what_waits_is_counted_before_a_reader_collects(measured: int) -> None:
+    way = Measured(True, [CUMULATIVE, DELTA], [], TraceBasedExemplarFilter())
+    for number in range(measured):
+        way.step("record", 1, {"a": "x"}, 2 if number == measured - 1 else 1)
+    assert len(measurements.waiting_of(way.provider._measurement_consumer)._measured) < 128
+    for reader in (0, 1):
+        way.step("collect", reader)
+    histogram, counter = way.seen[0][4], way.seen[1][4]
+    assert f"'count': {measured}" in histogram
+    assert f"'value': {measured}" in counter
+    assert [seen[4] for seen in way.seen[2:]] == [histogram, counter]
+    assert "'exemplars': [(1, 2, 2, {})]" in histogram
+
+
 def test_nothing_is_lost_while_a_reader_collects() -> None:
     way = Measured(True, [DELTA], [], TraceBasedExemplarFilter())
     (reader,) = way.readers

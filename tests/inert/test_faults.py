@@ -423,6 +423,8 @@ MACHINERY = {
     *("core.operation.Operation.open", "core.operation.Operation.close", "core.operation.Operation.fail"),
     *("core.operation.safe_open", "core.operation.safe_close", "core.operation._continue"),
     *("core.operation.Operation.__reduce__", "core.operation._NothingToRecord.__reduce__"),
+    # Called by the SDK. It calls what cannot raise, and nothing else.
+    "core.measurements.Waiting.callback",
     # Python reports what these raise itself, and nothing more happens.
     *("core.operation._Pending.__del__", "core.operation._Pending.__init__"),
     # What stands in for a function of DSPy's, and what gives it back.
@@ -741,7 +743,7 @@ NEVER_CALLED = re.compile(
     r"LightSpan\.__repr__|LightTracer\.start_as_current_span|"
     r"optimizers\.(trackers\.)?(finetune|reanchor|progress)\.|interpreter|typed|_CountedStream|_counted_stream"
     r"|record_(chunk|retry)|count_chunk|_suppression_keys|call_context\._runtime$|simba\._in_compile|older_dspy\.|on_merge_rejected"
-    r"|formatting_without|propagation\._typed|\.DeferredSpan\.|Asking\.of|\.__init__$|\.Telemetry\.(_make|_after_fork|__)"
+    r"|formatting_without|propagation\._typed|\.DeferredSpan\.|Asking\.of|\.__init__$|\.Telemetry\.(_make|_after_fork|__)|Waiting\._after_fork"
     r"|is_trace_id_random|parent_of_process|gepa\.(GEPAWithoutEvents|OldGEPA)Tracker|gepa\._takes"
     r"|\.((Enclosed)?Operation|Tracker|Blob|SpanFactory)\.\w+$|_Pending|_moment|moment$"
     r"|secret_rules\._with_digit|redaction\._inner|lineage\.optimization$"

@@ -3,8 +3,9 @@
 The SDK cleans, copies, sorts and hashes the attributes of each measurement to find the aggregation that counts it,
 which takes more than half of the time of ``Histogram.record``. A program of DSPy has few series, and each is recorded
 again and again. What counts a series is the SDK's own aggregation all the same, in its own fields: where it is the one
-for histograms with fixed buckets or for sums, as ours are unless a view says otherwise, this module does what its
-``aggregate`` and the reservoir of its exemplars do, without the ten calls that those make.
+for histograms with fixed buckets or for sums, as ours are unless a view says otherwise, measurements wait for each
+other, and this module does for many of them at once what its ``aggregate`` and the reservoir of its exemplars do. What
+waits is counted before a reader collects, so that nobody sees that it has waited.
 
 This reaches into the SDK. It is done only for the SDK's own instruments, in versions that are known, where a check
 finds the points to be those of the public way, and until OpenTelemetry can bind attributes to an instrument itself. In
@@ -15,9 +16,13 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 import sys
+import threading
 import time
+import weakref
 from bisect import bisect_left
+from collections import deque
 from collections.abc import Sequence
 from itertools import islice
 from typing import Any, Final, NamedTuple
@@ -27,6 +32,7 @@ from opentelemetry.trace import NonRecordingSpan, SpanContext, TraceFlags, set_s
 
 from dspy_otel.core.attributes import Attributes
 from dspy_otel.core.call_context import SPAN_KEY
+from dspy_otel.core.internal_errors import failed
 
 _VERSIONS: Final = range(38, 46)
 """Minor versions of the SDK's 1.x that tests have run with."""
@@ -42,6 +48,10 @@ _CHECKED: Final[Sequence[tuple[float, Attributes]]] = (
 )
 
 
+_MOST_WAITING: Final = 128
+_LONGEST_WAIT: Final = 5.0
+"""Seconds. Counting takes a fraction of a millisecond."""
+_NOWHERE: Final = Context({"dspy_otel.nowhere": True})  # not empty: the SDK takes an empty context for none
 _NO_LOCK: Final = contextlib.nullcontext()  # An older SDK's reservoirs have none.
 
 
@@ -56,7 +66,7 @@ class _Counted(NamedTuple):
         buckets: the bounds of its buckets, where it is counted here; else ``None``.
         exemplars: where it keeps an exemplar for each bucket.
         guard: held while one is put there.
-        sums: whether it is the SDK's sum, which counts without exemplars here.
+        sums: whether it is the SDK's sum.
     """
 
     match: Any
@@ -82,14 +92,15 @@ class BoundSeries:
 
     __slots__ = (
         "_attributes",
-        "_by_trace",
         "_consumer",
         "_counted",
         "_enabled",
+        "_exemplars",
         "_filter",
         "_instrument",
         "_measurement",
         "_storages",
+        "_waiting",
     )
 
     def __init__(
@@ -109,8 +120,12 @@ class BoundSeries:
         self._measurement = measurement
         self._filter = self._consumer._sdk_config.exemplar_filter
         kind = type(self._filter)
-        # Whether a measurement becomes an exemplar depends on its span alone.
-        self._by_trace = kind.__name__ == "TraceBasedExemplarFilter" and kind.__module__.startswith(_INTERNAL)
+        own = kind.__name__ if kind.__module__.startswith(_INTERNAL) else ""
+        # Whether a measurement becomes an exemplar depends on its span alone, or none does.
+        self._exemplars = own == "TraceBasedExemplarFilter"
+        batched = self._exemplars or own == "AlwaysOffExemplarFilter"
+        batched = batched and all(each.buckets is not None or each.sums for each in counted)
+        self._waiting = waiting_of(self._consumer) if batched else None
 
     def record(self, amount: float, context: Context | None = None) -> bool:
         """Record ``amount`` in ``context``, as the instrument would, unless the SDK no longer has the series as it was.
@@ -118,57 +133,85 @@ class BoundSeries:
         Returns:
             Whether it is recorded. If not, the caller records it with the instrument itself.
         """
+        waiting = self._waiting
         if self._consumer._reader_storages is not self._storages or not (self._enabled is None or self._enabled()):
+            if waiting is not None:
+                waiting.count()  # as long as it is the readers' that there were
             return False
         for counted in self._counted:
             if counted.match._attributes_aggregation is not counted.series:
                 return False
-        context = context or get_current()
-        now = time.time_ns()
-        span: Any = context.get(SPAN_KEY) if self._by_trace else None
-        within: Any = None if span is None else span.get_span_context()
-        if span is None and self._by_trace:
-            sampled = False
-        elif type(within) is SpanContext:
-            sampled = bool(within[3] & TraceFlags.SAMPLED)  # its flags, without the calls of two properties
-        else:
+        if waiting is None:
+            context = context or get_current()
+            now = time.time_ns()
+            made = self._made(amount, now, context)
             sampled = self._filter.should_sample(amount, now, self._attributes, context)
+            for counted in self._counted:
+                if counted.lock is None:
+                    counted.aggregation.aggregate(made, sampled)
+                else:
+                    counted.match.consume_measurement(made, sampled)
+            return True
+        within: Any = None
+        if self._exemplars:
+            span: Any = (context or get_current()).get(SPAN_KEY)
+            within = None if span is None else span.get_span_context()
+            # The flags by their place, without the calls of two properties.
+            if type(within) is not SpanContext or not within[3] & TraceFlags.SAMPLED:
+                within = None
+        waiting.add(self, amount, within)
+        return True
+
+    def count(self, amounts: Sequence[tuple[float, Any]]) -> None:
+        """Count measurements that have waited, as the SDK's ``aggregate`` does.
+
+        Args:
+            amounts: each with the context of its span and the time, where it may be an exemplar; else with ``None``.
+        """
         for counted in self._counted:
             if counted.lock is None:
-                self._count(counted, amount, now, context, sampled)
+                self._count(counted, amounts)
                 continue
             with counted.lock:
                 same = counted.match._attributes_aggregation is counted.series
                 if same:
-                    self._count(counted, amount, now, context, sampled)
+                    self._count(counted, amounts)
             if not same:  # It has been collected meanwhile.
-                counted.match.consume_measurement(self._made(amount, now, context), sampled)
-        return True
+                for amount, exemplar in amounts:
+                    when, context = (time.time_ns(), _NOWHERE) if exemplar is None else _around(exemplar)
+                    counted.match.consume_measurement(self._made(amount, when, context), exemplar is not None)
 
-    def _count(self, counted: _Counted, amount: float, now: int, context: Context, sampled: bool) -> None:
-        """Count ``amount``, as the SDK's ``aggregate`` does."""
+    def _count(self, counted: _Counted, amounts: Sequence[tuple[float, Any]]) -> None:
         aggregation, buckets = counted.aggregation, counted.buckets
         if buckets is None:
-            if counted.sums and not sampled:
-                with aggregation._lock:
+            with aggregation._lock:
+                for amount, _ in amounts:
                     value = aggregation._value
                     aggregation._value = amount if value is None else value + amount
-            else:
-                aggregation.aggregate(self._made(amount, now, context), sampled)
+            for amount, exemplar in amounts:
+                if exemplar is not None:
+                    when, context = _around(exemplar)
+                    aggregation._sample_exemplar(self._made(amount, when, context), True)
             return
-        place = bisect_left(buckets, amount)
+        exemplars: dict[int, tuple[float, Any]] = {}
         with aggregation._lock:
             counts = aggregation._value
             if counts is None:
                 counts = aggregation._value = [0] * (len(buckets) + 1)
-            counts[place] += 1
-            aggregation._sum += amount
-            if aggregation._record_min_max:
-                aggregation._min = min(aggregation._min, amount)
-                aggregation._max = max(aggregation._max, amount)
-        if sampled:
-            with counted.guard:
-                counted.exemplars[place].offer(amount, now, self._attributes, context)
+            for each in amounts:
+                amount = each[0]
+                place = bisect_left(buckets, amount)
+                counts[place] += 1
+                aggregation._sum += amount
+                if aggregation._record_min_max:
+                    aggregation._min = min(aggregation._min, amount)
+                    aggregation._max = max(aggregation._max, amount)
+                if each[1] is not None:
+                    exemplars[place] = each  # The last one of a bucket stays.
+        with counted.guard:
+            for place, (amount, exemplar) in exemplars.items():
+                when, context = _around(exemplar)
+                counted.exemplars[place].offer(amount, when, self._attributes, context)
 
     def _made(self, amount: float, now: int, context: Context) -> Any:
         """The SDK's measurement. Its constructor cleans the attributes, and sets each field past a frozen class."""
@@ -177,6 +220,75 @@ class BoundSeries:
             value=amount, time_unix_nano=now, instrument=self._instrument, context=context, attributes=self._attributes
         )
         return measurement
+
+
+def _around(exemplar: tuple[int, SpanContext]) -> tuple[int, Context]:
+    """When an exemplar was measured, and a context with its span."""
+    when, within = exemplar
+    return when, Context({SPAN_KEY: NonRecordingSpan(within)})
+
+
+class Waiting:
+    """Measurements of all series of a provider that have not been counted yet.
+
+    The SDK calls it before a reader collects, as one of the instruments that are asked for their measurements then.
+    """
+
+    def __init__(self) -> None:
+        self._measured: deque[tuple[BoundSeries, float, Any]] = deque()
+        self._counting = threading.Lock()
+        if hasattr(os, "register_at_fork"):
+            after_fork = weakref.WeakMethod(self._after_fork)
+            os.register_at_fork(after_in_child=lambda: (method := after_fork()) and method())
+
+    def _after_fork(self) -> None:
+        self._counting = threading.Lock()  # The thread that may own the old one is not here.
+
+    def add(self, series: BoundSeries, amount: float, within: Any) -> None:
+        """Let a measurement wait, and count all when there are many.
+
+        Args:
+            series: what counts it.
+            amount: of it.
+            within: the context of its span, if it may be an exemplar.
+        """
+        self._measured.append((series, amount, None if within is None else (time.time_ns(), within)))
+        if len(self._measured) >= _MOST_WAITING:
+            self.count(wait=False)
+
+    def count(self, wait: bool = True) -> None:
+        """Count what waits.
+
+        Args:
+            wait: whether to wait for another thread that is counting.
+        """
+        if not self._counting.acquire(timeout=_LONGEST_WAIT if wait else 0):
+            return
+        try:
+            found: dict[BoundSeries, list[tuple[float, Any]]] = {}
+            for _ in range(len(self._measured)):
+                series, amount, exemplar = self._measured.popleft()
+                found.setdefault(series, []).append((amount, exemplar))
+            for series, amounts in found.items():
+                series.count(amounts)
+        except Exception as error:
+            failed("metrics", error)
+        finally:
+            self._counting.release()
+
+    def callback(self, _: Any) -> tuple[()]:
+        """Called by the SDK before a reader collects; gives no measurements of its own."""
+        self.count()
+        return ()
+
+
+def waiting_of(consumer: Any) -> Waiting:
+    """What waits for the readers of a provider, by the SDK's object for them."""
+    found = next((each for each in consumer._async_instruments if type(each) is Waiting), None)
+    if found is None:  # Two would do, if two threads come here at once.
+        found = Waiting()
+        consumer.register_asynchronous_instrument(found)
+    return found
 
 
 def real_instrument(instrument: Any) -> Any:

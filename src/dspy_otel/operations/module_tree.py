@@ -32,6 +32,7 @@ _HEAP: Final = 1 << 9  # Py_TPFLAGS_HEAPTYPE: a class that can be freed
 _flags_of: Final[Callable[[type], int]] = type.__dict__["__flags__"].__get__
 _KEYS: Final = frozenset(map(id, (str, int, bool, float, type(None))))
 _CONTAINERS: Final = frozenset(map(id, (list, tuple, dict)))
+_NONE: Final = frozenset[str]()
 _CONTAINER: Final = 1
 _MODULE: Final = 2
 _PREDICTOR: Final = 3
@@ -90,12 +91,12 @@ def survey(root: Any) -> tuple[list[Any], list[Any]]:
     modules: list[Any] = []
     structure: list[Any] = []
     containers = 0
-    items = [root]
+    items = [(root, _kind_of(root))]
     seen = {id(root)}
     lasting, kinds = _LASTING.get, _kinds.of
-    for item in items:  # Grows meanwhile: breadth first.
-        without = frozenset[str]()
-        if _kind_of(item) == _CONTAINER:
+    for item, of in items:  # Grows meanwhile: breadth first.
+        without: frozenset[str] = _NONE
+        if of == _CONTAINER:
             containers += 1
             if containers > _MAX_CONTAINERS:
                 continue
@@ -120,7 +121,7 @@ def survey(root: Any) -> tuple[list[Any], list[Any]]:
                 structure += (key if type(key) is str or type(key) is int else id(key), identity)
                 if identity not in seen:
                     seen.add(identity)
-                    items.append(value)
+                    items.append((value, kind))
         structure.append(None)
     return modules, structure
 

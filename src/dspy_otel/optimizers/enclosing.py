@@ -6,7 +6,7 @@ import functools
 from typing import Any, Final
 
 from dspy_otel.core.call_context import current_call_context
-from dspy_otel.core.internal_errors import guard
+from dspy_otel.core.internal_errors import failed, guard
 from dspy_otel.core.operation import Call, Operation, safe_open
 from dspy_otel.optimizers.run import Run
 
@@ -30,8 +30,14 @@ class EnclosedOperation(Operation, safe=True):
     def open(
         self, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any], override_of: type | None = None
     ) -> Call | None:
+        around = None
+        if Run.live:
+            try:
+                around = current_call_context()
+            except Exception as error:
+                failed("span around an optimizer's call", error)
         # Nearly all calls of an optimization are inside of examples.
-        if not Run.live or type(getattr(current_call_context(), "state", None)) not in self.enclosed_by:
+        if around is None or type(around.state) not in self.enclosed_by:
             return super().open(instance, args, kwargs, override_of)
         return self._open_inside(instance, args, kwargs, override_of)
 
