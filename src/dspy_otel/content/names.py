@@ -42,6 +42,11 @@ def _masked(text: str, most: int, _: int) -> str:
 
 def plain_name(text: str) -> str:
     """At most 256 characters of ``text``: secrets masked, and ``_`` for spaces, control characters and signs."""
+    return _plain(text, redaction.remembered)
+
+
+@functools.lru_cache(maxsize=1024)
+def _plain(text: str, _: int) -> str:
     shown = _masked(text, LONGEST, redaction.remembered)
     if _PLAIN.fullmatch(shown):
         return shown

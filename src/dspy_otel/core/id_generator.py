@@ -52,7 +52,12 @@ class SystemIds:
     def generate_span_id(self) -> int:
         """A new span id: 64 bits, never 0."""
         given = _given.get()
-        return given[1] if given is not None else _number() or 1
+        if given is not None:
+            return given[1]
+        try:  # once for each span, without a call
+            return _numbers.popleft() or 1
+        except IndexError:
+            return _number() or 1
 
     def generate_trace_id(self) -> int:
         """A new trace id: 128 bits, never 0."""

@@ -182,7 +182,6 @@ class LMOperation(Operation):
         self, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any], parent: CallContext | None
     ) -> SpanStart | None:
         own = own_settings(instance)
-        settings = request_settings(own, args, kwargs)
         try:  # For each call, and without the two calls of a guard.
             if own:
                 redaction.remember_settings(own)
@@ -191,7 +190,7 @@ class LMOperation(Operation):
         except Exception as error:
             failed("LM settings", error)
         context = CallContext(self.kind, instance, parent)
-        description = self._description(instance, settings, context)
+        description = self._description(instance, request_settings(own, args, kwargs), context)
         context.state = LMCallState(description)
         return SpanStart(description.span, context, description.attributes.copy(), SpanKind.CLIENT, repaired=True)
 
@@ -291,7 +290,8 @@ class LMOperation(Operation):
     def measure(self, call: Call, result: Any, error: BaseException | None, seconds: float) -> None:
         context = call.context
         state: LMCallState = context.state
-        state.combine()
+        if state.earlier is not None:
+            state.combine()
         response = state.response
         usage = state.usage = lm_usage(response)
         inner = functools.reduce(add_usages, state.inner) if state.inner else None

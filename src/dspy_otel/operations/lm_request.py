@@ -69,15 +69,18 @@ def explicit_request(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
 
 
 def own_settings(lm: Any) -> dict[str, Any]:
-    """The parameters that an LM was made with: a copy."""
+    """The parameters that an LM was made with. Never to be changed."""
+    own = introspection.instance_dict(lm).get("kwargs")
+    if type(own) is dict:
+        return own
     own = field(lm, "kwargs")
     return dict(dict.items(own)) if is_a(own, dict) else {}
 
 
 def request_settings(own: dict[str, Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """An LM's own parameters, overridden by those of the call (a typed request brings its own config)."""
-    request = explicit_request(args, kwargs)
     settings = own.copy()
+    request = explicit_request(args, kwargs) if args or "request" in kwargs else None
     if request is not None:
         config = field(request, "config")
         settings = {key: settings[key] for key in ("api_base", "base_url", "api_key") if key in settings}

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from collections.abc import Mapping
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from dspy_otel import semconv
 from dspy_otel.content import introspection
@@ -19,8 +18,7 @@ _MOST_CHOICES: Final = 1000
 _MADE_BY_LITELLM: Final = re.compile(r"chatcmpl-[0-9a-f]{8}-(?:[0-9a-f]{4}-){3}[0-9a-f]{12}")
 
 
-@dataclasses.dataclass(frozen=True)
-class LMResponse:
+class LMResponse(NamedTuple):
     """What came back from one LM call, whichever engine made it.
 
     Attributes:
@@ -169,9 +167,9 @@ def combined(first: LMResponse, last: LMResponse) -> LMResponse:
     if first.cache_hit:
         return last
     if last.cache_hit:
-        return dataclasses.replace(last, usage=first.usage, cost=first.cost, cache_hit=False)
+        return last._replace(usage=first.usage, cost=first.cost, cache_hit=False)
     cost = last.cost if first.cost is None else first.cost if last.cost is None else first.cost + last.cost
-    return dataclasses.replace(last, usage=_sum(first.usage, last.usage), cost=cost)
+    return last._replace(usage=_sum(first.usage, last.usage), cost=cost)
 
 
 def _sum(first: Any, last: Any) -> dict[str, Any]:

@@ -139,18 +139,16 @@ class ModuleOperation(Operation):
         return attributes
 
     def measure(self, call: Call, result: Any, error: BaseException | None, seconds: float) -> None:
-        if self.telemetry.measuring:
-            self._record(call, error, seconds)
+        telemetry = self.telemetry
+        if telemetry.measuring:
+            state: ModuleState = call.context.state
+            labels: Attributes = state.description.labels
+            if error is not None:
+                labels = {**labels, semconv.ERROR_TYPE: error_type(error)}
+            telemetry.metrics.module_duration.record(seconds, labels, call.otel_context)
         parent = call.context.parent
         if parent is not None and parent.role_after is not None:
             parent.module_answered(call.instance)
-
-    def _record(self, call: Call, error: BaseException | None, seconds: float) -> None:
-        state: ModuleState = call.context.state
-        labels: Attributes = state.description.labels
-        if error is not None:
-            labels = {**labels, semconv.ERROR_TYPE: error_type(error)}
-        self.telemetry.metrics.module_duration.record(seconds, labels, call.otel_context)
 
 
 def caller_attributes() -> Attributes:

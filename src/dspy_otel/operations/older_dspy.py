@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import sys
 import time
 from collections.abc import Callable
@@ -64,9 +63,9 @@ def as_counted(answer: LMResponse, requested: bool) -> LMResponse:
         requested: whether usage was asked for. For an answer from the cache that is not known.
     """
     if not requested:
-        return dataclasses.replace(answer, usage={}, cost=None)
+        return answer._replace(usage={}, cost=None)
     usage = {name: value for name, value in answer.usage.items() if name != "completion_tokens_details"}
-    return dataclasses.replace(answer, usage=usage)
+    return answer._replace(usage=usage)
 
 
 def response_of_openai(response: Any, outputs: Any, requested: Any, streamed: bool) -> LMResponse:
