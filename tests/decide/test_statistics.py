@@ -9,8 +9,11 @@ from typing import Any
 
 import pytest
 
+from dspy_otel.decide.comparison import compare_results
 from dspy_otel.decide.errors import CannotCompareError
-from dspy_otel.decide.statistics import MCNEMAR, WILCOXON, needed_pairs, paired
+from dspy_otel.decide.results import Results, Row
+from dspy_otel.record.model import Example
+from dspy_otel.statistics import MCNEMAR, WILCOXON, needed_pairs, paired
 
 stats = pytest.importorskip("scipy.stats")
 np = pytest.importorskip("numpy")
@@ -158,6 +161,7 @@ def test_the_interval_has_the_difference(kind: str) -> None:
 
 
 def test_without_scipy_one_sentence_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    results = Results("A", "a program", tuple(Row(n, {"m": 1.0}, Example(n)) for n in range(6)), ("m",))
     monkeypatch.setitem(sys.modules, "scipy", None)
     with pytest.raises(CannotCompareError, match=r"needs scipy: pip install 'dspy-otel\[decide\]'\.$"):
-        paired([1.0] * 6, [0.0] * 6)
+        compare_results(results, results)

@@ -53,7 +53,7 @@ class Spans:
         evaluation = self.start("evaluate QA", span, evaluation__id=f"e{number}", **stamps)
         for index, score in enumerate(scores):
             example = self.start("example QA", None, evaluation__id=f"e{number}", **stamps)
-            self.end(example, example__index=index, example__score=score)
+            self.end(example, example__index=index, example__score=score, module__inputs='{"q": 1}')
         self.end(evaluation)
         return self.end(span, **end)
 
@@ -96,7 +96,7 @@ def test_a_trial_says_what_it_is_and_what_had_been_spent() -> None:
     assert record.winning == record.trials[2]
 
 
-def test_examples_are_kept_of_the_baseline_and_of_the_best() -> None:
+def test_examples_are_kept_of_the_baseline_and_of_the_best_and_scores_of_all() -> None:
     spans = Spans()
     compile_ = spans.compile()
     spans.trial(compile_, 1, (0.0, 1.0), trial__kind="baseline", trial__is_best=True)
@@ -105,8 +105,26 @@ def test_examples_are_kept_of_the_baseline_and_of_the_best() -> None:
     record = spans.end(compile_)[0]
     assert {number: [one.score for one in examples] for number, examples in record.examples.items()} == {
         1: [0.0, 1.0],
+        2: [1.0, 1.0],
         3: [1.0, 1.0],
+        4: [1.0, 1.0],
     }
+    known = {number: examples[0].inputs for number, examples in record.examples.items()}
+    assert known == {1: {"q": 1}, 2: None, 3: {"q": 1}, 4: None}
+
+
+def test_scores_of_examples_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(history_module, "MAX_SCORES", 4)
+    monkeypatch.setattr(history_module, "MAX_SAMPLED", 3)
+    spans = Spans()
+    compile_ = spans.compile()
+    spans.trial(compile_, 1, (0.0, 1.0), trial__kind="baseline", trial__is_best=True)
+    for number in (2, 3, 4):
+        spans.trial(compile_, number, (1.0, 1.0), trial__kind="full", trial__is_best=number == 4)
+    for number in (5, 6):
+        spans.trial(compile_, number, (1.0, 1.0), trial__kind="sample")
+    spans.trial(compile_, 7, (1.0, 1.0), trial__kind="minibatch")
+    assert list(spans.end(compile_)[0].examples) == [1, 2, 4, 5]
 
 
 def test_the_first_evaluation_of_a_trial_is_its_own_and_others_stand_for_themselves() -> None:

@@ -1,7 +1,6 @@
 """From records to a decision: is program B better than program A, and how sure is that?
 
 * :mod:`.results` - what is compared: scored examples of a program, from spans; :mod:`.stored` - the same from MLflow;
-* :mod:`.statistics` - two scores of each of the same examples to a paired test and an interval;
 * :mod:`.comparison` - results to a verdict with its :mod:`.evidence`; :mod:`.show` and :mod:`.page` - that as text and
   HTML;
 * :mod:`.overview` - what was optimized and evaluated, by dataset and metric; :mod:`.listing` - that as text.

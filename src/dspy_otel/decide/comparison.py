@@ -10,10 +10,10 @@ from dspy_otel.decide import page, show
 from dspy_otel.decide.errors import CannotCompareError
 from dspy_otel.decide.evidence import BETTER, NOT_SHOWN, WORSE, Change, Count, Evidence, PredictorChange, Score
 from dspy_otel.decide.results import Results, Row
-from dspy_otel.decide.statistics import needed_pairs, paired
 from dspy_otel.record.history import preview
 from dspy_otel.record.model import Candidate, Example, Predictor
 from dspy_otel.report.words import differences
+from dspy_otel.statistics import needed_pairs, paired
 
 MAX_CHANGES: Final = 1000
 """Most changed examples that are kept for one metric, the greatest losses first."""
@@ -56,7 +56,7 @@ def compare_results(
         failed_score: score of examples that raised; None leaves them out.
 
     Raises:
-        CannotCompareError: other examples, other metrics, or too few of them.
+        CannotCompareError: other examples, other metrics, or too few of them; or SciPy is missing.
     """
     if not 0 < alpha <= 1:
         raise CannotCompareError(f"alpha is {alpha:g}: choose a number above 0 and at most 1, such as 0.05.")
@@ -72,10 +72,14 @@ def compare_results(
         )
     share = alpha / len(names)
     known = a.program is not None and b.program is not None and bool(a.program.state and b.program.state)
+    try:
+        scores = tuple(_score(a, b, name, share, max_drop, failed_score) for name in names)
+    except ImportError as error:
+        raise CannotCompareError(f"Comparing needs {error.name}: pip install 'dspy-otel[decide]'.") from error
     return Comparison(
         a,
         b,
-        tuple(_score(a, b, name, share, max_drop, failed_score) for name in names),
+        scores,
         alpha,
         max_drop,
         failed_score,

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Final
 
 from dspy_otel.decide.results import Results
-from dspy_otel.decide.statistics import Paired
 from dspy_otel.record.model import Example
 from dspy_otel.report.words import Piece
+from dspy_otel.statistics import Paired
 
 BETTER: Final = "better"
 WORSE: Final = "worse"

@@ -31,11 +31,14 @@ from dspy_otel.mlflow.runs import (
 )
 from dspy_otel.mlflow.target import Target, public_uri, run_page
 from dspy_otel.record import model, stored
-from dspy_otel.record.history import preview
+from dspy_otel.record.addresses import Address
+from dspy_otel.record.history import preview, scores_of
 from dspy_otel.record.model import Candidate, Example, Failure, Optimization, Trial
 from dspy_otel.report import Source
-from dspy_otel.report.page import MAX_CANDIDATES
+from dspy_otel.report.programs import MAX_CANDIDATES
 
+MAX_TABLES: Final = 40
+"""Most tables of examples that are read, of the best trials: each is a request to a server."""
 _OUTCOMES: Final = {FINISHED: model.FINISHED, FAILED: model.FAILED, KILLED: model.INTERRUPTED}
 
 
@@ -127,9 +130,11 @@ class _Reader:
             name.removesuffix(".version"): value for name, value in self._run.tags.items() if name.endswith(".version")
         }
         if server is None:
-            return Source(trace_name=TRACE_ID, versions=versions)
+            return Source(run=Address(self._run.run_id), trace_name=TRACE_ID, versions=versions)
         place = self._run.experiment_id
         return Source(
+            run=Address(self._run.run_id, run_page(server, place, self._run.run_id)),
+            tracking_uri=server,
             runs={trial: run_page(server, place, child.run_id) for trial, child in self._children.items()},
             trace_url=f"{server}/#/experiments/{place}/traces?selectedEvaluationId={{}}",
             trace_name=TRACE_ID,
@@ -172,19 +177,21 @@ class _Reader:
         return found
 
     def _examples(self, optimization: Optimization) -> dict[int, tuple[Example, ...]]:
-        """Of the baseline and of the winner, or of the best trial so far."""
+        """Of the baseline and of the winner, or of the best trial so far; and the scores of the others."""
         trials, winner = optimization.trials, optimization.winner
         baseline = next((trial.number for trial in trials if trial.kind == "baseline"), None)
         if winner is None:
             best = [trial.number for trial in trials if trial.score is not None and trial.score == trial.best]
             winner = best[-1] if best else None
         found = {}
-        if baseline is not None and winner is not None and baseline != winner:
-            for number in (baseline, winner):
-                child = self._children.get(number)
-                text = None if child is None else self._read(child, EVALUATION_TABLE)
-                if text is not None:
-                    found[number] = read_examples(text)
+        best_first = sorted(trials, key=lambda trial: -(trial.score or 0.0))
+        others = [trial.number for trial in best_first if trial.kind == "full"][:MAX_TABLES]
+        for number in dict.fromkeys((baseline, winner, *others)):
+            child = None if number is None else self._children.get(number)
+            text = None if child is None else self._read(child, EVALUATION_TABLE)
+            if number is not None and text is not None:
+                examples = read_examples(text)
+                found[number] = examples if number in (baseline, winner) else scores_of(examples)
         return found
 
     def _read(self, run: StoredRun, path: str) -> str | None:

@@ -498,7 +498,7 @@ def _of_winner(optimization: str, trial: Trial) -> Run:
 def _put_report(record: Optimization, run: Run, artifacts: dict[str, str], versions: Mapping[str, str]) -> None:
     software = {name.removesuffix(".version"): value for name, value in versions.items() if name.endswith(".version")}
     try:
-        artifacts[REPORT] = render(record, Source(trace_name=TRACE_ID, versions=software))
+        artifacts[REPORT] = render(record, Source(in_run=True, trace_name=TRACE_ID, versions=software))
     except Exception as error:
         _logger.warning("The report of %s could not be made (%s).", run.name, type(error).__name__)
         _logger.debug("no report", exc_info=True)

@@ -38,6 +38,10 @@ MAX_PREVIEW: Final = 600
 """Most characters of each value of an example that is kept after its evaluation."""
 MAX_EXAMPLES: Final = 5000
 """Most examples of one evaluation that are kept after it."""
+MAX_SCORES: Final = 100_000
+"""Most scores of examples that are kept for one optimization, over all of its trials."""
+MAX_SAMPLED: Final = 2000
+"""Most examples of rollouts to learn from that are kept for one optimization."""
 MAX_MODELS: Final = 10
 """Most models that are kept for one role."""
 MAX_KNOWN: Final = 100_000
@@ -329,6 +333,8 @@ class _Running:
         self._examples: dict[int, tuple[Example, ...]] = {}
         self._baseline: int | None = None
         self._best: int | None = None
+        self._kept = 0
+        self._sampled = 0
         self._evaluated = 0
         self._verdicts: dict[bool, int] = {}
 
@@ -347,9 +353,7 @@ class _Running:
             trials=tuple(self.trials[number] for number in sorted(self.trials)),
             phases=tuple(self._phases.values()),
             candidates=dict(self._candidates),
-            examples={
-                number: self._examples[number] for number in (self._baseline, self._best) if number in self._examples
-            },
+            examples={number: kept for number, kept in self._examples.items() if number in self.trials},
         )
 
     def end_phase(self, phase: Phase, span: ReadableSpan) -> Phase:
@@ -397,17 +401,25 @@ class _Running:
         self._examples[trial] = tuple(preview(example) for example in examples[:MAX_EXAMPLES])
 
     def _choose_examples(self, trial: Trial) -> None:
-        """Keep those of the baseline, and of a trial that may be the winner in place of the last one that could."""
+        """Keep the scores of all trials on the whole dataset, and what they are of for those that are shown."""
         number = trial.number
-        if number not in self._examples:
+        examples = self._examples.pop(number, ())
+        if trial.kind == semconv.TRIAL_SAMPLE and self._sampled + len(examples) <= MAX_SAMPLED:
+            self._sampled += len(examples)
+            self._examples[number] = examples
+        if trial.kind not in _ON_VALIDATION or not examples:
             return
-        dropped: int | None = number
         if trial.kind == semconv.TRIAL_BASELINE and self._baseline is None:
-            self._baseline, dropped = number, None
+            self._baseline = number
         if trial.is_best:
-            dropped, self._best = self._best, number
-        if dropped is not None and dropped not in (self._baseline, self._best):
-            self._examples.pop(dropped, None)
+            best, self._best = self._best, number
+            if best is not None and best != self._baseline:
+                self._examples[best] = scores_of(self._examples[best])
+        if number in (self._baseline, self._best):
+            self._examples[number] = examples
+        elif self._kept + len(examples) <= MAX_SCORES:
+            self._examples[number] = scores_of(examples)
+        self._kept += len(examples)
 
     def _remember(self, program: Candidate) -> None:
         if program.state is None or program.id in self._candidates:
@@ -494,6 +506,13 @@ class _Models:
         """The models of an optimization or evaluation that ends, to be forgotten."""
         with self._lock:
             return {role: tuple(sorted(names)) for role, names in self._names.pop(place, {}).items()}
+
+
+def scores_of(examples: Iterable[Example]) -> tuple[Example, ...]:
+    """Examples with their scores, and without what they are of."""
+    return tuple(
+        Example(one.index, one.id, score=one.score, error=one.error, trace_id=one.trace_id) for one in examples
+    )
 
 
 def preview(example: Example) -> Example:

@@ -425,7 +425,8 @@ class Optimization:
         trials: those that have ended, in their order.
         phases: what went where; together they are the usage.
         candidates: the programs whose states are known, by id.
-        examples: of the baseline's evaluation and of the best trial's, shortened, by number of the trial.
+        examples: by number of the trial, of trials on the whole dataset and of rollouts to learn from: those of the
+            baseline, of the best trial and of rollouts shortened, of the others the scores alone.
         service: name of the service that did it.
         started, ended: nanoseconds since 1970.
     """

@@ -9,10 +9,13 @@ from xml.etree.ElementTree import Element
 
 from dspy_otel.record.model import Optimization, Trial
 from dspy_otel.report.markup import Child, tag
+from dspy_otel.report.numbers import tick_text
 
-WIDTH, HEIGHT = 560, 300
+WIDTH, HEIGHT, LOW = 560, 280, 190
 _LEFT, _RIGHT, _TOP, _BOTTOM = 52, 26, 14, 40
 MAX_POINTS: Final = 1500
+_PARTS: Final = frozenset({"minibatch", "sample"})
+"""Kinds that are scored on some examples, and have a chart of their own."""
 _HUGE: Final = 1e100
 """Larger scores are not drawn: one would make all others look equal."""
 
@@ -26,31 +29,60 @@ KINDS: Final = {
 """Kinds of trials, in the order of the legend, with what they are scored on."""
 
 
-def score_text(value: float | None) -> str:
-    """A score as the user reads it."""
-    if value is None:
-        return "-"
-    return f"{value:.4g}"
+WHOLE: Final = frozenset({"baseline", "full", "validation"})
+"""Kinds whose scores can be compared: all on the same examples."""
 
 
-def by_trial(report: Optimization, label: Callable[[Trial], str]) -> Element | None:
-    """Score against the number of the trial."""
-    trials = report.trials
-    highest = max((trial.number for trial in trials), default=1)
-    return _chart(report, [(float(trial.number), trial) for trial in trials], label, "trial", _whole(highest))
+def by_trial(report: Optimization, label: Callable[[Trial], str], parts: bool = False) -> Element | None:
+    """Score against the number of the trial.
+
+    Args:
+        report: the optimization.
+        label: the text of a point.
+        parts: of trials on some examples, in place of those on all.
+    """
+    highest = max((trial.number for trial in report.trials), default=1)
+    points = [(float(trial.number), trial) for trial in report.trials if (trial.kind in _PARTS) is parts]
+    return _chart(report, points, label, "trial", _whole(highest), LOW if parts else HEIGHT)
 
 
-def by_spend(report: Optimization, label: Callable[[Trial], str]) -> Element | None:
-    """Score against what had been spent when the trial ended: cost, or tokens when no call has a price."""
+def by_spend(report: Optimization, label: Callable[[Trial], str]) -> tuple[str, Element] | None:
+    """Score against what had been spent when the trial ended, and what that is: tokens when no call has a price."""
     for what, used in (
-        ("spent so far, USD", [trial.spent.cost for trial in report.trials]),
-        ("tokens used so far", [trial.spent.tokens for trial in report.trials]),
-        ("LM calls so far", [trial.spent.lm_calls for trial in report.trials]),
+        ("cost", [trial.spent.cost for trial in report.trials]),
+        ("tokens", [trial.spent.tokens for trial in report.trials]),
+        ("LM calls", [trial.spent.lm_calls for trial in report.trials]),
     ):
         # An unknown total counts as zero: the first calls may all have come from the cache.
         points = [(value or 0.0, trial) for value, trial in zip(used, report.trials, strict=True)]
         if any(value > 0 for value, _ in points):
-            return _chart(report, points, label, what, ticks(0, max(value for value, _ in points)))
+            across = ticks(0, max(value for value, _ in points))
+            title = "USD" if what == "cost" else what
+            points = [(value, trial) for value, trial in points if trial.kind not in _PARTS]
+            chart = _chart(report, points, label, f"{title} so far", across)
+            return None if chart is None else (what, chart)
+    return None
+
+
+def by_price(report: Optimization, label: Callable[[Trial], str]) -> tuple[str, Element] | None:
+    """Score against what one answer of the candidate takes: a better program may cost more for good.
+
+    Trials whose calls came from the cache are left out: they cost nothing, and their programs do.
+    """
+    whole = [one for one in report.trials if one.kind in WHOLE and one.size and not one.usage.cache_hits]
+    for what, used in (
+        ("cost", [trial.usage.cost for trial in whole]),
+        ("tokens", [trial.usage.tokens for trial in whole]),
+    ):
+        points = [
+            (1000 * value / trial.size, trial) for value, trial in zip(used, whole, strict=True) if value and trial.size
+        ]
+        if len({trial.candidate for _, trial in points}) > 1:
+            values = [value for value, _ in points]
+            title = "USD" if what == "cost" else what
+            across = ticks(min(values), max(values))
+            chart = _chart(report, points, label, f"{title} for 1,000 examples", across, line=False)
+            return None if chart is None else (what, chart)
     return None
 
 
@@ -107,6 +139,8 @@ def _chart(
     label: Callable[[Trial], str],
     what: str,
     across: list[float],
+    height: int = HEIGHT,
+    line: bool = True,
 ) -> Element | None:
     drawn = [(x, trial.score, trial) for x, trial in points if trial.score is not None and abs(trial.score) < _HUGE]
     if not drawn:
@@ -118,28 +152,26 @@ def _chart(
     def place(x: float, y: float) -> tuple[float, float]:
         return (
             _LEFT + (WIDTH - _LEFT - _RIGHT) * (x - left) / (right - left),
-            HEIGHT - _BOTTOM - (HEIGHT - _TOP - _BOTTOM) * (y - bottom) / (top - bottom),
+            height - _BOTTOM - (height - _TOP - _BOTTOM) * (y - bottom) / (top - bottom),
         )
 
     parts: list[Any] = []
     for value in up:
         y = place(left, value)[1]
         parts.append(tag("path", d=f"M{_LEFT} {y:.1f}H{WIDTH - _RIGHT}", class_="grid"))
-        parts.append(tag("text", f"{value:.6g}", x=_LEFT - 6, y=f"{y + 4:.1f}", text_anchor="end"))
+        parts.append(tag("text", tick_text(value), x=_LEFT - 6, y=f"{y + 4:.1f}", text_anchor="end"))
     for value in across:
         x = place(value, bottom)[0]
-        parts.append(tag("text", f"{value:.6g}", x=f"{x:.1f}", y=HEIGHT - _BOTTOM + 16, text_anchor="middle"))
+        parts.append(tag("text", tick_text(value), x=f"{x:.1f}", y=height - _BOTTOM + 16, text_anchor="middle"))
     middle = (_LEFT + WIDTH - _RIGHT) / 2
-    parts.append(tag("text", what, x=middle, y=HEIGHT - 6, text_anchor="middle", class_="axis"))
-    line = _steps(
-        [
-            (*place(x, trial.best), x)
-            for x, trial in sorted(points, key=_at)
-            if trial.best is not None and abs(trial.best) < _HUGE
-        ]
-    )
-    if line:
-        parts.append(tag("path", d=line, class_="best"))
+    parts.append(tag("text", what, x=middle, y=height - 6, text_anchor="middle", class_="axis"))
+    steps = [
+        (*place(x, min(max(trial.best, bottom), top)), x)
+        for x, trial in sorted(points, key=_at)
+        if trial.best is not None and abs(trial.best) < _HUGE
+    ]
+    if line and steps and any(trial.kind not in _PARTS for _, _, trial in drawn):
+        parts.append(tag("path", d=_steps(steps), class_="best"))
     # The winner and the large marks come last, on top; when there are too many points, the small ones are left out.
     order = {"sample": 0, "minibatch": 1}
     drawn.sort(key=lambda point: (point[2].number == report.winner, order.get(point[2].kind, 2)))
@@ -152,7 +184,7 @@ def _chart(
         if trial.number == report.winner:
             parts.append(tag("circle", cx=f"{at[0]:.1f}", cy=f"{at[1]:.1f}", r=9, class_="ring"))
     description = f"Scores of {len(drawn)} trials against {what}"
-    return tag("svg", parts, viewBox=f"0 0 {WIDTH} {HEIGHT}", role="img", aria_label=description, class_="chart")
+    return tag("svg", parts, viewBox=f"0 0 {WIDTH} {height}", role="img", aria_label=description, class_="chart")
 
 
 def _at(point: tuple[float, Trial]) -> tuple[float, int]:

@@ -31,7 +31,7 @@ def compared(optimization: Optimization) -> list[Compared]:
     baseline = next((number for number in baselines if number in examples), None)
     winner = optimization.winner
     if winner is None:
-        winner = next((number for number in examples if number != baseline), None)
+        winner = next((trial.number for trial in reversed(optimization.trials) if trial.is_best), None)
     if baseline is None or winner is None or winner == baseline or winner not in examples:
         return []
     return compare(examples[baseline], examples[winner])
@@ -39,12 +39,12 @@ def compared(optimization: Optimization) -> list[Compared]:
 
 def compare(before: Iterable[Example], after: Iterable[Example]) -> list[Compared]:
     """The examples that are in two evaluations."""
-    known = _by_example(before)
-    found = [Compared(known[key], one) for key, one in _by_example(after).items() if key in known]
+    known = by_example(before)
+    found = [Compared(known[key], one) for key, one in by_example(after).items() if key in known]
     return sorted(found, key=lambda one: -1 if one.after.index is None else one.after.index)
 
 
-def _by_example(examples: Iterable[Example]) -> dict[tuple[str | int, int], Example]:
+def by_example(examples: Iterable[Example]) -> dict[tuple[str | int, int], Example]:
     """Examples by their id, or else their place; equal examples are distinguished by their order."""
     found: dict[tuple[str | int, int], Example] = {}
     seen: dict[str | int, int] = {}

@@ -1,4 +1,4 @@
-"""Which candidate was made from which, as a small graph: generations from left to right."""
+"""Which candidate was made from which: the winner's line, and all candidates as a graph that fits its frame."""
 
 from __future__ import annotations
 
@@ -8,11 +8,15 @@ from typing import Final
 from xml.etree.ElementTree import Element
 
 from dspy_otel.record.model import Optimization
-from dspy_otel.report.charts import score_text
 from dspy_otel.report.markup import tag
+from dspy_otel.report.numbers import score_text
 
-MAX_NODES: Final = 60
-_ACROSS, _DOWN, _MARGIN = 110, 34, 24
+MAX_NODES: Final = 300
+"""Most candidates that are drawn."""
+_WIDTH, _MARGIN, _LABEL = 1120.0, 16.0, 88.0
+_TALLEST: Final = 620.0
+_ACROSS, _DOWN = 118.0, 34.0
+"""Most room between generations, and between candidates of one."""
 
 
 @dataclass
@@ -43,6 +47,24 @@ def nodes(report: Optimization) -> dict[str, Node]:
     return found
 
 
+def best_of(report: Optimization) -> str | None:
+    """The returned program, or that of the best trial while there is none."""
+    if report.returned_id is not None:
+        return report.returned_id
+    return next((trial.candidate for trial in reversed(report.trials) if trial.is_best), None)
+
+
+def line(report: Optimization, found: Mapping[str, Node]) -> list[str]:
+    """The winner's line: from the initial program to it, of several parents the one with the best score."""
+    way: list[str] = []
+    at = best_of(report)
+    while at is not None and at in found and at not in way:
+        way.append(at)
+        known = [parent for parent in found[at].parents if parent in found]
+        at = max(known, key=lambda one: (found[one].score is not None, found[one].score or 0.0)) if known else None
+    return way[::-1]
+
+
 def depths(found: Mapping[str, Node]) -> dict[str, int]:
     """Generation of each candidate: one more than its parents'. A circle, which no optimizer makes, ends at itself."""
     depth: dict[str, int] = {}
@@ -60,66 +82,82 @@ def depths(found: Mapping[str, Node]) -> dict[str, int]:
     return depth
 
 
-def ancestors(found: Mapping[str, Node], candidate: str | None) -> set[str]:
-    """A candidate and all it was made from."""
-    seen: set[str] = set()
-    waiting = [] if candidate is None else [candidate]
+def ancestors(found: Mapping[str, Node], name: str | None) -> set[str]:
+    """A candidate and everything that it was made from."""
+    waiting, known = [] if name is None else [name], set()
     while waiting:
-        name = waiting.pop()
-        if name in found and name not in seen:
-            seen.add(name)
-            waiting += found[name].parents
-    return seen
+        one = waiting.pop()
+        if one in found and one not in known:
+            known.add(one)
+            waiting += found[one].parents
+    return known
 
 
 def graph(report: Optimization, names: Mapping[str, str]) -> Element | None:
-    """The graph, or None when every candidate was made from the initial program: then there is nothing to see."""
+    """All candidates, as wide as the page. None when all were made from the initial program: there is nothing to see.
+
+    Args:
+        report: the optimization.
+        names: short names of candidates.
+    """
     every = nodes(report)
-    if max(depths(every).values(), default=0) < 2:
+    found = _chosen(report, every)
+    depth = depths(found)
+    if max(depth.values(), default=0) < 2:
         return None
-    line = ancestors(every, report.returned_id)
-    found = _selected(every, line)
-    at = _positions(found)
-    edges = [
-        tag("path", d=_edge(at[parent], at[name]), class_="edge line" if {name, parent} <= line else "edge")
-        for name, node in found.items()
-        for parent in node.parents
-        if parent in at
-    ]
-    dots = [_dot(report, found[name], at[name], names) for name in found]
-    size = {
-        "width": max(x for x, _ in at.values()) + _MARGIN + 70,
-        "height": round(max(y for _, y in at.values())) + _MARGIN,
-    }
-    description = f"{len(found)} candidates and what they were made from"
+    of_winner = ancestors(every, best_of(report))
+    layers: list[list[str]] = [[] for _ in range(1 + max(depth.values()))]
+    for name in found:
+        layers[depth[name]].append(name)
+    tallest = max(map(len, layers))
+    across = min(_ACROSS, (_WIDTH - 2 * _MARGIN - _LABEL) / max(1, len(layers) - 1))
+    down = min(_DOWN, _TALLEST / max(1, tallest))
+    places = _positions(found, layers, across, down)
+    named = across >= 80 and down >= 20
+    edges, dots = [], []
+    for name, node in found.items():
+        for parent in node.parents:
+            if parent in places:
+                on_line = " line" if name in of_winner and parent in of_winner else ""
+                edges.append(tag("path", d=_edge(places[parent], places[name]), class_=f"edge{on_line}"))
+        label = named or node.id in (report.initial_id, best_of(report))
+        dots.append(_dot(report, node, places[name], names, label, min(7.0, down / 2.6, across / 2.2)))
+    # The winner's line comes last, on top.
+    edges.sort(key=lambda edge: edge.get("class") == "edge line")
+    width = 2 * _MARGIN + across * (len(layers) - 1) + _LABEL
+    height = 2 * _MARGIN + down * (tallest - 1) + 10
     picture = tag(
-        "svg", edges, dots, viewBox=f"0 0 {size['width']} {size['height']}", role="img", aria_label=description, **size
+        "svg",
+        edges,
+        dots,
+        viewBox=f"0 0 {width:.0f} {height:.0f}",
+        style=f"width:100%;max-width:{width:.0f}px;min-width:{min(width, 560):.0f}px",
+        role="img",
+        aria_label=f"{len(found)} candidates and what they were made from",
     )
     left_out = len(every) - len(found)
     note = tag("p", f"{left_out} candidates with lower scores are not drawn.", class_="note") if left_out else None
     return tag("div", tag("div", picture, class_="wide"), note)
 
 
-def _selected(every: Mapping[str, Node], line: set[str]) -> dict[str, Node]:
-    """The candidates that are drawn: those of ``line`` and those with the best scores, with their ancestors."""
-    ranked = sorted(
-        every.values(),
-        key=lambda node: (node.id not in line, node.score is None, -(node.score or 0), node.accepted is False),
-    )
-    kept = {node.id for node in ranked[:MAX_NODES]}
-    for node in ranked[: MAX_NODES // 2]:  # a candidate is of little use without its parents
-        if len(kept) < MAX_NODES * 2:
-            kept |= ancestors(every, node.id)
+def _chosen(report: Optimization, every: Mapping[str, Node]) -> dict[str, Node]:
+    """Too many candidates: those of the winner's line, then the best with what they were made from."""
+    if len(every) <= MAX_NODES:
+        return dict(every)
+    kept = ancestors(every, best_of(report)) | {report.initial_id or ""}
+    ranked = sorted(every.values(), key=lambda node: (node.score is None, -(node.score or 0)))
+    for node in ranked[:MAX_NODES]:
+        found = ancestors(every, node.id)  # a candidate is of little use without its parents
+        if len(kept | found) <= MAX_NODES:
+            kept |= found
     return {name: node for name, node in every.items() if name in kept}
 
 
-def _positions(found: Mapping[str, Node]) -> dict[str, tuple[int, float]]:
+def _positions(
+    found: Mapping[str, Node], layers: list[list[str]], across: float, down: float
+) -> dict[str, tuple[float, float]]:
     """Where each candidate is drawn: generations from left to right, each candidate near the height of its parents."""
-    depth = depths(found)
     height: dict[str, float] = {}
-    layers: list[list[str]] = [[] for _ in range(1 + max(depth.values()))]
-    for name in found:
-        layers[depth[name]].append(name)
     tallest = max(map(len, layers))
     for layer in layers:
 
@@ -131,7 +169,11 @@ def _positions(found: Mapping[str, Node]) -> dict[str, tuple[int, float]]:
         start = (tallest - len(layer)) / 2
         for place, name in enumerate(layer):
             height[name] = start + place
-    return {name: (_MARGIN + depth[name] * _ACROSS, _MARGIN + height[name] * _DOWN) for name in found}
+    return {
+        name: (_MARGIN + at * across, _MARGIN + 8 + height[name] * down)
+        for at, layer in enumerate(layers)
+        for name in layer
+    }
 
 
 def _edge(start: tuple[float, float], end: tuple[float, float]) -> str:
@@ -139,17 +181,20 @@ def _edge(start: tuple[float, float], end: tuple[float, float]) -> str:
     return f"M{a:.0f} {b:.0f}C{middle:.0f} {b:.0f} {middle:.0f} {d:.0f} {c:.0f} {d:.0f}"
 
 
-def _dot(report: Optimization, node: Node, at: tuple[float, float], names: Mapping[str, str]) -> Element:
+def _dot(
+    report: Optimization, node: Node, at: tuple[float, float], names: Mapping[str, str], named: bool, radius: float
+) -> Element:
     kind = "seed" if node.id == report.initial_id else "rejected" if node.accepted is False else "kept"
     score = score_text(node.score)
     title = f"{names.get(node.id, node.id)} ({node.id}), {score if node.score is not None else 'not scored in full'}"
     title += ", rejected" if node.accepted is False else ", on the Pareto front" if node.on_front else ""
-    x, y = f"{at[0]:.0f}", f"{at[1]:.0f}"
+    x, y = f"{at[0]:.1f}", f"{at[1]:.1f}"
     text = names.get(node.id, node.id) + ("" if node.score is None else f" {score}")
+    winner = node.id == best_of(report)
     return tag(
         "g",
         tag("title", title),
-        tag("circle", cx=x, cy=y, r=12, class_="ring") if node.id == report.returned_id else None,
-        tag("circle", cx=x, cy=y, r=7, class_=f"node {kind}{' front' if node.on_front else ''}"),
-        tag("text", text, x=f"{at[0] + 9:.0f}", y=f"{at[1] - 9:.0f}"),
+        tag("circle", cx=x, cy=y, r=f"{radius + 4:.1f}", class_="ring") if winner else None,
+        tag("circle", cx=x, cy=y, r=f"{radius:.1f}", class_=f"node {kind}{' front' if node.on_front else ''}"),
+        tag("text", text, x=f"{at[0] + radius + 2:.0f}", y=f"{at[1] - radius - 3:.0f}") if named else None,
     )

@@ -3,59 +3,41 @@
 from __future__ import annotations
 
 import datetime
-import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from importlib import resources
-from typing import Any, Final
+from typing import Final
 from xml.etree.ElementTree import Element
 
-from dspy_otel.record.model import RUNNING, Example, Optimization, Predictor, Trial, Usage, number
-from dspy_otel.report import charts, lineage
-from dspy_otel.report.charts import score_text
+from dspy_otel.record.model import RUNNING, Example, Optimization, Trial, Usage, number
+from dspy_otel.report import charts, heat_map, lineage
 from dspy_otel.report.examples import Compared, compared
 from dspy_otel.report.markup import Child, cut, document, tag
-from dspy_otel.report.words import differences
+from dspy_otel.report.numbers import (
+    all_cached,
+    change_text,
+    cost_text,
+    count_text,
+    duration_text,
+    score_text,
+)
+from dspy_otel.report.parts import MAX_VALUE, Source, candidate, chip, link, table, trace_link, value_of
+from dspy_otel.report.programs import line_of_winner, programs, what_changed
+from dspy_otel.report.verdict import verdict_of
 from dspy_otel.version import __version__
 
 MAX_TRIALS: Final = 500
 """Most rows of the table of trials."""
-MAX_CANDIDATES: Final = 40
-"""Most candidates whose texts are shown."""
+FEW_TRIALS: Final = 20
+"""Most rows that are shown at once; more are there on demand."""
 MAX_EXAMPLES: Final = 60
 """Most examples shown as improved, and most shown as regressed."""
-MAX_DEMOS: Final = 8
-"""Most demos shown for one predictor."""
-MAX_TEXT: Final = 12_000
-"""Most characters of one instruction."""
-MAX_TEXTS: Final = 600_000
-"""Most characters of all instructions and demos; candidates beyond are left out."""
-MAX_VALUE: Final = 300
-"""Most characters of any other value."""
 
 NO_CONTENT: Final = (
     "Instructions, demos, inputs and answers were not recorded. Set "
     'OTEL_INSTRUMENTATION_GENAI_CAPTURE_MESSAGE_CONTENT=span_only, or capture_content="span_only", to have them here.'
 )
-_POLICY: Final = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
+POLICY: Final = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
 """The page needs nothing but its style. If a text ever became markup, it could load and run nothing."""
-
-
-@dataclass(frozen=True, slots=True)
-class Source:
-    """Where an optimization was read from, for links on the page.
-
-    Attributes:
-        runs: addresses of trials, by number.
-        trace_url: address of a trace, with ``{}`` for its id.
-        trace_name: how the id of a trace is written there, with ``{}`` for its 32 hexadecimal digits.
-        versions: of the software that recorded it.
-    """
-
-    runs: Mapping[int, str] = field(default_factory=dict)
-    trace_url: str | None = None
-    trace_name: str = "{}"
-    versions: Mapping[str, str] = field(default_factory=dict)
 
 
 def render(report: Optimization, source: Source | None = None) -> str:
@@ -65,29 +47,55 @@ def render(report: Optimization, source: Source | None = None) -> str:
         report: the optimization.
         source: where it was read from.
     """
-    source = source or Source()
-    names = names_of(report)
-    title = f"{report.optimizer} on {report.program_name or 'program'}"
-    head = tag(
+    policy = tag("meta", http_equiv="Content-Security-Policy", content=POLICY)
+    return document(tag("html", head(title_of(report), policy), tag("body", sections(report, source)), lang="en"))
+
+
+def title_of(report: Optimization) -> str:
+    """The title of the page."""
+    return cut(f"{report.optimizer} on {report.program_name or 'program'}", MAX_VALUE)
+
+
+def head(title: str, *more: Child) -> Element:
+    """The head of a page.
+
+    Args:
+        title: of it.
+        *more: elements.
+    """
+    return tag(
         "head",
         tag("meta", charset="utf-8"),
         tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
-        tag("meta", http_equiv="Content-Security-Policy", content=_POLICY),
-        tag("title", cut(title, MAX_VALUE)),
+        more,
+        tag("title", title),
         tag("style", resources.files(__package__).joinpath("style.css").read_text(encoding="utf-8")),
     )
-    body = tag(
-        "body",
-        _header(report, title),
+
+
+def sections(report: Optimization, source: Source | None = None) -> list[Child]:
+    """The body of the page.
+
+    Args:
+        report: the optimization.
+        source: where it was read from.
+    """
+    source = source or Source()
+    names = names_of(report)
+    found = lineage.nodes(report)
+    both = compared(report)
+    return [
+        _header(report, source, both),
         _scores(report, names),
-        _lineage(report, names),
-        _programs(report, names),
-        _examples(report, source),
+        line_of_winner(report, names, found),
+        programs(report, names, found, source),
+        _heat_map(report, names),
+        _examples(report, source, both),
         _trials(report, names, source),
         _usage(report),
+        _load(report, source),
         _about(report, source),
-    )
-    return document(tag("html", head, body, lang="en"))
+    ]
 
 
 def names_of(report: Optimization) -> dict[str, str]:
@@ -107,13 +115,18 @@ def _placed(report: Optimization) -> Iterable[tuple[int, str]]:
 # --- sections -------------------------------------------------------------------------------------------------------
 
 
-def _header(report: Optimization, title: str) -> list[Child]:
+def _header(report: Optimization, source: Source, both: Sequence[Compared]) -> list[Child]:
     outcome = {"finished": "good", "failed": "bad", "interrupted": "bad"}.get(report.outcome, "soft")
     usage = report.usage or report.spent
     when = None
     if report.started is not None:
         when = f"{datetime.datetime.fromtimestamp(report.started / 1e9, datetime.timezone.utc):%Y-%m-%d %H:%M:%S} UTC"
-    subtitle = [when, f"run {report.id}" if report.id else None]
+    run = None
+    if source.run is not None:
+        run = link(source.run.url, ["run ", tag("code", cut(source.run.run_id, 8))], title=cut(source.run.run_id, 80))
+    elif report.id:
+        run = tag("span", f"run {cut(report.id, 40)}")
+    subtitle: list[Child] = [part for part in (when, run) if part is not None]
     notices: list[Child] = []
     if report.failure is not None:
         notices.append(tag("p", f"{report.outcome}: ", cut(str(report.failure), 2000), class_="warn"))
@@ -125,11 +138,35 @@ def _header(report: Optimization, title: str) -> list[Child]:
         calls = f"{usage.unpriced_calls:,.0f} of {usage.lm_calls or 0:,.0f} LM calls"
         notices.append(tag("p", f"{calls} have no known price: the cost is that of the other calls.", class_="note"))
     return [
-        tag("h1", title, " ", tag("span", report.outcome, class_=f"badge {outcome}")),
-        tag("p", " · ".join(part for part in subtitle if part), class_="soft"),
+        tag("h1", title_of(report), " ", tag("span", report.outcome, class_=f"badge {outcome}")),
+        tag("p", [[" · " if at else None, part] for at, part in enumerate(subtitle)], class_="soft"),
+        _verdict_box(report, both),
         tag("div", _tiles(report), class_="tiles"),
         notices,
     ]
+
+
+def _verdict_box(report: Optimization, both: Sequence[Compared]) -> Element | None:
+    verdict = verdict_of(report, both)
+    if verdict is None:
+        return None
+    changed = what_changed(report)
+    worse = [one for one in both if one.gain < 0]
+    lost: Child = None
+    if worse:
+        places = [str(one.after.index) for one in worse[:12] if one.after.index is not None]
+        listed = f": {', '.join(places)}{' …' if len(worse) > len(places) else ''}" if places else ""
+        examples = "example" if len(worse) == 1 else "examples"
+        lost = tag("p", f"Worse on {len(worse)} {examples}{listed}. ", tag("a", "See them", href="#examples"))
+    class_ = {True: "good", False: "bad", None: ""}[verdict.good]
+    return tag(
+        "div",
+        tag("p", verdict.headline, class_=f"headline {class_}"),
+        [tag("p", sentence) for sentence in verdict.sentences],
+        None if changed is None else tag("p", changed),
+        lost,
+        class_="verdict-box",
+    )
 
 
 def _tiles(report: Optimization) -> Iterable[Element]:
@@ -138,23 +175,23 @@ def _tiles(report: Optimization) -> Iterable[Element]:
     yield _tile(score_text(report.baseline), "baseline")
     yield _tile(score_text(report.best), best if report.outcome != RUNNING else "best so far")
     if report.gain is not None:
-        sign = "+" if report.gain > 0 else ""
         better = "good" if report.gain > 0 else "bad" if report.gain < 0 else None
-        yield _tile(f"{sign}{report.gain:.4g}", "gain", better)
+        yield _tile(change_text(report.gain) if report.gain else "0", "gain", better)
     done, planned, usage = len(report.trials), report.planned, report.usage or report.spent
     yield _tile(f"{done} of {planned}" if planned and planned > done else str(done), "trials")
     if report.accepted is not None or report.rejected is not None:
         yield _tile(f"{report.accepted or 0} / {report.rejected or 0}", "proposals accepted / rejected")
     if report.evaluated:
-        yield _tile(f"{report.evaluated:,}", "examples evaluated")
+        yield _tile(count_text(report.evaluated), "examples evaluated")
     if usage.lm_calls is not None:
-        yield _tile(f"{usage.lm_calls:,.0f}", "LM calls")
+        cached = f"LM calls, {count_text(usage.cache_hits)} cached" if usage.cache_hits else "LM calls"
+        yield _tile(count_text(usage.lm_calls), cached)
     if usage.tokens is not None:
-        yield _tile(_short_count(usage.tokens), "tokens")
-    if usage.cost is not None:
-        yield _tile(_money(usage.cost), "cost")
+        yield _tile(count_text(usage.tokens), "tokens")
+    if (cost := cost_text(usage)) is not None:
+        yield _tile(cost, "cost")
     if report.started is not None and report.ended is not None:
-        yield _tile(_duration((report.ended - report.started) / 1e9), "duration")
+        yield _tile(duration_text((report.ended - report.started) / 1e9), "duration")
 
 
 def _tile(value: str, name: str, class_: str | None = None) -> Element:
@@ -168,75 +205,58 @@ def _scores(report: Optimization, names: Mapping[str, str]) -> list[Child]:
         text += "" if trial.candidate is None else f", candidate {names.get(trial.candidate, trial.candidate)}"
         return text + {True: ", accepted", False: ", rejected", None: ""}[trial.accepted]
 
-    drawn = [chart for chart in (charts.by_trial(report, label), charts.by_spend(report, label)) if chart is not None]
+    drawn: list[Child] = []
+    if (by_trial := charts.by_trial(report, label)) is not None:
+        drawn.append(_figure("Score by trial, on all examples", by_trial))
+    if (spend := charts.by_spend(report, label)) is not None:
+        drawn.append(_figure(f"Score against {spend[0]}: what it took to get there", spend[1]))
+    if (parts := charts.by_trial(report, label, parts=True)) is not None:
+        drawn.append(_figure("On some examples only, not comparable with the above", parts))
+    if (price := charts.by_price(report, label)) is not None:
+        drawn.append(_figure(f"Score against the {price[0]} of 1,000 examples", price[1]))
     if not drawn:
         return []
-    kinds = {trial.kind for trial in report.trials}
-    caution = "Scores on some examples are not comparable with those on all of them, and do not count for the best."
+    return [tag("h2", "Scores"), tag("div", drawn, class_="pair"), charts.legend(report)]
+
+
+def _figure(title: str, chart: Element) -> Element:
+    return tag("figure", tag("figcaption", title), chart)
+
+
+def _heat_map(report: Optimization, names: Mapping[str, str]) -> list[Child]:
+    found = heat_map.heat_map(report)
+    if found is None:
+        return []
+    count = len(found.trials)
+    caution = []
+    if len(found.rows) > heat_map.MAX_ROWS:
+        caution.append(f"{len(found.rows) - heat_map.MAX_ROWS} examples, the easiest, are not drawn.")
+    if found.left_out:
+        caution.append(f"{found.left_out} candidates with lower scores are not drawn.")
     return [
-        tag("h2", "Scores"),
-        tag("div", drawn, class_="pair"),
-        charts.legend(report),
-        tag("p", caution, class_="note") if kinds & {"minibatch", "sample"} else None,
+        tag("h2", "Examples by candidate"),
+        tag(
+            "p",
+            tag("b", f"{found.failing} always fail", class_="bad"),
+            f", {found.flipping} flip, ",
+            tag("b", f"{found.solved} are always solved", class_="good"),
+            f", over the {count} candidates that were scored on all examples. Each column is a candidate in the order "
+            "of trials, each row an example, the hardest first.",
+        ),
+        tag("div", heat_map.drawing(found, report, names), class_="wide"),
+        tag(
+            "p",
+            [
+                tag("span", tag("svg", tag("path", d="M3 3h10v10h-10z", class_=class_), width=16, height=16), text)
+                for class_, text in (("h0", "0"), ("h1", ""), ("h2", "half"), ("h3", ""), ("h4", "full score"))
+            ],
+            class_="legend",
+        ),
+        tag("p", " ".join(caution), class_="note") if caution else None,
     ]
 
 
-def _lineage(report: Optimization, names: Mapping[str, str]) -> list[Child]:
-    graph = lineage.graph(report, names)
-    if graph is None:
-        return []
-    caption = "From the initial program (seed), left, to the winner (ringed). Hollow: rejected."
-    front = any(trial.on_front for trial in report.trials)
-    caption += " Violet rim: on the Pareto front." if front else ""
-    return [tag("h2", "Lineage"), tag("p", caption, class_="note"), graph]
-
-
-def _programs(report: Optimization, names: Mapping[str, str]) -> list[Child]:
-    initial = report.candidates.get(report.initial_id or "")
-    if initial is None or len(report.candidates) < 2:
-        return []
-    seed = initial.predictors
-    found: list[Child] = [tag("h2", "What changed in the program")]
-    returned = report.candidates.get(report.returned_id or "")
-    best = None if returned is None else returned.predictors
-    spent = 0
-    if report.returned_id == report.initial_id:
-        found.append(tag("p", "The initial program was returned: no candidate was better."))
-    elif best is not None:
-        spent += _characters(best)
-        name = names.get(report.returned_id or "", "")
-        found.append(tag("p", f"The returned program ({name}) against the initial one. ", _key(), class_="note"))
-        found += _changes(seed, best)
-    shown = 0
-    others: list[Child] = []
-    for candidate, note in _ranked(report, names):
-        if candidate not in report.candidates or candidate in (report.initial_id, report.returned_id):
-            continue
-        if shown >= MAX_CANDIDATES:
-            break
-        program = report.candidates[candidate].predictors
-        spent += _characters(program)
-        if spent > MAX_TEXTS:
-            break
-        shown += 1
-        others.append(
-            tag(
-                "details",
-                tag("summary", names.get(candidate, candidate), note and f": {note}"),
-                _changes(seed, program),
-            )
-        )
-    if others:
-        found.append(tag("h3", "Other candidates, against the initial program"))
-        found += others
-    left = len(set(report.candidates) - {report.initial_id, report.returned_id}) - shown
-    if left > 0:
-        found.append(tag("p", f"{left} more candidates are not shown.", class_="note"))
-    return found
-
-
-def _examples(report: Optimization, source: Source) -> list[Child]:
-    both = compared(report)
+def _examples(report: Optimization, source: Source, both: Sequence[Compared]) -> list[Child]:
     if not both:
         return []
     better = sorted((one for one in both if one.gain > 0), key=lambda one: -one.gain)
@@ -249,7 +269,7 @@ def _examples(report: Optimization, source: Source) -> list[Child]:
         f", {same} stayed the same, of {len(both)} that both programs were scored on.",
     ]
     return [
-        tag("h2", "Examples"),
+        tag("h2", "Examples: initial program against the best", id="examples"),
         tag("p", summary),
         _example_table(source, "Regressed", worse),
         _example_table(source, "Improved", better),
@@ -265,15 +285,16 @@ def _example_table(source: Source, title: str, found: Sequence[Compared]) -> lis
     columns = ["example", *(("inputs", "expected") if content else ()), "initial program", "best program"]
     rows = []
     for one in shown:
-        cells: list[Child] = [tag("td", "-" if one.after.index is None else one.after.index, class_="nw")]
+        cells: list[Child] = ["-" if one.after.index is None else one.after.index]
         if content:
-            cells += [tag("td", _value(one.after.inputs)), tag("td", _value(one.after.expected))]
-        cells += [tag("td", _side(source, side, content, feedback)) for side in (one.before, one.after)]
-        rows.append(tag("tr", cells))
+            cells += [value_of(one.after.inputs), value_of(one.after.expected)]
+        cells += [_side(source, side, content, feedback) for side in (one.before, one.after)]
+        titled = zip(columns, cells, strict=True)
+        rows.append(tag("tr", [tag("td", tag("div", cell), data_label=column) for column, cell in titled]))
     more = f"{len(found) - len(shown)} more are not shown." if len(found) > len(shown) else None
     return [
         tag("h3", f"{title} ({len(found)})"),
-        tag("div", _table(columns, rows), class_="wide"),
+        tag("div", table(columns, rows, class_="cards"), class_="wide"),
         None if more is None else tag("p", more, class_="note"),
     ]
 
@@ -284,14 +305,11 @@ def _side(source: Source, side: Example, content: bool, feedback: bool) -> list[
     if score is None and side.error is not None:
         found.append(f" {cut(str(side.error), 80)}")
     if content and side.prediction is not None:
-        found += [" ", _value(side.prediction)]
+        found += [" ", value_of(side.prediction)]
     if feedback and side.feedback is not None:
         found.append(tag("div", cut(str(side.feedback), MAX_VALUE), class_="soft"))
     if side.trace_id is not None:
-        trace = source.trace_name.replace("{}", f"{side.trace_id:032x}")
-        code = tag("code", cut(trace, 60))
-        address = None if source.trace_url is None else source.trace_url.replace("{}", trace)
-        found.append(tag("div", code if address is None else _link(address, code), class_="soft"))
+        found.append(tag("div", trace_link(source, side.trace_id), class_="soft"))
     return found
 
 
@@ -301,18 +319,46 @@ def _trials(report: Optimization, names: Mapping[str, str], source: Source) -> l
     shown = list(report.trials[:MAX_TRIALS])
     if (winner := report.winning) is not None and winner not in shown:
         shown[-1] = winner
+    every = tag("div", _trial_table(report, names, source, shown), class_="wide")
+    left = len(report.trials) - len(shown)
+    more = tag("p", f"{left} more trials are not shown.", class_="note") if left > 0 else None
+    if len(shown) <= FEW_TRIALS:
+        return [tag("h2", "Trials"), every, more]
+    whole = [trial for trial in shown if trial.kind in charts.WHOLE]
+    best = sorted(whole, key=lambda one: (one.number != report.winner, one.kind != "baseline", -(one.score or 0.0)))
+    few = sorted(best[:FEW_TRIALS], key=lambda one: one.number)
+    return [
+        tag("h2", "Trials"),
+        tag("p", f"The best {len(few)} of those on all examples:", class_="note") if few else None,
+        tag("div", _trial_table(report, names, source, few), class_="wide") if few else None,
+        tag("details", tag("summary", f"All {len(report.trials):,} trials"), every, more),
+    ]
+
+
+def _trial_table(report: Optimization, names: Mapping[str, str], source: Source, shown: Sequence[Trial]) -> Element:
     verdicts = any(trial.accepted is not None or trial.reason for trial in shown)
     phases = len({trial.phase for trial in shown}) > 1
-    priced = any(trial.usage.cost is not None for trial in shown)
+    priced = any(cost_text(trial.usage) is not None for trial in shown)
+    reported = any(trial.reported is not None and trial.reported != trial.score for trial in shown)
     used = any(trial.usage.tokens is not None for trial in shown)
-    columns = ["trial", "kind", *(["phase"] if phases else []), "candidate", "made from", "score", "best", "examples"]
+    columns = [
+        "trial",
+        "kind",
+        *(["phase"] if phases else []),
+        "candidate",
+        "made from",
+        "score",
+        *(["reported"] if reported else []),
+        "best",
+        "examples",
+    ]
     columns += [
         *(["verdict"] if verdicts else []),
         *(["tokens"] if used else []),
         *(["cost"] if priced else []),
         "choices",
     ]
-    numeric = {"score", "best", "examples", "tokens", "cost"}
+    numeric = {"score", "reported", "best", "examples", "tokens", "cost"}
     classes = {
         **dict.fromkeys(("trial", "kind", "phase", "candidate"), "nw"),
         "choices": "choices",
@@ -324,24 +370,20 @@ def _trials(report: Optimization, names: Mapping[str, str], source: Source) -> l
             "trial": _trial_name(report, trial, source),
             "kind": trial.kind,
             "phase": trial.phase,
-            "candidate": _candidate(names, trial.candidate),
-            "made from": [[_candidate(names, parent), " "] for parent in trial.parents],
+            "candidate": candidate(names, trial.candidate),
+            "made from": [[candidate(names, parent), " "] for parent in trial.parents],
             "score": score_text(trial.score) if trial.failure is None else _failure(trial),
+            "reported": None if trial.reported is None else f"{trial.reported:.6g}",
             "best": None if trial.best is None else score_text(trial.best),
             "examples": trial.size,
             "verdict": _verdict(trial),
-            "tokens": None if trial.usage.tokens is None else f"{trial.usage.tokens:,.0f}",
-            "cost": None if trial.usage.cost is None else _money(trial.usage.cost),
-            "choices": [_chip(name, value) for name, value in list(trial.params.items())[:20]],
+            "tokens": None if trial.usage.tokens is None else count_text(trial.usage.tokens),
+            "cost": cost_text(trial.usage),
+            "choices": [chip(name, value) for name, value in list(trial.params.items())[:20]],
         }
         row = [tag("td", cells[name], class_="n" if name in numeric else classes.get(name)) for name in columns]
         rows.append(tag("tr", row, class_="winner" if trial.number == report.winner else None))
-    more = f"{len(report.trials) - len(shown)} more trials are not shown." if len(report.trials) > len(shown) else None
-    return [
-        tag("h2", "Trials"),
-        tag("div", _table(columns, rows, numeric), class_="wide"),
-        None if more is None else tag("p", more, class_="note"),
-    ]
+    return table(columns, rows, numeric, class_="lines")
 
 
 def _failure(trial: Trial) -> Element | None:
@@ -351,7 +393,7 @@ def _failure(trial: Trial) -> Element | None:
 def _trial_name(report: Optimization, trial: Trial, source: Source) -> Child:
     name = f"{trial.number}" + (" (winner)" if trial.number == report.winner else "")
     address = source.runs.get(trial.number)
-    return tag("span", name, class_="nw") if address is None else _link(address, name)
+    return tag("span", name, class_="nw") if address is None else link(address, name)
 
 
 def _verdict(trial: Trial) -> list[Child]:
@@ -388,7 +430,11 @@ _USAGE_COLUMNS: Final = {
 
 
 def _usage_table(first: str, rows: Sequence[tuple[str, float | None, Usage]]) -> Element:
-    names = [name for name in _USAGE_COLUMNS if any(getattr(row[2], name) is not None for row in rows)]
+    names = [
+        name
+        for name in _USAGE_COLUMNS
+        if any(getattr(row[2], name) is not None or (name == "cost" and all_cached(row[2])) for row in rows)
+    ]
     timed = any(row[1] is not None for row in rows)
     columns = [first, *(_USAGE_COLUMNS[name] for name in names), *(["time"] if timed else [])]
     lines = []
@@ -396,18 +442,40 @@ def _usage_table(first: str, rows: Sequence[tuple[str, float | None, Usage]]) ->
         cells = [tag("td", cut(name, 80), class_="nw")]
         for key in names:
             value = getattr(used, key)
-            text = None if value is None else _money(value) if key == "cost" else f"{value:,.0f}"
+            text = None if value is None else f"{value:,.0f}"
+            if key == "cost":
+                text = cost_text(used)
             cells.append(tag("td", text, class_="n"))
         if timed:
-            cells.append(tag("td", None if seconds is None else _duration(seconds), class_="n"))
+            cells.append(tag("td", None if seconds is None else duration_text(seconds), class_="n"))
         lines.append(tag("tr", cells))
-    return _table(columns, lines, set(columns[1:]))
+    return table(columns, lines, set(columns[1:]))
+
+
+def _load(report: Optimization, source: Source) -> list[Child]:
+    """The lines that load the winner, where it is in MLflow with its state."""
+    if (
+        (source.run is None and not source.in_run)
+        or report.outcome == RUNNING
+        or report.returned_id not in report.candidates
+    ):
+        return []
+    program = report.program_name if report.program_name and report.program_name.isidentifier() else "YourProgram"
+    place = "" if source.tracking_uri is None else f", tracking_uri={source.tracking_uri!r}"
+    lines = (
+        "from dspy_otel.mlflow import load_best\n\n"
+        f"program = {program}()\n"
+        f"load_best(program, run_id={'RUN_ID' if source.run is None else repr(source.run.run_id)}{place})"
+    )
+    note = tag("p", "RUN_ID is the run that has this page among its artifacts.", class_="note")
+    found = [tag("h2", "Load the winner"), tag("pre", tag("code", cut(lines, 1000)))]
+    return found if source.run is not None else [*found, note]
 
 
 def _about(report: Optimization, source: Source) -> list[Child]:
     found: list[Child] = [tag("h2", "Settings")]
     settings = {**report.params, **{f"{role}.model": ", ".join(names) for role, names in report.models.items()}}
-    found.append(tag("div", [_chip(name, value) for name, value in sorted(settings.items())[:200]]))
+    found.append(tag("div", [chip(name, value) for name, value in sorted(settings.items())[:200]]))
     for dataset in report.datasets:
         role = {"val": "validation"}.get(dataset.role, dataset.role)
         digest = [] if dataset.digest is None else [" ", tag("code", dataset.digest)]
@@ -417,138 +485,3 @@ def _about(report: Optimization, source: Source) -> list[Child]:
     versions = ", ".join(f"{name} {version}" for name, version in source.versions.items()) or f"dspy-otel {__version__}"
     found.append(tag("p", versions, class_="note"))
     return found
-
-
-# --- parts ----------------------------------------------------------------------------------------------------------
-
-
-def _changes(seed: Mapping[str, Predictor], program: Mapping[str, Predictor]) -> list[Child]:
-    found: list[Child] = []
-    same = []
-    for name, predictor in list(program.items())[:50]:
-        before = seed.get(name, Predictor(None))
-        demos, demos_before = predictor.demos or (), before.demos or ()
-        known = {_json(demo) for demo in demos_before}
-        added = [demo for demo in demos if _json(demo) not in known]
-        removed = len(demos_before) - sum(_json(demo) in known for demo in demos)
-        text, text_before = predictor.instructions or "", before.instructions or ""
-        if text_before == text and not added and removed <= 0:
-            same.append(name)
-            continue
-        found.append(tag("h3", cut(name, MAX_VALUE)))
-        if text_before != text:
-            found.append(_text_changes(text_before, text))
-        else:
-            found.append(tag("p", "Instructions as before.", class_="note"))
-        if added:
-            found.append(tag("p", f"{len(added)} demo{'s' * (len(added) > 1)} added:"))
-            found += [tag("div", _demo(demo), class_="text") for demo in added[:MAX_DEMOS]]
-            if len(added) > MAX_DEMOS:
-                found.append(tag("p", f"{len(added) - MAX_DEMOS} more", class_="note"))
-        if removed > 0:
-            found.append(tag("p", f"{removed} demo{'s' * (removed > 1)} removed."))
-    if same:
-        found.append(tag("p", f"As before: {cut(', '.join(same), 1000)}.", class_="note"))
-    return found
-
-
-def _text_changes(before: str, after: str) -> Element:
-    pieces: list[Child] = []
-    for piece in differences(cut(before, MAX_TEXT), cut(after, MAX_TEXT)):
-        name = {"added": "ins", "removed": "del"}.get(piece.kind)
-        pieces.append(piece.text if name is None else tag(name, piece.text))
-    return tag("div", pieces, class_="text")
-
-
-def _key() -> list[Child]:
-    return [tag("ins", "added"), " ", tag("del", "removed")]
-
-
-def _demo(demo: Any) -> Child:
-    if not isinstance(demo, dict):
-        return cut(_json(demo), MAX_VALUE)
-    fields = [(name, value) for name, value in demo.items() if name != "augmented"]
-    return tag("dl", [[tag("dt", cut(str(name), 80)), tag("dd", _plain(value))] for name, value in fields[:30]])
-
-
-def _ranked(report: Optimization, names: Mapping[str, str]) -> list[tuple[str, str]]:
-    """Candidates with what was found of them, those with the best comparable scores first."""
-    nodes = lineage.nodes(report)
-    order = sorted(nodes.values(), key=lambda node: (node.score is None, -(node.score or 0), node.accepted is False))
-    found = []
-    for node in order:
-        made = " and ".join(names.get(parent, parent) for parent in node.parents[:5])
-        parts = [
-            "" if node.score is None else score_text(node.score),
-            {True: "accepted", False: "rejected", None: ""}[node.accepted],
-            f"made from {made}" if made and made != "seed" else "",
-        ]
-        found.append((node.id, ", ".join(part for part in parts if part)))
-    return found
-
-
-def _candidate(names: Mapping[str, str], candidate: str | None) -> Child:
-    return (
-        None
-        if candidate is None
-        else tag("span", names.get(candidate, cut(candidate, 16)), title=candidate, class_="nw")
-    )
-
-
-def _chip(name: str, value: Any) -> Element:
-    return tag("span", tag("i", f"{cut(name, 80)} "), cut(_json(value), 120), class_="chip")
-
-
-def _value(value: Any) -> Child:
-    """Inputs or an answer: a single field without its name."""
-    if isinstance(value, dict) and len(value) == 1:
-        value = next(iter(value.values()))
-    if isinstance(value, dict):
-        return tag("dl", [[tag("dt", cut(name, 80)), tag("dd", _plain(part))] for name, part in value.items()])
-    return None if value is None else _plain(value)
-
-
-def _plain(value: Any) -> str:
-    return cut(_json(value), MAX_VALUE)
-
-
-def _json(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
-
-
-def _table(
-    columns: Sequence[str], rows: Sequence[Element], numeric: set[str] | frozenset[str] = frozenset()
-) -> Element:
-    head = tag("tr", [tag("th", name, class_="n" if name in numeric else None, scope="col") for name in columns])
-    return tag("table", tag("thead", head), tag("tbody", rows))
-
-
-def _link(address: str, text: Child) -> Element:
-    return tag("a", text, href=address if address.startswith(("http://", "https://")) else None, rel="noreferrer")
-
-
-def _characters(program: Mapping[str, Predictor]) -> int:
-    return sum(
-        min(len(one.instructions or ""), MAX_TEXT) + len(_json((one.demos or ())[:MAX_DEMOS]))
-        for one in program.values()
-    )
-
-
-def _money(value: float) -> str:
-    return f"${value:,.2f}" if value >= 1 else f"${value:.4f}" if value >= 0.0001 or not value else f"${value:.2g}"
-
-
-def _short_count(value: float) -> str:
-    for limit, unit in ((1e9, "B"), (1e6, "M"), (1e4, "k")):
-        if value >= limit:
-            return f"{value / (1e3 if unit == 'k' else limit):.3g}{unit}"
-    return f"{value:,.0f}"
-
-
-def _duration(seconds: float) -> str:
-    seconds = number(seconds) or 0.0
-    if seconds < 60:
-        return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"

@@ -7,8 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from dspy_otel.decide.errors import CannotCompareError
-
 POWER: Final = 0.8
 """How often a difference of the smallest detectable size would be found."""
 MCNEMAR: Final = "exact McNemar"
@@ -69,9 +67,11 @@ def paired(a: Sequence[float], b: Sequence[float], alpha: float = 0.05) -> Paire
         alpha: level of the test and of the interval.
 
     Raises:
-        CannotCompareError: SciPy is missing.
+        ImportError: SciPy is missing.
     """
-    stats, np = _scipy()
+    import numpy as np
+    from scipy import stats
+
     of_a, of_b = np.asarray(a, float), np.asarray(b, float)
     changes = np.round(of_b - of_a, _DIGITS)
     wins, losses, pairs = int((changes > 0).sum()), int((changes < 0).sum()), len(changes)
@@ -140,12 +140,3 @@ def _wilcoxon(stats: Any, np: Any, changes: Any) -> tuple[float, float]:
         chances = longer
     won = int(doubled[changed > 0].sum())
     return min(1.0, 2 * float(min(chances[: won + 1].sum(), chances[won:].sum()))), towards
-
-
-def _scipy() -> tuple[Any, Any]:
-    try:
-        import numpy
-        from scipy import stats
-    except ImportError as error:
-        raise CannotCompareError(f"Comparing needs {error.name}: pip install 'dspy-otel[decide]'.") from error
-    return stats, numpy
