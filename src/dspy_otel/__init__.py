@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from dspy_otel.config import Config
     from dspy_otel.decide import compare
     from dspy_otel.instrumentor import DSPyInstrumentor
+    from dspy_otel.live.process import watch
     from dspy_otel.operations.program import program_digest as program_id
     from dspy_otel.optimizers import optimization
     from dspy_otel.propagation import attach, bind, inject
@@ -36,6 +37,7 @@ _PLACES: Final = {
     "inject": ("propagation", "inject"),
     "optimization": ("optimizers", "optimization"),
     "program_id": ("operations.program", "program_digest"),
+    "watch": ("live.process", "watch"),
 }
 
 
@@ -90,4 +92,5 @@ __all__ = [
     "optimization",
     "program_id",
     "uninstrument",
+    "watch",
 ]

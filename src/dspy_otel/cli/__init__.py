@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
 
-from dspy_otel.cli import compare, replay, report, runs, ui
+from dspy_otel.cli import compare, replay, report, runs, ui, watch
 from dspy_otel.version import __version__
 
 _PACKAGES_OF_DEMO = {
@@ -66,6 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     compare.add_command(commands)
     ui.add_command(commands)
     runs.add_commands(commands)
+    watch.add_command(commands)
     options = parser.parse_args(argv)
     if options.command == "replay":
         return replay.run(options)
@@ -78,12 +79,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return ui.run(options)
     if options.command in ("runs", "show"):
         return runs.run(options)
-    if options.command == "report":
+    if options.command in ("report", "watch"):
         modules = ["opentelemetry.sdk"] if options.spans is not None else list(_PACKAGES_OF_REPORT)
         needed = [_PACKAGES_OF_REPORT[module] for module in modules if not _installed(module)]
         if needed:
             return _refuse(f"the report needs {', '.join(needed)}. Install it with: pip install 'dspy-otel[mlflow]'")
-        return report.run(options)
+        return report.run(options) if options.command == "report" else watch.run(options)
 
     missing = [package for module, package in _PACKAGES_OF_DEMO.items() if not _installed(module)]
     if missing:

@@ -145,6 +145,26 @@ class History:
         self._optimizations.clear()
         return found
 
+    def adopt(self, trial: Trial) -> None:
+        """Take an optimization for one that runs, whose own span has not come, from one of its trials."""
+        if trial.optimization in self._optimizations:
+            return
+        baseline = trial.program if trial.kind == semconv.TRIAL_BASELINE else None
+        self._start_optimization(
+            Optimization(
+                id=trial.optimization,
+                optimizer=trial.optimizer or "optimizer",
+                program_name=trial.program_name,
+                initial=baseline,
+                service=trial.service,
+                started=trial.started,
+            )
+        )
+
+    def running(self) -> list[Optimization]:
+        """The optimizations that have not ended, as they are now, in the order in which they started."""
+        return [_so_far(one.snapshot()) for one in self._optimizations.values() if not one.over]
+
     # --- traces -----------------------------------------------------------------------------------------------------
     def trace(self, span: ReadableSpan) -> Trace | None:
         """What the trace of an ended root span, or of an example, belongs to; None for any other span."""
@@ -285,6 +305,28 @@ def optimizations(spans: Iterable[ReadableSpan]) -> list[Optimization]:
     return results(spans)[0]
 
 
+def running(spans: Iterable[ReadableSpan]) -> list[Optimization]:
+    """The optimizations that still run, in the order in which they started, from what has ended of them.
+
+    Args:
+        spans: all that there are, ended, in any order. A compile's own span comes when that is over; until then it is
+            known from its trials.
+    """
+    history = History(forget=False)
+    ended = sorted(spans, key=lambda span: span.end_time or 0)
+    kinds = [(span, kind_of(span)) for span in sorted(ended, key=lambda span: span.start_time or 0)]
+    over = {str((span.attributes or {}).get(semconv.OPTIMIZER_RUN_ID)) for span, kind in kinds if kind is Kind.COMPILE}
+    for span, kind in kinds:
+        trial = read(span, kind) if kind is Kind.TRIAL else None
+        if isinstance(trial, Trial) and trial.optimization not in over:
+            history.adopt(trial)
+    for span in starts(ended):
+        history.start(span)
+    for span in ended:
+        history.end(span)
+    return history.running()
+
+
 def results(spans: Iterable[ReadableSpan]) -> tuple[list[Optimization], list[Evaluation]]:
     """The :func:`optimizations` and all evaluations, those of trials too, in the order in which they started."""
     history = History(forget=False)
@@ -297,6 +339,14 @@ def results(spans: Iterable[ReadableSpan]) -> tuple[list[Optimization], list[Eva
     ]
     evaluations = [record for record in changed if isinstance(record, Evaluation)]
     return sorted(found, key=_started), sorted(evaluations, key=_started)
+
+
+def _so_far(record: Optimization) -> Optimization:
+    """An optimization that runs with the scores that it has so far, from its trials."""
+    baseline = next((trial.score for trial in record.trials if trial.kind == semconv.TRIAL_BASELINE), None)
+    best = next((trial.best for trial in reversed(record.trials) if trial.best is not None), None)
+    gain = None if baseline is None or best is None else best - baseline
+    return dataclasses.replace(record, baseline=baseline, best=best, gain=gain)
 
 
 def _started(record: Optimization | Evaluation) -> int:
