@@ -37,6 +37,10 @@ ENDPOINTS = (
     ("end", re.compile(r".*/runs/update$")),
     ("artifacts", re.compile(r".*/mlflow-artifacts/artifacts/")),
     ("experiments", re.compile(r".*/experiments/")),
+    ("models", re.compile(r".*/(logged-models(/.*)?|runs/outputs)$")),
+    ("prompts", re.compile(r".*/(registered-models|model-versions)/")),
+    ("datasets", re.compile(r".*/api/3.0/mlflow/datasets/")),
+    ("traces", re.compile(r".*/api/3.0/mlflow/traces(/search)?$")),
     ("version", re.compile(r"/version$")),
 )
 NAMES = tuple(name for name, _ in ENDPOINTS)
@@ -199,6 +203,8 @@ class FakeMLflow:
         spans: by trace and span.
         links: pairs of run and trace.
         scores: by id.
+        models, prompts, datasets: by id, name, and name.
+        trace_models: ids of models by id of trace.
         requests: how many, by endpoint.
         url: of the server.
     """
@@ -210,6 +216,10 @@ class FakeMLflow:
         self.spans: dict[tuple[str, str], dict[str, Any]] = {}
         self.links: set[tuple[str, str]] = set()
         self.scores: dict[str, dict[str, Any]] = {}
+        self.models: dict[str, dict[str, Any]] = {}
+        self.prompts: dict[str, dict[str, Any]] = {}
+        self.datasets: dict[str, dict[str, Any]] = {}
+        self.trace_models: dict[str, str] = {}
         self.requests: Counter[str] = Counter()
         self.url = ""
 
@@ -223,7 +233,8 @@ class FakeMLflow:
                 return self._spans(body)
             if endpoint == "artifacts":
                 place, _, name = unquote(path).partition("/mlflow-artifacts/artifacts/")[2].partition("/artifacts/")
-                self.runs[place.partition("/")[2]]["artifacts"][name] = body.decode()
+                owner = place.partition("/")[2]
+                (self.runs.get(owner) or self.models[owner.removeprefix("models/")])["artifacts"][name] = body.decode()
                 return 200, "", b""
             given = json.loads(body) if body else {key: values[0] for key, values in query.items()}
             try:
@@ -278,6 +289,7 @@ class FakeMLflow:
                 "metrics": set(),
                 "datasets": set(),
                 "artifacts": {},
+                "outputs": [],
             }
             return {"run": self._run(run_id)}
         if endpoint == "search":
@@ -289,6 +301,14 @@ class FakeMLflow:
             return {"runs": runs} if runs else {}
         if endpoint == "scores":
             return self._score(method, path, given)
+        if endpoint == "models":
+            return self._model(method, path, given)
+        if endpoint == "prompts":
+            return self._prompt(path, given)
+        if endpoint == "datasets":
+            return self._dataset(path, given)
+        if endpoint == "traces":
+            return self._trace(path, given)
         run_id = self._known(given["run_id"])
         run = self.runs[run_id]
         if endpoint == "log":
@@ -329,6 +349,92 @@ class FakeMLflow:
         self.scores[score["assessment_id"]] = score
         return {"assessment": score}
 
+    def _model(self, method: str, path: str, given: Mapping[str, Any]) -> dict[str, Any]:
+        if path.endswith("/outputs"):
+            models = [one["model_id"] for one in given["models"]]
+            self.runs[self._known(given["run_id"])]["outputs"] += models
+            return {}
+        if path.endswith("/search"):
+            found = re.fullmatch(r"tags\.`([^`]+)` = '([^']*)'", given["filter"])
+            assert found is not None, given
+            models = [self._as_model(i) for i, one in self.models.items() if one["tags"].get(found[1]) == found[2]]
+            return {"models": models} if models else {}
+        if path.endswith("/logged-models"):
+            model_id = f"m-{len(self.models):032x}"
+            self.models[model_id] = {
+                "name": given["name"],
+                "run": self._known(given["source_run_id"]),
+                "tags": _dict(given["tags"]),
+                "status": "PENDING",
+                "artifacts": {},
+            }
+            return {"model": self._as_model(model_id)}
+        model_id = path.removesuffix("/tags").rpartition("/")[2]
+        assert method == "PATCH"
+        if path.endswith("/tags"):
+            self.models[model_id]["tags"].update(_dict(given["tags"]))
+            return {}
+        assert given["status"] == 2
+        self.models[model_id]["status"] = "READY"
+        return {"model": self._as_model(model_id)}
+
+    def _as_model(self, model_id: str) -> dict[str, Any]:
+        model = self.models[model_id]
+        tags = [{"key": key, "value": value} for key, value in model["tags"].items()]
+        address = f"mlflow-artifacts:/0/models/{model_id}/artifacts"
+        return {"info": {"model_id": model_id, "name": model["name"], "artifact_uri": address, "tags": tags}}
+
+    def _prompt(self, path: str, given: Mapping[str, Any]) -> dict[str, Any]:
+        if path.endswith("registered-models/create"):
+            if given["name"] in self.prompts:
+                raise Refused(400, "RESOURCE_ALREADY_EXISTS")
+            self.prompts[given["name"]] = {"tags": _dict(given["tags"]), "versions": []}
+        elif path.endswith("search"):
+            name = str(given["filter"]).split("'")[1]
+            versions = [
+                {"version": str(number), "tags": [{"key": k, "value": v} for k, v in tags.items()]}
+                for number, tags in enumerate(self.prompts[name]["versions"], 1)
+            ]
+            return {"model_versions": versions} if versions else {}
+        elif given["name"] not in self.prompts:
+            raise Refused(404, "RESOURCE_DOES_NOT_EXIST")
+        elif path.endswith("model-versions/create"):
+            self.prompts[given["name"]]["versions"].append(_dict(given["tags"]))
+            return {"model_version": {"version": str(len(self.prompts[given["name"]]["versions"]))}}
+        elif path.endswith("set-tag"):
+            self.prompts[given["name"]]["tags"][given["key"]] = given["value"]
+            return {}
+        tags = [{"key": key, "value": value} for key, value in self.prompts[given["name"]]["tags"].items()]
+        return {"registered_model": {"name": given["name"], "tags": tags}}
+
+    def _dataset(self, path: str, given: Mapping[str, Any]) -> dict[str, Any]:
+        if path.endswith("/records"):
+            name = unquote(path).split("/")[-2].removeprefix("d-")
+            rows = json.loads(given["records"])
+            self.datasets[name]["rows"].update((json.dumps(row["inputs"]), row["expectations"]) for row in rows)
+            return {"inserted_count": len(rows), "updated_count": 0}
+        name = given["name"] if path.endswith("/create") else given["filter_string"].split("'")[1]
+        if path.endswith("/create"):
+            if name in self.datasets:
+                raise Refused(400, "RESOURCE_ALREADY_EXISTS")
+            self.datasets[name] = {"tags": json.loads(given["tags"]), "rows": {}}
+            return {"dataset": {"dataset_id": f"d-{name}"}}
+        return {"datasets": [{"dataset_id": f"d-{name}"}]} if name in self.datasets else {}
+
+    def _trace(self, path: str, given: Mapping[str, Any]) -> dict[str, Any]:
+        if not path.endswith("/search"):
+            trace = given["trace"]["trace_info"]
+            self.trace_models[trace["trace_id"]] = trace["trace_metadata"]["mlflow.modelId"]
+            return {"trace": given["trace"]}
+        run_id = given["filter"].split("'")[1]
+        there = {trace_id for trace_id, _ in self.spans}
+        traces = [
+            {"trace_id": trace_id, "trace_metadata": {"mlflow.modelId": self.trace_models.get(trace_id)}}
+            for of_run, trace_id in sorted(self.links)
+            if of_run == run_id and trace_id in there
+        ]
+        return {"traces": traces} if traces else {}
+
     def _known(self, run_id: str) -> str:
         if run_id not in self.runs:
             raise Refused(404, "RESOURCE_DOES_NOT_EXIST")
@@ -343,7 +449,9 @@ class FakeMLflow:
             "start_time": run["started"],
             "artifact_uri": f"mlflow-artifacts:/0/{run_id}/artifacts",
         }
-        return {"info": info, "data": {"tags": [{"key": k, "value": v} for k, v in run["tags"].items()]}}
+        tags = [{"key": key, "value": value} for key, value in run["tags"].items()]
+        outputs = {"model_outputs": [{"model_id": one} for one in run["outputs"]]}
+        return {"info": info, "data": {"tags": tags}, "outputs": outputs}
 
     # --- what it has ------------------------------------------------------------------------------------------------
     def contents(self) -> dict[str, Any]:
@@ -367,6 +475,20 @@ class FakeMLflow:
                 "datasets": sorted(run["datasets"]),
                 "artifacts": {path: _timeless(named(text)) for path, text in sorted(run["artifacts"].items())},
             }
+        models = {}
+        for model_id, model in self.models.items():
+            key = keys[model["run"]]
+            assert key not in models, f"a model is there twice: {key}"
+            models[key] = {
+                "name": model["name"],
+                "status": model["status"],
+                "tags": {name: named(value) for name, value in sorted(model["tags"].items())},
+                "artifacts": model["artifacts"],
+                "outputs of": [
+                    keys[run_id] for run_id, run in self.runs.items() for one in run["outputs"] if one == model_id
+                ],
+                "traces": sorted(trace_id for trace_id, one in self.trace_models.items() if one == model_id),
+            }
         own = ("trace_id", "span_id", "assessment_name", "feedback", "expectation", "rationale")
         scores = {
             score_id: {
@@ -380,6 +502,9 @@ class FakeMLflow:
             "spans": dict(sorted(self.spans.items())),
             "links": sorted((keys[run_id], trace_id) for run_id, trace_id in self.links),
             "scores": dict(sorted(scores.items())),
+            "models": models,
+            "prompts": {name: [one["mlflow.prompt.text"] for one in p["versions"]] for name, p in self.prompts.items()},
+            "datasets": {name: (one["tags"], dict(sorted(one["rows"].items()))) for name, one in self.datasets.items()},
         }
 
 

@@ -256,6 +256,10 @@ class Emitter:
             span.set_attribute(semconv.OPTIMIZER_BEST_SCORE, max(scores))
             span.set_attribute(semconv.OPTIMIZER_WINNER_TRIAL, 1)
         span.set_attribute(semconv.OPTIMIZER_TRIALS_DONE, len(story.trials))
+        if not story.fails:
+            span.set_attribute(semconv.PROGRAM_ID, "c1")
+            if story.content:
+                span.set_attribute(semconv.PROGRAM_STATE, STATE)
         span.set_attribute(semconv.OPTIMIZER_OUTCOME, "failed" if story.fails else "finished")
         self._end_maybe_failed(span, story.fails)
         yield
@@ -270,6 +274,7 @@ class Emitter:
             yield from self._evaluation(story, f"{name}e{number}", span, stamps, content)
         if story.score is not None:
             span.set_attribute(semconv.TRIAL_SCORE, story.score)
+            span.set_attribute(semconv.TRIAL_IS_BEST, number == 1)
         span.set_attribute(semconv.TRIAL_SIZE, 4)
         if content:
             span.set_attribute(semconv.PROGRAM_STATE, STATE)

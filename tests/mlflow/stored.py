@@ -12,6 +12,8 @@ _OWN_TAGS = re.compile(r"mlflow\.(artifactLocation|artifact\..*)$")
 
 def contents_of(client: Any, experiment_id: str, scratch: Path) -> dict[str, Any]:
     """All that an experiment has."""
+    from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+
     found = client.search_runs([experiment_id], max_results=1000)
     keys = {run.info.run_id: run.data.tags["dspy.run.key"] for run in found}
     assert len(set(keys.values())) == len(keys), f"a run is there twice: {sorted(keys.values())}"
@@ -51,7 +53,44 @@ def contents_of(client: Any, experiment_id: str, scratch: Path) -> dict[str, Any
                 None if score.feedback is None or score.error is None else score.error.error_code,
                 {key: named(value) for key, value in (score.metadata or {}).items()},
             )
-    return {"runs": runs, "spans": spans, "links": sorted(links), "scores": scores}
+    models = {}
+    for model in client.search_logged_models([experiment_id]):
+        key = keys[model.source_run_id]
+        assert key not in models, f"a model is there twice: {key}"
+        traces = _traces(client, experiment_id, filter_string=f"request_metadata.`mlflow.modelId` = '{model.model_id}'")
+        repository = get_artifact_repository(model.artifact_location, tracking_uri=client.tracking_uri)
+        models[key] = {
+            "name": model.name,
+            "status": str(model.status),
+            "tags": {name: named(value) for name, value in sorted(model.tags.items())},
+            "artifacts": {
+                item.path: Path(repository.download_artifacts(item.path, str(scratch))).read_text()
+                for item in repository.list_artifacts()
+            },
+            "outputs of": [
+                keys[run.info.run_id]
+                for run in found
+                for one in client.get_run(run.info.run_id).outputs.model_outputs
+                if one.model_id == model.model_id
+            ],
+            "traces": sorted(trace.info.trace_id for trace in traces),
+        }
+    of_prompts = {one.name: one for one in client.search_prompts()}
+    mine = [name for name, one in of_prompts.items() if f",{experiment_id}," in one.tags["_mlflow_experiment_ids"]]
+    prompts = {name: [version.tags["mlflow.prompt.text"] for version in _versions(client, name)] for name in mine}
+    store, datasets = client._tracking_client.store, {}
+    for one in store.search_datasets([experiment_id]):
+        rows, _ = store._load_dataset_records(one.dataset_id)
+        datasets[one.name] = (one.tags, dict(sorted((json.dumps(row.inputs), row.expectations) for row in rows)))
+    return {
+        **{"runs": runs, "spans": spans, "links": sorted(links), "scores": scores},
+        **{"models": models, "prompts": prompts, "datasets": datasets},
+    }
+
+
+def _versions(client: Any, name: str) -> list[Any]:
+    found = client.search_model_versions(f"name = '{name}' AND tags.`mlflow.prompt.is_prompt` = 'true'")
+    return sorted(found, key=lambda version: int(version.version))
 
 
 def _traces(client: Any, experiment_id: str, include_spans: bool = False, **more: Any) -> list[Any]:

@@ -156,7 +156,17 @@ def check(plan: Plan) -> None:
         assert replay([directory]).left == []
         assert journal_directories(directory) == []
         if not lost:
-            compare(server.contents(), expected)
+            got = server.contents()
+            if any(event.kind == "poison" for event in plan.events):
+                without_traces_of_models(got, expected)
+            compare(got, expected)
+
+
+def without_traces_of_models(*contents: dict[str, Any]) -> None:
+    """A trace that MLflow refused, and takes later, is no model's any more."""
+    for one in contents:
+        for model in one["models"].values():
+            del model["traces"]
 
 
 def check_account(done: Process, expected: dict[str, Any], server: FakeMLflow, spool: Path) -> None:
@@ -223,7 +233,10 @@ def flat(value: Any, name: str = "") -> dict[str, str]:
 
 
 # --- a real store ---------------------------------------------------------------------------------------------------
-CAUSES = {"write": "spans", "link": "links", "score": "scores", "run": "create", "values": "log", "datasets": "inputs"}
+CAUSES = {
+    **{"write": "spans", "link": "links", "score": "scores", "run": "create", "values": "log", "datasets": "inputs"},
+    **{"model": "models", "prompt": "prompts", "dataset": "datasets"},
+}
 
 
 def faulty_store(faults: Faults) -> Any:
@@ -276,7 +289,10 @@ def check_store(plan: Plan, new: Path) -> None:
         assert replay([directory / "spool"]).left == []
         client = MlflowClient(tracking_uri=uri)
         experiment = client.get_experiment_by_name("property").experiment_id
-        compare(timeless(contents_of(client, experiment, directory)), expected)
+        got = timeless(contents_of(client, experiment, directory))
+        if any(event.kind == "poison" for event in plan.events):
+            without_traces_of_models(got, expected)
+        compare(got, expected)
 
 
 def settings_for(examples: int, **more: Any) -> settings:

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
 
-from dspy_otel.cli import compare, replay, report, runs, ui, watch
+from dspy_otel.cli import compare, promote, replay, report, runs, ui, watch
 from dspy_otel.version import __version__
 
 _PACKAGES_OF_DEMO = {
@@ -65,6 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     report.add_command(commands)
     compare.add_command(commands)
     ui.add_command(commands)
+    promote.add_command(commands)
     runs.add_commands(commands)
     watch.add_command(commands)
     options = parser.parse_args(argv)
@@ -72,11 +73,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return replay.run(options)
     if options.command == "compare":
         return compare.run(options)
-    if options.command == "ui":
+    if options.command in ("ui", "promote"):
         needed = [package for module, package in _PACKAGES_OF_REPORT.items() if not _installed(module)]
         if needed:
-            return _refuse(f"ui needs {', '.join(needed)}. Install it with: pip install 'dspy-otel[mlflow]'")
-        return ui.run(options)
+            return _refuse(
+                f"{options.command} needs {', '.join(needed)}. Install it with: pip install 'dspy-otel[mlflow]'"
+            )
+        return ui.run(options) if options.command == "ui" else promote.run(options)
     if options.command in ("runs", "show"):
         return runs.run(options)
     if options.command in ("report", "watch"):

@@ -12,8 +12,9 @@
 * :mod:`.translate` - pure: finished spans to spans that MLflow shows well;
 * :mod:`.runs` - pure: records of optimizations and evaluations to the runs that should be in MLflow; :mod:`.pending` -
   what of that is not yet written;
+* :mod:`.versions` - pure: the model, the prompts and the dataset that an optimization's result is;
 * :mod:`.exporter`, :mod:`.target` - the OpenTelemetry exporter, and where it writes;
-* :mod:`.load`, :mod:`.read` - a program, and what a report needs, back from a run.
+* :mod:`.load`, :mod:`.read` - a program, and what a report needs, back from a run; :mod:`.promote` - an alias for it.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ Only one thread may use it at a time.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,6 +23,7 @@ from dspy_otel.mlflow.runs import (
     milliseconds,
     runs_of,
 )
+from dspy_otel.mlflow.versions import PARTS, Prompt, Version
 from dspy_otel.record.history import History
 from dspy_otel.record.model import Optimization, Record, Trial
 from dspy_otel.record.spans import Kind, kind_of
@@ -50,6 +51,8 @@ class Pending:
         tried: its creation has been tried, perhaps with success.
         over: it has ended.
         group: the optimization or evaluation whose spans it is made of.
+        version: models, prompts and datasets that follow from its result, not yet written.
+        prompts: numbers of the versions of those of its prompts that are written.
         experiment: id of the experiment of the user's run that it is a step of, if there is one.
         produced: artifacts that were added since they were last counted.
         seen: values that were added before, written or not.
@@ -76,6 +79,8 @@ class Pending:
     over: bool = False
     group: str = ""
     experiment: str | None = None
+    version: Version | None = None
+    prompts: dict[Prompt, int] = field(default_factory=dict)
     produced: int = 0
     seen: dict[tuple[str, str], Any] = field(default_factory=dict)
 
@@ -83,7 +88,7 @@ class Pending:
     def dirty(self) -> bool:
         """Whether MLflow lacks something of it."""
         return self.run_id is None or bool(
-            self.tags or self.params or self.metrics or self.datasets or self.artifacts or self.ended
+            self.tags or self.params or self.metrics or self.datasets or self.artifacts or self.ended or self.version
         )
 
     def add(self, run: Run) -> None:
@@ -104,6 +109,7 @@ class Pending:
                 self.artifacts[path] = text
         self.references.update(run.references)
         self.candidates += run.candidates
+        self.version = run.version or self.version
         if run.status is not None and run.ended is not None:
             self.over, self.ended = True, (run.status, run.ended)
 
@@ -131,16 +137,20 @@ class PendingRuns:
     Args:
         versions: tags that every run carries.
         history: reads the spans.
+        parts: what becomes of results beside their runs: models, prompts, datasets.
 
     Attributes:
         history: reads the spans.
         runs: by key.
     """
 
-    def __init__(self, versions: Mapping[str, str], history: History | None = None) -> None:
+    def __init__(
+        self, versions: Mapping[str, str], history: History | None = None, parts: Collection[str] = PARTS
+    ) -> None:
         self.history = history or History()
         self.runs: dict[str, Pending] = {}
         self._versions = versions
+        self._parts = parts
         self._known: dict[str, Pending] = {}
         self._live: dict[int, ReadableSpan] = {}
 
@@ -180,7 +190,7 @@ class PendingRuns:
 
     def _take(self, changed: Iterable[Record], user_run: UserRun | None, group: str | None) -> None:
         for record in changed:
-            for run in runs_of(record, self._versions, None if user_run is None else user_run.run_id):
+            for run in runs_of(record, self._versions, None if user_run is None else user_run.run_id, self._parts):
                 self._add(run, user_run, group)
             if isinstance(record, Optimization) and record.ended is not None:
                 for key in [key for key in self._known if key == record.id or key.startswith(f"{record.id}/")]:

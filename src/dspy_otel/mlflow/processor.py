@@ -39,6 +39,7 @@ from dspy_otel.mlflow.target import Target
 from dspy_otel.mlflow.termination import after_shutdown, before_termination, before_worker_ends
 from dspy_otel.mlflow.threads import Throttle, log_safely, start_thread
 from dspy_otel.mlflow.translate import started_copy, translate
+from dspy_otel.mlflow.versions import enabled
 from dspy_otel.mlflow.worker import EXIT_ATTEMPTS, Worker, group_of
 from dspy_otel.record.otlp import decode, encode
 from dspy_otel.record.spans import RUN_KINDS, is_ours, kind_of
@@ -128,7 +129,7 @@ class MLflowProcessor(SpanProcessor):
         self._recovered = directory is None
 
     def _about(self) -> dict[str, Any]:
-        return {**self._target.about(), "runs": self._runs, "source": source_tags()}
+        return {**self._target.about(), "runs": self._runs, "source": source_tags(), "parts": sorted(enabled())}
 
     def _connect(self) -> Any:
         if self._target.is_default:

@@ -37,6 +37,7 @@ from dspy_otel.mlflow.runs import evaluation_key, key_of, trace_id_of
 from dspy_otel.mlflow.source import saved_tags
 from dspy_otel.mlflow.target import Target, public_uri
 from dspy_otel.mlflow.translate import finished_group, restore, translate, user_run_of
+from dspy_otel.mlflow.versions import enabled, saved_parts
 from dspy_otel.mlflow.worker import Worker, group_of, versions
 from dspy_otel.record.history import History, starts
 from dspy_otel.record.otlp import decode, decode_lines, encode
@@ -202,8 +203,11 @@ class _Delivery:
         self._foreign = isinstance(source, _Files)
         # in memory: refused spans stay in the source
         self._journal = Journal(None, 1, target.about, lambda *_: None)
-        source_of_runs = {} if isinstance(source, _Files) else saved_tags(source.about().get("source"))
-        pending = PendingRuns({**versions(), **source_of_runs}, History(forget=not self._foreign))
+        about = {} if isinstance(source, _Files) else source.about()
+        parts = enabled() if isinstance(source, _Files) else saved_parts(about.get("parts"))
+        pending = PendingRuns(
+            {**versions(), **saved_tags(about.get("source"))}, History(forget=not self._foreign), parts
+        )
         self.worker = Worker(
             self._journal,
             lambda: open_backend(target),

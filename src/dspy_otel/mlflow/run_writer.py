@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 from collections.abc import Callable, Mapping
 from itertools import islice
@@ -11,11 +12,22 @@ from typing import Any, Final
 from dspy_otel.mlflow.account import ARTIFACTS, RUNS, Account
 from dspy_otel.mlflow.backends import Backend
 from dspy_otel.mlflow.backends.base import CreatedRun
+from dspy_otel.mlflow.backends.registry import Registry
 from dspy_otel.mlflow.items import ATTEMPTS_BEFORE_SPLIT, Items
 from dspy_otel.mlflow.pending import Pending, PendingRuns
 from dspy_otel.mlflow.retry import ExportError, Verdict
 from dspy_otel.mlflow.runs import COMPILE, TAG_NAME, TAG_PARENT
 from dspy_otel.mlflow.threads import HELPERS, Helpers, log_safely
+from dspy_otel.mlflow.versions import (
+    DATASETS,
+    LINKED_PROMPTS,
+    MODELS,
+    PROMPTS,
+    Model,
+    Prompt,
+    PromptVersion,
+    linked_prompts,
+)
 from dspy_otel.record.addresses import Address, add_address
 
 _logger = logging.getLogger(__name__)
@@ -23,6 +35,8 @@ _logger = logging.getLogger(__name__)
 _MAX_ITEMS: Final = 100
 VALUES: Final = "values of runs"
 """Metrics, parameters and tags."""
+VERSIONS: Final = "versions"
+"""Models, prompts and datasets of one run."""
 _MAX_METRICS: Final = 800  # with parameters and tags at most 1,000 items in one call
 
 
@@ -186,6 +200,55 @@ class RunWriter:
             if run.kind == COMPILE and run.parent_key is None:
                 where = backend.url(run_id, run.experiment) or _how_to_open(backend, run_id)
                 log_safely(_logger.info, "%s: %s: %s", run.name, status.lower(), where)
+
+    # --- versions ---------------------------------------------------------------------------------------------------
+    def write_versions(self, backend: Backend) -> None:
+        """Write models, prompts and datasets. A registry that fails holds nothing else up, and is tried again.
+
+        Call it when the traces of ended optimizations are in MLflow and on their runs.
+        """
+        for run in [run for run in self._pending.lacking if run.version is not None and run.run_id is not None]:
+            if run.ended is None and self._items.is_due(VERSIONS, run.key):
+                try:
+                    self._write_version(backend, run)
+                except ExportError as error:
+                    self._items.failed(VERSIONS, run.key, error)
+                    self._report(error.cause, f"{run.name}, its versions: {error} They are tried again.")
+                else:
+                    self._items.succeeded(VERSIONS, run.key)
+
+    def _write_version(self, backend: Backend, run: Pending) -> None:
+        """Write one optimization's. A part that MLflow refuses is left out."""
+        version, registry = run.version, backend.registry
+        assert version is not None
+        for prompt in (*version.before, *version.prompts):
+            if prompt not in run.prompts:
+                self._write_prompt(registry, run, prompt)
+        prompts = [PromptVersion(one.name, run.prompts[one]) for one in version.prompts if one in run.prompts]
+        if prompts:
+            self._log(backend, run, [], {}, {LINKED_PROMPTS: linked_prompts(prompts)})
+        dataset, model = version.dataset, version.model
+        if dataset is not None:
+            self._items.write(DATASETS, run.key, lambda: registry.put_dataset(dataset, run.experiment))
+            run.version = version = dataclasses.replace(version, dataset=None)
+        if model is not None:
+            self._items.write(MODELS, run.key, lambda: self._put_model(registry, run, model, prompts))
+        run.version, run.prompts = None, {}
+
+    def _write_prompt(self, registry: Registry, run: Pending, prompt: Prompt) -> None:
+        def put() -> None:
+            run.prompts[prompt] = registry.put_prompt(prompt, run.experiment).version
+
+        self._items.write(PROMPTS, f"{run.key}/{prompt.name}/{prompt.id}", put)
+
+    def _put_model(self, registry: Registry, run: Pending, model: Model, prompts: list[PromptVersion]) -> None:
+        made = registry.put_model(model, run.key, str(run.run_id), prompts, run.experiment)
+        for path, text in model.artifacts.items():
+            registry.put_model_artifact(made, path, text)
+        registry.finish_model(made.model_id)
+        trial = None if model.trial is None else self._ids.get(model.trial)
+        if trial is not None:
+            registry.link_traces(trial.run_id, made.model_id)
 
     def _log(self, backend: Backend, run: Pending, metrics: Any, params: Any, tags: Any) -> None:
         """Write values; when some of them are refused, they are written one by one."""

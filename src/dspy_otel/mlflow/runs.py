@@ -28,7 +28,7 @@ import json
 import logging
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, TypeAlias
 
@@ -36,6 +36,7 @@ from opentelemetry.sdk.trace import ReadableSpan
 
 from dspy_otel import semconv
 from dspy_otel.mlflow.account import EXPECTATIONS, SCORES
+from dspy_otel.mlflow.versions import PARTS, Version, version_of
 from dspy_otel.record import model, stored
 from dspy_otel.record.model import (
     Candidate,
@@ -158,6 +159,7 @@ class Run:
         artifacts: texts by path.
         references: tags whose value is the id of another run, given by its key.
         candidates: rows of the table of trials, each with the key of its trial's run in place of the id.
+        version: model, prompts and dataset that follow from the result.
         status: once it is over.
         ended: milliseconds since 1970.
     """
@@ -175,6 +177,7 @@ class Run:
     artifacts: Mapping[str, str] = field(default_factory=dict)
     references: Mapping[str, str] = field(default_factory=dict)
     candidates: tuple[Mapping[str, Any], ...] = ()
+    version: Version | None = None
     status: str | None = None
     ended: int | None = None
 
@@ -304,16 +307,19 @@ class StoredTrace:
 # --- records to runs ------------------------------------------------------------------------------------------------
 
 
-def runs_of(record: Record, versions: Mapping[str, str], user_run: str | None = None) -> list[Run]:
+def runs_of(
+    record: Record, versions: Mapping[str, str], user_run: str | None = None, parts: Collection[str] = PARTS
+) -> list[Run]:
     """What MLflow should have because of a record.
 
     Args:
         record: as it is now.
         versions: tags that every run carries.
         user_run: id of the user's own active MLflow run when this began, if there was one.
+        parts: what becomes of results beside their runs: models, prompts, datasets.
     """
     if isinstance(record, Optimization):
-        return _of_optimization(record, versions, user_run)
+        return _of_optimization(record, versions, user_run, parts)
     if isinstance(record, Trial):
         return _of_trial(record, versions, user_run)
     if isinstance(record, Evaluation):
@@ -419,7 +425,9 @@ def evaluation_key(evaluation: str) -> str:
 # --- optimizations --------------------------------------------------------------------------------------------------
 
 
-def _of_optimization(record: Optimization, versions: Mapping[str, str], user_run: str | None) -> list[Run]:
+def _of_optimization(
+    record: Optimization, versions: Mapping[str, str], user_run: str | None, parts: Collection[str]
+) -> list[Run]:
     artifacts: dict[str, str] = {}
     tags = {**_common(record, COMPILE, record.id, versions), **stored.optimization_tags(record)}
     datasets: list[Dataset] = []
@@ -441,11 +449,16 @@ def _of_optimization(record: Optimization, versions: Mapping[str, str], user_run
         datasets=tuple(datasets),
         artifacts=artifacts,
     )
-    return [run] if record.ended is None else _of_result(record, run, tags, artifacts, versions)
+    return [run] if record.ended is None else _of_result(record, run, tags, artifacts, versions, parts)
 
 
 def _of_result(
-    record: Optimization, run: Run, tags: dict[str, Any], artifacts: dict[str, str], versions: Mapping[str, str]
+    record: Optimization,
+    run: Run,
+    tags: dict[str, Any],
+    artifacts: dict[str, str],
+    versions: Mapping[str, str],
+    parts: Collection[str],
 ) -> list[Run]:
     """The runs of an optimization that is over: its own, and the winner's, which is named as such."""
     when, step = milliseconds(record.ended), max((trial.number for trial in record.trials), default=0)
@@ -458,8 +471,10 @@ def _of_result(
     best = record.returned
     if best is not None and best.state is None:
         best = record.candidates.get(best.id)
+    program: dict[str, str] = {}
     if best is not None:
-        _put_program(BEST_PROGRAM, best, artifacts, tags)
+        _put_program(BEST_PROGRAM, best, program, tags)
+        artifacts.update(program)
     elif not record.candidates and not _cut_short(record.failure):
         tags[TAG_CONTENT] = HOW_TO_GET_CONTENT
     candidates: list[Mapping[str, Any]] = []
@@ -484,6 +499,7 @@ def _of_result(
         artifacts=artifacts,
         references={} if winner is None else {TAG_WINNER_RUN: trial_key(record.id, winner.number)},
         candidates=tuple(candidates),
+        version=version_of(record, program, parts),
         status=status,
         ended=when,
     )

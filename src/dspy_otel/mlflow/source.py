@@ -18,7 +18,8 @@ from typing import Any, Final
 from dspy_otel.mlflow.retry import clean
 
 ENV_SOURCE: Final = "OTEL_DSPY_MLFLOW_SOURCE"
-_OFF: Final = frozenset({"false", "0", "no", "off"})
+OFF: Final = frozenset({"false", "0", "no", "off"})
+"""Values of our variables that switch something off."""
 _USER: Final = "mlflow.user"
 _NAME: Final = "mlflow.source.name"
 _COMMIT: Final = "mlflow.source.git.commit"
@@ -33,7 +34,7 @@ _REFERENCE: Final = re.compile(r"ref: (refs/[\w./@+-]+)")
 
 def source_tags() -> dict[str, str]:
     """Tags of the runs of this process; none when ``OTEL_DSPY_MLFLOW_SOURCE`` is off."""
-    return {} if os.environ.get(ENV_SOURCE, "").strip().lower() in _OFF else dict(_found())
+    return {} if os.environ.get(ENV_SOURCE, "").strip().lower() in OFF else dict(_found())
 
 
 def saved_tags(saved: Any) -> dict[str, str]:

@@ -44,6 +44,7 @@ from dspy_otel.mlflow.source import source_tags
 from dspy_otel.mlflow.splitting import SentSpan, body_of, count_roots, deliver_in_halves
 from dspy_otel.mlflow.threads import HELPERS, Helpers, Throttle, log_safely
 from dspy_otel.mlflow.translate import restore
+from dspy_otel.mlflow.versions import enabled
 from dspy_otel.record.otlp import decode
 from dspy_otel.record.spans import RUN_KINDS, Kind, belongs, is_ours, kind_of
 from dspy_otel.version import __version__
@@ -93,7 +94,7 @@ class Worker:
         self.journal = journal
         self._connect = connect
         self._runs = runs
-        self.pending = pending or PendingRuns({**versions(), **source_tags()})
+        self.pending = pending or PendingRuns({**versions(), **source_tags()}, parts=enabled())
         self._count_spans = count_spans
         self._throttle = throttle
         self._unkept = unkept
@@ -162,6 +163,9 @@ class Worker:
                     self._run_writer.write(self.backend)
                     self._finish_groups()
                 self._deliver_all(self.backend)
+                if self._runs and not any(segment.applied for segment in self.journal.segments):
+                    self._run_writer.write_versions(self.backend)  # all traces are there, and on their runs
+                    self._finish_groups()
             except ExportError as error:
                 self._record_failure(error)
             except Exception as error:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Final, NamedTuple, Protocol
 
+from dspy_otel.mlflow.backends.registry import Registry
 from dspy_otel.mlflow.retry import ExportError, Verdict, clean
 from dspy_otel.mlflow.runs import Assessment, Dataset, Metric, StoredRun, StoredTrace
 from dspy_otel.record.model import Usage, load_json, number
@@ -61,12 +64,14 @@ class Backend(Protocol):
     Attributes:
         parallel: whether several threads write scores faster than one.
         name: its address, without credentials.
+        registry: models, prompts and datasets.
         answered: number of answers so far, refusals included; it tells a slow server from one that is down.
     """
 
     parallel: bool
     answered: int
     name: str
+    registry: Registry
 
     def deliver(self, batch: Batch) -> bool:
         """Write spans, links and scores together, all or nothing; False when the backend cannot."""
@@ -252,13 +257,29 @@ def _score_of(value: Any) -> float | None:
 
 def read_with_client(client: Any, run_id: str, path: str) -> str | None:
     """A text artifact through MLflow's client, or None when there is none."""
-    import tempfile
-    from pathlib import Path
-
     if path not in {item.path for item in client.list_artifacts(run_id)}:
         return None
     with tempfile.TemporaryDirectory() as directory:
         return Path(client.download_artifacts(run_id, path, directory)).read_text(encoding="utf-8")
+
+
+def put_with_client(client: Any, model_id: str, path: str, text: str) -> None:
+    """Store a text artifact of a model through MLflow's client."""
+    with tempfile.TemporaryDirectory() as directory:
+        file = Path(directory, path)
+        file.write_text(text, encoding="utf-8", errors="replace")
+        client.log_model_artifact(model_id, str(file))
+
+
+def read_below(address: str, path: str) -> str | None:
+    """A text artifact below an address, by MLflow's package; None when there is none."""
+    from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+
+    repository = get_artifact_repository(address)
+    if path not in {item.path for item in repository.list_artifacts()}:
+        return None
+    with tempfile.TemporaryDirectory() as directory:
+        return Path(repository.download_artifacts(path, directory)).read_text(encoding="utf-8")
 
 
 def first_line(error: BaseException) -> str:

@@ -24,6 +24,8 @@ from packaging.version import Version
 
 from dspy_otel.mlflow.backends import base
 from dspy_otel.mlflow.backends.base import OLDEST_MLFLOW, Batch, CreatedRun, FoundExperiment, resolve_experiment
+from dspy_otel.mlflow.backends.embedded_registry import EmbeddedRegistry
+from dspy_otel.mlflow.backends.registry import Registry
 from dspy_otel.mlflow.locks import importing, lock_for
 from dspy_otel.mlflow.retry import ExportError, Verdict, clean
 from dspy_otel.mlflow.runs import (
@@ -77,10 +79,13 @@ class EmbeddedBackend:
                 from mlflow.tracking import MlflowClient
 
                 _create_database(uri, MlflowClient)
-                self._client: Any = MlflowClient(tracking_uri=uri)
+                self._client: Any = MlflowClient(tracking_uri=uri, registry_uri=uri)
                 self._traces: Any = TracingClient(uri)
                 self._experiment_id = resolve_experiment(
                     target.named_experiment, target.create, self._by_id, self._by_name, self._make
+                )
+                self.registry: Registry = EmbeddedRegistry(
+                    self._client, self._traces.store, self._experiment_id, self._call
                 )
             except ExportError:
                 raise
@@ -276,9 +281,11 @@ class EmbeddedBackend:
 
     def after_fork(self) -> None:
         """Forget the parent's database connections without closing them under it."""
-        engine = getattr(self._traces.store, "engine", None)
-        if engine is not None:
-            engine.dispose(close=False)
+        registry = getattr(getattr(self._client, "_registry_client_lazy", None), "store", None)
+        for store in (self._traces.store, registry):
+            engine = getattr(store, "engine", None)
+            if engine is not None:
+                engine.dispose(close=False)
 
     def _call(self, cause: str, call: Callable[[], _Result]) -> _Result:
         """Make a call of MLflow's client; an error says whether the same call would fail again."""

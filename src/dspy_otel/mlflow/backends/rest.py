@@ -27,6 +27,8 @@ from packaging.version import InvalidVersion, Version
 
 from dspy_otel.mlflow.backends import base
 from dspy_otel.mlflow.backends.base import Batch, CreatedRun, FoundExperiment, resolve_experiment
+from dspy_otel.mlflow.backends.registry import Registry
+from dspy_otel.mlflow.backends.rest_registry import RestRegistry
 from dspy_otel.mlflow.backends.session import session
 from dspy_otel.mlflow.retry import Answer, ExportError, Verdict, clean, explain, judge
 from dspy_otel.mlflow.runs import (
@@ -42,6 +44,7 @@ from dspy_otel.mlflow.runs import (
     whole_tags,
 )
 from dspy_otel.mlflow.target import Target, public_uri, run_page
+from dspy_otel.mlflow.versions import StoredModel
 
 _logger = logging.getLogger(__name__)
 
@@ -87,6 +90,9 @@ class RestBackend:
         self._until = float("inf")
         self._batches = 0
         self.answered = 0
+        self.registry: Registry = RestRegistry(
+            self._rest, self.experiment_id, self._put_model_artifact, self._read_model_artifact
+        )
 
     # --- spans ------------------------------------------------------------------------------------------------------
     def deliver(self, batch: Batch) -> bool:
@@ -190,14 +196,23 @@ class RestBackend:
 
     def put_artifact(self, run: CreatedRun, path: str, text: str) -> None:
         """Store a text artifact."""
-        place = _artifact_path(run, path)
-        if place is None:
+        if not self._put(run.artifact_uri, path, text):
             self._with_client(lambda client: client.log_text(run.run_id, text, path), path)
-            return
+
+    def _put_model_artifact(self, model: StoredModel, path: str, text: str) -> None:
+        if not self._put(model.artifact_uri, path, text):
+            self._with_client(lambda client: base.put_with_client(client, model.model_id, path, text), path)
+
+    def _put(self, address: str, path: str, text: str) -> bool:
+        """Store a text artifact; False when the server leaves that to its clients."""
+        place = _artifact_path(address, path)
+        if place is None:
+            return False
         answer = self._request("PUT", place, data=text.encode("utf-8", "replace"))
         verdict = judge(answer, ours=answer.body.strip() in (b"", b"{}"))
         if verdict is not Verdict.DELIVERED:
             raise explain(answer, verdict, self.name, path)
+        return True
 
     def end_run(self, run_id: str, status: str, when: int) -> None:
         """Set a run's status and end."""
@@ -229,10 +244,20 @@ class RestBackend:
 
     def read_artifact(self, run: CreatedRun, path: str) -> str | None:
         """A text artifact."""
-        place = _artifact_path(run, path)
+        place = _artifact_path(run.artifact_uri, path)
         if place is None:
             found = self._with_client(lambda client: base.read_with_client(client, run.run_id, path), path)
             return None if found is None else str(found)
+        return self._read_at(place, path)
+
+    def _read_model_artifact(self, model: StoredModel, path: str) -> str | None:
+        place = _artifact_path(model.artifact_uri, path)
+        if place is None:
+            found = self._with_client(lambda _: base.read_below(model.artifact_uri, path), path)
+            return None if found is None else str(found)
+        return self._read_at(place, path)
+
+    def _read_at(self, place: str, path: str) -> str | None:
         answer = self._request("GET", place, limit=base.MAX_ARTIFACT)
         if answer.status == 404:
             return None
@@ -524,8 +549,8 @@ def _workspace() -> dict[str, str]:
     return {"X-MLFLOW-WORKSPACE": workspace} if workspace else {}
 
 
-def _artifact_path(run: CreatedRun, path: str) -> str | None:
-    address = urlsplit(run.artifact_uri)
+def _artifact_path(artifact_uri: str, path: str) -> str | None:
+    address = urlsplit(artifact_uri)
     if address.scheme != _ARTIFACTS:
         return None
     return f"/api/2.0/mlflow-artifacts/artifacts/{quote(address.path.strip('/') + '/' + path)}"
