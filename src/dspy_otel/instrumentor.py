@@ -60,6 +60,11 @@ class DSPyInstrumentor(BaseInstrumentor):  # type: ignore[misc]
         """What is instrumented, as requirement strings; the extra ``instruments`` says the same."""
         return _instruments
 
+    @property
+    def config(self) -> Config | None:
+        """The settings in force; None while instrumentation is off."""
+        return None if self._telemetry is None else self._telemetry.config
+
     def instrument(self, **kwargs: Any) -> None:
         """Switch on.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib.metadata import entry_points
 from typing import Any, Final
 
@@ -21,11 +21,20 @@ _GROUPS: Final = {
     "metrics": "opentelemetry_metrics_exporter",
     "logs": "opentelemetry_logs_exporter",
 }
+_PROVIDERS: Final[Mapping[str, tuple[str, Callable[[], Any]]]] = {
+    "traces": ("tracer", trace.get_tracer_provider),
+    "metrics": ("meter", metrics.get_meter_provider),
+    "logs": ("logger", _logs.get_logger_provider),
+}
 _PROTOCOLS: Final = ("grpc", "http/protobuf")
 _SDK_MISSING: Final = "dspy_otel.configure() needs the OpenTelemetry SDK: pip install 'dspy-otel[otlp]'"
 
-_Factory = Callable[[], Any]
-"""Makes an exporter. It is called only for a signal that has no provider yet."""
+_Key = tuple[object, ...]
+_Found = tuple[_Key, Callable[[], Any]]
+"""What makes two exporters the same, and what makes one: that is called only when there is need of it."""
+
+_in_force: Config | None = None
+"""The settings that :func:`configure` has switched instrumentation on with."""
 
 
 def configure(
@@ -42,7 +51,11 @@ def configure(
     Without any destination among the arguments, the environment decides: ``OTEL_TRACES_EXPORTER``,
     ``OTEL_METRICS_EXPORTER`` and ``OTEL_LOGS_EXPORTER``, if any of them is set (a signal without its own is then off);
     else ``MLFLOW_TRACKING_URI`` (traces) and ``OTEL_EXPORTER_OTLP_ENDPOINT`` (all three), if set; else OTLP to
-    ``localhost``. A provider that is already set is never replaced: its signal is left alone, with a warning.
+    ``localhost``. A provider that somebody else has set is never replaced: its signal is left alone, with a warning.
+
+    It may be called again, as a notebook's cell is. Nothing happens when nothing has changed. Other destinations,
+    another experiment and other settings are in force from then on; what was recorded before goes to the former ones.
+    Settings that are not given are back at their defaults. ``service_name`` stays what it was first.
 
     Args:
         service_name: ``service.name`` of what is recorded; default, from ``OTEL_SERVICE_NAME`` or
@@ -71,11 +84,25 @@ def configure(
         _LOG.warning("dspy-otel: OTEL_SDK_DISABLED is set; nothing will be recorded")
     else:
         _set_up(_destinations(otlp, mlflow, experiment, console), service_name)
+    return _switch_on(options)
+
+
+def _switch_on(options: Mapping[str, Any]) -> DSPyInstrumentor:
+    global _in_force  # noqa: PLW0603
     instrumentor = DSPyInstrumentor()
     if not instrumentor.is_instrumented_by_opentelemetry:
         instrumentor.instrument(**options)
-    elif options:
-        _LOG.warning("dspy-otel: already instrumented; configure() leaves its settings as they are")
+    elif instrumentor.config is not _in_force:
+        if options:
+            _LOG.warning(
+                "dspy-otel: instrument() has switched instrumentation on already; configure() leaves its settings as "
+                "they are. To change them, call dspy_otel.uninstrument() first"
+            )
+        return instrumentor
+    elif Config.load(**options) != _in_force:
+        instrumentor.uninstrument()
+        instrumentor.instrument(**options)
+    _in_force = instrumentor.config
     return instrumentor
 
 
@@ -88,9 +115,9 @@ def _installed(module: str) -> bool:
 
 def _destinations(
     otlp: str | bool | None, mlflow: str | bool | None, experiment: str | None, console: bool
-) -> dict[str, list[_Factory]]:
-    """Factories of each signal's exporters. An exporter that is not installed is an error already here."""
-    found: dict[str, list[_Factory]] = {signal: [] for signal in _GROUPS}
+) -> dict[str, list[_Found]]:
+    """Each signal's exporters. One that is not installed is an error already here."""
+    found: dict[str, list[_Found]] = {signal: [] for signal in _GROUPS}
     if not (otlp or mlflow or console):
         named = {signal: _names(os.environ.get(f"OTEL_{signal.upper()}_EXPORTER", "")) for signal in _GROUPS}
         if any(named.values()):
@@ -105,7 +132,7 @@ def _destinations(
     if mlflow:
         found["traces"].append(_mlflow(mlflow if isinstance(mlflow, str) else None, experiment))
     if console:
-        found["traces"].append(_load("traces", "console"))
+        found["traces"].append((("console",), _load("traces", "console")))
     return found
 
 
@@ -113,16 +140,15 @@ def _names(variable: str) -> list[str]:
     return [part.strip() for part in variable.split(",") if part.strip()]
 
 
-def _by_name(signal: str, name: str, experiment: str | None) -> _Factory:
+def _by_name(signal: str, name: str, experiment: str | None) -> _Found:
     if name == "otlp":
         return _otlp(signal, None)
     if signal == "traces" and name in ("mlflow", "dspy_mlflow"):
         return _mlflow(None, experiment)
-    make: _Factory = _load(signal, name)
-    return make
+    return (name,), _load(signal, name)
 
 
-def _mlflow(uri: str | None, experiment: str | None) -> _Factory:
+def _mlflow(uri: str | None, experiment: str | None) -> _Found:
     needed = ["requests", "opentelemetry.exporter.otlp.proto.common"]
     if not (uri or os.environ.get("MLFLOW_TRACKING_URI", "")).startswith(("http:", "https:")):
         needed += ["mlflow", "sqlalchemy"]  # a store of its own, without a server
@@ -130,23 +156,30 @@ def _mlflow(uri: str | None, experiment: str | None) -> _Factory:
     if missing:
         raise RuntimeError(f"traces to MLflow need {', '.join(missing)}: pip install 'dspy-otel[mlflow]'")
     from dspy_otel.mlflow import MLflowSpanExporter
+    from dspy_otel.mlflow.target import Target, absolute
 
-    return lambda: MLflowSpanExporter(tracking_uri=uri, experiment=experiment)
+    target = Target(uri, experiment)
+    # MLflow's own set_experiment() sets the variable: without an experiment of its own, the next call follows it.
+    key = ("mlflow", absolute(target.raw_uri, os.getcwd()), target.named_experiment)
+    return key, lambda: MLflowSpanExporter(tracking_uri=uri, experiment=experiment)
 
 
-def _otlp(signal: str, endpoint: str | None) -> _Factory:
+def _otlp(signal: str, endpoint: str | None) -> _Found:
     """OTLP by gRPC or HTTP/protobuf: the environment decides, or else the port of the endpoint. Default: HTTP."""
     if endpoint is not None and "://" not in endpoint:
         endpoint = f"http://{endpoint}"
-    if _protocol(signal, endpoint) == "grpc":
+    protocol = _protocol(signal, endpoint)
+    variables = tuple(sorted(item for item in os.environ.items() if item[0].startswith("OTEL_EXPORTER_OTLP_")))
+    key = ("otlp", protocol, endpoint, variables)
+    if protocol == "grpc":
         exporter = _load(signal, "otlp_proto_grpc")
         if endpoint is None:
-            return exporter  # type: ignore[no-any-return]
-        return lambda: exporter(endpoint=endpoint, insecure=not endpoint.startswith("https:"))
+            return key, exporter
+        return key, lambda: exporter(endpoint=endpoint, insecure=not endpoint.startswith("https:"))
     exporter = _load(signal, "otlp_proto_http")
     if endpoint is None:
-        return exporter  # type: ignore[no-any-return]
-    return lambda: exporter(endpoint=f"{endpoint.rstrip('/')}/v1/{signal}")
+        return key, exporter
+    return key, lambda: exporter(endpoint=f"{endpoint.rstrip('/')}/v1/{signal}")
 
 
 def _protocol(signal: str, endpoint: str | None) -> str:
@@ -176,34 +209,26 @@ def _load(signal: str, name: str) -> Any:
     raise RuntimeError(f"no {signal} exporter named {name!r} is installed: {hint}")
 
 
-def _set_up(destinations: dict[str, list[_Factory]], service_name: str | None) -> None:
-    from opentelemetry.sdk._logs import LoggerProvider
-    from opentelemetry.sdk._logs.export import BatchLogRecordProcessor
-    from opentelemetry.sdk.metrics import MeterProvider
-    from opentelemetry.sdk.metrics.export import MetricReader, PeriodicExportingMetricReader
-    from opentelemetry.sdk.resources import Resource
-    from opentelemetry.sdk.trace import TracerProvider
-    from opentelemetry.sdk.trace.export import BatchSpanProcessor
+def _set_up(found: dict[str, list[_Found]], service_name: str | None) -> None:
+    from dspy_otel.own_providers import Destination, change_provider, is_own, set_provider
 
-    resource = Resource.create({"service.name": service_name} if service_name else None)
-    # Each of these providers flushes and shuts down when the program ends.
-    if destinations["traces"] and _free("tracer", trace.get_tracer_provider()):
-        tracers = TracerProvider(resource=resource)
-        for make in destinations["traces"]:
-            tracers.add_span_processor(BatchSpanProcessor(make()))
-        trace.set_tracer_provider(tracers)
-    if destinations["metrics"] and _free("meter", metrics.get_meter_provider()):
-        made = [make() for make in destinations["metrics"]]
-        readers = [item if isinstance(item, MetricReader) else PeriodicExportingMetricReader(item) for item in made]
-        metrics.set_meter_provider(MeterProvider(readers, resource=resource))
-    if destinations["logs"] and _free("logger", _logs.get_logger_provider()):
-        loggers = LoggerProvider(resource=resource)
-        for make in destinations["logs"]:
-            loggers.add_log_record_processor(BatchLogRecordProcessor(make()))
-        _logs.set_logger_provider(loggers)
+    fixed: list[str] = []
+    for signal, items in found.items():
+        destinations = [Destination(key, make) for key, make in items]
+        name, get = _PROVIDERS[signal]
+        current = get()
+        if is_own(signal, current):
+            fixed += change_provider(signal, destinations, service_name)
+        elif destinations and _free(name, current):
+            set_provider(signal, destinations, service_name)
+    if fixed:
+        _LOG.warning(
+            "dspy-otel: configure() cannot change %s any more; start a new process for it",
+            ", ".join(dict.fromkeys(fixed)),
+        )
 
 
-def _free(signal: str, current: Any) -> bool:
+def _free(name: str, current: Any) -> bool:
     """Whether no provider is set for a signal yet. Until then, the API has a proxy there."""
     kind = type(current)
     if kind.__module__.startswith("opentelemetry.") and kind.__name__.lstrip("_").startswith("Proxy"):
@@ -211,7 +236,7 @@ def _free(signal: str, current: Any) -> bool:
     _LOG.warning(
         "dspy-otel: a %s provider (%s) is set already; configure() leaves it as it is and adds no exporter to it. "
         "Use DSPyInstrumentor().instrument() and add exporters where that provider is made",
-        signal,
+        name,
         kind.__name__,
     )
     return False

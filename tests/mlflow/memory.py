@@ -32,6 +32,7 @@ class Memory:
 
     parallel = True
     name = "memory"
+    experiment_in_use = "0"
 
     def __init__(self) -> None:
         self.failure: ExportError | None = None

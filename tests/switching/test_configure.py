@@ -140,6 +140,120 @@ def test_sdk_disabled():
     assert "OTEL_SDK_DISABLED" in warning
 
 
+# --- called again -----------------------------------------------------------------------------------------------------
+_CELLS = """
+import sys
+import dspy
+import dspy_otel
+from tests.switching.app import App, EchoLM
+
+dspy.configure(lm=EchoLM('test/echo'))
+def ask(question):
+    App()(question=question)
+{cells}
+"""
+
+
+def cells(*lines: str, **rest: Any) -> Finished:
+    """The lines, as a notebook's cells are run."""
+    return python(_CELLS.format(cells="\n".join(lines)), **rest)
+
+
+@pytest.mark.integration
+def test_a_cell_that_is_run_twice_changes_nothing_and_says_nothing(receiver: OtlpReceiver):
+    line = f"dspy_otel.configure(otlp={receiver.http!r}, capture_content='span_only', service_name='sky')"
+    same = (
+        "from opentelemetry import trace",
+        "before = trace.get_tracer_provider()._active_span_processor._span_processors[0]._span_processors",
+        line,
+        "assert before == trace.get_tracer_provider()._active_span_processor._span_processors[0]._span_processors",
+    )
+    done = cells(line, "call = dspy.Module.__call__", *same, "assert call is dspy.Module.__call__", "ask('again?')")
+    assert done.errors == ""
+    assert receiver.span_names() == ONE_CALL
+
+
+@pytest.mark.integration
+def test_what_has_changed_is_in_force_from_then_on(receiver: OtlpReceiver):
+    with OtlpReceiver() as other:
+        done = cells(
+            f"dspy_otel.configure(otlp={receiver.http!r})",
+            "ask('the first question')",
+            f"dspy_otel.configure(otlp={other.http!r}, capture_content='span_only')",
+            "ask('the second question')",
+            f"dspy_otel.configure(otlp={other.http!r})",
+            "ask('the third question')",
+        )
+        assert done.warnings == []
+        assert receiver.span_names() == ONE_CALL
+        assert other.span_names() == sorted(ONE_CALL * 2)
+        assert "gen_ai.client.token.usage" in receiver.metric_names() & other.metric_names()
+        asked = [span.attributes.get("input.value", "") for span in other.spans("invoke_workflow")]
+    assert ["the second question" in text for text in asked] == [True, False]
+    assert not any("first question" in str(span.attributes) for span in receiver.spans())
+
+
+@pytest.mark.integration
+def test_what_cannot_change_is_one_warning_and_a_failure_leaves_the_former_in_force(receiver: OtlpReceiver):
+    done = cells(
+        f"dspy_otel.configure(otlp={receiver.http!r}, service_name='sky')",
+        f"dspy_otel.configure(otlp={receiver.http!r}, service_name='sea')",
+        "import os; os.environ['OTEL_TRACES_EXPORTER'] = 'zipkn'",
+        "try: dspy_otel.configure()",
+        "except RuntimeError as error: print(error)",
+        "ask('still?')",
+    )
+    (warning,) = done.warnings
+    assert "cannot change service_name (sky) any more" in warning
+    assert "no traces exporter named 'zipkn' is installed" in done.output
+    assert {span.resource["service.name"] for span in receiver.spans()} == {"sky"}
+
+
+@pytest.mark.integration
+def test_settings_of_instrument_are_left_alone():
+    done = cells("dspy_otel.instrument()", "dspy_otel.configure(console=True, metrics=False)")
+    (warning,) = done.warnings
+    assert "instrument() has switched instrumentation on already" in warning
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("how", ["another experiment", "set_experiment and the cell again", "set_experiment alone"])
+def test_another_experiment_of_mlflow(tmp_path: Path, how: str):
+    mlflow = pytest.importorskip("mlflow", reason="needs the extra mlflow")
+    store = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    flush = "from opentelemetry import trace; trace.get_tracer_provider().force_flush()"
+    start = "import mlflow; mlflow.set_tracking_uri(" + repr(store) + ")"
+    evaluate = (
+        "row = dspy.Example(question='q').with_inputs('question')",
+        "dspy.Evaluate(devset=[row], metric=lambda *_: 1.0, num_threads=1, display_progress=False)(App())",
+    )
+    if how == "another experiment":
+        lines = [
+            f"dspy_otel.configure(mlflow={store!r}, experiment='one')",
+            *("ask('first')", f"dspy_otel.configure(mlflow={store!r}, experiment='two')", "ask('second')"),
+        ]
+        expected = {"one": 1, "two": 1}
+    elif how == "set_experiment and the cell again":
+        cell = f"dspy_otel.configure(mlflow={store!r})"
+        lines = [start, "mlflow.set_experiment('one')", cell, "ask('first')", flush]
+        lines += ["mlflow.set_experiment('two')", cell, "ask('second')"]
+        expected = {"one": 1, "two": 1}
+    else:
+        lines = [start, f"dspy_otel.configure(mlflow={store!r}, experiment='one')", "ask('first')", flush]
+        lines += ["mlflow.set_experiment('two')", *evaluate, *evaluate]
+        expected = {"one": 3, "two": 0}
+    done = cells(*lines, cwd=tmp_path, MLFLOW_TRACKING_URI=store, LITELLM_LOCAL_MODEL_COST_MAP="True")
+    client = mlflow.MlflowClient(store)
+    counts = {}
+    for name in expected:
+        place = client.get_experiment_by_name(name).experiment_id
+        found = client.search_traces(locations=[place])
+        counts[name] = sum(trace.data.spans[0].name != "evaluate App" for trace in found)
+    assert counts == expected
+    said = [line for line in done.errors.splitlines() if "mlflow.set_experiment() has chosen" in line]
+    assert len(said) == (how == "set_experiment alone")
+
+
 def refused(call: str, hidden: str = "", **settings: str) -> str:
     """What ``configure(...)`` says when it refuses, with the module ``hidden`` (and all below) not installed."""
     code = f"""

@@ -100,6 +100,8 @@ class MLflowProcessor(SpanProcessor):
 
     def _reset(self) -> None:
         self._queue: deque[tuple[ReadableSpan, UserRun | None, bool]] = deque()
+        self._checked_experiment: str | None = None
+        """MLflow's own active experiment when it was last compared with ours."""
         self._live: dict[int, tuple[ReadableSpan, UserRun | None, int]] = {}
         self._on_disk: set[str] = set()
         """Keys of runs whose start or end is in the journal."""
@@ -197,9 +199,29 @@ class MLflowProcessor(SpanProcessor):
         if fluent is None:
             return None
         run = fluent.active_run()
-        if run is None or not self._target.is_at(sys.modules["mlflow"].get_tracking_uri()):
+        if run is None and fluent._active_experiment_id == self._checked_experiment:
+            return None
+        if not self._target.is_at(sys.modules["mlflow"].get_tracking_uri()):
+            return None
+        if run is None:
+            self._check_experiment(str(fluent._active_experiment_id))
             return None
         return UserRun(str(run.info.run_id), str(run.info.experiment_id))
+
+    def _check_experiment(self, active: str) -> None:
+        """Warn once when ``mlflow.set_experiment()`` has chosen another experiment than ours, which is in use."""
+        ours = None if self.worker.backend is None else self.worker.backend.experiment_in_use
+        if ours is None:  # nothing has been written yet: looked at again at the next start
+            return
+        self._checked_experiment = active
+        if ours != active:
+            log_safely(
+                _logger.warning,
+                "mlflow.set_experiment() has chosen experiment %s; traces go on to experiment %s. To change that too, "
+                "call dspy_otel.configure(experiment=...) with its name.",
+                active,
+                ours,
+            )
 
     # --- the queue to the journal -----------------------------------------------------------------------------------
     def _write_journal(self) -> None:

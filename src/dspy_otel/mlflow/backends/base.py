@@ -73,6 +73,10 @@ class Backend(Protocol):
     name: str
     registry: Registry
 
+    @property
+    def experiment_in_use(self) -> str | None:
+        """Id of the experiment; None until it has been looked up."""
+
     def deliver(self, batch: Batch) -> bool:
         """Write spans, links and scores together, all or nothing; False when the backend cannot."""
 

@@ -92,6 +92,7 @@ class EmbeddedBackend:
             except Exception as error:
                 message = f"MLflow cannot open {self.name}: {clean(base.first_line(error))}"
                 raise ExportError("store", message, unavailable=True) from error
+        self.experiment_in_use = self._experiment_id
 
     # --- spans ------------------------------------------------------------------------------------------------------
     def deliver(self, batch: Batch) -> bool:

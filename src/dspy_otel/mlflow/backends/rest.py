@@ -266,6 +266,11 @@ class RestBackend:
         return answer.body.decode("utf-8")
 
     # --- the connection ---------------------------------------------------------------------------------------------
+    @property
+    def experiment_in_use(self) -> str | None:
+        """Id of the experiment; None until it has been looked up."""
+        return self._experiment_id
+
     def experiment_id(self) -> str:
         """The id of the experiment, found or made by the first call."""
         if self._experiment_id is None:
