@@ -61,6 +61,7 @@ def run(options: argparse.Namespace) -> int:
     try:
         server = LiveServer(feed, options.host, options.port)
     except OSError as error:
+        logging.disable(logging.NOTSET)
         print(f"dspy-otel: cannot listen on {options.host}:{options.port}: {error.strerror}", file=sys.stderr)
         return 1
     if options.host not in LOOPBACK:
