@@ -16,6 +16,7 @@ _LOG = logging.getLogger(__name__)
 CaptureContent = Literal["no_content", "span_only", "event_only", "span_and_event"]
 EvaluationTraces = Literal["linked", "nested"]
 OptimizationTraces = Literal["all", "failed_and_best", "none"]
+Progress = Literal["auto", "on", "off"]
 Redact = Callable[[str], str]
 
 ENV_CAPTURE_CONTENT: Final = "OTEL_INSTRUMENTATION_GENAI_CAPTURE_MESSAGE_CONTENT"
@@ -56,6 +57,12 @@ _BOOLEANS: Final = {
     "0": False,
     "off": False,
     "no": False,
+}
+
+
+_PROGRESS: Final[Mapping[str, Progress]] = {
+    "auto": "auto",
+    **{name: "on" if value else "off" for name, value in _BOOLEANS.items()},
 }
 
 
@@ -153,8 +160,8 @@ class Config:
     light_spans: bool = _setting(True, ENV_LIGHT_SPANS, _boolean)
     """Make the SDK's spans at a lower cost, where that is known to give the same spans."""
 
-    progress: bool = _setting(False, ENV_PROGRESS, _boolean)
-    """Show running optimizations on stderr, if that is a terminal (needs ``rich``)."""
+    progress: Progress = _setting("auto", ENV_PROGRESS, _choice(_PROGRESS))
+    """Show running optimizations. ``auto``: in a notebook. ``on``: also in a terminal, on stderr (needs ``rich``)."""
 
     @cached_property
     def content_on_spans(self) -> bool:

@@ -1,7 +1,8 @@
-"""The progress display, on a pseudo-terminal and without one."""
+"""The progress display: its words, on a pseudo-terminal, in a notebook's kernel, and without either."""
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import logging
 import os
@@ -13,7 +14,10 @@ from typing import Any
 
 import pytest
 
-from dspy_otel.optimizers import progress
+from dspy_otel.optimizers.progress import display, notebook, terminal
+from dspy_otel.optimizers.progress.streams import Redirection, Stream
+from dspy_otel.optimizers.progress.view import View, bar_text, clock, closing, line, seconds_left, spend_text
+from dspy_otel.record.addresses import Address
 from tests.optimizers import common
 from tests.optimizers.common import quietly, scripted_lm
 from tests.support.waiting import finish
@@ -21,28 +25,43 @@ from tests.support.waiting import finish
 ROOT = Path(__file__).parent.parent.parent
 SCRIPT = """
 import logging, sys
+logging.basicConfig()
 from tests.optimizers import common
 import dspy_otel
 dspy_otel.instrument()
 lm = common.scripted_lm()
 print("to stdout")
-common.RUNS[sys.argv[1]](lm)
+before = sys.stdout, sys.stderr, logging.root.handlers[0].stream
+end = sys.argv[2] if len(sys.argv) > 2 else ""
+if end:
+    def fails(example, prediction, trace=None):
+        logging.getLogger("mine").warning("a line of mine")
+        raise KeyboardInterrupt if end == "interrupted" else SystemExit(3)
+    try:
+        common.dspy.BootstrapFewShot(metric=fails).compile(
+            common.ColourFamily(), trainset=common.load_examples("train", 4))
+    except BaseException as error:
+        print(type(error).__name__)
+else:
+    common.RUNS[sys.argv[1]](lm)
+assert before == (sys.stdout, sys.stderr, logging.root.handlers[0].stream)
 print("done")
 """
 
 
-def run(name: str, *, terminal: bool, **environment: str) -> tuple[str, str]:
+def run(name: str, *more: str, terminal: bool, **environment: str) -> tuple[str, str]:
     """What a program that optimizes writes to stdout, a pipe, and to stderr."""
     pty = pytest.importorskip("pty", reason="no pseudo-terminals on this system")
     ours, theirs = pty.openpty() if terminal else os.pipe()
     process = subprocess.Popen(
-        [sys.executable, "-c", SCRIPT, name],
+        [sys.executable, "-c", SCRIPT, name, *more],
         cwd=ROOT,
         env={
-            **os.environ,
+            **{key: value for key, value in os.environ.items() if key not in ("NO_COLOR", "FORCE_COLOR")},
             "PYTHONPATH": f"{ROOT / 'src'}{os.pathsep}{ROOT}",
             "TERM": "xterm",
-            "COLUMNS": "200",
+            "COLUMNS": "80",
+            "PYTHONIOENCODING": "utf-8",
             **environment,
         },
         stdout=subprocess.PIPE,
@@ -62,40 +81,171 @@ def run(name: str, *, terminal: bool, **environment: str) -> tuple[str, str]:
     stdout = finish(process).stdout
     assert process.returncode == 0, written.decode()[-2000:]
     os.close(ours)
-    return stdout, re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", written.decode())
+    return stdout, written.decode()
+
+
+def plain(text: str) -> list[str]:
+    """The lines of a terminal, without colours and movements of the cursor."""
+    return re.split(r"[\r\n]+", re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text))
 
 
 @pytest.mark.parametrize(
     ("name", "last"),
     [
-        ("MIPROv2", r"MIPROv2 +9/9 trials +best \d[\d.]* +task \d+ calls \$0\.\d+, .*proposer \d+ calls .* 0:\d\d"),
-        ("GEPA", r"GEPA +\d+ trials, (9|1\d)\d/90 examples +best 0\.\d+ +task \d+ calls .*reflection \d+ call"),
+        ("MIPROv2", r"✓ MIPROv2: 0\.88, \+0\.50 from 0\.38 · 9 trials · \$0\.0\d · 0:\d\d"),
+        ("GEPA", r"✓ GEPA: 0\.\d+, \+0\.\d+ from 0\.\d+ · \d+ trials · \$0\.0\d · \d:\d\d"),
+        ("RandomSearch", r"✓ BootstrapFewShotWithRandomSearch: 0\.75, \+0\.38 from 0\.38 .*\$0\.\d\d.*"),
     ],
 )
 def test_a_terminal_shows_the_run(name: str, last: str) -> None:
     pytest.importorskip("rich")
+    name = {"RandomSearch": "BootstrapFewShotWithRandomSearch"}.get(name, name)
     stdout, stderr = run(name, terminal=True, OTEL_DSPY_PROGRESS="true")
-    lines = [line for line in re.split(r"[\r\n]+", stderr) if line.startswith(name)]
-    assert re.match(last, lines[-1]), lines[-1]
-    assert "left" not in lines[-1]
+    lines = plain(stderr)
+    assert [text for text in lines if re.fullmatch(last, text)], lines[-5:]
+    shown = [text for text in lines if text.startswith(name)]
+    assert shown
+    assert all(len(text) < 80 for text in shown)
     assert stdout.startswith("to stdout\n")  # a pipe gets all of it
     assert stdout.endswith("done\n")
 
 
-@pytest.mark.parametrize(("terminal", "setting"), [(True, "false"), (False, "true")])
+def test_no_colour_where_none_is_asked_for() -> None:
+    pytest.importorskip("rich")
+    _, stderr = run("COPRO", terminal=True, OTEL_DSPY_PROGRESS="true", NO_COLOR="1")
+    assert "✓ COPRO" in "".join(plain(stderr))
+    assert not re.search(r"\x1b\[[0-9;]*3[0-7]m", stderr)
+
+
+@pytest.mark.parametrize(("end", "error"), [("interrupted", "KeyboardInterrupt"), ("exit", "SystemExit")])
+def test_an_end_before_its_time_gives_the_terminal_back(end: str, error: str) -> None:
+    pytest.importorskip("rich")
+    stdout, stderr = run("BootstrapFewShot", end, terminal=True, OTEL_DSPY_PROGRESS="true")
+    assert stdout == f"to stdout\n{error}\ndone\n"
+    lines = plain(stderr)
+    assert "WARNING:mine:a line of mine" in lines
+    assert [text for text in lines if text.startswith("✗ BootstrapFewShot interrupted after 0 trials")]
+
+
+@pytest.mark.parametrize(("terminal", "setting"), [(True, "false"), (True, "auto"), (False, "true")])
 def test_it_is_quiet_when_off_and_in_a_log(terminal: bool, setting: str) -> None:
     _, stderr = run("COPRO", terminal=terminal, OTEL_DSPY_PROGRESS=setting)
-    assert not re.search(r"\d+ trials", stderr)
+    assert "COPRO" not in stderr
 
 
-class Terminal(io.StringIO):
+# --- words ------------------------------------------------------------------------------------------------------------
+RUNNING = View("id", "MIPROv2", "running", "propose", 5, 9, 40, None, 5 / 9, 0.62, 0.88, 95, 0.0412, 21.0, 17.0, None)
+
+
+def test_one_line_has_what_matters_at_any_width() -> None:
+    assert [line(RUNNING, width) for width in (80, 60, 50, 40, 30, 20, 5)] == [
+        "MIPROv2 ▇▇▇▇▁▁▁▁ 5/9 · propose · best 0.88 (from 0.62) · $0.04 · 0:17 left",
+        "MIPROv2 5/9 · propose · best 0.88 (from 0.62) · 0:17 left",
+        "MIPROv2 5/9 · propose · best 0.88 · 0:17 left",
+        "MIPROv2 5/9 · best 0.88 · 0:17 left",
+        "MIPROv2 5/9 · best 0.88",
+        "MIPROv2 5/9",
+        "MIPRO",
+    ]
+    begun = dataclasses.replace(
+        RUNNING, trials=0, planned=None, share=None, best=None, baseline=None, cost=None, calls=1, left=None
+    )
+    assert line(begun, 80) == "MIPROv2 · propose · 1 call"
+    assert line(RUNNING, 80, unicode=False).isascii()
+    budget = dataclasses.replace(RUNNING, planned=None, planned_examples=90, best=0.62)
+    assert line(budget, 80) == "MIPROv2 ▇▇▇▇▁▁▁▁ 40/90 examples · propose · best 0.62 · $0.04 · 0:17 left"
+
+
+def test_the_line_that_stays() -> None:
+    ended = dataclasses.replace(RUNNING, outcome="finished", trials=9, left=None, elapsed=61)
+    assert closing(ended, 80) == "✓ MIPROv2: 0.88, +0.26 from 0.62 · 9 trials · $0.04 · 1:01"
+    assert closing(ended, 40) == "✓ MIPROv2: 0.88, +0.26 from 0.62 · $0.04"
+    assert "not better" in closing(dataclasses.replace(ended, best=0.62), 80)
+    failed = dataclasses.replace(ended, outcome="failed", trials=5)
+    assert closing(failed, 80) == "✗ MIPROv2 failed after 5 trials: 0.88, +0.26 from 0.62 · $0.04 · 1:01"
+    assert closing(dataclasses.replace(ended, best=None, baseline=None), 80).startswith("✓ MIPROv2: finished · 9")
+
+
+def test_numbers_for_people() -> None:
+    assert seconds_left(10, None) is None
+    assert seconds_left(10, 0.0) is None
+    assert seconds_left(10, 0.25) == 30
+    assert [clock(seconds) for seconds in (0.4, 61, 3723)] == ["0:00", "1:01", "1:02:03"]
+    costs = (0.0, 0.0042, 0.009999, 3.14159, None)
+    spend = [spend_text(dataclasses.replace(RUNNING, cost=cost)) for cost in costs]
+    assert spend == ["$0.00", "$0.0042", "$0.01", "$3.14", "95 calls"]
+    assert [bar_text(share) for share in (None, 0.0, 0.5, 1.0)] == ["", "▁▁▁▁▁▁▁▁", "▇▇▇▇▁▁▁▁", "▇▇▇▇▇▇▇▇"]
+
+
+# --- what the program writes ------------------------------------------------------------------------------------------
+class Screen(io.StringIO):
     def isatty(self) -> bool:
         return True
 
 
+def test_bars_and_lines_go_above_whole() -> None:
+    real, above = Screen(), []
+    stream = Stream(real, above.append)
+    stream.write("one\ntwo")
+    assert (above, stream.pending) == (["one"], "two")
+    stream.write(" and more\r\n")
+    stream.write("\r 10%|#")
+    stream.write("\r 20%|##")
+    assert (above[1:], stream.pending) == (["two and more"], " 20%|##")
+    stream.write("a log line\n")  # the bar goes on
+    assert (above[2:], stream.pending) == (["a log line"], " 20%|##")
+    stream.write("\r100%|##########\n")
+    assert above[3:] == ["100%|##########"]
+    stream.write("Continue? ")
+    stream.end()
+    stream.write("yes\n")
+    assert real.getvalue() == "Continue? yes\n"
+    assert stream.isatty()
+
+
+def test_a_stream_fails_as_the_one_it_stands_for(tmp_path: Path) -> None:
+    with (tmp_path / "out").open("w", encoding="ascii") as real:
+
+        def above(lines: str) -> None:
+            raise RuntimeError("broken")
+
+        stream: Any = Stream(real, above)
+        stream.write("passed on\n")
+        for text in ("\udc80\n", b"bytes"):
+            with pytest.raises((UnicodeEncodeError, TypeError)):
+                stream.write(text)
+        stream.end()
+    assert (tmp_path / "out").read_text() == "passed on\n"
+
+
+def test_handlers_and_streams_are_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    out, err = Screen(), Screen()
+    monkeypatch.setattr(sys, "stdout", out)
+    monkeypatch.setattr(sys, "stderr", err)
+    early, late = logging.StreamHandler(err), None
+    logger = logging.getLogger("tests.progress")
+    logger.addHandler(early)
+    try:
+        above: list[str] = []
+        redirection = Redirection(above.append)
+        late = logging.StreamHandler()  # as one that is made while the display is on
+        logger.addHandler(late)
+        assert early.stream is late.stream is sys.stderr is not err
+        logger.warning("twice")
+        redirection.end()
+        assert above == ["twice", "twice"]
+        assert early.stream is late.stream is sys.stderr is err
+        assert sys.stdout is out
+    finally:
+        logger.removeHandler(early)
+        if late is not None:
+            logger.removeHandler(late)
+
+
+# --- in this process --------------------------------------------------------------------------------------------------
 def test_without_rich_there_is_one_warning(telemetry: Any, monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
-    monkeypatch.setitem(sys.modules, "rich.console", None)
-    monkeypatch.setattr(sys, "stderr", Terminal())
+    monkeypatch.setitem(sys.modules, "rich.live", None)
+    monkeypatch.setattr(sys, "stderr", Screen())
     lm = scripted_lm()
     telemetry.instrument(progress=True)
     with caplog.at_level(logging.WARNING, "dspy_otel"):
@@ -108,61 +258,106 @@ def test_without_rich_there_is_one_warning(telemetry: Any, monkeypatch: pytest.M
 
 
 @pytest.mark.injects_faults
-def test_a_display_that_fails_costs_itself_only(telemetry: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("broken", ["line", "closing", "link"])
+def test_a_display_that_fails_costs_itself_only(telemetry: Any, monkeypatch: pytest.MonkeyPatch, broken: str) -> None:
     pytest.importorskip("rich")
 
-    def broken(run: Any) -> str:
+    def fails(*arguments: Any) -> str:
         raise RuntimeError("broken")
 
-    monkeypatch.setattr(progress, "spending", broken)
-    screen = Terminal()
+    monkeypatch.setattr(terminal, broken, fails)
+    screen = Screen()
     monkeypatch.setattr(sys, "stderr", screen)
     before = sys.stdout
     lm = scripted_lm()
     telemetry.instrument(progress=True)
-    common.run_better_together(lm)
+    program, _ = common.run_better_together(lm)
+    assert program.candidate_programs
     assert "Traceback" not in screen.getvalue()
     assert (sys.stderr, sys.stdout) == (screen, before)
 
 
-def test_nested_runs_are_shown_inside_and_everything_is_given_back(
-    telemetry: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_inside_another_one_is_what_that_is_doing(telemetry: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("rich")
-    frames: list[list[list[str]]] = []
-    display = progress.ProgressDisplay
-    original = display.end
+    seen: list[View] = []
+    original = display.ProgressDisplay.end
 
-    def end(self: Any, run: Any) -> None:
-        frames.append([row.cells() for row in self._rows])
-        original(self, run)
+    def end(self: Any, run: Any, outcome: str) -> None:
+        seen.extend(self._views())
+        original(self, run, outcome)
 
-    monkeypatch.setattr(display, "end", end)
-    screen = Terminal()
+    monkeypatch.setattr(display.ProgressDisplay, "end", end)
+    screen = Screen()
     monkeypatch.setattr(sys, "stderr", screen)
     lm = scripted_lm()
     telemetry.instrument(progress=True)
     common.run_better_together(lm)
     assert sys.stderr is screen
-    names = [[row[0] for row in frame] for frame in frames]
-    assert ["BetterTogether", "  BootstrapFewShotWithRandomSearch"] in names
-    assert frames[-1][0][1] == "3/3 trials"
-    left = [row[-1] for frame in frames for row in frame if row[0] == "BetterTogether" and row[1] == "1/3 trials"]
-    assert left
-    assert all(re.fullmatch(r"\d+:\d\d left", cell) for cell in left)
+    assert {view.name for view in seen} == {"BetterTogether"}
+    assert {"BootstrapFewShotWithRandomSearch", "LabeledFewShot"} <= {view.phase for view in seen}
+    assert (seen[-1].trials, seen[-1].planned) == (3, 3)
+    assert any(view.left is not None for view in seen)
 
 
-def test_time_left_needs_something_to_go_by() -> None:
-    assert progress.seconds_left(10, None) is None
-    assert progress.seconds_left(10, 0.0) is None
-    assert progress.seconds_left(10, 0.25) == 30
-    assert [progress.clock(seconds) for seconds in (0.4, 61, 3723)] == ["0:00", "1:01", "1:02:03"]
-
-
-def test_it_is_off_by_default(telemetry: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    screen = Terminal()
+def test_it_is_off_in_a_terminal_by_default(telemetry: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = Screen()
     monkeypatch.setattr(sys, "stderr", screen)
     lm = scripted_lm()
     telemetry.instrument()
     quietly(common.run_random_search, lm)
-    assert not re.search(r"\d trials", screen.getvalue())
+    assert "RandomSearch" not in screen.getvalue()
+
+
+# --- a notebook -------------------------------------------------------------------------------------------------------
+class Handle:
+    def __init__(self) -> None:
+        self.shown: list[dict[str, str]] = []
+
+    def update(self, data: dict[str, str], raw: bool) -> None:
+        self.shown.append(data)
+
+
+class IPython:
+    """What of IPython the display uses."""
+
+    def __init__(self) -> None:
+        self.handles: list[Handle] = []
+        self.kernel = self
+
+    def get_ipython(self) -> Any:
+        return self
+
+    def display(self, data: dict[str, str], raw: bool, display_id: bool) -> Handle:
+        handle = Handle()
+        handle.shown.append(data)
+        self.handles.append(handle)
+        return handle
+
+
+def test_a_notebook_shows_it_unasked_and_keeps_the_result(telemetry: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    shell = IPython()
+    monkeypatch.setitem(sys.modules, "IPython", shell)
+    monkeypatch.setitem(sys.modules, "IPython.display", shell)
+    handler = next(item for item in logging.getLogger("dspy").handlers if item.name == "dspy_handler")
+    filters = list(handler.filters)
+    lm = scripted_lm()
+    telemetry.instrument()
+    quietly(common.run_random_search, lm)
+    (handle,) = shell.handles
+    first, last = handle.shown[0], handle.shown[-1]
+    assert "start" in first["text/html"]
+    assert "✓ BootstrapFewShotWithRandomSearch: 0.75, +0.38 from 0.38" in last["text/html"]
+    assert last["text/plain"].startswith("✓ BootstrapFewShotWithRandomSearch")
+    assert handler.filters == filters
+
+
+def test_the_table_of_a_notebook_is_safe_html() -> None:
+    there = dataclasses.replace(RUNNING, name="<b>", address=Address("r", 'http://h/?a="b"&c'))
+    text = notebook.html(there)
+    assert "<b>&lt;b&gt;</b>" in text
+    assert 'href="http://h/?a=&quot;b&quot;&amp;c"' in text
+    assert "width:56%" in text
+    for word in ("propose", "5/9", "0.62", "0.88", "$0.04", "0:17"):
+        assert f">{word}<" in text
+    store = dataclasses.replace(there, address=Address("r", None, "dspy-otel ui --tracking-uri sqlite:///m.db"))
+    assert "<code>dspy-otel ui --tracking-uri sqlite:///m.db</code>" in notebook.html(store)

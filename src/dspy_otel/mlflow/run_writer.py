@@ -141,7 +141,8 @@ class RunWriter:
         self._account.written[RUNS] += 1
         if run.kind == COMPILE:
             url = backend.url(run.run_id, run.experiment)
-            add_address(run.key, Address(run.run_id, url))
+            command = None if url else f"dspy-otel ui --tracking-uri {backend.name}"
+            add_address(run.key, Address(run.run_id, url, command))
             if run.parent_key is None:
                 log_safely(_logger.info, "%s: %s", run.name, url or _how_to_open(backend, run.run_id))
         if known:  # it may have been created with other values

@@ -32,7 +32,7 @@ from dspy_otel.optimizers.state import CompileState, run_of
 from dspy_otel.optimizers.tracker import Tracker
 
 if TYPE_CHECKING:
-    from dspy_otel.optimizers.progress import ProgressDisplay
+    from dspy_otel.optimizers.progress.display import ProgressDisplay
 
 # Attributes that belong to one run: an optimization inside another one does not inherit them.
 _OF_ONE_RUN: Final = (semconv.OPTIMIZER_PHASE, semconv.TRIAL_NUMBER, semconv.CANDIDATE_ID)
@@ -68,10 +68,10 @@ class CompileOperation(Operation):
         self.programs = programs
         self.tracker_for = tracker_for
         self.display: ProgressDisplay | None = None
-        if telemetry.config.progress:
-            from dspy_otel.optimizers.progress import ProgressDisplay
+        if telemetry.config.progress != "off":
+            from dspy_otel.optimizers.progress.display import ProgressDisplay
 
-            self.display = ProgressDisplay()
+            self.display = ProgressDisplay(telemetry.config.progress)
 
     def start(
         self, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any], parent: CallContext | None
@@ -182,7 +182,7 @@ class CompileOperation(Operation):
         super().close(call, result, error)
         if self.display is not None:
             with guard("progress display"):
-                self.display.end(tracker.run)
+                self.display.end(tracker.run, outcome_of(error))
         Run.enter(-1)
 
     def start_attributes(self, call: Call) -> Attributes:

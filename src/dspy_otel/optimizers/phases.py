@@ -31,8 +31,10 @@ class PhaseOperation(Operation):
         self, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any], parent: CallContext | None
     ) -> SpanStart | None:
         phase: Phase = instance
-        if run_of(parent) is None:
+        run = run_of(parent)
+        if run is None:
             return None
+        run.begin_phase(phase.name)
         context = CallContext(self.kind, phase, parent)
         context.inherited = {**context.inherited, semconv.OPTIMIZER_PHASE: phase.name}
         if phase.role is not None:
@@ -50,6 +52,7 @@ class PhaseOperation(Operation):
     def measure(self, call: Call, result: Any, error: BaseException | None, seconds: float) -> None:
         run = run_of(call.context)
         if run is not None:
+            run.end_phase(call.instance.name)
             run.report_spending()
 
     def hook(self, describe: Callable[[Tracker, tuple[Any, ...], dict[str, Any]], Phase | None]) -> Around:

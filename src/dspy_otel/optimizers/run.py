@@ -112,6 +112,7 @@ class Run:
         self.examples = 0
         self.validation: Attributes = {}
         self.states: dict[str, Any] = {}
+        self.phases: list[str] = []
 
     @property
     def root(self) -> Run:
@@ -137,6 +138,16 @@ class Run:
         """Set the number of trials that the optimizer is going to make."""
         self.planned = count
         self.telemetry.metrics.optimizer_trials_planned.set(count, self.labels())
+
+    def begin_phase(self, name: str) -> None:
+        """A phase begins."""
+        self.phases.append(name)
+
+    def end_phase(self, name: str) -> None:
+        """A phase has ended."""
+        with self._lock:
+            if name in self.phases:
+                self.phases.remove(name)
 
     def verdict(self, accepted: bool) -> None:
         """Count a candidate that the optimizer has accepted or rejected."""

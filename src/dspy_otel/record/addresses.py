@@ -19,10 +19,12 @@ class Address:
     Attributes:
         run_id: of its MLflow run.
         url: of the run's page; None for a store without a server.
+        command: what opens such a store.
     """
 
     run_id: str
     url: str | None = None
+    command: str | None = None
 
 
 def add_address(optimization: str, address: Address) -> None:

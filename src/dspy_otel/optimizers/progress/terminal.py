@@ -1,0 +1,114 @@
+"""A terminal: at most two lines below what the program writes, and one that stays for each optimization that ends."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, Final
+
+from dspy_otel.core.internal_errors import failed, warn_once
+from dspy_otel.optimizers.progress.streams import Redirection, is_terminal
+from dspy_otel.optimizers.progress.view import View, closing, line, link
+
+_PER_SECOND: Final = 4
+_LINES: Final = 2
+_INSTALL: Final = "pip install 'dspy-otel[progress]'"
+
+
+class Terminal:
+    """The display on stderr.
+
+    Args:
+        views: gives the running optimizations.
+    """
+
+    def __init__(self, views: Callable[[], Sequence[View]]) -> None:
+        self._views = views
+        self._error: Exception | None = None
+        self._console: Any = None
+        self._live: Any = None
+        self._redirection: Redirection | None = None
+
+    @staticmethod
+    def usable() -> bool:
+        """Whether stderr is a terminal. Without rich there is one warning instead."""
+        if not is_terminal(sys.stderr):
+            return False
+        try:
+            import rich.live  # noqa: F401
+        except ImportError:
+            warn_once(("progress", "rich"), "the progress display needs rich; install it with: %s", _INSTALL)
+            return False
+        return True
+
+    def start(self) -> None:
+        """Show it."""
+        from rich.console import Console
+        from rich.live import Live
+
+        self._console = Console(file=sys.stderr, highlight=False, soft_wrap=True)
+        # A program that is killed leaves its terminal as it is then: the cursor stays visible.
+        self._console.show_cursor = lambda show=True: False
+        self._live = Live(
+            get_renderable=self._render,
+            console=self._console,
+            refresh_per_second=_PER_SECOND,
+            redirect_stdout=False,
+            redirect_stderr=False,
+            transient=True,
+        )
+        self._live.start()
+        self._redirection = Redirection(self._above)
+
+    def begin(self, view: View) -> None:
+        """An optimization begins: it is shown at the next refresh."""
+
+    def end(self, view: View) -> None:
+        """Leave the line of an optimization that has ended."""
+        from rich.text import Text
+
+        style = "green" if view.outcome == "finished" else "red"
+        mark, _, rest = closing(view, self._console.width, self._unicode).partition(" ")
+        self._console.print(Text.assemble((mark, style), " ", rest))
+        if where := link(view):
+            self._console.print(Text(f"  {where}", style="dim"))
+
+    def stop(self) -> None:
+        """Take it away, and give the streams back."""
+        redirection, self._redirection = self._redirection, None
+        try:
+            if self._live is not None:
+                self._live.stop()
+        finally:
+            if redirection is not None:
+                redirection.end()
+        if self._error is not None:
+            failed("progress display", self._error)
+
+    @property
+    def _unicode(self) -> bool:
+        return str(self._console.encoding).lower().startswith("utf")
+
+    def _above(self, lines: str) -> None:
+        from rich.text import Text
+
+        self._console.print(Text.from_ansi(lines))
+
+    def _render(self) -> Any:
+        from rich.console import Group
+        from rich.text import Text
+
+        shown: list[Any] = []
+        try:
+            width = self._console.width - 1
+            redirection = self._redirection
+            if redirection is not None and (pending := redirection.pending):
+                shown.append(Text.from_ansi(pending, no_wrap=True, overflow="ellipsis", end="\n"))
+            for view in self._views()[: _LINES - len(shown)]:
+                name, _, rest = line(view, width, self._unicode).partition(" ")
+                shown.append(Text.assemble((name, "bold"), " ", rest, no_wrap=True, overflow="ellipsis"))
+        except (
+            Exception
+        ) as error:  # Raised in rich's thread, it would be printed to the terminal; logged, be in its way.
+            self._error = self._error or error
+        return Group(*shown)
