@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import datetime
+import functools
+import hashlib
+import json
 from collections import deque
 from pathlib import Path
 from typing import Annotated, Any
 
 import pydantic
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from pydantic_core import core_schema
 
-from dspy_otel.content.digest import digest
+from dspy_otel.content.digest import LENGTH, _Canonical, digest
 
 
 class Touched(BaseException):
@@ -91,3 +96,30 @@ def test_no_function_of_the_users_dumps_a_model(value: Any) -> None:
 
 def test_a_model_without_such_functions_is_what_it_is_saved_as() -> None:
     assert digest(Plain()) == digest({"when": "2020-01-01", "where": "there", "many": [1]})
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.integers(-(2**70), 2**70) | st.floats() | st.text(),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text() | st.integers(), inner) | st.tuples(inner),
+    max_leaves=30,
+)
+
+
+@given(JSON)
+@settings(deadline=None, max_examples=60)
+def test_an_ordinary_value_is_digested_as_any_other(value: Any) -> None:
+    def slowly(value: Any) -> str:
+        text = json.dumps(_Canonical().of(value), sort_keys=True, ensure_ascii=True, allow_nan=False)
+        return hashlib.sha256(text.encode("ascii")).hexdigest()[:LENGTH]
+
+    assert digest(value) == slowly(value)
+    deep = functools.reduce(lambda inner, _: [inner], range(20), value)
+    assert digest(deep) == slowly(deep)
+    many = [value] * 6000
+    assert digest(many) == slowly(many)
+
+
+def test_a_value_that_contains_itself_has_a_digest() -> None:
+    value: dict[str, Any] = {"a": 1}
+    value["self"] = [value]
+    assert digest(value) == digest(value)

@@ -9,6 +9,9 @@ import time
 from typing import Any
 
 import pytest
+from opentelemetry import trace
+from opentelemetry.metrics import NoOpMeterProvider
+from opentelemetry.sdk.metrics import MeterProvider
 from opentelemetry.sdk.trace import TracerProvider
 
 from dspy_otel.config import Config
@@ -72,3 +75,14 @@ def test_a_process_forked_meanwhile_waits_for_nobody() -> None:
 def test_spans_are_light_ones_unless_that_is_switched_off(light: bool) -> None:
     telemetry = Telemetry(Config(light_spans=light), TracerProvider(shutdown_on_exit=False))
     assert type(telemetry.tracer.start_span("span")).__name__ == ("LightSpan" if light else "_Span")
+
+
+def test_nothing_is_followed_before_there_is_a_provider(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trace, "_TRACER_PROVIDER", None)
+    telemetry = Telemetry(Config(), meter_provider=NoOpMeterProvider())
+    measuring = Telemetry(Config(), meter_provider=MeterProvider(shutdown_on_exit=False))
+    assert (telemetry.discards, measuring.discards) == (True, False)
+    assert telemetry.tracer is telemetry.tracer
+    monkeypatch.setattr(trace, "_TRACER_PROVIDER", TracerProvider(shutdown_on_exit=False))
+    assert (telemetry.discards, measuring.discards) == (False, False)
+    assert telemetry.tracer.start_span("recorded").is_recording()

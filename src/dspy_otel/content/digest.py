@@ -36,8 +36,58 @@ def digest(value: Any) -> str:
     end: of a value with more than 100,000 parts, or of a text with more than a million characters, the rest counts by
     its length only.
     """
-    text = json.dumps(_Canonical().of(value), sort_keys=True, ensure_ascii=True, allow_nan=False)
+    plain = _plain(value, [_MOST_PLAIN, _MOST_PLAIN], 0)
+    text = _encode(_Canonical().of(value) if plain is _UNUSUAL else plain)
     return hashlib.sha256(text.encode("ascii")).hexdigest()[:LENGTH]
+
+
+_encode: Final = json.JSONEncoder(sort_keys=True, ensure_ascii=True, allow_nan=False).encode
+_UNUSUAL: Final = object()
+_MOST_PLAIN: Final = 10_000
+_DEEPEST_PLAIN: Final = 16
+
+
+def _plain(value: Any, room: list[int], depth: int) -> Any:
+    """A copy of a value that is JSON as it is, as :class:`_Canonical` makes it, in a fraction of the time.
+
+    Most values are: dictionaries, lists, texts and numbers of the built-in types, far from all limits.
+
+    Args:
+        value: any value.
+        room: how many values and how many characters there may be yet.
+        depth: how many containers it is in.
+
+    Returns:
+        The copy, or :data:`_UNUSUAL`.
+    """
+    kind = type(value)
+    if kind is str:
+        room[1] -= len(value)
+        return value if room[1] >= 0 else _UNUSUAL
+    if value is None or kind is bool:
+        return value
+    if kind is int:
+        return value if -(2**63) <= value < 2**63 else _UNUSUAL
+    if kind is float:
+        return value if math.isfinite(value) else _UNUSUAL
+    if depth >= _DEEPEST_PLAIN or (kind is not dict and kind is not list):
+        return _UNUSUAL
+    room[0] -= len(value)
+    if room[0] < 0:
+        return _UNUSUAL
+    made: Any = value.copy()
+    for key, item in made.items() if kind is dict else enumerate(made):
+        if kind is dict:
+            if type(key) is not str:
+                return _UNUSUAL
+            room[1] -= len(key)
+        if (item is None or type(item) is str) and room[1] >= 0:
+            room[1] -= 0 if item is None else len(item)
+            continue
+        made[key] = shown = _plain(item, room, depth + 1)
+        if shown is _UNUSUAL:
+            return _UNUSUAL
+    return made if room[1] >= 0 else _UNUSUAL
 
 
 class _Canonical(Walker):

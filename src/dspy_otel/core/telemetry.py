@@ -40,8 +40,6 @@ class Telemetry:
         default_parent: the context of spans that have no parent of their own.
 
     Attributes:
-        discards: whether nothing of what is recorded is kept, which is known from the first span on: the SDK is
-            disabled. Providers that have yet to be set may keep something.
         keeps_attributes: whether no sampler can drop the attributes that a span is started with.
     """
 
@@ -58,7 +56,8 @@ class Telemetry:
         self.config = config
         self._on_provider = on_provider
         self.active = True
-        self.discards = False
+        self._proxy: Tracer | None = None
+        self._discards = False
         self.keeps_attributes = False
         self.on_outermost = on_outermost
         self._provider = tracer_provider
@@ -97,10 +96,21 @@ class Telemetry:
         """Our tracer; of the global provider as soon as there is one."""
         if self._tracer is not None:
             return self._tracer
+        if self._proxy is not None and _stands_alone(self._proxy):
+            return self._proxy
         tracer = trace.get_tracer(semconv.SCOPE_NAME, __version__, self._provider, schema_url=semconv.SCHEMA_URL)
         if isinstance(tracer, ProxyTracer):  # No provider has been set yet.
+            self._proxy = tracer
             return tracer
         return self._settle(tracer)
+
+    @property
+    def discards(self) -> bool:
+        """Whether nothing of what is recorded is kept: the SDK is disabled, or no provider has been set yet."""
+        if self._tracer is None and type(self.tracer) is ProxyTracer:
+            has_meter = getattr(self._meter, "_real_meter", self._meter) is not None
+            return not (has_meter and self.measuring) and not (self.config.content_on_events and self.keeps_events)
+        return self._discards
 
     def _settle(self, tracer: Tracer) -> Tracer:
         """Keep ``tracer``, and call ``on_provider``. Other threads wait, or it would miss their span."""
@@ -113,7 +123,7 @@ class Telemetry:
                     self.keeps_attributes = keeps_attributes(tracer)
                 self._tracer = self._lightened(with_system_ids(tracer))
                 events = self.config.content_on_events and not isinstance(self.logger, NoOpLogger)
-                self.discards = isinstance(tracer, NoOpTracer) and isinstance(self._meter, NoOpMeter) and not events
+                self._discards = isinstance(tracer, NoOpTracer) and isinstance(self._meter, NoOpMeter) and not events
             return self._tracer
 
     def _lightened(self, tracer: Tracer) -> Tracer:
@@ -172,3 +182,8 @@ class Telemetry:
         if span is not None and span.is_recording():
             repair(attributes)
             span.add_event(name, attributes)
+
+
+def _stands_alone(proxy: Any) -> bool:
+    """Whether OpenTelemetry's proxy of a tracer stands for no other tracer yet."""
+    return getattr(proxy, "_tracer", None) is getattr(proxy, "_noop_tracer", proxy)

@@ -47,13 +47,12 @@ def _add_state(module: Any, shape: list[Any], objects: list[Any]) -> None:
         for field in getattr(signature, "__pydantic_fields__", {}).values():
             extra = field.json_schema_extra
             if type(extra) is dict:
-                objects.append(extra.get("desc"))
-                objects.append(extra.get("prefix"))
+                objects += extra.get("desc"), extra.get("prefix")
     demos = stored.get("demos")
     count = introspection.length(demos)
     if count is not None:
         shape.append(count)
-        for demo in introspection.items(demos):
+        for demo in introspection.items(demos) if count else ():
             values = demo if is_a(demo, dict) else introspection.store_of(demo)
             if values is None:
                 objects.append(demo)

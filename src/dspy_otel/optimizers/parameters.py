@@ -40,6 +40,8 @@ _STORED_AS: Final = {
     "vectorizer": "KNN.embedding",
 }
 _CONTENT: Final = Content(limit=4096)
+_signatures: Final = introspection.ByClass[inspect.Signature](inspect.signature)
+"""By function: an optimizer that is a step of another one is made and called many times."""
 _PLAIN_KINDS: Final = frozenset(map(id, (dict, list, tuple, set, frozenset)))
 _MOST: Final = 100
 _DEEPEST: Final = 4
@@ -58,7 +60,7 @@ def bound_arguments(
     """
     with contextlib.suppress(TypeError, ValueError, StopIteration):
         bases = map(introspection.members_of, introspection.bases_of(kind or type(instance)))
-        signature = inspect.signature(next(members["compile"] for members in bases if "compile" in members))
+        signature = _signatures.of(next(members["compile"] for members in bases if "compile" in members))
         bound = signature.bind(instance, *args, **kwargs)
         bound.apply_defaults()
         given: dict[str, Any] = {}
@@ -87,7 +89,7 @@ def constructor_arguments(instance: Any) -> dict[str, Any]:
         if init is None or kind is object:
             continue
         try:
-            parameters = inspect.signature(init).parameters
+            parameters = _signatures.of(init).parameters
         except (TypeError, ValueError):
             continue
         for name in parameters:
