@@ -128,7 +128,7 @@ $(VENV)/.docs: $(BIN)/python pyproject.toml
 	@touch $@
 
 $(VENV)/.pictures: $(VENV)/.demo
-	@$(INSTALL) --group pictures
+	@$(INSTALL) --group browser
 	@touch $@
 
 $(VENV)/.hooks: $(VENV)/.lint
