@@ -106,18 +106,20 @@ def take(browser: Browser, address: str, width: int, out: Path) -> None:
         "report": (f"{top}/runs/{parent.info.run_id}/artifacts/report.html", "report.html", None),
         "chat": (f"{top}/traces?selectedEvaluationId={trace.info.trace_id}", chat.name, chat.name),
     }
+    page = browser.new_page(viewport={"width": width, "height": HEIGHT})
+    page.goto(f"{top}/runs")
+    page.get_by_text(parent.info.run_name).first.wait_for(timeout=LOADING)
+    page.wait_for_timeout(1_000)
+    page.mouse.click(width - 36, 36)  # closes MLflow's assistant, for good: that button has no name
     for name, (url, shown, clicked) in pages.items():
-        page = browser.new_page(viewport={"width": width, "height": HEIGHT})
         page.goto(url)
         page.get_by_text(shown).first.wait_for(timeout=LOADING)
-        page.wait_for_timeout(1_000)
-        page.mouse.click(width - 36, 36)  # closes MLflow's assistant, where it is open: that button has no name
         if clicked is not None:
             page.get_by_text(clicked).last.click()
         page.wait_for_timeout(DRAWING)  # MLflow's pages ask their server without an end, so that none is ever idle
         page.screenshot(path=out / f"mlflow-{name}.png")
-        page.close()
         print(out / f"mlflow-{name}.png")
+    page.close()
 
 
 if __name__ == "__main__":

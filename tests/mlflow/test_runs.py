@@ -77,7 +77,7 @@ def test_where_a_run_is_shown_is_logged_and_kept(
     program.compile("second").end()
     assert program.provider.force_flush()
     assert "run id of second; to look at it: dspy-otel ui --tracking-uri memory" in caplog.records[-1].getMessage()
-    assert address_of("second") == Address("id of second", None)
+    assert address_of("second") == Address("id of second", None, "dspy-otel ui --tracking-uri memory")
 
 
 def test_scores_are_curves_over_trials_and_examples_have_theirs(program: Program, store: Memory) -> None:
