@@ -20,6 +20,7 @@ import pytest
 
 from dspy_otel import DSPyInstrumentor, optimization, program_id, semconv
 from dspy_otel.cli.demo.task import ColourFamily, load_examples, same_family, same_family_with_feedback
+from dspy_otel.live.feeds import MLflowFeed
 from dspy_otel.mlflow import load_best
 from dspy_otel.mlflow.read import read_optimization
 from dspy_otel.mlflow.retry import ExportError
@@ -27,6 +28,7 @@ from dspy_otel.mlflow.runs import readable
 from dspy_otel.record.history import optimizations
 from dspy_otel.record.model import Example
 from dspy_otel.report.examples import compared
+from dspy_otel.report.heat_map import heat_map
 from tests.optimizers.common import RUNS, quietly, scripted_lm
 from tests.support.mlflow_server import mlflow_server
 from tests.support.mlflow_store import Store, scores
@@ -167,6 +169,11 @@ def test_runs_are_what_the_spans_say(store: Store, optimizer: str, tmp_path: Pat
     assert compared(record) == [
         dataclasses.replace(one, before=untimed(one.before), after=untimed(one.after)) for one in compared(expected)
     ]
+    mine, theirs = heat_map(record), heat_map(expected)
+    assert (mine is None) == (theirs is None)
+    if mine is not None and theirs is not None:
+        assert [row.scores for row in mine.rows] == [row.scores for row in theirs.rows]
+    assert MLflowFeed(None, store.experiment, store.uri).read().optimization == record
     assert record.usage.flat() == pytest.approx(expected.usage.flat())
     assert [phase.name for phase in record.phases] == [phase.name for phase in expected.phases]
     for mine, theirs in zip(record.trials, expected.trials, strict=True):

@@ -8,17 +8,21 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
+from opentelemetry.trace import NoOpTracerProvider
 
 pytest.importorskip("starlette")
 pytest.importorskip("uvicorn")
 
+import dspy_otel
 from dspy_otel import cli
 from dspy_otel.live.feeds import Feed, SpanFeed
 from dspy_otel.live.server import LiveServer, Report
 from tests.live.spans import Program
+from tests.optimizers.common import RUNS, quietly, scripted_lm, trials
 
 
 @contextmanager
@@ -128,6 +132,32 @@ def test_without_content_there_is_none(feed: SpanFeed) -> None:
         assert "CAPTURE_MESSAGE_CONTENT=span_only" in text
 
 
+def test_a_program_opens_the_page_with_one_line(
+    telemetry: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("opentelemetry.trace.get_tracer_provider", lambda: telemetry.tracer_provider)
+    lm = scripted_lm()
+    telemetry.instrument(capture_content="span_only")
+    page = dspy_otel.watch()
+    try:
+        assert page.url in capsys.readouterr().err
+        assert page.url in page._repr_html_()
+        quietly(RUNS["COPRO"], lm)
+        text = get(page.url)[1]
+        assert "COPRO on ColourFamily" in text
+        assert f"Finished: this program · {len(trials(telemetry, 'COPRO'))} trials" in text
+    finally:
+        page.close()
+    with pytest.raises(urllib.error.URLError):
+        get(page.url)
+
+
+def test_without_a_provider_of_the_sdk_a_sentence_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("opentelemetry.trace.get_tracer_provider", NoOpTracerProvider)
+    with pytest.raises(RuntimeError, match="needs a tracer provider of the OpenTelemetry SDK"):
+        dspy_otel.watch()
+
+
 def test_a_long_silence_is_told_once_and_then_each_minute(feed: SpanFeed) -> None:
     now = 0.0
     report = Report(feed, silent=120, clock=lambda: now)
@@ -171,8 +201,6 @@ def test_a_port_that_is_taken_is_one_sentence(feed: SpanFeed, capsys: pytest.Cap
 def test_without_its_packages_one_sentence_says_what_to_install(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    import dspy_otel
-
     for name in [name for name in sys.modules if name.startswith("dspy_otel.live.server")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "uvicorn", None)

@@ -67,7 +67,8 @@ def _state(view: View, name: str) -> Element:
     elif view.phase:
         parts.append(f"phase {view.phase}")
     done, planned = len(optimization.trials), optimization.planned
-    parts.append(f"{done} of {planned} trials" if planned else f"{done} trial{'s' * (done != 1)}")
+    going = planned is not None and planned > done
+    parts.append(f"{done} of {planned} trials" if going else f"{done} trial{'s' * (done != 1)}")
     if (cost := cost_text(usage)) is not None:
         parts.append(f"{cost} spent")
     elif usage.tokens is not None:
