@@ -29,6 +29,7 @@ from dspy_otel.record.history import optimizations
 from dspy_otel.record.model import Example
 from dspy_otel.report.examples import compared
 from dspy_otel.report.heat_map import heat_map
+from dspy_otel.report.programs import samples
 from tests.optimizers.common import RUNS, quietly, scripted_lm
 from tests.support.mlflow_server import mlflow_server
 from tests.support.mlflow_store import Store, scores
@@ -173,6 +174,9 @@ def test_runs_are_what_the_spans_say(store: Store, optimizer: str, tmp_path: Pat
     assert (mine is None) == (theirs is None)
     if mine is not None and theirs is not None:
         assert [row.scores for row in mine.rows] == [row.scores for row in theirs.rows]
+    assert samples(record) == samples(expected)
+    for number in samples(record):
+        assert [one.feedback for one in record.examples[number]] == [one.feedback for one in expected.examples[number]]
     assert MLflowFeed(None, store.experiment, store.uri).read().optimization == record
     assert record.usage.flat() == pytest.approx(expected.usage.flat())
     assert [phase.name for phase in record.phases] == [phase.name for phase in expected.phases]

@@ -35,7 +35,7 @@ from dspy_otel.record.addresses import Address
 from dspy_otel.record.history import preview, scores_of
 from dspy_otel.record.model import Candidate, Example, Failure, Optimization, Trial
 from dspy_otel.report import Source
-from dspy_otel.report.programs import MAX_CANDIDATES
+from dspy_otel.report.programs import MAX_CANDIDATES, samples
 
 MAX_TABLES: Final = 40
 """Most tables of examples that are read, of the best trials: each is a request to a server."""
@@ -186,12 +186,13 @@ class _Reader:
         found = {}
         best_first = sorted(trials, key=lambda trial: -(trial.score or 0.0))
         others = [trial.number for trial in best_first if trial.kind == "full"][:MAX_TABLES]
-        for number in dict.fromkeys((baseline, winner, *others)):
+        whole = (baseline, winner, *samples(optimization))
+        for number in dict.fromkeys((*whole, *others)):
             child = None if number is None else self._children.get(number)
             text = None if child is None else self._read(child, EVALUATION_TABLE)
             if number is not None and text is not None:
                 examples = read_examples(text)
-                found[number] = examples if number in (baseline, winner) else scores_of(examples)
+                found[number] = examples if number in whole else scores_of(examples)
         return found
 
     def _read(self, run: StoredRun, path: str) -> str | None:

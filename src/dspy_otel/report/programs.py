@@ -130,6 +130,13 @@ def programs(report: Optimization, names: Mapping[str, str], found: Mapping[str,
     return section
 
 
+def samples(report: Optimization) -> list[int]:
+    """Numbers of the trials with the feedback that is shown: those that the steps to the winner were made from."""
+    way = lineage.line(report, lineage.nodes(report))[-MAX_STEPS - 1 :]
+    found = (_sample(report, _proposal(report, child), parent) for parent, child in pairwise(way))
+    return [one.number for one in found if one is not None]
+
+
 def _steps(
     report: Optimization, names: Mapping[str, str], found: Mapping[str, Node], source: Source, texts: Texts
 ) -> list[Child]:
@@ -142,7 +149,8 @@ def _steps(
             continue
         proposal = _proposal(report, child)
         sample = _sample(report, proposal, parent)
-        learned = None if sample is None else _feedback(report.examples[sample.number], source)
+        rollouts = None if sample is None else report.examples.get(sample.number)
+        learned = None if not rollouts else _feedback(rollouts, source)
         title = f"{names.get(parent, parent)} → {names.get(child, child)}"
         parts = () if proposal is None else proposal.params.get("components")
         title += f", {cut(', '.join(map(str, parts)), 200)}" if isinstance(parts, (list, tuple)) and parts else ""
@@ -182,7 +190,6 @@ def _sample(report: Optimization, proposal: Trial | None, parent: str) -> Trial 
             if one.kind == "sample"
             and one.candidate == parent
             and one.params.get("iteration") == proposal.params.get("iteration")
-            and report.examples.get(one.number)
         ),
         None,
     )
