@@ -37,7 +37,7 @@ ENDPOINTS = (
     ("end", re.compile(r".*/runs/update$")),
     ("artifacts", re.compile(r".*/mlflow-artifacts/artifacts/")),
     ("experiments", re.compile(r".*/experiments/")),
-    ("models", re.compile(r".*/(logged-models(/.*)?|runs/outputs)$")),
+    ("models", re.compile(r".*/logged-models(/.*)?$")),
     ("prompts", re.compile(r".*/(registered-models|model-versions)/")),
     ("datasets", re.compile(r".*/api/3.0/mlflow/datasets/")),
     ("traces", re.compile(r".*/api/3.0/mlflow/traces(/search)?$")),
@@ -289,7 +289,6 @@ class FakeMLflow:
                 "metrics": set(),
                 "datasets": set(),
                 "artifacts": {},
-                "outputs": [],
             }
             return {"run": self._run(run_id)}
         if endpoint == "search":
@@ -350,10 +349,6 @@ class FakeMLflow:
         return {"assessment": score}
 
     def _model(self, method: str, path: str, given: Mapping[str, Any]) -> dict[str, Any]:
-        if path.endswith("/outputs"):
-            models = [one["model_id"] for one in given["models"]]
-            self.runs[self._known(given["run_id"])]["outputs"] += models
-            return {}
         if path.endswith("/search"):
             found = re.fullmatch(r"tags\.`([^`]+)` = '([^']*)'", given["filter"])
             assert found is not None, given
@@ -450,8 +445,7 @@ class FakeMLflow:
             "artifact_uri": f"mlflow-artifacts:/0/{run_id}/artifacts",
         }
         tags = [{"key": key, "value": value} for key, value in run["tags"].items()]
-        outputs = {"model_outputs": [{"model_id": one} for one in run["outputs"]]}
-        return {"info": info, "data": {"tags": tags}, "outputs": outputs}
+        return {"info": info, "data": {"tags": tags}}
 
     # --- what it has ------------------------------------------------------------------------------------------------
     def contents(self) -> dict[str, Any]:
@@ -460,8 +454,10 @@ class FakeMLflow:
         keys = {run_id: run["tags"]["dspy.run.key"] for run_id, run in self.runs.items()}
         assert len(set(keys.values())) == len(keys), f"a run is there twice: {sorted(keys.values())}"
 
+        ids = {**keys, **{model_id: f"model of {keys[one['run']]}" for model_id, one in self.models.items()}}
+
         def named(text: str) -> str:
-            return re.sub("|".join(keys) or "$^", lambda found: f"<{keys[found[0]]}>", text)
+            return re.sub("|".join(ids) or "$^", lambda found: f"<{ids[found[0]]}>", text)
 
         runs = {}
         for run_id, run in self.runs.items():
@@ -484,9 +480,6 @@ class FakeMLflow:
                 "status": model["status"],
                 "tags": {name: named(value) for name, value in sorted(model["tags"].items())},
                 "artifacts": model["artifacts"],
-                "outputs of": [
-                    keys[run_id] for run_id, run in self.runs.items() for one in run["outputs"] if one == model_id
-                ],
                 "traces": sorted(trace_id for trace_id, one in self.trace_models.items() if one == model_id),
             }
         own = ("trace_id", "span_id", "assessment_name", "feedback", "expectation", "rationale")

@@ -18,8 +18,11 @@ def contents_of(client: Any, experiment_id: str, scratch: Path) -> dict[str, Any
     keys = {run.info.run_id: run.data.tags["dspy.run.key"] for run in found}
     assert len(set(keys.values())) == len(keys), f"a run is there twice: {sorted(keys.values())}"
 
+    of_models = client.search_logged_models([experiment_id])
+    ids = {**keys, **{model.model_id: f"model of {keys[model.source_run_id]}" for model in of_models}}
+
     def named(text: str) -> str:
-        return re.sub("|".join(keys) or "$^", lambda one: f"<{keys[one[0]]}>", text)
+        return re.sub("|".join(ids) or "$^", lambda one: f"<{ids[one[0]]}>", text)
 
     runs: dict[str, Any] = {}
     links = []
@@ -54,7 +57,7 @@ def contents_of(client: Any, experiment_id: str, scratch: Path) -> dict[str, Any
                 {key: named(value) for key, value in (score.metadata or {}).items()},
             )
     models = {}
-    for model in client.search_logged_models([experiment_id]):
+    for model in of_models:
         key = keys[model.source_run_id]
         assert key not in models, f"a model is there twice: {key}"
         traces = _traces(client, experiment_id, filter_string=f"request_metadata.`mlflow.modelId` = '{model.model_id}'")
@@ -67,12 +70,6 @@ def contents_of(client: Any, experiment_id: str, scratch: Path) -> dict[str, Any
                 item.path: Path(repository.download_artifacts(item.path, str(scratch))).read_text()
                 for item in repository.list_artifacts()
             },
-            "outputs of": [
-                keys[run.info.run_id]
-                for run in found
-                for one in client.get_run(run.info.run_id).outputs.model_outputs
-                if one.model_id == model.model_id
-            ],
             "traces": sorted(trace.info.trace_id for trace in traces),
         }
     of_prompts = {one.name: one for one in client.search_prompts()}

@@ -8,7 +8,17 @@ from typing import Any
 
 import pytest
 
-from dspy_otel.mlflow.runs import Run, Score, assessments_of, key_of, readable, runs_of, score_of, whole_tags
+from dspy_otel.mlflow.runs import (
+    Run,
+    Score,
+    assessments_of,
+    key_of,
+    readable,
+    runs_of,
+    score_of,
+    whole_metrics,
+    whole_tags,
+)
 from dspy_otel.record.model import (
     Candidate,
     Dataset,
@@ -75,7 +85,8 @@ def test_a_trial_gives_its_own_run_and_points_for_one_other() -> None:
     own, curves = runs_of(TRIAL, {"dspy.version": "1"}, "users")
     assert (own.key, own.parent, own.user_run, own.name) == ("r/2", "r", "users", "2 ✓ 0.75 full, step 3")
     assert (own.started, own.ended, own.status) == (1, 2, "FINISHED")
-    assert points(own) == {"score": 0.75, "seconds": 0.001, "lm_calls": 4}
+    assert points(own) == {"score": 0.75, "seconds": 0.001}
+    assert whole_metrics(whole_tags(own.tags), points(own)) == {"score": 0.75, "seconds": 0.001, "lm_calls": 4}
     assert own.params["qa.instructions"] == "Answer."
     assert own.artifacts == {"model.json": STATE}
     (dataset,) = own.datasets
@@ -90,6 +101,20 @@ def test_a_trial_gives_its_own_run_and_points_for_one_other() -> None:
     }
     assert (curves.tags, curves.params, curves.artifacts) == ({}, {}, {})
     assert {point.step for run in (own, curves) for point in run.metrics} == {2}
+
+
+@pytest.mark.parametrize(
+    ("usage", "name", "value"),
+    [
+        (Usage(lm_calls=4, input_tokens=100, output_tokens=20, cost=0.5), "cost", 0.5),
+        (Usage(lm_calls=4, input_tokens=100, output_tokens=20, unpriced_calls=4), "tokens", 120),
+        (Usage(lm_calls=4, input_tokens=100, cost=0.0), "tokens", 100),  # all from a cache, or a local model
+    ],
+)
+def test_a_trial_has_three_metrics(usage: Usage, name: str, value: float) -> None:
+    own = runs_of(dataclasses.replace(TRIAL, usage=usage), {})[0]
+    assert points(own) == {"score": 0.75, name: value, "seconds": 0.001}
+    assert Usage.of(whole_metrics(whole_tags(own.tags), points(own))) == usage
 
 
 @pytest.mark.parametrize(
@@ -257,6 +282,7 @@ def test_what_nobody_searches_by_is_in_one_tag() -> None:
         "dspy.trial.is_best": "true",
         "dspy.candidate.id": "c2",
         "dspy.candidate.parent_ids": '["c1"]',
+        "dspy.usage": '{"lm_calls": 4}',
     }
     assert whole_tags(run.tags)["dspy.candidate.id"] == "c2"
     assert whole_tags({"a": "b", "dspy.details": "no JSON"})["a"] == "b"

@@ -23,6 +23,7 @@ from dspy_otel.mlflow.versions import (
     LINKED_PROMPTS,
     MODELS,
     PROMPTS,
+    TAG_MODEL,
     Model,
     Prompt,
     PromptVersion,
@@ -233,7 +234,7 @@ class RunWriter:
             self._items.write(DATASETS, run.key, lambda: registry.put_dataset(dataset, run.experiment))
             run.version = version = dataclasses.replace(version, dataset=None)
         if model is not None:
-            self._items.write(MODELS, run.key, lambda: self._put_model(registry, run, model, prompts))
+            self._items.write(MODELS, run.key, lambda: self._put_model(backend, run, model, prompts))
         run.version, run.prompts = None, {}
 
     def _write_prompt(self, registry: Registry, run: Pending, prompt: Prompt) -> None:
@@ -242,11 +243,13 @@ class RunWriter:
 
         self._items.write(PROMPTS, f"{run.key}/{prompt.name}/{prompt.id}", put)
 
-    def _put_model(self, registry: Registry, run: Pending, model: Model, prompts: list[PromptVersion]) -> None:
+    def _put_model(self, backend: Backend, run: Pending, model: Model, prompts: list[PromptVersion]) -> None:
+        registry = backend.registry
         made = registry.put_model(model, run.key, str(run.run_id), prompts, run.experiment)
         for path, text in model.artifacts.items():
             registry.put_model_artifact(made, path, text)
         registry.finish_model(made.model_id)
+        self._log(backend, run, [], {}, {TAG_MODEL: made.model_id})
         trial = None if model.trial is None else self._ids.get(model.trial)
         if trial is not None:
             registry.link_traces(trial.run_id, made.model_id)

@@ -91,8 +91,11 @@ TAG_WINNER: Final = "dspy.winner"
 TAG_WINNER_RUN: Final = "dspy.winner.run_id"
 TAG_DETAILS: Final = "dspy.details"
 """All tags that nobody searches by, as JSON: MLflow's page of a run shows each tag as a row."""
+TAG_USAGE: Final = "dspy.usage"
+"""Calls, tokens and cost of a trial, as JSON: metrics would be columns of MLflow's table of runs."""
 _DETAILS: Final = frozenset(
     {
+        TAG_USAGE,
         *("dspy_otel.version", "opentelemetry-sdk.version"),
         *(semconv.OPTIMIZER_PARENT_RUN_ID, semconv.OPTIMIZER_ROOT_RUN_ID, semconv.OPTIMIZER_INFERENCE_TIME),
         *(semconv.OPTIMIZER_OUTCOME, semconv.OPTIMIZER_SCORE_SCALE, semconv.OPTIMIZER_PHASE),
@@ -562,7 +565,9 @@ def _of_trial(record: Trial, versions: Mapping[str, str], user_run: str | None) 
     status = _status(record.failure)
     unknown = record.started is None or _cut_short(record.failure)
     seconds = None if unknown else round((record.ended - (record.started or 0)) / 1e9, 3)
-    results = {"score": readable(record.score), "seconds": seconds, **_narrow(record.usage)}
+    usage = dataclasses.replace(record.usage, by_role={}).flat()
+    tags[TAG_USAGE] = json.dumps(usage) if usage else None
+    results = {"score": readable(record.score), **_spent(record.usage), "seconds": seconds}
     over = dataclasses.replace(
         run,
         tags=_tags({**tags, TAG_NAME: name, TAG_NOTE: _note(status, record.failure, _sentence(record))}),
@@ -640,9 +645,9 @@ def _readable_scores(values: Mapping[str, Any]) -> dict[str, Any]:
     return {name: readable(value) if name in _SCORES else value for name, value in values.items()}
 
 
-def _narrow(usage: Usage) -> dict[str, float]:
-    """Usage without its roles and without what is zero: MLflow's table has a column for each name."""
-    return {name: value for name, value in dataclasses.replace(usage, by_role={}).flat().items() if value}
+def _spent(usage: Usage) -> dict[str, float]:
+    """What a trial cost, or its tokens when there is no price: MLflow's table has a column for each name."""
+    return {"cost": usage.cost} if usage.cost else {"tokens": usage.tokens} if usage.tokens else {}
 
 
 # --- evaluations ----------------------------------------------------------------------------------------------------
@@ -824,6 +829,18 @@ def whole_tags(tags: Mapping[str, str]) -> dict[str, str]:
     """The tags of a run, those in its tag of all others among them."""
     details = load_json(tags.get(TAG_DETAILS))
     return {**(details if isinstance(details, dict) else {}), **tags}
+
+
+def whole_metrics(tags: Mapping[str, str], metrics: Mapping[str, float]) -> dict[str, float]:
+    """The metrics of a run, its usage among them.
+
+    Args:
+        tags: as :func:`whole_tags` gives them.
+        metrics: as MLflow has them.
+    """
+    usage = load_json(tags.get(TAG_USAGE))
+    known = usage.items() if isinstance(usage, dict) else ()
+    return {**{name: value for name, found in known if (value := number(found)) is not None}, **metrics}
 
 
 def _params(values: Mapping[str, Any]) -> dict[str, str]:

@@ -37,6 +37,7 @@ from dspy_otel.mlflow.runs import (
     Score,
     StoredRun,
     StoredTrace,
+    whole_metrics,
     whole_tags,
 )
 from dspy_otel.mlflow.target import Target, public_uri, sqlite_path
@@ -235,8 +236,8 @@ class EmbeddedBackend:
                 run.info.run_id,
                 run.info.artifact_uri,
                 run.info.start_time,
-                whole_tags(run.data.tags),
-                run.data.metrics,
+                (tags := whole_tags(run.data.tags)),
+                whole_metrics(tags, run.data.metrics),
                 run.data.params,
                 run.info.experiment_id,
                 run.info.status,

@@ -88,7 +88,7 @@ class EmbeddedRegistry:
     def put_model(
         self, model: Model, key: str, run_id: str, prompts: Sequence[PromptVersion], experiment_id: str | None = None
     ) -> StoredModel:
-        """A LoggedModel, made or found, as the output of a run."""
+        """A LoggedModel, made or found."""
         tags = {**model.tags, **({LINKED_PROMPTS: linked_prompts(prompts)} if prompts else {})}
         found = self.find_model(key, experiment_id)
         return self._call(
@@ -98,8 +98,6 @@ class EmbeddedRegistry:
     def _put_model(
         self, model: Model, tags: dict[str, str], found: StoredModel | None, run_id: str, place: str
     ) -> StoredModel:
-        from mlflow.entities import LoggedModelOutput
-
         if found is None:
             made = self._client.create_logged_model(
                 place, name=model.name, source_run_id=run_id, tags=tags, model_type=MODEL_TYPE
@@ -107,9 +105,6 @@ class EmbeddedRegistry:
             found = _model(made)
         elif any(found.tags.get(name) != value for name, value in tags.items()):
             self._client.set_logged_model_tags(found.model_id, tags)
-        outputs = getattr(self._client.get_run(run_id), "outputs", None)
-        if found.model_id not in {one.model_id for one in (outputs.model_outputs if outputs else ())}:
-            self._client.log_outputs(run_id, [LoggedModelOutput(found.model_id, 0)])
         return found
 
     def put_model_artifact(self, model: StoredModel, path: str, text: str) -> None:

@@ -39,7 +39,9 @@ class Registry(Protocol):
     def put_model(
         self, model: Model, key: str, run_id: str, prompts: Sequence[PromptVersion], experiment_id: str | None = None
     ) -> StoredModel:
-        """A LoggedModel, made or found, as the output of a run.
+        """A LoggedModel, made or found, whose source is a run.
+
+        It is no output of the run: MLflow's page "Evaluation runs" shows no run that has one, and none below it.
 
         Args:
             model: what it should be.

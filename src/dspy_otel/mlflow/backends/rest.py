@@ -41,6 +41,7 @@ from dspy_otel.mlflow.runs import (
     Score,
     StoredRun,
     StoredTrace,
+    whole_metrics,
     whole_tags,
 )
 from dspy_otel.mlflow.target import Target, public_uri, run_page
@@ -579,12 +580,13 @@ def _created(answer: Mapping[str, Any]) -> CreatedRun:
 
 def _stored(answer: Mapping[str, Any]) -> StoredRun:
     info, data = answer["info"], answer.get("data", {})
+    tags = whole_tags({tag["key"]: tag.get("value", "") for tag in data.get("tags", ())})
     return StoredRun(
         str(info["run_id"]),
         str(info.get("artifact_uri", "")),
         int(info.get("start_time", 0)),
-        whole_tags({tag["key"]: tag.get("value", "") for tag in data.get("tags", ())}),
-        {metric["key"]: float(metric["value"]) for metric in data.get("metrics", ())},
+        tags,
+        whole_metrics(tags, {metric["key"]: float(metric["value"]) for metric in data.get("metrics", ())}),
         {param["key"]: param.get("value", "") for param in data.get("params", ())},
         str(info.get("experiment_id", "")),
         str(info.get("status", "")),

@@ -91,7 +91,7 @@ class RestRegistry:
     def put_model(
         self, model: Model, key: str, run_id: str, prompts: Sequence[PromptVersion], experiment_id: str | None = None
     ) -> StoredModel:
-        """A LoggedModel, made or found, as the output of a run."""
+        """A LoggedModel, made or found."""
         tags = {**model.tags, **({LINKED_PROMPTS: linked_prompts(prompts)} if prompts else {})}
         found = self.find_model(key, experiment_id)
         if found is None:
@@ -105,11 +105,6 @@ class RestRegistry:
             found = _model(self._must("logged-models", body, "model")["model"])
         elif any(found.tags.get(name) != value for name, value in tags.items()):
             self._must(f"logged-models/{found.model_id}/tags", {"tags": _pairs(tags)}, method="PATCH", empty=True)
-        run = self._rest("GET", "runs/get", "run", params={"run_id": run_id})
-        outputs = {} if run is None else run["run"].get("outputs", {})
-        if found.model_id not in {one.get("model_id") for one in outputs.get("model_outputs", ())}:
-            body = {"run_id": run_id, "models": [{"model_id": found.model_id, "step": 0}]}
-            self._must("runs/outputs", body)
         return found
 
     def finish_model(self, model_id: str) -> None:
