@@ -37,7 +37,7 @@ test-integration: $(VENV)/.neighbours ## the tests against real servers and in f
 	$(BIN)/python -m pytest -n auto --dist loadfile -m integration $(ARGS)
 
 test-server: $(VENV)/.server ## LM calls against llama.cpp's server, joined to what it answered (gets 350 MB from PyPI, once)
-	$(BIN)/python -m pytest -m integration tests/integration/test_llama_server.py $(ARGS)
+	$(BIN)/python -m pytest -m integration tests/integration/test_llama_server.py tests/integration/test_examples.py $(ARGS)
 
 # Many of them wait for a server or a process: one more at a time than there are cores; and in order of files, for those with
 # few tests are long.
