@@ -30,12 +30,12 @@ from tests.support.spans import Recorder
 OURS = os.path.dirname(dspy_otel.__file__) + os.sep
 GROWTH = 1.05
 MOST = {
-    ("predict", "no_content"): 193,
-    ("predict", "span_only"): 281,
-    ("nested", "no_content"): 343,
-    ("nested", "span_only"): 491,
+    ("predict", "no_content"): 173,
+    ("predict", "span_only"): 263,
+    ("nested", "no_content"): 296,
+    ("nested", "span_only"): 444,
 }
-MOST_DISABLED = {"predict": 35, "nested": 56}
+MOST_DISABLED = {"predict": 30, "nested": 48}
 
 
 class Instant(dspy.BaseLM):

@@ -94,7 +94,7 @@ def slot(value: Any, name: str) -> tuple[Any, ...]:
 def store_of(value: Any) -> dict[Any, Any] | None:
     """The fields of one of DSPy's examples and predictions; ``None`` for anything else."""
     store = instance_dict(value).get("_store")
-    return store if is_a(store, dict) else None
+    return store if issubclass(type(store), dict) else None
 
 
 def field(value: Any, name: str, default: Any = None) -> Any:

@@ -57,7 +57,11 @@ class Program:
 
 
 class SpanFactory(Protocol):
-    """What makes the spans of a call: OpenTelemetry's tracer, or what takes its place in a deferred trace."""
+    """What makes the spans of a call in place of OpenTelemetry's tracer, in a trace that is dropped or deferred."""
+
+    @property
+    def dropped(self) -> Span | None:
+        """The one span of a trace that is dropped; ``None`` where it may be kept."""
 
     def start_span(self, name: str, context: Context, /, *args: Any, **kwargs: Any) -> Span:
         """Start a span, as ``Tracer.start_span`` does."""
@@ -167,7 +171,7 @@ class CallContext:
 
 def current_call_context(context: Context | None = None) -> CallContext | None:
     """The innermost call of ``context`` (default: the current one)."""
-    found = (current_context() if context is None else context).get(_CALL_CONTEXT_KEY)
+    found = (current_context() if context is None else context).get(CALL_CONTEXT_KEY)
     return found if found.__class__ is CallContext else None
 
 
@@ -225,7 +229,7 @@ def _runtime() -> tuple[Callable[[], Context], Callable[[Context], Token[Context
 
 current_context, attach = _runtime()
 """What ``opentelemetry.context.get_current`` and ``attach`` do, without the two calls that each of them makes."""
-_CALL_CONTEXT_KEY: Final = otel_context.create_key("dspy_otel.call_context")
+CALL_CONTEXT_KEY: Final = otel_context.create_key("dspy_otel.call_context")
 SPAN_KEY: Final = next(iter(set_span_in_context(INVALID_SPAN, Context())))
 BAGGAGE_KEY: Final = next(iter(set_baggage("key", "value", Context())))
 _SUPPRESSION_KEYS: Final = _suppression_keys()
@@ -239,14 +243,14 @@ def suppressed(context: Context) -> bool:
 
 def inside(context: Context, span: Span, call_context: CallContext) -> Context:
     """``context`` with this span and this call as the current ones."""
-    return Context({**context, SPAN_KEY: span, _CALL_CONTEXT_KEY: call_context})
+    return Context({**context, SPAN_KEY: span, CALL_CONTEXT_KEY: call_context})
 
 
 def with_call_context(context: Context, call_context: CallContext) -> Context:
     """``context`` with this call as the innermost one, and the same span."""
-    return Context({**context, _CALL_CONTEXT_KEY: call_context})
+    return Context({**context, CALL_CONTEXT_KEY: call_context})
 
 
 def without_call_context(context: Context) -> Context:
     """``context`` without our call, to be kept for longer than the call: a call context keeps the program alive."""
-    return Context({key: value for key, value in context.items() if key != _CALL_CONTEXT_KEY})
+    return Context({key: value for key, value in context.items() if key != CALL_CONTEXT_KEY})

@@ -38,14 +38,18 @@ def _unsampled(trace_id: int | None = None) -> SpanContext:
 
 
 class DroppedTrace:
-    """Takes the place of a tracer for a trace that is dropped: one span that records nothing."""
+    """Takes the place of a tracer for a trace that is dropped: one span that records nothing.
+
+    Attributes:
+        dropped: the span.
+    """
 
     def __init__(self) -> None:
-        self._span = NonRecordingSpan(_unsampled())
+        self.dropped: Span = NonRecordingSpan(_unsampled())
 
     def start_span(self, *args: Any, **kwargs: Any) -> Span:
         """The span."""
-        return self._span
+        return self.dropped
 
 
 class DeferredTrace:
@@ -56,6 +60,7 @@ class DeferredTrace:
     """
 
     def __init__(self, tracer: Tracer) -> None:
+        self.dropped: None = None
         self.tracer = tracer
         self.trace_id = _IDS.generate_trace_id()
         self.spans: list[DeferredSpan] = []

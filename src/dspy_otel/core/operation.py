@@ -24,6 +24,7 @@ from opentelemetry.trace import (
     SpanKind,
     Status,
     StatusCode,
+    Tracer,
     get_current_span,
     set_span_in_context,
 )
@@ -31,9 +32,10 @@ from opentelemetry.trace import (
 from dspy_otel import semconv
 from dspy_otel.core.attributes import Attributes, repair, restore_dropped, sendable_name
 from dspy_otel.core.call_context import (
+    CALL_CONTEXT_KEY,
     CallContext,
+    SpanFactory,
     attach,
-    current_call_context,
     current_context,
     inside,
     suppressed,
@@ -205,8 +207,8 @@ class Operation:
             surrounding = current_context()
             if not telemetry.active or suppressed(surrounding):
                 return None
-            parent = current_call_context(surrounding)
-            if parent is None:
+            parent = surrounding.get(CALL_CONTEXT_KEY)
+            if parent.__class__ is not CallContext:
                 parent = telemetry.default_call_context
                 if telemetry.discards and parent is None and not self.always:
                     return None
@@ -243,15 +245,10 @@ class Operation:
             outside = set_span_in_context(INVALID_SPAN, surrounding)
         elif telemetry.default_parent is not None and not get_current_span(surrounding).get_span_context().is_valid:
             outside = set_span_in_context(get_current_span(telemetry.default_parent), surrounding)
-        name, attributes, inherited = start.name, start.attributes, context.inherited
+        attributes, inherited = start.attributes, context.inherited
         # All names and values enter a span here or at the end of the call, wherever they come from.
-        if not start.repaired:
-            name = sendable_name(name)
-            repair(attributes)
-        if inherited:
-            if context.parent is None or inherited is not context.parent.inherited:
-                repair(inherited)  # once, by the call that has made it
-            attributes.update(inherited)
+        if inherited and (context.parent is None or inherited is not context.parent.inherited):
+            repair(inherited)  # once, by the call that has made it
         call = Call()
         call.operation = self
         call.instance = instance
@@ -262,17 +259,32 @@ class Operation:
         call.on_closed = None
         call.closed = False
         call.token = None
-        call.span = (telemetry.tracer if context.deferred is None else context.deferred).start_span(
-            name,
-            outside,
-            start.kind,
-            attributes,
-            start.links,
-            record_exception=False,
-            set_status_on_exception=False,
-        )
+        dropped = None if context.deferred is None else context.deferred.dropped
+        if dropped is not None:
+            call.span = dropped
+        else:
+            name = start.name
+            if not start.repaired:
+                name = sendable_name(name)
+                repair(attributes)
+            if inherited:
+                attributes.update(inherited)
+            tracer: SpanFactory | Tracer | None = context.deferred
+            if tracer is None:
+                tracer = telemetry.settled_tracer
+            if tracer is None:
+                tracer = telemetry.tracer
+            call.span = tracer.start_span(
+                name,
+                outside,
+                start.kind,
+                attributes,
+                start.links,
+                record_exception=False,
+                set_status_on_exception=False,
+            )
         context.span = call.span
-        call.recording = call.span.is_recording()
+        call.recording = dropped is None and call.span.is_recording()
         call.otel_context = inside(outside, call.span, context)
         call.attributes = {}
         call.identity = start.identity

@@ -50,10 +50,14 @@ from dspy_otel.core.call_context import SPAN_KEY
 from dspy_otel.core.measurements import sdk_is_known
 
 _new: Final = object.__new__
+_new_tuple: Final[Any] = tuple.__new__
 _UNSET: Final = ReadableSpan("", resource=Resource.get_empty()).status
 _SCALARS: Final = frozenset({str, bool, int, float})
 _TEXT: Final = frozenset({str})
 _FLAGS: Final = tuple(map(TraceFlags, range(4)))
+_NO_STATE: Final = SpanContext(1, 1, is_remote=False).trace_state
+_TRACE_IDS: Final = 2**128
+_SPAN_IDS: Final = 2**64
 _DROP: Final = Decision.DROP
 _RECORD_AND_SAMPLE: Final = Decision.RECORD_AND_SAMPLE
 _SAMPLED: Final = 1
@@ -63,6 +67,10 @@ _RANDOM: Final = 2
 _KNOWS_RANDOM_IDS: Final = "is_trace_id_random" in sdk_trace.Tracer.start_span.__code__.co_names  # from 1.42
 _CALLS_ON_ENDING: Final = "_on_ending" in Span.end.__code__.co_names  # from 1.40
 _FREEZES: Final = "_immutable" in Span.end.__code__.co_names  # from 1.44
+
+# What the SDK's constructor of a container of attributes sets.
+_CONTAINER: Final = vars(BoundedAttributes(None, None, immutable=False))
+_LOCK: Final[Any] = threading.Lock if type(_CONTAINER["_lock"]) is type(threading.Lock()) else threading.RLock
 
 # What light spans leave out, as it was when this module was imported.
 _START: Final[Any] = sdk_trace.Tracer.start_span
@@ -129,11 +137,15 @@ class LightSpan(_Span):
     def _bound(self) -> BoundedAttributes:
         """The SDK's container, around the attributes."""
         limits = self._limits
-        bounded = BoundedAttributes(
-            limits.max_span_attributes, None, immutable=False, max_value_len=limits.max_span_attribute_length
-        )
-        bounded._dict = self._plain
-        return bounded
+        bounded: Any = _new(BoundedAttributes)
+        fields = vars(bounded)
+        fields.update(_CONTAINER)
+        fields["maxlen"] = limits.max_span_attributes
+        fields["max_value_len"] = limits.max_span_attribute_length
+        fields["_dict"] = self._plain
+        fields["_lock"] = _LOCK()
+        made: BoundedAttributes = bounded
+        return made
 
     @property
     def _events(self) -> Any:
@@ -325,13 +337,16 @@ class LightTracer(Tracer):
         if decision is None:
             result = sampler.should_sample(context, trace_id, name, kind, attributes, links or ())
             decision, attributes, state = result.decision, result.attributes.copy(), result.trace_state
-        own = SpanContext(
-            trace_id,
-            ids.generate_span_id(),
-            False,
-            _FLAGS[random | _SAMPLED if decision is _RECORD_AND_SAMPLE else random],
-            state,
-        )
+        span_id = ids.generate_span_id()
+        flags = _FLAGS[random | _SAMPLED if decision is _RECORD_AND_SAMPLE else random]
+        own: SpanContext
+        if 0 < trace_id < _TRACE_IDS and 0 < span_id < _SPAN_IDS:
+            # As its constructor does, without that call.
+            own = _new_tuple(
+                SpanContext, (trace_id, span_id, False, flags, _NO_STATE if state is None else state, True)
+            )
+        else:
+            own = SpanContext(trace_id, span_id, False, flags, state)
         finish = None if self._metrics is None else self._metrics.start_span(parent, decision)
         if decision is _DROP:
             return NonRecordingSpan(own)

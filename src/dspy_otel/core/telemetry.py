@@ -40,6 +40,7 @@ class Telemetry:
         default_parent: the context of spans that have no parent of their own.
 
     Attributes:
+        settled_tracer: our tracer, as soon as there is a provider.
         keeps_attributes: whether no sampler can drop the attributes that a span is started with.
     """
 
@@ -61,7 +62,7 @@ class Telemetry:
         self.keeps_attributes = False
         self.on_outermost = on_outermost
         self._provider = tracer_provider
-        self._tracer: Tracer | None = None
+        self.settled_tracer: Tracer | None = None
         self._settling = threading.RLock()
         if hasattr(os, "register_at_fork"):
             after_fork = weakref.WeakMethod(self._after_fork)
@@ -94,8 +95,8 @@ class Telemetry:
     @property
     def tracer(self) -> Tracer:
         """Our tracer; of the global provider as soon as there is one."""
-        if self._tracer is not None:
-            return self._tracer
+        if self.settled_tracer is not None:
+            return self.settled_tracer
         if self._proxy is not None and _stands_alone(self._proxy):
             return self._proxy
         tracer = trace.get_tracer(semconv.SCOPE_NAME, __version__, self._provider, schema_url=semconv.SCHEMA_URL)
@@ -107,7 +108,7 @@ class Telemetry:
     @property
     def discards(self) -> bool:
         """Whether nothing of what is recorded is kept: the SDK is disabled, or no provider has been set yet."""
-        if self._tracer is None and type(self.tracer) is ProxyTracer:
+        if self.settled_tracer is None and type(self.tracer) is ProxyTracer:
             has_meter = getattr(self._meter, "_real_meter", self._meter) is not None
             return not (has_meter and self.measuring) and not (self.config.content_on_events and self.keeps_events)
         return self._discards
@@ -115,16 +116,16 @@ class Telemetry:
     def _settle(self, tracer: Tracer) -> Tracer:
         """Keep ``tracer``, and call ``on_provider``. Other threads wait, or it would miss their span."""
         with self._settling:
-            if self._tracer is None:
+            if self.settled_tracer is None:
                 if self._on_provider is not None:
                     with guard("tracer provider"):
                         self._on_provider(self._provider or trace.get_tracer_provider())
                 with guard("sampler"):
                     self.keeps_attributes = keeps_attributes(tracer)
-                self._tracer = self._lightened(with_system_ids(tracer))
+                self.settled_tracer = self._lightened(with_system_ids(tracer))
                 events = self.config.content_on_events and not isinstance(self.logger, NoOpLogger)
                 self._discards = isinstance(tracer, NoOpTracer) and isinstance(self._meter, NoOpMeter) and not events
-            return self._tracer
+            return self.settled_tracer
 
     def _lightened(self, tracer: Tracer) -> Tracer:
         """``tracer``, or one that makes its spans at a lower cost, if it is the SDK's."""

@@ -11,7 +11,6 @@ from opentelemetry import baggage
 
 from dspy_otel import semconv
 from dspy_otel.content import introspection
-from dspy_otel.content.introspection import is_a
 from dspy_otel.content.names import class_name, without_secrets
 from dspy_otel.core.attributes import Attributes, Labels, repair, sendable_name
 from dspy_otel.core.call_context import BAGGAGE_KEY, CallContext, Program, current_context
@@ -69,8 +68,7 @@ class ModuleOperation(Operation):
             # Each program keeps its own totals, beside those of an evaluation or compile around it.
             totals = Totals()
             context.totals = (*context.totals, totals)
-            caller = caller_attributes()
-            if caller:
+            if BAGGAGE_KEY in current_context() and (caller := caller_attributes()):
                 context.inherited = {**context.inherited, **caller}
         else:
             inner = context.paths or program.paths
@@ -154,8 +152,6 @@ class ModuleOperation(Operation):
 def caller_attributes() -> Attributes:
     """Session and user that the application has put into OpenTelemetry's baggage, for all spans of a program call."""
     attributes: Attributes = {}
-    if BAGGAGE_KEY not in current_context():
-        return attributes
     found = baggage.get_all()
     for key in (semconv.SESSION_ID, semconv.USER_ID):
         value = found.get(key)
@@ -235,9 +231,9 @@ def call_signature(stored: dict[str, Any], kwargs: dict[str, Any]) -> Any:
         kwargs: keyword arguments of the call.
     """
     signature = kwargs.get("signature")
-    if not is_a(signature, type):
+    if not issubclass(type(signature), type):
         signature = stored.get("signature")
-    return signature if is_a(signature, type) else None
+    return signature if issubclass(type(signature), type) else None
 
 
 def signature_attributes(signature: Any, programs: Programs) -> Attributes:

@@ -15,7 +15,7 @@ from opentelemetry.context import Context
 from dspy_otel import semconv
 from dspy_otel.content import introspection
 from dspy_otel.core.attributes import Attributes
-from dspy_otel.core.call_context import CallContext, current_call_context
+from dspy_otel.core.call_context import CallContext, attach, current_call_context
 from dspy_otel.core.errors import hide_frames
 from dspy_otel.core.internal_errors import guard
 from dspy_otel.core.operation import Call, Operation, SpanStart, detach, openinference
@@ -127,7 +127,7 @@ class ParallelOperation(Operation):
 
         @functools.wraps(function)
         def in_example(example: Any) -> Any:
-            token = otel_context.attach(surrounding)
+            token = attach(surrounding)
             try:
                 run = place(example)
                 return function(example) if run is None else spanned(run, example)

@@ -53,7 +53,7 @@ def _add_state(module: Any, shape: list[Any], objects: list[Any]) -> None:
     if count is not None:
         shape.append(count)
         for demo in introspection.items(demos) if count else ():
-            values = demo if is_a(demo, dict) else introspection.store_of(demo)
+            values = demo if issubclass(type(demo), dict) else introspection.store_of(demo)
             if values is None:
                 objects.append(demo)
                 continue
