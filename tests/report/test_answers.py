@@ -261,6 +261,20 @@ def test_a_cached_call_costs_nothing_and_that_is_said() -> None:
     assert "cached" in Page(render(dataclasses.replace(report, trials=trials))).texts
 
 
+def test_what_an_answer_costs_is_only_drawn_of_trials_without_the_cache() -> None:
+    report = optimization("01", "11", "11")
+
+    def drawn(*hits: float | None) -> int:
+        used = (Usage(lm_calls=2, input_tokens=1000 + at, cache_hits=hit) for at, hit in enumerate(hits))
+        trials = tuple(dataclasses.replace(one, usage=usage) for one, usage in zip(report.trials, used, strict=True))
+        found = charts.by_price(dataclasses.replace(report, trials=trials), lambda trial: str(trial.number))
+        return 0 if found is None else len([*found[1].iter("title")])
+
+    assert drawn(0.0, 0.0, 0.0) == 3
+    assert drawn(0.0, 1.0, 0.0) == 2
+    assert drawn(None, None, None) == 0
+
+
 def test_links_are_short_and_the_winner_can_be_loaded() -> None:
     run_id = "0123456789abcdef0123456789abcdef"
     source = Source(

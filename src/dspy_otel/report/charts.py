@@ -67,9 +67,12 @@ def by_spend(report: Optimization, label: Callable[[Trial], str]) -> tuple[str, 
 def by_price(report: Optimization, label: Callable[[Trial], str]) -> tuple[str, Element] | None:
     """Score against what one answer of the candidate takes: a better program may cost more for good.
 
-    Trials whose calls came from the cache are left out: they cost nothing, and their programs do.
+    Trials with calls from the cache, as far as that is known, are left out: they cost less than their programs do.
     """
-    whole = [one for one in report.trials if one.kind in WHOLE and one.size and not one.usage.cache_hits]
+    nothing_cached = report.usage.cache_hits == 0
+    whole = [
+        one for one in report.trials if one.kind in WHOLE and one.size and (nothing_cached or one.usage.cache_hits == 0)
+    ]
     for what, used in (
         ("cost", [trial.usage.cost for trial in whole]),
         ("tokens", [trial.usage.tokens for trial in whole]),
