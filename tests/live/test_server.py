@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.client
+import logging
 import sys
 import urllib.error
 import urllib.request
@@ -194,6 +195,7 @@ def test_a_port_that_is_taken_is_one_sentence(feed: SpanFeed, capsys: pytest.Cap
         port = str(urlsplit(server.url).port)
         assert cli.main(["watch", "--spans", str(tmp_path / "x.jsonl"), "--port", port]) == 1
     assert f"cannot listen on 127.0.0.1:{port}" in capsys.readouterr().err
+    assert logging.root.manager.disable == logging.NOTSET
     assert cli.main(["watch", "--spans", str(tmp_path)]) == 2
     assert "is a directory" in capsys.readouterr().err
 

@@ -50,7 +50,6 @@ def run(options: argparse.Namespace) -> int:
     if options.spans is not None and options.spans.is_dir():
         print(f"dspy-otel: {options.spans} is a directory: name a file of OTLP JSON", file=sys.stderr)
         return 2
-    logging.disable(logging.WARNING)  # MLflow logs much that is of no use here
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     os.environ.setdefault("LITELLM_LOCAL_MODEL_COST_MAP", "True")  # else an import may wait for a download
     feed: Feed
@@ -61,7 +60,6 @@ def run(options: argparse.Namespace) -> int:
     try:
         server = LiveServer(feed, options.host, options.port)
     except OSError as error:
-        logging.disable(logging.NOTSET)
         print(f"dspy-otel: cannot listen on {options.host}:{options.port}: {error.strerror}", file=sys.stderr)
         return 1
     if options.host not in LOOPBACK:
@@ -69,6 +67,7 @@ def run(options: argparse.Namespace) -> int:
     print(f"{server.url} (Ctrl-C ends it)", flush=True)
     if options.open or (options.open is None and sys.stdout.isatty()):
         webbrowser.open(server.url)
+    logging.disable(logging.WARNING)  # MLflow logs much that is of no use here
     try:
         server.run()
     except KeyboardInterrupt:
