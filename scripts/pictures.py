@@ -1,10 +1,10 @@
-"""The pictures in docs/images of MLflow's pages, from the demo's store, as a browser shows them.
+"""The pictures in docs/images of the report and of MLflow's pages, from the demo's store, as a browser shows them.
 
     make pictures                                        # the demo, then each page 1280 and 1600 pixels wide
     make pictures ARGS="--store sqlite:///mlflow.db"     # of another store that the demo has written to
 
-A page that is 1280 pixels wide is `mlflow-<page>.png`, one of 1600 is in `wide/`. The browser is the Chromium of this
-machine, or else Playwright's own (`playwright install chromium`).
+A page that is 1280 pixels wide is `report.png` or `mlflow-<page>.png`, one of 1600 is in `wide/`. The browser
+is the Chromium of this machine, or else Playwright's own (`playwright install chromium`).
 """
 
 from __future__ import annotations
@@ -30,6 +30,8 @@ from mlflow import MlflowClient
 ROOT = Path(__file__).parent.parent
 WIDTHS = (1280, 1600)
 HEIGHT = 860
+HEIGHT_OF_REPORT = 1700
+EXPERIMENT = "dspy-otel demo"
 LOADING, DRAWING = 120_000, 6_000  # milliseconds
 
 
@@ -48,12 +50,25 @@ def main() -> None:
                 out = options.out if width == WIDTHS[0] else options.out / "wide"
                 out.mkdir(parents=True, exist_ok=True)
                 take(browser, address, width, out)
+                report(browser, store, Path(folder), width, out)
 
 
 def demo(folder: Path) -> str:
     """Run the demo in a folder; gives its store."""
     subprocess.run([sys.executable, "-m", "dspy_otel.cli", "demo"], cwd=folder, check=True)
     return f"sqlite:///{folder / 'demo-mlflow/mlflow.db'}"
+
+
+def report(browser: Browser, store: str, folder: Path, width: int, out: Path) -> None:
+    """Take the report of the newest optimization in one width."""
+    path = folder / "report.html"
+    command = [sys.executable, "-m", "dspy_otel.cli", "report", "--experiment", EXPERIMENT, "--tracking-uri", store]
+    subprocess.run([*command, "-o", str(path)], check=True)
+    page = browser.new_page(viewport={"width": width, "height": HEIGHT_OF_REPORT})
+    page.goto(path.as_uri())
+    page.screenshot(path=out / "report.png")
+    page.close()
+    print(out / "report.png")
 
 
 @contextmanager
