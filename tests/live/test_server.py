@@ -95,7 +95,7 @@ def test_it_listens_on_the_loopback_address_of_ipv6_too(feed: SpanFeed) -> None:
     server.close()
 
 
-def test_an_event_comes_when_something_has_changed() -> None:
+def test_an_event_comes_when_something_has_changed(caplog: pytest.LogCaptureFixture) -> None:
     feed = SpanFeed()
     program = Program(feed)
     with serving(feed) as server:
@@ -117,7 +117,9 @@ def test_an_event_comes_when_something_has_changed() -> None:
         seen.append(event())
         assert len(set(seen)) == 3
         assert "1 of 4 trials" in get(f"{server.url}report")[1]
-        connection.close()
+    assert answer.read().strip() == b""  # the stream ends with the server, and nothing is logged
+    connection.close()
+    assert caplog.records == []
 
 
 def test_without_content_there_is_none(feed: SpanFeed) -> None:

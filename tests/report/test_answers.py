@@ -251,6 +251,14 @@ def test_an_axis_of_tokens_is_short_and_parts_have_a_chart_of_their_own() -> Non
     assert [title.text for title in parts.iter("title")] == ["2"]
 
 
+def test_equal_scores_are_in_the_middle_of_their_axis() -> None:
+    trials = (Trial(1, "baseline", score=0.6), Trial(2, "full", score=0.6))
+    chart = charts.by_trial(Optimization(trials=trials), lambda trial: str(trial.number))
+    assert chart is not None
+    found = [float(text.text or "") for text in chart.iter("text") if text.get("text-anchor") == "end"]
+    assert 0.4 <= min(found) < 0.6 < max(found) <= 0.8
+
+
 def test_a_cached_call_costs_nothing_and_that_is_said() -> None:
     assert cost_text(Usage(lm_calls=3, cache_hits=3)) == "cached"
     assert cost_text(Usage(lm_calls=3, cache_hits=3, cost=0.0)) == "cached"

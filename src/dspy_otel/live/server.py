@@ -80,13 +80,16 @@ class Report:
             self._due = ended + max(self._interval, min(4 * (ended - started), _LONGEST))
 
 
-def application(report: Report, token: str, host: str = LOOPBACK[0]) -> Starlette:
+def application(
+    report: Report, token: str, host: str = LOOPBACK[0], stopping: Callable[[], bool] = lambda: False
+) -> Starlette:
     """The ASGI application.
 
     Args:
         report: what the page shows.
         token: the first part of every address; without it there is nothing.
         host: that it listens on. On this machine's own, a page of another site cannot ask it under a name of its own.
+        stopping: whether the server ends; streams of events end then, too.
     """
 
     def behind_token(answer: Callable[[Request], Awaitable[Response]]) -> Callable[[Request], Awaitable[Response]]:
@@ -107,7 +110,7 @@ def application(report: Report, token: str, host: str = LOOPBACK[0]) -> Starlett
     async def events(request: Request) -> Response:
         async def changes() -> AsyncIterator[str]:
             sent, alive = None, time.monotonic()
-            while True:
+            while not stopping():
                 await run_in_threadpool(report.refresh)
                 if report.version != sent:
                     sent, alive = report.version, time.monotonic()
@@ -159,7 +162,7 @@ class LiveServer:
         self.url = f"http://{shown}:{self._socket.getsockname()[1]}/{token}/"
         self._server = uvicorn.Server(
             uvicorn.Config(
-                application(Report(feed, **options), token, host),
+                application(Report(feed, **options), token, host, lambda: self._server.should_exit),
                 log_config=None,
                 access_log=False,  # addresses have the token
                 lifespan="off",

@@ -149,7 +149,9 @@ def _chart(
     if not drawn:
         return None
     scores = [score for _, score, _ in drawn]
-    up = ticks(min(scores), max(scores))
+    low, high = min(scores), max(scores)
+    around = 0.1 * max(1.0, abs(low)) if low == high else 0.0  # equal scores are in the middle
+    up = ticks(low - around, high + around)
     left, right, bottom, top = across[0], across[-1], up[0], up[-1]
 
     def place(x: float, y: float) -> tuple[float, float]:
