@@ -68,7 +68,8 @@ class ModuleOperation(Operation):
             # Each program keeps its own totals, beside those of an evaluation or compile around it.
             totals = Totals()
             context.totals = (*context.totals, totals)
-            if BAGGAGE_KEY in current_context() and (caller := caller_attributes()):
+            caller = caller_attributes()
+            if caller:
                 context.inherited = {**context.inherited, **caller}
         else:
             inner = context.paths or program.paths
@@ -152,6 +153,8 @@ class ModuleOperation(Operation):
 def caller_attributes() -> Attributes:
     """Session and user that the application has put into OpenTelemetry's baggage, for all spans of a program call."""
     attributes: Attributes = {}
+    if BAGGAGE_KEY not in current_context():
+        return attributes
     found = baggage.get_all()
     for key in (semconv.SESSION_ID, semconv.USER_ID):
         value = found.get(key)
