@@ -17,6 +17,7 @@ from dspy_otel.version import __version__
 if TYPE_CHECKING:
     from dspy_otel.config import Config
     from dspy_otel.decide import compare
+    from dspy_otel.inline_report import report
     from dspy_otel.instrumentor import DSPyInstrumentor
     from dspy_otel.live.process import watch
     from dspy_otel.operations.program import program_digest as program_id
@@ -37,6 +38,7 @@ _PLACES: Final = {
     "inject": ("propagation", "inject"),
     "optimization": ("optimizers", "optimization"),
     "program_id": ("operations.program", "program_digest"),
+    "report": ("report", ""),  # a package that can be called
     "watch": ("live.process", "watch"),
 }
 
@@ -47,7 +49,8 @@ if not TYPE_CHECKING:  # A type checker would take any name for one of ours.
         if name not in _PLACES:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         module, attribute = _PLACES[name]
-        value = getattr(importlib.import_module(f".{module}", __name__), attribute)
+        found = importlib.import_module(f".{module}", __name__)
+        value = getattr(found, attribute) if attribute else found
         globals()[name] = value
         return value
 
@@ -91,6 +94,7 @@ __all__ = [
     "instrument",
     "optimization",
     "program_id",
+    "report",
     "uninstrument",
     "watch",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets as random_source
+import sys
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Final
 
@@ -68,10 +69,11 @@ class CompileOperation(Operation):
         self.programs = programs
         self.tracker_for = tracker_for
         self.display: ProgressDisplay | None = None
-        if telemetry.config.progress != "off":
+        progress = telemetry.config.progress
+        if progress == "on" or (progress == "auto" and "IPython" in sys.modules):
             from dspy_otel.optimizers.progress.display import ProgressDisplay
 
-            self.display = ProgressDisplay(telemetry.config.progress)
+            self.display = ProgressDisplay(progress)
 
     def start(
         self, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any], parent: CallContext | None

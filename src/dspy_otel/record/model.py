@@ -10,6 +10,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from html import escape
 from typing import Any, Final, TypeAlias
 
 RUNNING: Final = "running"
@@ -545,6 +546,22 @@ class Origin:
     winner: bool
     mlflow_run_id: str | None = None
     url: str | None = None
+
+    def _repr_html_(self) -> str:
+        """For notebooks: a table, with a link to the run's page."""
+        what = "winner" if self.winner else "candidate"
+        rows = {
+            "optimizer": f"{escape(self.optimizer)} ({what})",
+            "score": "" if self.score is None else f"{self.score:.2f}",
+            "trial": "" if self.trial is None else str(self.trial),
+            "program": f"<code>{escape(self.program_id)}</code>",
+            "run": f"<code>{escape(self.mlflow_run_id or self.run_id)}</code>",
+        }
+        if self.url is not None:
+            rows["run"] = f'<a href="{escape(self.url)}" target="_blank" rel="noopener">{escape(self.url)}</a>'
+        cell = '<td style="text-align:left">'
+        lines = (f"<tr>{cell}{name}</td>{cell}{value}</td></tr>" for name, value in rows.items() if value)
+        return f"<table>{''.join(lines)}</table>"
 
 
 # --- values ---------------------------------------------------------------------------------------------------------

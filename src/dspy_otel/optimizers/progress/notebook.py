@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import sys
 import threading
+import time
 from collections.abc import Callable, Sequence
 from html import escape
 from typing import Any, Final
@@ -23,8 +25,11 @@ from dspy_otel.optimizers.progress.view import (
     score_text,
     spend_text,
 )
+from dspy_otel.record.addresses import address_of
 
 _SECONDS: Final = 0.5
+_LINK_SECONDS: Final = 60
+"""How long the link is waited for, in the background, after the end."""
 _QUIET: Final = ("dspy.teleprompt", "dspy.evaluate")
 _CELL: Final = "text-align:left;padding:2px 14px 2px 0;background:none"
 
@@ -41,6 +46,7 @@ class Notebook:
     def __init__(self, views: Callable[[], Sequence[View]]) -> None:
         self._views = views
         self._tables: dict[str, _Table] = {}
+        self._without_link: list[tuple[_Table, View]] = []
         self._over = threading.Event()
         self._quiet = _Quiet()
 
@@ -61,7 +67,10 @@ class Notebook:
 
     def end(self, view: View) -> None:
         """Show what came of it."""
-        self._tables.pop(view.id).update(view)
+        table = self._tables.pop(view.id)
+        table.update(view)
+        if view.address is None:
+            self._without_link.append((table, view))
 
     def stop(self) -> None:
         """End the updates."""
@@ -77,6 +86,21 @@ class Notebook:
             except Exception as error:
                 failed("progress display", error)
                 return
+        self._add_links()
+
+    def _add_links(self) -> None:
+        """A backend may know where an optimization is shown only when that has ended."""
+        for _ in range(int(_LINK_SECONDS / _SECONDS)):
+            for item in list(self._without_link):
+                table, view = item
+                address = address_of(view.id)
+                if address is not None:
+                    self._without_link.remove(item)
+                    with contextlib.suppress(Exception):
+                        table.update(dataclasses.replace(view, address=address))
+            if not self._without_link:
+                return
+            time.sleep(_SECONDS)
 
 
 class _Table:
@@ -94,9 +118,10 @@ class _Table:
         """Show another state; nothing comes after the end."""
         with self._lock:
             text = html(view)
-            if self._ended or text == self._shown:
+            ended = view.outcome != RUNNING
+            if text == self._shown or (self._ended and not ended):
                 return
-            self._ended, self._shown = view.outcome != RUNNING, text
+            self._ended, self._shown = ended, text
             self._handle.update(_bundle(view, text), raw=True)
 
 

@@ -61,7 +61,8 @@ class Terminal:
         self._redirection = Redirection(self._above)
 
     def begin(self, view: View) -> None:
-        """An optimization begins: it is shown at the next refresh."""
+        """An optimization begins: it is shown at once, however short it is."""
+        self._live.refresh()
 
     def end(self, view: View) -> None:
         """Leave the line of an optimization that has ended."""
