@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 
 import pytest
 
@@ -15,6 +16,8 @@ from rich.console import Console
 from dspy_otel import semconv
 from dspy_otel.cli.demo import run, show
 from dspy_otel.cli.demo.telemetry import Recorder
+from dspy_otel.cli.demo.trials import trial_tables
+from dspy_otel.record.model import Candidate, Optimization, Trial
 
 
 @pytest.fixture
@@ -67,28 +70,6 @@ def test_totals_by_part(recorder):
     assert recorder.totals()["traces"] == 6
 
 
-def test_tree_shows_scores_tokens_cache_and_errors(recorder):
-    text = "\n".join("│".join(line) for line in printed(show.trace_tree(recorder.of("evaluate"))))
-    lines = [line for line in text.splitlines() if line.strip()]
-    assert len(lines) == 5
-    assert "score 0.5" in lines[1]
-    assert "12 > 3 tokens" in lines[2]
-    assert "from cache" in lines[3]
-    assert "tokens" not in lines[3]
-    assert "ValueError" in lines[4]
-    assert show.trace_tree(recorder.of("GEPA")) is None
-
-
-def test_optimizer_table_counts_only_full_evaluations_as_best(recorder):
-    rows = [row[1:-1] for row in printed(show.optimizer_tables(recorder, "GEPA")[0]) if len(row) > 5]
-    assert rows == [
-        ["1", "full", "20", "0.40", "0.40"],
-        ["2", "minibatch", "3", "1.00", ""],
-        ["3", "full", "20", "0.35", ""],
-        ["4", "full", "20", "0.60", "0.60"],
-    ]
-
-
 def test_trials_are_shown_as_the_optimizer_counts_them():
     recorder = Recorder()
     provider = TracerProvider(shutdown_on_exit=False)
@@ -116,7 +97,7 @@ def test_trials_are_shown_as_the_optimizer_counts_them():
             for key, value in said.items():
                 span.set_attribute(f"dspy.trial.{key}", value)
     outer, inner = (
-        [row[1:-1] for row in printed(table) if len(row) > 5] for table in show.optimizer_tables(recorder, "GEPA")
+        [row[1:-1] for row in printed(table) if len(row) > 5] for table in trial_tables(recorder.trials("GEPA"))
     )
     assert outer == [
         ["1", "baseline", "8", "0.375", "0.375", "", ""],
@@ -125,16 +106,43 @@ def test_trials_are_shown_as_the_optimizer_counts_them():
     assert inner == [["3", "minibatch", "", "", "", "yes", "minibatch_ids=123456,123456,123456,12…"]]
 
 
-def test_parts_table_and_progress(recorder):
-    rows = {row[1]: row[2:-1] for row in printed(show.parts_table(recorder, ["evaluate", "GEPA"])) if len(row) > 5}
-    assert rows["evaluate"] == ["1", "2", "1", "12", "3", "0", ""]
-    assert rows["GEPA"] == ["5", "0", "0", "0", "0", "4", "0.60"]
-    assert rows["all"][:3] == ["6", "2", "1"]
+def test_progress_counts_only_full_evaluations_as_best(recorder):
     assert show.progress_line(recorder, "GEPA") == "0 LM calls, 4 evaluations, best score 0.60"
 
 
-def test_the_command_that_opens_the_ui(monkeypatch):
-    assert run._ui_command("http://127.0.0.1:5000") == "http://127.0.0.1:5000"
-    assert run._ui_command("sqlite:///demo-mlflow/mlflow.db").endswith(
-        "ui --backend-store-uri sqlite:///demo-mlflow/mlflow.db --workers 1 --port 5000"
-    )
+def test_five_trials_that_matter():
+    def trial(number: int, kind: str, score: float | None, **more) -> Trial:
+        return Trial(optimization="o", optimizer="GEPA", number=number, kind=kind, score=score, **more)
+
+    trials = [
+        trial(1, "baseline", 0.4, is_best=True),
+        trial(2, "sample", 0.1),
+        trial(3, "minibatch", 0.2, accepted=False),
+        trial(4, "full", 0.6, is_best=True),
+        trial(5, "full", 0.3),
+        trial(6, "full", 0.5),
+        trial(7, "full", 0.8, is_best=True),
+        trial(8, "full", None),
+    ]
+    assert [one.number for one in show.trials_that_matter(trials)] == [1, 3, 4, 5, 7]
+
+
+def test_what_the_winner_changed():
+    def state(instructions: str, demos: int) -> str:
+        return json.dumps({"say": {"signature": {"instructions": instructions}, "demos": [{}] * demos}})
+
+    before, after = Candidate("a", state("Short.", 0)), Candidate("b", state("long " * 200, 2))
+    texts = [line.plain for line in show.changes(Optimization(optimizer="GEPA", initial=before, returned=after))]
+    assert texts[:2] == ["What GEPA changed", "- say: Short."]
+    assert texts[2].startswith("+ say: long long")
+    assert len(texts[2]) < 320
+    assert texts[3:] == ["+ say: 2 demos"]
+    same = [line.plain for line in show.changes(Optimization(optimizer="GEPA", initial=before, returned=before))]
+    assert same[1:] == ["Nothing: the program was best as it was."]
+    unknown = show.changes(Optimization(optimizer="GEPA", initial=Candidate("a"), returned=Candidate("b")))
+    assert "not recorded" in unknown[1].plain
+
+
+def test_the_command_that_opens_the_ui():
+    assert run.ui_command("http://me:hidden@127.0.0.1:5000") == "http://127.0.0.1:5000"
+    assert run.ui_command("sqlite:///m.db") == "dspy-otel ui --tracking-uri sqlite:///m.db"

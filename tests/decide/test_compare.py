@@ -249,10 +249,10 @@ def test_every_format(files: tuple[str, str], form: str, capsys: pytest.CaptureF
 @pytest.mark.parametrize(
     ("reference", "reason"),
     [
-        ("nothing.jsonl", "There is no file nothing.jsonl."),
+        ("nothing.jsonl", "there is no nothing.jsonl: name a file that exists"),
         ("{a}#nothing", "there is no such part; there are "),
         ("{a}#best", "there is no finished optimization"),
-        ("{tmp}/broken.jsonl", "line 1 is no OTLP JSON"),
+        ("{tmp}/broken.jsonl", "broken.jsonl is no file of OTLP JSON"),
         ("{tmp}/empty.jsonl", "has no evaluation and no optimization with recorded examples."),
     ],
 )

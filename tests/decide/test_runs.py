@@ -111,7 +111,7 @@ def test_without_recorded_examples_there_is_a_reason(
     ("arguments", "reason"),
     [
         (["runs", "{tmp}/empty.jsonl"], "empty.jsonl has no finished optimization and no evaluation."),
-        (["runs", "{tmp}/nothing.jsonl"], "nothing.jsonl cannot be read"),
+        (["runs", "{tmp}/nothing.jsonl"], "nothing.jsonl: name a file that exists"),
         (["show", "{tmp}/empty.jsonl"], "there is no such part; there are none."),
     ],
 )

@@ -107,12 +107,13 @@ def test_a_file_of_spans_gives_the_same_report(telemetry: Any, tmp_path: Path, c
 
 def test_a_file_that_is_none_gives_one_clear_line(tmp_path: Path, capsys: Any) -> None:
     path = tmp_path / "spans.json"
-    for text, said in (("{}", "no finished optimization"), ("nonsense", "line 1 is no OTLP JSON"), (None, "No such")):
+    wrong = (("{}", "no finished optimization"), ("nonsense", "is no file of OTLP JSON"), (None, "that exists"))
+    for text, said in wrong:
         if text is not None:
             path.write_text(text)
         else:
             path.unlink()
-        assert cli.main(["report", "--spans", str(path)]) == 1
+        assert cli.main(["report", "--spans", str(path)]) in (1, 2)
         error = capsys.readouterr().err
         assert said in error
         assert error.count("\n") == 1

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 
 from dspy_otel.cli import compare, promote, replay, report, runs, ui, watch
+from dspy_otel.cli.files import problem_of, problem_of_operand
 from dspy_otel.version import __version__
 
 _PACKAGES_OF_DEMO = {
@@ -44,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     parser = argparse.ArgumentParser(prog="dspy-otel", description="OpenTelemetry instrumentation for DSPy.")
     parser.add_argument("--version", action="version", version=f"dspy-otel {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+    commands = parser.add_subparsers(dest="command", metavar="command")
     demo = commands.add_parser(
         "demo",
         help="run, evaluate and optimize a small program with telemetry on",
@@ -60,6 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         default=True,
         help="record prompts and answers (default: yes, the data is public)",
     )
+    demo.add_argument("--open", action="store_true", help="then open MLflow on it, in the browser, until Ctrl-C")
     demo.add_argument("--quick", action="store_true", help="less data and fewer trials")
     replay.add_command(commands)
     report.add_command(commands)
@@ -69,6 +71,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     runs.add_commands(commands)
     watch.add_command(commands)
     options = parser.parse_args(argv)
+    if options.command is None:
+        parser.print_help()
+        return 0
+    if (problem := _problem_of_files(options)) is not None:
+        return _refuse(problem)
     if options.command == "replay":
         return replay.run(options)
     if options.command == "compare":
@@ -104,7 +111,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         tracking_uri=options.tracking_uri,
         content=options.content,
         quick=options.quick,
+        open_it=options.open,
     )
+
+
+def _problem_of_files(options: argparse.Namespace) -> str | None:
+    """What is wrong with the first file that cannot be used. `compare` says so in its own formats."""
+    if options.command == "replay":
+        problems = [problem_of(path, protobuf=True, directory=True) for path in options.source]
+    elif options.command == "show":
+        problems = [problem_of_operand(options.run)]
+    else:
+        path = {"report": "spans", "runs": "file"}.get(options.command, "")
+        file = getattr(options, path, None)
+        problems = [None if file is None else problem_of(file)]
+    return next((problem for problem in problems if problem is not None), None)
 
 
 def _installed(module: str) -> bool:

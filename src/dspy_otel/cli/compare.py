@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Final
 
+from dspy_otel.cli.files import problem_of_operand
+
 _DESCRIPTION: Final = """Compares two programs by the examples that both were scored on: scores with a paired test and
 an interval, cost, tokens, latency, failures, the examples that changed, and what differs in the programs. A and B are:
 an MLflow run (of an optimization, a trial or an evaluation), an MLflow experiment (its best), a dspy.program.id
@@ -32,7 +34,7 @@ def add_command(commands: Any) -> None:
     )
     command.add_argument(
         "--alpha",
-        type=float,
+        type=_share,
         default=0.05,
         metavar="P",
         help="how often a difference may be shown where there is none (default: 0.05); 1 takes every drop as one",
@@ -51,6 +53,13 @@ def add_command(commands: Any) -> None:
     add_place(command)
 
 
+def _share(text: str) -> float:
+    value = float(text)
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"use a number above 0 and at most 1, not {text}")
+    return value
+
+
 def add_place(command: Any) -> None:
     """Add the arguments that say which MLflow is read."""
     command.add_argument("--experiment", metavar="NAME", help="name or id (default: MLFLOW_EXPERIMENT_NAME or _ID)")
@@ -64,6 +73,9 @@ def run(options: argparse.Namespace) -> int:
     from dspy_otel.decide.show import json_error, junit_error
 
     try:
+        for operand in (options.a, options.b):
+            if (problem := problem_of_operand(operand)) is not None:
+                raise CannotCompareError(problem)
         with quiet():
             found = compare(
                 options.a,

@@ -37,10 +37,6 @@ def run(options: argparse.Namespace) -> int:
             print("dspy-otel: the spool is off (OTEL_DSPY_SPOOL): name a directory or a file", file=sys.stderr)
             return 2
         sources = [directory]
-    missing = [source for source in options.source if not source.exists()]
-    if missing:
-        print(f"dspy-otel: there is no {missing[0]}", file=sys.stderr)
-        return 2
     if options.list:
         return _list(sources)
     logging.basicConfig(format="%(message)s")

@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dspy_otel.cli.working import working
+
 if TYPE_CHECKING:
     from dspy_otel.record.model import Optimization
     from dspy_otel.report import Source
@@ -36,20 +38,26 @@ def add_command(commands: Any) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Make the report, and print where it is. Returns the exit status."""
-    from dspy_otel.report import render
+    from dspy_otel.report.page import render
 
     logging.disable(logging.WARNING)  # MLflow logs much that is of no use here
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     os.environ.setdefault("LITELLM_LOCAL_MODEL_COST_MAP", "True")  # else an import may wait for a download
     try:
-        name, optimization, source = _of_spans(options) if options.spans is not None else _of_mlflow(options)
-        path = options.output or Path(f"report-{name}.html")
-        path.write_text(render(optimization, source), encoding="utf-8")
+        with working(f"reading {options.spans or 'MLflow'}"):
+            name, optimization, source = _of_spans(options) if options.spans is not None else _of_mlflow(options)
+            path = options.output or Path(f"report-{name}.html")
+            text = render(optimization, source)
     except (LookupError, ValueError, OSError) as error:
         print(f"dspy-otel: {error}", file=sys.stderr)
         return 1
     finally:
         logging.disable(logging.NOTSET)
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        print(f"dspy-otel: {path} cannot be written ({error.strerror}): name another file with -o", file=sys.stderr)
+        return 1
     print(path)
     return 0
 

@@ -6,7 +6,6 @@ import contextlib
 import io
 import logging
 import os
-import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -15,9 +14,11 @@ from typing import Any
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+from dspy_otel.cli import ui
 from dspy_otel.cli.demo import show
 from dspy_otel.cli.demo.telemetry import Recorder, open_mlflow, set_up_telemetry
 from dspy_otel.mlflow.retry import ExportError
+from dspy_otel.mlflow.target import public_uri
 
 _RUN, _EVALUATE = "run", "evaluate"
 _OPTIMIZERS = {"mipro": ("MIPROv2",), "gepa": ("GEPA",), "both": ("MIPROv2", "GEPA")}
@@ -26,12 +27,15 @@ _NAME = "dusty teal"  # asked before and after
 _THREADS = 4
 
 
-def run_demo(*, model: str | None, optimizer: str, tracking_uri: str | None, content: bool, quick: bool) -> int:
+def run_demo(
+    *, model: str | None, optimizer: str, tracking_uri: str | None, content: bool, quick: bool, open_it: bool = False
+) -> int:
     """Run the demo and print what was recorded.
 
     `model` is a DSPy model name, None the embedded model; `optimizer` is `mipro`, `gepa` or `both`; `tracking_uri` is
-    MLflow's, None a sqlite store in `./demo-mlflow/`; `content` is whether prompts and answers are recorded. Returns
-    the exit status: 1 when the model gave no answer, 2 when MLflow cannot be used.
+    MLflow's, None a sqlite store in `./demo-mlflow/`; `content` is whether prompts and answers are recorded; `open_it`
+    opens MLflow on it at the end. Returns the exit status: 1 when the model gave no answer, 2 when MLflow cannot be
+    used.
     """
     os.environ.setdefault("TQDM_DISABLE", "1")  # GEPA's own progress bar, under ours
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "ERROR")
@@ -40,7 +44,8 @@ def run_demo(*, model: str | None, optimizer: str, tracking_uri: str | None, con
         _STORE.mkdir(exist_ok=True)
         tracking_uri = f"sqlite:///{_STORE / 'mlflow.db'}"
     console = Console(file=sys.stdout)
-    console.print(f"dspy-otel demo on {model or 'the embedded model'}, traces to {tracking_uri}", highlight=False)
+    place = public_uri(tracking_uri)
+    console.print(f"dspy-otel demo on {model or 'the embedded model'}, traces to {place}", highlight=False)
 
     recorder = Recorder()
     answers = []
@@ -81,10 +86,9 @@ def run_demo(*, model: str | None, optimizer: str, tracking_uri: str | None, con
             finally:
                 step("store the last traces", finish)
 
-    console.print(f"\n{_NAME}: " + ", ".join(f"{family} ({when})" for when, family in answers), highlight=False)
-    console.print(show.report(recorder, (_RUN, _EVALUATE), _OPTIMIZERS[optimizer]))
-    console.print(f"\n[bold]See it all:[/] {_ui_command(tracking_uri)}", highlight=False, soft_wrap=True)
-    return 0
+    console.print(show.report(recorder, _OPTIMIZERS[optimizer], answers, _NAME), highlight=False)
+    console.print(f"\n[bold]See it all:[/] {ui_command(tracking_uri)}", highlight=False, soft_wrap=True)
+    return ui.open_ui(tracking_uri) if open_it else 0
 
 
 def _load(model: str | None) -> tuple[Any, Any]:
@@ -139,13 +143,8 @@ def _gepa(task: Any, lm: Any, train: list[Any], val: list[Any], quick: bool) -> 
     return optimizer.compile(task.ColourFamily(), trainset=train, valset=val)
 
 
-def _ui_command(tracking_uri: str) -> str:
-    """The one command that opens MLflow's UI on a store, or the address of a server that has it already."""
+def ui_command(tracking_uri: str) -> str:
+    """The command that opens MLflow on a store, or the address of a server that has its pages already."""
     if tracking_uri.startswith("http"):
-        return tracking_uri
-    beside = Path(sys.executable).parent / "mlflow"
-    mlflow = str(beside) if beside.exists() else shutil.which("mlflow") or "mlflow"
-    with contextlib.suppress(ValueError):
-        mlflow = str(Path(mlflow).relative_to(Path.cwd()))
-    # The variable keeps MLflow's start from waiting for a download that LiteLLM, when installed, makes.
-    return f"LITELLM_LOCAL_MODEL_COST_MAP=True {mlflow} ui --backend-store-uri {tracking_uri} --workers 1 --port 5000"
+        return public_uri(tracking_uri)
+    return f"dspy-otel ui --tracking-uri {public_uri(tracking_uri)}"

@@ -1,21 +1,23 @@
-"""What the demo prints: progress, one trace as a tree, and tables of what was recorded. All of it read from spans."""
+"""What the demo prints: progress, and on one screen what came of it. All of it read from spans."""
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Sequence
 
-from opentelemetry.sdk.trace import ReadableSpan
 from rich.console import Group
 from rich.progress import ProgressColumn, Task
 from rich.table import Table
 from rich.text import Text
-from rich.tree import Tree
 
-from dspy_otel.cli.demo.telemetry import Recorder, ids_of
-from dspy_otel.cli.demo.trials import trial_tables
-from dspy_otel.record.model import Evaluation, Example, LMCall
-from dspy_otel.record.spans import Kind, failure_of, kind_of, read
+from dspy_otel.cli.demo.telemetry import Recorder
+from dspy_otel.cli.demo.trials import parameters
+from dspy_otel.record.history import optimizations
+from dspy_otel.record.model import Evaluation, Optimization, Trial
+
+_TRIALS = 5
+_LINES = 4
+"""Most lines of an instruction."""
+_WIDTH = 76
 
 
 class NoteColumn(ProgressColumn):
@@ -44,92 +46,93 @@ def progress_line(recorder: Recorder, part: str) -> str:
     return ", ".join(words)
 
 
-def trace_tree(spans: Sequence[ReadableSpan]) -> Tree | None:
-    """The example's trace with the most spans, as a tree; None if there is no trace with an LM call."""
-    traces: dict[int, list[ReadableSpan]] = defaultdict(list)
-    for span in spans:
-        traces[ids_of(span)[0]].append(span)
-    shown = max((t for t in traces.values() if Kind.LM_CALL in map(kind_of, t)), key=len, default=None)
-    if shown is None:
-        return None
-    children: dict[int | None, list[ReadableSpan]] = defaultdict(list)
-    ids = {ids_of(span)[1] for span in shown}
-    for span in sorted(shown, key=lambda span: span.start_time or 0):
-        children[span.parent.span_id if span.parent and span.parent.span_id in ids else None].append(span)
+def report(recorder: Recorder, optimizers: Sequence[str], answers: Sequence[tuple[str, str]], asked: str) -> Group:
+    """What came of the optimizations, on one screen.
 
-    def grow(tree: Tree, parent: int | None) -> Tree:
-        for span in children[parent]:
-            grow(tree.add(_label(span)), ids_of(span)[1])
-        return tree
-
-    return grow(Tree(f"[bold]One trace[/] [dim]{ids_of(shown[0])[0]:032x}[/]"), None)
+    Args:
+        recorder: has their spans.
+        optimizers: their names.
+        answers: of the program to one question: when, and what.
+        asked: that question.
+    """
+    found = [one for one in optimizations(recorder.of()) if one.optimizer in optimizers and one.parent is None]
+    if not found:
+        return Group()
+    best = max(found, key=lambda one: (one.best or 0.0, -len(one.trials)))
+    shown: list[Text | Table] = [Text(), *map(result_line, found)]
+    shown.append(Text(f"{asked}: " + ", ".join(f"{answer} ({when})" for when, answer in answers)))
+    return Group(*shown, Text(), trials_table(found), Text(), *changes(best))
 
 
-def spans_table(recorder: Recorder) -> Table:
-    """Number and mean duration of the recorded spans, by name."""
-    durations: dict[str, list[float]] = defaultdict(list)
-    for span in recorder.of():
-        durations[span.name].append(_milliseconds(span))
-    table = Table(title="Spans recorded", title_justify="left", title_style="bold")
-    table.add_column("span")
-    table.add_column("number", justify="right")
-    table.add_column("mean ms", justify="right")
-    for name, values in sorted(durations.items(), key=lambda item: -len(item[1])):
-        table.add_row(name, f"{len(values):,}", f"{sum(values) / len(values):.2f}")
+def result_line(optimization: Optimization) -> Text:
+    """Baseline to best, and what it took."""
+    line = Text(f"{optimization.optimizer:<8} ", style="bold")
+    baseline, best = optimization.baseline, optimization.best
+    if baseline is not None and best is not None:
+        line.append(f"{baseline:.2f} → {best:.2f}", style="bold green" if best > baseline else "bold")
+    usage = optimization.usage
+    line.append(f"   {optimization.done or len(optimization.trials)} trials", style="not bold")
+    if usage.lm_calls:
+        line.append(f", {usage.lm_calls:,.0f} LM calls", style="not bold")
+    if usage.cost:
+        line.append(f", ${usage.cost:.2f}", style="not bold")
+    return line
+
+
+def trials_table(found: Sequence[Optimization]) -> Table:
+    """The five trials that matter: the start, each step up, and what did not help."""
+    table = Table(box=None, padding=(0, 2, 0, 0), title="Trials that matter", title_justify="left", title_style="bold")
+    for column, width in (("", 8), ("#", 3), ("kind", 9), ("score", 5), ("", 10), ("chosen", 28)):
+        side = "right" if column in ("#", "score") else "left"
+        table.add_column(column, justify=side, no_wrap=True, width=width)  # type: ignore[arg-type]
+    for trial in trials_that_matter([trial for one in found for trial in one.trials]):
+        score = "" if trial.score is None else f"{trial.score:.2f}"
+        mark = "★" if trial.is_best else "✗ rejected" if trial.accepted is False else ""
+        style = "green" if trial.is_best else None
+        table.add_row(trial.optimizer, str(trial.number), trial.kind, score, mark, parameters(trial), style=style)
     return table
 
 
-def parts_table(recorder: Recorder, parts: Sequence[str]) -> Table:
-    """Traces, LM calls, tokens and evaluations of each part of the demo."""
-    table = Table(title="What it took", title_justify="left", title_style="bold")
-    table.add_column("part")
-    for column in ("traces", "calls", "cached", "tokens in", "tokens out", "evals", "best"):
-        table.add_column(column, justify="right")
-    for name, part in [*((part, part) for part in parts), ("all", None)]:
-        totals = recorder.totals(part)
-        scores = _full_scores(recorder, part) if part else []
-        table.add_row(
-            name,
-            *(f"{totals[key]:,}" for key in ("traces", "lm_calls", "cache_hits", "input_tokens", "output_tokens")),
-            str(len(recorder.evaluations(part))) if part else "",
-            f"{max(scores):.2f}" if scores else "",
-            style="bold" if part is None else None,
-            end_section=part == parts[-1],
-        )
-    return table
+def trials_that_matter(trials: Sequence[Trial], count: int = _TRIALS) -> list[Trial]:
+    """The baseline, the best ones, then rejected and bad ones, in the order in which they were made."""
+
+    def rank(trial: Trial) -> tuple[int, float]:
+        if trial.is_best and trial.kind != "baseline":
+            return 1, -(trial.score or 0.0)
+        return (2 if trial.accepted is False else 3), trial.score or 0.0
+
+    baselines = [trial for trial in trials if trial.kind == "baseline"][:1]
+    scored = [trial for trial in trials if trial.score is not None and trial.kind not in ("baseline", "sample")]
+    chosen = [*baselines, *sorted(scored, key=rank)][:count]
+    return [trial for trial in trials if any(trial is one for one in chosen)]
 
 
-def optimizer_tables(recorder: Recorder, part: str) -> list[Table]:
-    """The trials of one optimizer, and of others inside it; without trial spans, its evaluations."""
-    return trial_tables(recorder.trials(part)) or [evaluations_table(recorder, part)]
+def changes(optimization: Optimization) -> list[Text]:
+    """What changed in the winner: its longest new instruction against the one before, and demos."""
+    before = {} if optimization.initial is None else optimization.initial.predictors
+    after = {} if optimization.returned is None else optimization.returned.predictors
+    lines = [Text(f"What {optimization.optimizer} changed", style="bold")]
+    if not after:
+        return [*lines, Text("Instructions were not recorded: that is what --no-content is for.")]
+    new = {
+        name: predictor.instructions or ""
+        for name, predictor in after.items()
+        if name not in before or predictor.instructions != before[name].instructions
+    }
+    if new:
+        name = max(new, key=lambda name: len(new[name]))
+        if name in before:
+            lines.append(Text(f"- {name}: {_short(before[name].instructions or '', 1)}", style="red"))
+        lines.append(Text(f"+ {name}: {_short(new[name], _LINES)}", style="green"))
+    demos = [f"{name}: {len(predictor.demos)} demos" for name, predictor in after.items() if predictor.demos]
+    if demos:
+        lines.append(Text("+ " + ", ".join(demos), style="green"))
+    return lines if len(lines) > 1 else [*lines, Text("Nothing: the program was best as it was.")]
 
 
-def evaluations_table(recorder: Recorder, part: str) -> Table:
-    """Every evaluation of one optimizer, in order. Only those of full size count for the best score so far."""
-    evaluations = recorder.evaluations(part)
-    full = _full_size(evaluations)
-    table = Table(title=part, title_justify="left", title_style="bold")
-    table.add_column("#", justify="right")
-    table.add_column("kind")
-    for column in ("examples", "score", "best so far"):
-        table.add_column(column, justify="right")
-    best: float | None = None
-    for number, evaluation in enumerate(evaluations, 1):
-        row = [str(number), "full" if evaluation.size == full else "minibatch", str(evaluation.size or 0)]
-        score = evaluation.score or 0.0
-        better = evaluation.size == full and (best is None or score > best)
-        best = score if better else best
-        row += [f"{score:.2f}", f"{best:.2f}" if better and best is not None else ""]
-        table.add_row(*row, style="green" if better else None)
-    return table
-
-
-def report(recorder: Recorder, parts: Sequence[str], optimizers: Sequence[str]) -> Group:
-    """Everything that is shown at the end. The one trace is taken from the last of `parts`."""
-    tree = trace_tree(recorder.of(parts[-1]))
-    tables = [table for name in optimizers for table in optimizer_tables(recorder, name)]
-    shown = [tree, *tables, spans_table(recorder), parts_table(recorder, [*parts, *optimizers])]
-    return Group(*(item for part in shown if part for item in ("", part)))
+def _short(text: str, lines: int) -> str:
+    words = " ".join(text.split())
+    return words if len(words) <= lines * _WIDTH else words[: lines * _WIDTH - 1] + "…"
 
 
 def _full_scores(recorder: Recorder, part: str) -> list[float]:
@@ -140,22 +143,3 @@ def _full_scores(recorder: Recorder, part: str) -> list[float]:
 
 def _full_size(evaluations: Sequence[Evaluation]) -> int | None:
     return max((one.size for one in evaluations if one.size is not None), default=None)
-
-
-def _label(span: ReadableSpan) -> str:
-    words = [f"{span.name}  [dim]{_milliseconds(span):.1f} ms[/]"]
-    part = read(span, kind_of(span))
-    if isinstance(part, LMCall):
-        if part.input_tokens is not None and part.output_tokens is not None:
-            words.append(f"[cyan]{part.input_tokens} > {part.output_tokens} tokens[/]")
-        if part.cache_hit:
-            words.append("[yellow]from cache[/]")
-    if isinstance(part, (Example, Evaluation)) and part.score is not None:
-        words.append(f"[green]score {part.score:g}[/]")
-    if (failure := failure_of(span)) is not None:
-        words.append(f"[red]{failure.type}[/]")
-    return "  ".join(words)
-
-
-def _milliseconds(span: ReadableSpan) -> float:
-    return ((span.end_time or 0) - (span.start_time or 0)) / 1e6

@@ -24,7 +24,8 @@ def open_backend(target: Target) -> Backend:
         return RestBackend(target)
     path = sqlite_path(uri)
     if not target.create and path is not None and not os.path.exists(path):
-        raise ExportError("store", f"There is no database {path}.", unavailable=True, permanent=True)
+        message = f"There is no database {path}: name another store (MLFLOW_TRACKING_URI), or run your program first."
+        raise ExportError("store", message, unavailable=True, permanent=True)
     from dspy_otel.mlflow.backends.embedded import EmbeddedBackend
 
     return EmbeddedBackend(target)

@@ -1,0 +1,34 @@
+"""A line on the terminal that shows that a command works."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+@contextmanager
+def working(what: str) -> Iterator[None]:
+    """Show ``what`` and the seconds since, on stderr if that is a terminal, and take it away at the end."""
+    if not sys.stderr.isatty():
+        yield
+        return
+    over = threading.Event()
+
+    def show() -> None:
+        began = time.monotonic()
+        while True:
+            print(f"\r\x1b[2K{what} {time.monotonic() - began:.0f} s", end="", file=sys.stderr, flush=True)
+            if over.wait(1):
+                return
+
+    thread = threading.Thread(target=show, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+        print("\r\x1b[2K", end="", file=sys.stderr, flush=True)
