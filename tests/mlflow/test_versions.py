@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from dspy_otel.mlflow import versions
+from dspy_otel.mlflow.backends.rest_registry import RestRegistry
 from dspy_otel.mlflow.replay import replay
 from dspy_otel.mlflow.versions import (
     DATASETS,
@@ -144,12 +145,17 @@ def server() -> Iterator[FakeMLflow]:
         yield server
 
 
-def test_a_registry_that_fails_holds_nothing_else_up(server: FakeMLflow, tmp_path: Path) -> None:
+@pytest.mark.parametrize("fault", [Fault("page"), Fault("status", 500), Fault("object"), None], ids=str)
+def test_a_registry_that_fails_holds_nothing_else_up(
+    server: FakeMLflow, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: Fault | None
+) -> None:
     plan = Plan((STORY,))
-    for endpoint in ("models", "prompts", "datasets"):
+    for endpoint in ("models", "prompts", "datasets") if fault is not None else ():
         for _ in range(500):
-            server.faults.add(endpoint, Fault("page"))
-    with quick(plan, tmp_path, Disk(), "0.5"):
+            server.faults.add(endpoint, fault)
+    if fault is None:
+        monkeypatch.setattr(RestRegistry, "put_prompt", lambda *_: {}["no such key"])
+    with quick(plan, tmp_path, Disk(), "60"):  # it gives up after some failures, long before
         done = run(plan, server.url, server.faults, Disk())
         account = done.account
         assert account is not None
@@ -159,6 +165,7 @@ def test_a_registry_that_fails_holds_nothing_else_up(server: FakeMLflow, tmp_pat
         assert account.kept["runs"] == 1  # its model is missing
         assert not server.models
         server.faults.mend()
+        monkeypatch.undo()
         assert replay([tmp_path]).left == []
     assert [one["status"] for one in server.contents()["models"].values()] == ["READY"]
 

@@ -15,10 +15,11 @@ from dspy_otel.mlflow.versions import registered_name
 from dspy_otel.record.stored import read_optimization
 
 _Program = TypeVar("_Program")
-_NO_PROGRAM: Final = (
+NO_PROGRAM: Final = (
     "has no {}: programs are recorded with OTEL_INSTRUMENTATION_GENAI_CAPTURE_MESSAGE_CONTENT=span_only, and stored "
     "when nothing of them was cut or masked"
 )
+"""Why there is no program to load."""
 
 
 def load_best(
@@ -86,7 +87,7 @@ def _of_alias(store: Backend, name: str, alias: str) -> str:
         raise LookupError(f"MLflow has no program {name!r} with the alias {alias!r}: `dspy-otel promote` gives one")
     text = store.registry.read_model_artifact(model, BEST_PROGRAM)
     if text is None:
-        raise LookupError(f"Model {model.model_id} {_NO_PROGRAM.format(BEST_PROGRAM)}")
+        raise LookupError(f"Model {model.model_id} {NO_PROGRAM.format(BEST_PROGRAM)}")
     return text
 
 
@@ -102,7 +103,7 @@ def _of_run(store: Backend, run_id: str | None) -> str:
     if text is None:  # models may be switched off, and older runs have none
         text = store.read_artifact(CreatedRun(best.run_id, best.artifact_uri), BEST_PROGRAM)
     if text is None:
-        raise LookupError(f"Run {best.run_id} {_NO_PROGRAM.format(BEST_PROGRAM)}")
+        raise LookupError(f"Run {best.run_id} {NO_PROGRAM.format(BEST_PROGRAM)}")
     return text
 
 

@@ -406,7 +406,7 @@ class MLflowProcessor(SpanProcessor):
         """When the program ends: whether MLflow cannot be reached, so that the rest stays in the journal."""
         backoff = self.worker.backoff
         if not self._stop.is_set() or backoff.error is None or backoff.error.cause == "slow":
-            return self._stop.is_set() and self.worker.failed
+            return self._stop.is_set() and (self.worker.failed or self.worker.only_versions_fail)
         return self.worker.failed or backoff.failures >= EXIT_ATTEMPTS
 
     def _recover(self) -> None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from dspy_otel import semconv
 from dspy_otel.mlflow.backends import open_backend
+from dspy_otel.mlflow.load import NO_PROGRAM
 from dspy_otel.mlflow.runs import BEST_PROGRAM, COMPILE, FINISHED, TAG_KEY, TAG_KIND
 from dspy_otel.mlflow.target import Target
 from dspy_otel.mlflow.versions import ENV_PARTS, MODELS, PromptVersion, read_linked_prompts, registered_name
@@ -57,11 +58,7 @@ def promote(run_id: str, alias: str, *, tracking_uri: str | None = None) -> Prom
                 f"Run {run_id} has no model: it is a step of another optimization, or {ENV_PARTS[MODELS]} was off."
             )
         if store.registry.read_model_artifact(model, BEST_PROGRAM) is None:
-            raise LookupError(
-                f"The program of run {run_id} cannot be loaded: it is recorded with "
-                "OTEL_INSTRUMENTATION_GENAI_CAPTURE_MESSAGE_CONTENT=span_only, and stored when nothing of it was cut "
-                "or masked."
-            )
+            raise LookupError(f"Run {run_id} {NO_PROGRAM.format(BEST_PROGRAM)}.")
         name = registered_name(model.tags.get(semconv.PROGRAM_NAME, "Program"))
         version = store.registry.register(model, name)
         prompts = tuple(read_linked_prompts(model.tags))

@@ -11,7 +11,7 @@ from typing import Any, Final
 
 from dspy_otel.mlflow.account import ARTIFACTS, RUNS, Account
 from dspy_otel.mlflow.backends import Backend
-from dspy_otel.mlflow.backends.base import CreatedRun
+from dspy_otel.mlflow.backends.base import CreatedRun, unexpected
 from dspy_otel.mlflow.backends.registry import Registry
 from dspy_otel.mlflow.items import ATTEMPTS_BEFORE_SPLIT, Items
 from dspy_otel.mlflow.pending import Pending, PendingRuns
@@ -213,9 +213,10 @@ class RunWriter:
             if run.ended is None and self._items.is_due(VERSIONS, run.key):
                 try:
                     self._write_version(backend, run)
-                except ExportError as error:
-                    self._items.failed(VERSIONS, run.key, error)
-                    self._report(error.cause, f"{run.name}, its versions: {error} They are tried again.")
+                except Exception as error:
+                    failure = error if isinstance(error, ExportError) else unexpected(error)
+                    self._items.failed(VERSIONS, run.key, failure)
+                    self._report(failure.cause, f"{run.name}, its versions: {failure} They are tried again.")
                 else:
                     self._items.succeeded(VERSIONS, run.key)
 

@@ -138,6 +138,13 @@ class Worker:
         segments = [segment.failures for segment in self.journal.segments]
         return max([*segments, *(item.failures for item in self._items.failing)], default=0)
 
+    @property
+    def only_versions_fail(self) -> bool:
+        """Whether nothing is pending but models, prompts and datasets that have failed several times."""
+        if self._starts or self.journal.segments or self.failures < EXIT_ATTEMPTS:
+            return False
+        return all(run.version is not None and run.ended is None for run in self.pending.lacking)
+
     def wait_seconds(self) -> float:
         """Seconds until there is something to do, unless spans come in."""
         if self.done or self.failed:
