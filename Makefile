@@ -112,7 +112,7 @@ $(VENV)/.test: $(VENV)/.demo
 
 $(VENV)/.neighbours: $(VENV)/.test
 # All in one: each release of OpenTelemetry's instrumentations wants the SDK of its own release.
-	@$(INSTALL) -e ".[demo]" --group test --group neighbours --group workers
+	@$(INSTALL) -e ".[demo]" --group test --group neighbours --group workers --group browser
 	@touch $@
 
 # There are no wheels for some platforms: the tests say then that they are skipped.
