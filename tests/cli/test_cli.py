@@ -229,7 +229,6 @@ def test_a_file_that_may_not_be_read(capsys, tmp_path):
         (["promote", "nothing", "--alias", "production"], "run your program first"),
         (["promote", "nothing"], "the following arguments are required: --alias"),
         (["promote", "a", "--alias", "b", "--tracking-uri", AWAY], "is the server running"),
-        (["watch", "--spans", "."], "is a directory: name a file of OTLP JSON"),
         (["watch", "--port", "x"], "invalid int value: 'x'"),
         (["report", "--tracking-uri", AWAY], "is the server running"),
         (["runs", "--tracking-uri", AWAY], "is the server running"),
