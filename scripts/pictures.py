@@ -114,11 +114,11 @@ def take(browser: Browser, address: str, width: int, out: Path) -> None:
     chat = next(span for span in trace.data.spans if span.name.startswith("chat"))
     top = f"{address}/#/experiments/{experiment}"
     pages = {
-        "runs": (f"{top}/runs", parent.info.run_name, "Expand rows"),
+        "runs": (f"{top}/runs", parent.info.run_name, None),
         "evaluation-runs": (f"{top}/evaluation-runs", parent.info.run_name, None),
         "parent": (f"{top}/runs/{parent.info.run_id}", parent.info.run_name, None),
         "traces": (f"{top}/runs/{winner.info.run_id}/traces", trace.info.trace_id[:10], None),
-        "report": (f"{top}/runs/{parent.info.run_id}/artifacts/report.html", "report.html", None),
+        "report": (f"{top}/runs/{parent.info.run_id}/artifacts/report.html", "best_model.json", None),
         "chat": (f"{top}/traces?selectedEvaluationId={trace.info.trace_id}", chat.name, chat.name),
     }
     page = browser.new_page(viewport={"width": width, "height": HEIGHT})
@@ -131,6 +131,8 @@ def take(browser: Browser, address: str, width: int, out: Path) -> None:
         page.get_by_text(shown).first.wait_for(timeout=LOADING)
         if clicked is not None:
             page.get_by_text(clicked).last.click()
+        if name == "runs" and (box := page.get_by_text(shown).first.bounding_box()) is not None:
+            page.mouse.click(box["x"] - 33, box["y"] + box["height"] / 2)  # the plus before a name, which has none
         page.wait_for_timeout(DRAWING)  # MLflow's pages ask their server without an end, so that none is ever idle
         page.screenshot(path=out / f"mlflow-{name}.png")
         print(out / f"mlflow-{name}.png")

@@ -89,12 +89,16 @@ def plain(text: str) -> list[str]:
     return re.split(r"[\r\n]+", re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text))
 
 
+# What the search finds depends on how this DSPy shuffles.
+FOUND = r"✓ BootstrapFewShotWithRandomSearch: (?:0\.75, \+0\.38|0\.62, \+0\.25) from 0\.38"
+
+
 @pytest.mark.parametrize(
     ("name", "last"),
     [
         ("MIPROv2", r"✓ MIPROv2: 0\.88, \+0\.50 from 0\.38 · 9 trials · \$0\.0\d · 0:\d\d"),
         ("GEPA", r"✓ GEPA: 0\.\d+, \+0\.\d+ from 0\.\d+ · \d+ trials · \$0\.0\d · \d:\d\d"),
-        ("RandomSearch", r"✓ BootstrapFewShotWithRandomSearch: 0\.75, \+0\.38 from 0\.38 .*\$0\.\d\d.*"),
+        ("RandomSearch", rf"{FOUND} .*\$0\.\d\d.*"),
     ],
 )
 def test_a_terminal_shows_the_run(name: str, last: str) -> None:
@@ -346,7 +350,7 @@ def test_a_notebook_shows_it_unasked_and_keeps_the_result(telemetry: Any, monkey
     (handle,) = shell.handles
     first, last = handle.shown[0], handle.shown[-1]
     assert "start" in first["text/html"]
-    assert "✓ BootstrapFewShotWithRandomSearch: 0.75, +0.38 from 0.38" in last["text/html"]
+    assert re.search(FOUND, last["text/html"])
     assert last["text/plain"].startswith("✓ BootstrapFewShotWithRandomSearch")
     assert handler.filters == filters
 
