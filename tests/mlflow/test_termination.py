@@ -1,4 +1,4 @@
-"""SIGTERM is handled while something may be lost, and is as it was before and after that, and in children."""
+"""SIGTERM and SIGHUP are handled while something may be lost, and are as they were before, after and in children."""
 
 from __future__ import annotations
 
@@ -28,6 +28,7 @@ def as_python_has_it() -> Iterator[None]:
 PROGRAM = """
     import os, signal
     from dspy_otel.mlflow import MLflowSpanExporter
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # whatever the runner of these tests has set
     {before}
     exporters = [MLflowSpanExporter("http://127.0.0.1:9") for _ in range(2)]
     seen = [signal.getsignal(signal.SIGTERM)]
@@ -51,8 +52,9 @@ PROGRAM = """
         ("mine = lambda *_: None; signal.signal(signal.SIGTERM, mine)", "mine", True),
     ],
 )
-def test_a_handler_is_only_there_while_it_is_needed(before: str, expected: str, own: bool) -> None:
-    text = textwrap.dedent(PROGRAM).format(before=before, expected=expected, own=own)
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+def test_a_handler_is_only_there_while_it_is_needed(before: str, expected: str, own: bool, name: str) -> None:
+    text = textwrap.dedent(PROGRAM).format(before=before, expected=expected, own=own).replace("SIGTERM", name)
     done = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 

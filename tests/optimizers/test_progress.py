@@ -35,6 +35,11 @@ before = sys.stdout, sys.stderr, logging.root.handlers[0].stream
 end = sys.argv[2] if len(sys.argv) > 2 else ""
 if end:
     def fails(example, prediction, trace=None):
+        if end == "asked":
+            import time
+            print("you said", input("Your verdict? "))
+            time.sleep(0.6)  # the display is drawn again
+            raise KeyboardInterrupt
         logging.getLogger("mine").warning("a line of mine")
         raise KeyboardInterrupt if end == "interrupted" else SystemExit(3)
     try:
@@ -49,8 +54,8 @@ print("done")
 """
 
 
-def run(name: str, *more: str, terminal: bool, **environment: str) -> tuple[str, str]:
-    """What a program that optimizes writes to stdout, a pipe, and to stderr."""
+def run(name: str, *more: str, terminal: bool, answer: str = "", **environment: str) -> tuple[str, str]:
+    """What a program that optimizes writes to stdout, a pipe, and to stderr; with an answer, both to the terminal."""
     pty = pytest.importorskip("pty", reason="no pseudo-terminals on this system")
     ours, theirs = pty.openpty() if terminal else os.pipe()
     process = subprocess.Popen(
@@ -64,7 +69,8 @@ def run(name: str, *more: str, terminal: bool, **environment: str) -> tuple[str,
             "PYTHONIOENCODING": "utf-8",
             **environment,
         },
-        stdout=subprocess.PIPE,
+        stdin=theirs if answer else None,
+        stdout=theirs if answer else subprocess.PIPE,
         stderr=theirs,
         text=True,
     )
@@ -78,6 +84,8 @@ def run(name: str, *more: str, terminal: bool, **environment: str) -> tuple[str,
         if not part:
             break
         written += part
+        if answer and written.endswith(b"? "):
+            os.write(ours, f"{answer}\n".encode())
     stdout = finish(process).stdout
     assert process.returncode == 0, written.decode()[-2000:]
     os.close(ours)
@@ -119,6 +127,16 @@ def test_no_colour_where_none_is_asked_for() -> None:
     _, stderr = run("COPRO", terminal=True, OTEL_DSPY_PROGRESS="true", NO_COLOR="1")
     assert "✓ COPRO" in "".join(plain(stderr))
     assert not re.search(r"\x1b\[[0-9;]*3[0-7]m", stderr)
+
+
+def test_who_is_asked_sees_the_question() -> None:
+    pytest.importorskip("rich")
+    _, stderr = run("", "asked", terminal=True, answer="fine", OTEL_DSPY_PROGRESS="true")
+    question = plain(stderr).index("Your verdict? fine")
+    after = plain(stderr)[question + 1 :]
+    assert "you said fine" in after
+    assert [text for text in after if text.startswith("BootstrapFewShot · bootstrap")]
+    assert after[-2] == "done"
 
 
 @pytest.mark.parametrize(("end", "error"), [("interrupted", "KeyboardInterrupt"), ("exit", "SystemExit")])

@@ -33,7 +33,7 @@ def run(options: argparse.Namespace) -> int:
     os.environ.setdefault("LITELLM_LOCAL_MODEL_COST_MAP", "True")  # else an import may wait for a download
     try:
         done = promote(options.run, options.alias, tracking_uri=options.tracking_uri)
-    except (LookupError, ExportError) as error:
+    except (LookupError, ValueError, ExportError) as error:
         print(f"dspy-otel: {error}", file=sys.stderr)
         return 1
     finally:

@@ -10,6 +10,8 @@ import webbrowser
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dspy_otel.cli.ui import port_number
+
 if TYPE_CHECKING:
     from dspy_otel.live.feeds import Feed
 
@@ -30,7 +32,7 @@ def add_command(commands: Any) -> None:
     command.add_argument("--spans", metavar="FILE", type=Path, help="a file of spans in place of MLflow")
     command.add_argument("--tracking-uri", metavar="URI", help="MLflow to read from (default: MLFLOW_TRACKING_URI)")
     command.add_argument("--host", default="127.0.0.1", help="to listen on (default: this machine only)")
-    command.add_argument("--port", type=int, default=0, help="to listen on (default: a free one)")
+    command.add_argument("--port", type=port_number, default=0, help="to listen on (default: a free one)")
     command.add_argument(
         "--open",
         action=argparse.BooleanOptionalAction,
@@ -50,6 +52,8 @@ def run(options: argparse.Namespace) -> int:
     if options.spans is not None and options.spans.is_dir():
         print(f"dspy-otel: {options.spans} is a directory: name a file of OTLP JSON", file=sys.stderr)
         return 2
+    if options.spans is not None and not options.spans.exists():
+        print(f"waiting for {options.spans}, which is not there yet", file=sys.stderr)
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     os.environ.setdefault("LITELLM_LOCAL_MODEL_COST_MAP", "True")  # else an import may wait for a download
     feed: Feed

@@ -155,10 +155,10 @@ class MLflowProcessor(SpanProcessor):
     # --- in the program's threads -----------------------------------------------------------------------------------
     def on_start(self, span: Span, parent_context: Context | None = None) -> None:
         """Put the start of an optimization, trial or evaluation on the queue."""
-        if not self._runs or span.name.split(" ", 1)[0] not in _RUN_NAMES:
-            return
         try:
-            if is_ours(span):
+            if span.parent is None:
+                self._look_at_experiment()
+            if self._runs and span.name.split(" ", 1)[0] in _RUN_NAMES and is_ours(span):
                 self._put(span, None if span.name == semconv.SPAN_TRIAL else self._active_run(), False)
         except Exception:
             _logger.debug("the start of %r is not followed", span.name, exc_info=True)
@@ -199,22 +199,21 @@ class MLflowProcessor(SpanProcessor):
         if fluent is None:
             return None
         run = fluent.active_run()
-        if run is None and fluent._active_experiment_id == self._checked_experiment:
-            return None
-        if not self._target.is_at(sys.modules["mlflow"].get_tracking_uri()):
-            return None
-        if run is None:
-            self._check_experiment(str(fluent._active_experiment_id))
+        if run is None or not self._target.is_at(sys.modules["mlflow"].get_tracking_uri()):
             return None
         return UserRun(str(run.info.run_id), str(run.info.experiment_id))
 
-    def _check_experiment(self, active: str) -> None:
+    def _look_at_experiment(self) -> None:
         """Warn once when ``mlflow.set_experiment()`` has chosen another experiment than ours, which is in use."""
+        fluent = sys.modules.get("mlflow.tracking.fluent")
+        active = None if fluent is None else fluent._active_experiment_id
+        if active == self._checked_experiment or not self._target.is_at(sys.modules["mlflow"].get_tracking_uri()):
+            return
         ours = None if self.worker.backend is None else self.worker.backend.experiment_in_use
         if ours is None:  # nothing has been written yet: looked at again at the next start
             return
         self._checked_experiment = active
-        if ours != active:
+        if ours != str(active):
             log_safely(
                 _logger.warning,
                 "mlflow.set_experiment() has chosen experiment %s; traces go on to experiment %s. To change that too, "

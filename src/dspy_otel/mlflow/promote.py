@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
+from typing import Final
 
 from dspy_otel import semconv
 from dspy_otel.mlflow.backends import open_backend
@@ -10,6 +12,8 @@ from dspy_otel.mlflow.load import NO_PROGRAM
 from dspy_otel.mlflow.runs import BEST_PROGRAM, COMPILE, FINISHED, TAG_KEY, TAG_KIND
 from dspy_otel.mlflow.target import Target
 from dspy_otel.mlflow.versions import ENV_PARTS, MODELS, PromptVersion, read_linked_prompts, registered_name
+
+_ALIAS: Final = re.compile(r"(?!latest\Z)(?!v\d+\Z)[A-Za-z0-9_-]+", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,9 +43,12 @@ def promote(run_id: str, alias: str, *, tracking_uri: str | None = None) -> Prom
         tracking_uri: default ``MLFLOW_TRACKING_URI``.
 
     Raises:
+        ValueError: MLflow has no such aliases.
         LookupError: no such run, or one that returned no program that can be loaded.
         ExportError: MLflow cannot be reached or opened, or does not take the alias.
     """
+    if not _ALIAS.fullmatch(alias):
+        raise ValueError(f"{alias!r} cannot be an alias: use letters, digits, _ and -, and neither latest nor v1.")
     store = open_backend(Target(tracking_uri, "0", create=False))
     try:
         runs = store.find_runs(run_id, "")
@@ -55,7 +62,8 @@ def promote(run_id: str, alias: str, *, tracking_uri: str | None = None) -> Prom
         model = store.registry.find_model(run.tags.get(TAG_KEY, ""), run.experiment_id)
         if model is None:
             raise LookupError(
-                f"Run {run_id} has no model: it is a step of another optimization, or {ENV_PARTS[MODELS]} was off."
+                f"Run {run_id} has no model: it is a step of another optimization, {ENV_PARTS[MODELS]} was off, or it "
+                "has not been delivered yet (`dspy-otel replay`)."
             )
         if store.registry.read_model_artifact(model, BEST_PROGRAM) is None:
             raise LookupError(f"Run {run_id} {NO_PROGRAM.format(BEST_PROGRAM)}.")

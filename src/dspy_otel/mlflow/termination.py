@@ -1,4 +1,4 @@
-"""SIGTERM ends a process without any clean-up, as when a container stops. This module delivers what is pending first.
+"""SIGTERM (a container stops) and SIGHUP (a terminal closes) end a process at once. This module delivers first.
 
 A worker of ``multiprocessing``, or of a pool of processes, ends without the functions of ``atexit``: the other case.
 
@@ -28,6 +28,9 @@ _LAST_BEFORE_CHILDREN_END: Final = 0
 """The priority of a finalizer of ``multiprocessing``: after those of the program, which may still make spans."""
 
 
+_SIGNALS: Final = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name))
+
+
 class SupportsShutdown(Protocol):
     """An object to shut down before the process is terminated."""
 
@@ -39,10 +42,11 @@ _running: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
 def before_termination(running: SupportsShutdown) -> None:
-    """Shut an object down when the process gets SIGTERM; it is referenced weakly."""
+    """Shut an object down when the process is told to end; it is referenced weakly."""
     _running.add(running)
-    if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
-        _set(_terminate)
+    for number in _SIGNALS:
+        if signal.getsignal(number) is signal.SIG_DFL:
+            _set(number, _terminate)
 
 
 def before_worker_ends(running: SupportsShutdown) -> None:
@@ -63,7 +67,7 @@ def _add_finalizer(running: SupportsShutdown) -> None:
 
 
 def after_shutdown(ended: SupportsShutdown) -> None:
-    """Leave SIGTERM as it was found, once nothing needs it any more."""
+    """Leave the signals as they were found, once nothing needs them any more."""
     _running.discard(ended)
     if not _running:
         _restore()
@@ -82,14 +86,15 @@ def _terminate(number: int, _: Any) -> None:
     os._exit(128 + number)  # the first process of a container: the kernel ignores the signal there
 
 
-def _set(handler: Any) -> None:
+def _set(number: int, handler: Any) -> None:
     with contextlib.suppress(ValueError):  # only the main thread may do so
-        signal.signal(signal.SIGTERM, handler)
+        signal.signal(number, handler)
 
 
 def _restore() -> None:
-    if signal.getsignal(signal.SIGTERM) is _terminate:
-        _set(signal.SIG_DFL)
+    for number in _SIGNALS:
+        if signal.getsignal(number) is _terminate:
+            _set(number, signal.SIG_DFL)
 
 
 if hasattr(os, "register_at_fork"):

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import builtins
+import os
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 
@@ -28,6 +31,9 @@ class Terminal:
         self._console: Any = None
         self._live: Any = None
         self._redirection: Redirection | None = None
+        self._asking = threading.Lock()
+        self._input: Callable[..., str] | None = None
+        self._process = os.getpid()
 
     @staticmethod
     def usable() -> bool:
@@ -59,6 +65,41 @@ class Terminal:
         )
         self._live.start()
         self._redirection = Redirection(self._above)
+        # A prompt goes to the terminal past any stream, and the display would overwrite it.
+        self._input = builtins.input
+        builtins.input = self._ask
+
+    def _ask(self, *prompt: Any) -> str:
+        """In place of ``input()``, which debuggers use too: the display is away while somebody is asked."""
+        ask = self._input or builtins.input
+        if os.getpid() != self._process:
+            return ask(*prompt)
+        with self._asking:
+            paused = self._pause()
+            try:
+                return ask(*prompt)
+            finally:
+                if paused:
+                    self._resume()
+
+    def _pause(self) -> bool:
+        redirection, self._redirection = self._redirection, None
+        if redirection is None:
+            return False
+        try:
+            redirection.end()
+            self._live.stop()
+        except Exception as error:
+            self._error = self._error or error
+        return True
+
+    def _resume(self) -> None:
+        try:
+            if self._input is not None:  # it has not been stopped meanwhile
+                self._live.start()
+                self._redirection = Redirection(self._above)
+        except Exception as error:
+            self._error = self._error or error
 
     def begin(self, view: View) -> None:
         """An optimization begins: it is shown at once, however short it is."""
@@ -77,6 +118,9 @@ class Terminal:
     def stop(self) -> None:
         """Take it away, and give the streams back."""
         redirection, self._redirection = self._redirection, None
+        given, self._input = self._input, None
+        if given is not None and builtins.input == self._ask:
+            builtins.input = given
         try:
             if self._live is not None:
                 self._live.stop()

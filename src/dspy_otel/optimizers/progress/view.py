@@ -12,6 +12,7 @@ from dspy_otel.record.addresses import Address, address_of
 RUNNING: Final = "running"
 FINISHED: Final = "finished"
 _BAR: Final = 8
+_SHORTEST_NAME: Final = 8
 _MARKS: Final = {FINISHED: "✓"}
 
 
@@ -143,10 +144,12 @@ def _first_that_fits(ways: Sequence[Sequence[str]], width: int, unicode: bool) -
 def closing(view: View, width: int, unicode: bool = True) -> str:
     """The line that stays, of at most ``width`` characters: score, gain, trials, spend, time."""
     found = score_and_gain(view)
+    room = max(width - len(found) - 4, _SHORTEST_NAME)  # what was found matters more than the whole name
+    name = view.name if len(view.name) <= room else view.name[: room - 1] + ("…" if unicode else ".")
     if view.outcome == FINISHED:
-        text = f"{view.name}: {found}" if found else f"{view.name}: finished"
+        text = f"{name}: {found}" if found else f"{name}: finished"
     else:
-        text = f"{view.name} {view.outcome} after {progress_text(view)}" + (f": {found}" if found else "")
+        text = f"{name} {view.outcome} after {progress_text(view)}" + (f": {found}" if found else "")
     text = f"{_MARKS.get(view.outcome, '✗') if unicode else '*'} {text}"
     trials = progress_text(view) if view.outcome == FINISHED else ""
     spend, time = spend_text(view), clock(view.elapsed)
