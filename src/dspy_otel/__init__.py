@@ -10,6 +10,8 @@ Three ways to switch it on:
 from __future__ import annotations
 
 import importlib
+import sys
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, Final
 
 from dspy_otel.version import __version__
@@ -38,7 +40,7 @@ _PLACES: Final = {
     "inject": ("propagation", "inject"),
     "optimization": ("optimizers", "optimization"),
     "program_id": ("operations.program", "program_digest"),
-    "report": ("report", ""),  # a package that can be called
+    "report": ("inline_report", "report"),
     "watch": ("live.process", "watch"),
 }
 
@@ -49,13 +51,24 @@ if not TYPE_CHECKING:  # A type checker would take any name for one of ours.
         if name not in _PLACES:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         module, attribute = _PLACES[name]
-        found = importlib.import_module(f".{module}", __name__)
-        value = getattr(found, attribute) if attribute else found
-        globals()[name] = value
+        value = globals()[name] = getattr(importlib.import_module(f".{module}", __name__), attribute)
         return value
 
     def __dir__() -> list[str]:
         return sorted({*globals(), *_PLACES})
+
+    class _Package(ModuleType):
+        """The package itself, in which ``report`` is the function, also once the package of that name has been imported."""
+
+        @property
+        def report(self) -> Any:
+            return __getattr__("report")
+
+        @report.setter
+        def report(self, value: Any) -> None:
+            """The import system sets it to what it has imported, which is found by its import all the same."""
+
+    sys.modules[__name__].__class__ = _Package
 
 
 def instrument(**options: Any) -> DSPyInstrumentor:

@@ -11,24 +11,7 @@ Nothing here reads or writes anything, and nothing imports DSPy or MLflow.
 
 from __future__ import annotations
 
-import sys
-from types import ModuleType
-from typing import Any
-
 from dspy_otel.report.page import render
 from dspy_otel.report.parts import Source
 
 __all__ = ["Source", "render"]
-
-
-class _Callable(ModuleType):
-    """``dspy_otel.report(program)`` calls this package: the function and the package have the same name."""
-
-    def __call__(self, program: Any) -> Any:
-        """The report of the optimization that made ``program``; see :func:`dspy_otel.inline_report.report`."""
-        from dspy_otel.inline_report import report
-
-        return report(program)
-
-
-sys.modules[__name__].__class__ = _Callable
