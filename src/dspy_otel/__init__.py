@@ -58,7 +58,7 @@ if not TYPE_CHECKING:  # A type checker would take any name for one of ours.
         return sorted({*globals(), *_PLACES})
 
     class _Package(ModuleType):
-        """The package itself, in which ``report`` is the function, also once the package of that name has been imported."""
+        """The package itself: ``report`` is the function, also once the package of that name has been imported."""
 
         @property
         def report(self) -> Any:
