@@ -10,8 +10,6 @@ Three ways to switch it on:
 from __future__ import annotations
 
 import importlib
-import sys
-from types import ModuleType
 from typing import TYPE_CHECKING, Any, Final
 
 from dspy_otel.version import __version__
@@ -56,19 +54,6 @@ if not TYPE_CHECKING:  # A type checker would take any name for one of ours.
 
     def __dir__() -> list[str]:
         return sorted({*globals(), *_PLACES})
-
-    class _Package(ModuleType):
-        """The package itself: ``report`` is the function, also once the package of that name has been imported."""
-
-        @property
-        def report(self) -> Any:
-            return __getattr__("report")
-
-        @report.setter
-        def report(self, value: Any) -> None:
-            """The import system sets it to what it has imported, which is found by its import all the same."""
-
-    sys.modules[__name__].__class__ = _Package
 
 
 def instrument(**options: Any) -> DSPyInstrumentor:

@@ -77,7 +77,7 @@ def report(program: Any) -> Report:
     from dspy_otel.mlflow.exporter import exporters_of
     from dspy_otel.mlflow.read import read_optimization
     from dspy_otel.mlflow.retry import ExportError
-    from dspy_otel.report.page import render
+    from dspy_otel.reports.page import render
 
     exporters = exporters_of(provider)
     uri = exporters[0].target.uri if exporters else None

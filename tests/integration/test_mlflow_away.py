@@ -207,8 +207,15 @@ def test_spans_from_a_file_give_the_same_runs(
         other = replayed[key]
         assert other.info.run_name == run.info.run_name
         assert other.data.params == run.data.params
-        # Who ran it is not in the spans.
-        own = ("mlflow.parentRunId", "dspy.winner.run_id", "mlflow.source", "mlflow.user", "mlflow.artifactLocation")
+        # Who ran it is not in the spans, and MLflow gives ids.
+        own = (
+            "dspy.model.id",
+            "mlflow.parentRunId",
+            "dspy.winner.run_id",
+            "mlflow.source",
+            "mlflow.user",
+            "mlflow.artifactLocation",
+        )
         assert {k: v for k, v in other.data.tags.items() if not k.startswith(own)} == {
             k: v for k, v in run.data.tags.items() if not k.startswith(own)
         }

@@ -27,9 +27,9 @@ from dspy_otel.mlflow.retry import ExportError
 from dspy_otel.mlflow.runs import readable
 from dspy_otel.record.history import optimizations
 from dspy_otel.record.model import Example
-from dspy_otel.report.examples import compared
-from dspy_otel.report.heat_map import heat_map
-from dspy_otel.report.programs import samples
+from dspy_otel.reports.examples import compared
+from dspy_otel.reports.heat_map import heat_map
+from dspy_otel.reports.programs import samples
 from tests.optimizers.common import RUNS, quietly, scripted_lm
 from tests.support.mlflow_server import mlflow_server
 from tests.support.mlflow_store import Store, scores

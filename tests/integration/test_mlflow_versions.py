@@ -145,7 +145,7 @@ def test_the_winner_is_a_version_that_can_be_promoted_and_loaded(
         assert main(["promote", wrong, "--alias", "x", "--tracking-uri", store.uri]) == 1
         assert why in capsys.readouterr().err
     assert main(["promote", run.info.run_id, "--alias", "not good", "--tracking-uri", store.uri]) == 1
-    assert "Invalid alias name" in capsys.readouterr().err
+    assert "cannot be an alias" in capsys.readouterr().err
 
 
 def test_without_content_nothing_leaves_but_the_model_is_there(

@@ -11,7 +11,7 @@ from dspy_otel.live import feeds
 from dspy_otel.live.feeds import FileFeed, SpanFeed, View, seconds_left
 from dspy_otel.live.page import content, page
 from dspy_otel.record.model import Optimization, Trial
-from dspy_otel.report.markup import tag
+from dspy_otel.reports.markup import tag
 from tests.live.spans import Program
 from tests.report.test_page import HOSTILE, SOURCE, Page, hostile
 

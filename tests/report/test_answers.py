@@ -12,11 +12,11 @@ import pytest
 
 from dspy_otel.record.addresses import Address
 from dspy_otel.record.model import Candidate, Example, Optimization, Trial, Usage
-from dspy_otel.report import Source, charts, lineage, render
-from dspy_otel.report.examples import compared
-from dspy_otel.report.heat_map import MAX_COLUMNS, heat_map
-from dspy_otel.report.numbers import cost_text, count_text, tick_text
-from dspy_otel.report.verdict import verdict_of
+from dspy_otel.reports import Source, charts, lineage, render
+from dspy_otel.reports.examples import compared
+from dspy_otel.reports.heat_map import MAX_COLUMNS, heat_map
+from dspy_otel.reports.numbers import cost_text, count_text, tick_text
+from dspy_otel.reports.verdict import verdict_of
 from tests.report.test_page import Page
 
 

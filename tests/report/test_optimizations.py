@@ -14,8 +14,8 @@ from dspy_otel import cli, program_id, semconv
 from dspy_otel.record.history import optimizations
 from dspy_otel.record.model import Optimization
 from dspy_otel.record.otlp import decode_lines
-from dspy_otel.report import render
-from dspy_otel.report.examples import compared
+from dspy_otel.reports import render
+from dspy_otel.reports.examples import compared
 from tests.optimizers.common import RUNS, compile_span, quietly, scripted_lm, trials
 
 OPTIMIZERS = ["MIPROv2", "GEPA", "SIMBA", "COPRO", "BootstrapFewShotWithRandomSearch", "BetterTogether"]

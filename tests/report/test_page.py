@@ -22,8 +22,8 @@ from dspy_otel.record.model import (
     Usage,
     number,
 )
-from dspy_otel.report import Source, charts, render
-from dspy_otel.report.examples import compare
+from dspy_otel.reports import Source, charts, render
+from dspy_otel.reports.examples import compare
 
 HOSTILE = "<script>alert(1)</script>\"'><img src=x onerror=alert(2)>&amp;]]><!-- \ud800 \x00 \u202e \N{PILE OF POO}"
 

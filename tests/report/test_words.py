@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dspy_otel.report.words import differences
+from dspy_otel.reports.words import differences
 
 
 @given(st.text(max_size=200), st.text(max_size=200))

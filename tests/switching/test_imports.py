@@ -146,7 +146,7 @@ def test_meters_and_loggers_that_come_later():
 
 
 def test_report_is_the_function_whatever_has_been_imported():
-    code = "import dspy_otel; from dspy_otel.report import page, render; from dspy_otel import report; "
+    code = "import dspy_otel; from dspy_otel.reports import page, render; from dspy_otel import report; "
     code += "print(report is dspy_otel.report, report.__module__, render is page.render)"
     assert python(code).output.split() == ["True", "dspy_otel.inline_report", "True"]
 

@@ -13,7 +13,7 @@ from dspy_otel.cli.working import working
 
 if TYPE_CHECKING:
     from dspy_otel.record.model import Optimization
-    from dspy_otel.report import Source
+    from dspy_otel.reports import Source
 
 
 def add_command(commands: Any) -> None:
@@ -38,7 +38,7 @@ def add_command(commands: Any) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Make the report, and print where it is. Returns the exit status."""
-    from dspy_otel.report.page import render
+    from dspy_otel.reports.page import render
 
     logging.disable(logging.WARNING)  # MLflow logs much that is of no use here
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")

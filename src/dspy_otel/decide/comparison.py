@@ -12,7 +12,7 @@ from dspy_otel.decide.evidence import BETTER, NOT_SHOWN, WORSE, Change, Count, E
 from dspy_otel.decide.results import Results, Row
 from dspy_otel.record.history import preview
 from dspy_otel.record.model import Candidate, Example, Predictor
-from dspy_otel.report.words import differences
+from dspy_otel.reports.words import differences
 from dspy_otel.statistics import needed_pairs, paired
 
 MAX_CHANGES: Final = 1000

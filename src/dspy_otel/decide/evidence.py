@@ -8,7 +8,7 @@ from typing import Final
 
 from dspy_otel.decide.results import Results
 from dspy_otel.record.model import Example
-from dspy_otel.report.words import Piece
+from dspy_otel.reports.words import Piece
 from dspy_otel.statistics import Paired
 
 BETTER: Final = "better"

@@ -9,7 +9,7 @@ from xml.etree.ElementTree import Element, tostring
 from dspy_otel.decide import show
 from dspy_otel.decide.evidence import Evidence, PredictorChange, Score
 from dspy_otel.record.model import Example
-from dspy_otel.report.markup import Child, cut, tag
+from dspy_otel.reports.markup import Child, cut, tag
 
 MAX_LOSSES: Final = 20
 MAX_WINS: Final = 10

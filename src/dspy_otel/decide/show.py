@@ -11,7 +11,7 @@ from xml.etree.ElementTree import Element, SubElement, tostring
 from dspy_otel.decide.evidence import BETTER, Change, Cost, Evidence, PredictorChange, Score, costs, model_changes
 from dspy_otel.decide.results import Results
 from dspy_otel.record.model import Example
-from dspy_otel.report.markup import clean
+from dspy_otel.reports.markup import clean
 
 WIDTH: Final = 80
 MAX_LOSSES: Final = 5

@@ -20,7 +20,7 @@ from dspy_otel.record.history import History, optimizations, running
 from dspy_otel.record.model import Optimization
 from dspy_otel.record.otlp import decode_lines
 from dspy_otel.record.spans import Kind, is_ours, kind_of
-from dspy_otel.report import Source
+from dspy_otel.reports import Source
 
 MAX_OVER: Final = 20
 """Most optimizations of this process that are kept after their end."""

@@ -11,9 +11,9 @@ from xml.etree.ElementTree import Element
 
 from dspy_otel.live.feeds import View, seconds_left
 from dspy_otel.record.model import RUNNING, Optimization
-from dspy_otel.report.markup import Child, document, tag
-from dspy_otel.report.numbers import cost_text, count_text, duration_text
-from dspy_otel.report.page import head, sections, title_of
+from dspy_otel.reports.markup import Child, document, tag
+from dspy_otel.reports.numbers import cost_text, count_text, duration_text
+from dspy_otel.reports.page import head, sections, title_of
 
 SCRIPT: Final = resources.files(__package__).joinpath("live.js").read_text(encoding="utf-8")
 _HASH: Final = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()

@@ -34,8 +34,8 @@ from dspy_otel.record import model, stored
 from dspy_otel.record.addresses import Address
 from dspy_otel.record.history import preview, scores_of
 from dspy_otel.record.model import Candidate, Example, Failure, Optimization, Trial
-from dspy_otel.report import Source
-from dspy_otel.report.programs import MAX_CANDIDATES, samples
+from dspy_otel.reports import Source
+from dspy_otel.reports.programs import MAX_CANDIDATES, samples
 
 MAX_TABLES: Final = 40
 """Most tables of examples that are read, of the best trials: each is a request to a server."""
@@ -185,7 +185,7 @@ class _Reader:
             winner = best[-1] if best else None
         found = {}
         best_first = sorted(trials, key=lambda trial: -(trial.score or 0.0))
-        others = [trial.number for trial in best_first if trial.kind == "full"][:MAX_TABLES]
+        others = [trial.number for trial in best_first if trial.kind == optimization.whole_kind][:MAX_TABLES]
         whole = (baseline, winner, *samples(optimization))
         for number in dict.fromkeys((*whole, *others)):
             child = None if number is None else self._children.get(number)

@@ -52,7 +52,7 @@ from dspy_otel.record.model import (
     number,
 )
 from dspy_otel.record.spans import Kind, is_ours, kind_of, read
-from dspy_otel.report import Source, render
+from dspy_otel.reports import Source, render
 
 _logger = logging.getLogger(__name__)
 

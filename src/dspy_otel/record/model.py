@@ -481,6 +481,12 @@ class Optimization:
         return None if self.returned is None else self.returned.id
 
     @property
+    def whole_kind(self) -> str:
+        """The kind of trials, beside the baseline, that score a candidate on the whole dataset."""
+        # SIMBA does so at its end alone.
+        return "full" if any(trial.kind == "full" for trial in self.trials) else "validation"
+
+    @property
     def content(self) -> bool:
         """Whether content was recorded, as far as the spans show."""
         return bool(self.candidates) or not self.trials

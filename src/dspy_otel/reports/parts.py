@@ -9,7 +9,7 @@ from typing import Any, Final
 from xml.etree.ElementTree import Element
 
 from dspy_otel.record.addresses import Address
-from dspy_otel.report.markup import Child, cut, tag
+from dspy_otel.reports.markup import Child, cut, tag
 
 MAX_VALUE: Final = 300
 """Most characters of a value that is no instruction."""

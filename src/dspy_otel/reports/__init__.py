@@ -11,7 +11,7 @@ Nothing here reads or writes anything, and nothing imports DSPy or MLflow.
 
 from __future__ import annotations
 
-from dspy_otel.report.page import render
-from dspy_otel.report.parts import Source
+from dspy_otel.reports.page import render
+from dspy_otel.reports.parts import Source
 
 __all__ = ["Source", "render"]

@@ -8,9 +8,9 @@ from typing import Any, Final
 from xml.etree.ElementTree import Element
 
 from dspy_otel.record.model import Example, Optimization, Trial, number
-from dspy_otel.report.examples import by_example
-from dspy_otel.report.markup import Child, cut, tag
-from dspy_otel.report.numbers import score_text
+from dspy_otel.reports.examples import by_example
+from dspy_otel.reports.markup import Child, cut, tag
+from dspy_otel.reports.numbers import score_text
 
 MAX_ROWS: Final = 100
 """Most examples that are drawn; those that all candidates solve come last."""
@@ -57,9 +57,8 @@ class HeatMap:
 
 def heat_map(report: Optimization) -> HeatMap | None:
     """The map; None when fewer than two trials have the scores of their examples."""
-    kinds = {one.kind for one in report.trials}
-    full = "full" if "full" in kinds else "validation"  # SIMBA scores candidates in whole at its end alone
-    whole = [one for one in report.trials if one.kind in ("baseline", full) and report.examples.get(one.number)]
+    kinds = ("baseline", report.whole_kind)
+    whole = [one for one in report.trials if one.kind in kinds and report.examples.get(one.number)]
     ranked = sorted(
         whole, key=lambda one: (one.kind != "baseline", one.number != report.winner, -(one.score or 0.0), one.number)
     )

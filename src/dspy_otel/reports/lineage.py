@@ -8,8 +8,8 @@ from typing import Final
 from xml.etree.ElementTree import Element
 
 from dspy_otel.record.model import Optimization
-from dspy_otel.report.markup import tag
-from dspy_otel.report.numbers import score_text
+from dspy_otel.reports.markup import tag
+from dspy_otel.reports.numbers import score_text
 
 MAX_NODES: Final = 300
 """Most candidates that are drawn."""

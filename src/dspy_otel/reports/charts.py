@@ -8,8 +8,8 @@ from typing import Any, Final
 from xml.etree.ElementTree import Element
 
 from dspy_otel.record.model import Optimization, Trial
-from dspy_otel.report.markup import Child, tag
-from dspy_otel.report.numbers import tick_text
+from dspy_otel.reports.markup import Child, tag
+from dspy_otel.reports.numbers import tick_text
 
 WIDTH, HEIGHT, LOW = 560, 280, 190
 _LEFT, _RIGHT, _TOP, _BOTTOM = 52, 26, 14, 40

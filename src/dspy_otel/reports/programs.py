@@ -8,12 +8,12 @@ from typing import Any, Final
 from xml.etree.ElementTree import Element
 
 from dspy_otel.record.model import RUNNING, Example, Optimization, Predictor, Trial, number
-from dspy_otel.report import lineage
-from dspy_otel.report.lineage import Node
-from dspy_otel.report.markup import Child, cut, tag
-from dspy_otel.report.numbers import change_text, count_text, score_text
-from dspy_otel.report.parts import MAX_VALUE, Source, json_text, plain, trace_link, value_of
-from dspy_otel.report.words import differences
+from dspy_otel.reports import lineage
+from dspy_otel.reports.lineage import Node
+from dspy_otel.reports.markup import Child, cut, tag
+from dspy_otel.reports.numbers import change_text, count_text, score_text
+from dspy_otel.reports.parts import MAX_VALUE, Source, json_text, plain, trace_link, value_of
+from dspy_otel.reports.words import differences
 
 MAX_CANDIDATES: Final = 40
 """Most candidates whose texts are shown."""

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Final
 
 from dspy_otel.record.model import RUNNING, Optimization, number
-from dspy_otel.report.examples import Compared
-from dspy_otel.report.numbers import change_text, score_text
+from dspy_otel.reports.examples import Compared
+from dspy_otel.reports.numbers import change_text, score_text
 from dspy_otel.statistics import Paired, needed_pairs, paired
 
 ALPHA: Final = 0.05

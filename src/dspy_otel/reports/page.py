@@ -9,10 +9,10 @@ from typing import Final
 from xml.etree.ElementTree import Element
 
 from dspy_otel.record.model import RUNNING, Example, Optimization, Trial, Usage, number
-from dspy_otel.report import charts, heat_map, lineage
-from dspy_otel.report.examples import Compared, compared
-from dspy_otel.report.markup import Child, cut, document, tag
-from dspy_otel.report.numbers import (
+from dspy_otel.reports import charts, heat_map, lineage
+from dspy_otel.reports.examples import Compared, compared
+from dspy_otel.reports.markup import Child, cut, document, tag
+from dspy_otel.reports.numbers import (
     all_cached,
     change_text,
     cost_text,
@@ -20,9 +20,9 @@ from dspy_otel.report.numbers import (
     duration_text,
     score_text,
 )
-from dspy_otel.report.parts import MAX_VALUE, Source, candidate, chip, link, table, trace_link, value_of
-from dspy_otel.report.programs import line_of_winner, programs, what_changed
-from dspy_otel.report.verdict import verdict_of
+from dspy_otel.reports.parts import MAX_VALUE, Source, candidate, chip, link, table, trace_link, value_of
+from dspy_otel.reports.programs import line_of_winner, programs, what_changed
+from dspy_otel.reports.verdict import verdict_of
 from dspy_otel.version import __version__
 
 MAX_TRIALS: Final = 500
