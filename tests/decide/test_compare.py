@@ -20,7 +20,7 @@ from dspy_otel.decide import CannotCompareError, find_results
 from dspy_otel.decide.evidence import BETTER, WORSE
 from dspy_otel.record.history import optimizations
 from tests.optimizers.common import RUNS, quietly, scripted_lm
-from tests.report.test_optimizations import otlp_json
+from tests.reports.test_optimizations import otlp_json
 
 pytest.importorskip("scipy")
 

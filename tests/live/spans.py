@@ -12,7 +12,7 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from dspy_otel import semconv
-from tests.report.test_optimizations import otlp_json
+from tests.reports.test_optimizations import otlp_json
 
 
 class Program:

@@ -13,7 +13,7 @@ from dspy_otel.live.page import content, page
 from dspy_otel.record.model import Optimization, Trial
 from dspy_otel.reports.markup import tag
 from tests.live.spans import Program
-from tests.report.test_page import HOSTILE, SOURCE, Page, hostile
+from tests.reports.test_page import HOSTILE, SOURCE, Page, hostile
 
 
 def test_trials_of_this_process_appear_as_they_are_scored() -> None:

@@ -10,7 +10,7 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from dspy_otel.record.otlp import decode, decode_lines, encode
-from tests.report.test_optimizations import otlp_json
+from tests.reports.test_optimizations import otlp_json
 
 
 def test_json_and_protobuf_give_the_same_spans() -> None:

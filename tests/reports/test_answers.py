@@ -17,7 +17,7 @@ from dspy_otel.reports.examples import compared
 from dspy_otel.reports.heat_map import MAX_COLUMNS, heat_map
 from dspy_otel.reports.numbers import cost_text, count_text, tick_text
 from dspy_otel.reports.verdict import verdict_of
-from tests.report.test_page import Page
+from tests.reports.test_page import Page
 
 
 def examples(scores: str, content: bool = True) -> tuple[Example, ...]:
