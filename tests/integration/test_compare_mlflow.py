@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import dspy
@@ -11,7 +9,7 @@ import pytest
 from dspy.utils import DummyLM
 
 import dspy_otel
-from dspy_otel import DSPyInstrumentor, cli, program_id, semconv
+from dspy_otel import cli, program_id, semconv
 from dspy_otel.cli.demo.task import ColourFamily, load_examples, same_family
 from dspy_otel.decide import CannotCompareError, find_results, list_runs
 from dspy_otel.decide.overview import grouped, summaries
@@ -25,22 +23,9 @@ pytest.importorskip("scipy")
 pytestmark = pytest.mark.integration
 
 
-@pytest.fixture(params=["server", "sqlite"])
-def uri(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    if request.param == "server":
-        return str(request.getfixturevalue("server_uri"))
-    monkeypatch.chdir(tmp_path)  # MLflow puts artifacts beside it
-    return f"sqlite:///{tmp_path / 'mlflow.db'}"
-
-
-@pytest.fixture
-def store(uri: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
+@pytest.fixture(autouse=True)
+def named_by_the_environment(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
-    store = Store(uri, request.node.name)
-    yield store
-    if DSPyInstrumentor().is_instrumented_by_opentelemetry:
-        DSPyInstrumentor().uninstrument()
-    store.provider.shutdown()
 
 
 def test_an_optimization_says_the_same_from_mlflow_and_from_memory(store: Store, capsys: Any) -> None:

@@ -11,7 +11,6 @@ import subprocess
 import sys
 import textwrap
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -39,23 +38,6 @@ pytest.importorskip("mlflow")
 pytestmark = pytest.mark.integration
 
 OPTIMIZERS = ["MIPROv2", "GEPA", "SIMBA", "COPRO", "BootstrapFewShotWithRandomSearch", "BetterTogether"]
-
-
-@pytest.fixture(params=["server", "sqlite"])
-def uri(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    if request.param == "server":
-        return str(request.getfixturevalue("server_uri"))
-    monkeypatch.chdir(tmp_path)  # MLflow puts artifacts beside it
-    return f"sqlite:///{tmp_path / 'mlflow.db'}"
-
-
-@pytest.fixture
-def store(uri: str, request: pytest.FixtureRequest) -> Iterator[Store]:
-    store = Store(uri, request.node.name)
-    yield store
-    if DSPyInstrumentor().is_instrumented_by_opentelemetry:
-        DSPyInstrumentor().uninstrument()
-    store.provider.shutdown()
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)

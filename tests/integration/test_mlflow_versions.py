@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from dspy_otel import DSPyInstrumentor, program_id, semconv
+from dspy_otel import program_id, semconv
 from dspy_otel.cli import main
 from dspy_otel.cli.demo.task import ColourFamily
 from dspy_otel.mlflow import load_best
@@ -21,23 +20,6 @@ from tests.support.waiting import wait_for_exit
 
 pytest.importorskip("mlflow")
 pytestmark = pytest.mark.integration
-
-
-@pytest.fixture(params=["server", "sqlite"])
-def uri(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    if request.param == "server":
-        return str(request.getfixturevalue("server_uri"))
-    monkeypatch.chdir(tmp_path)  # MLflow puts artifacts beside it
-    return f"sqlite:///{tmp_path / 'mlflow.db'}"
-
-
-@pytest.fixture
-def store(uri: str, request: pytest.FixtureRequest) -> Iterator[Store]:
-    store = Store(uri, request.node.name)
-    yield store
-    if DSPyInstrumentor().is_instrumented_by_opentelemetry:
-        DSPyInstrumentor().uninstrument()
-    store.provider.shutdown()
 
 
 def models(store: Store) -> list[Any]:

@@ -37,6 +37,15 @@ def test_trials_of_this_process_appear_as_they_are_scored() -> None:
     assert (view.optimization.outcome, view.optimization.gain) == ("finished", 0.75)
 
 
+def test_a_page_that_is_closed_follows_nothing_any_more() -> None:
+    feed = SpanFeed()
+    program = Program(feed)
+    feed.shutdown()
+    program.start()
+    program.trial(1, 0.25)
+    assert feed.read().optimization is None
+
+
 def test_the_optimization_that_runs_comes_before_those_that_are_over() -> None:
     feed = SpanFeed()
     program = Program(feed)

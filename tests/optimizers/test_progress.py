@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import dataclasses
 import io
 import logging
@@ -31,7 +32,7 @@ import dspy_otel
 dspy_otel.instrument()
 lm = common.scripted_lm()
 print("to stdout")
-before = sys.stdout, sys.stderr, logging.root.handlers[0].stream
+before = sys.stdout, sys.stderr, logging.root.handlers[0].stream, input
 end = sys.argv[2] if len(sys.argv) > 2 else ""
 if end:
     def fails(example, prediction, trace=None):
@@ -49,7 +50,7 @@ if end:
         print(type(error).__name__)
 else:
     common.RUNS[sys.argv[1]](lm)
-assert before == (sys.stdout, sys.stderr, logging.root.handlers[0].stream)
+assert before == (sys.stdout, sys.stderr, logging.root.handlers[0].stream, input)
 print("done")
 """
 
@@ -383,3 +384,15 @@ def test_the_table_of_a_notebook_is_safe_html() -> None:
         assert f">{word}<" in text
     store = dataclasses.replace(there, address=Address("r", None, "dspy-otel ui --tracking-uri sqlite:///m.db"))
     assert "<code>dspy-otel ui --tracking-uri sqlite:///m.db</code>" in notebook.html(store)
+
+
+def test_who_has_replaced_input_meanwhile_keeps_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("rich")
+    monkeypatch.setattr(builtins, "input", lambda *prompt: f"answer to {prompt}")
+    shown = terminal.Terminal(list)
+    shown.start()
+    ours = builtins.input
+    monkeypatch.setattr(builtins, "input", lambda *prompt: f"mine: {ours(*prompt)}")
+    assert input("a? ") == "mine: answer to ('a? ',)"
+    shown.stop()
+    assert input("b? ") == "mine: answer to ('b? ',)"

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import argparse
 import gc
-import logging
-import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Final
 
 from dspy_otel.cli.files import problem_of_operand
+from dspy_otel.cli.working import quiet
 
 _DESCRIPTION: Final = """Compares two programs by the examples that both were scored on: scores with a paired test and
 an interval, cost, tokens, latency, failures, the examples that changed, and what differs in the programs. A and B are:
@@ -76,7 +75,7 @@ def run(options: argparse.Namespace) -> int:
         for operand in (options.a, options.b):
             if (problem := problem_of_operand(operand)) is not None:
                 raise CannotCompareError(problem)
-        with quiet():
+        with quiet(), many_spans():
             found = compare(
                 options.a,
                 options.b,
@@ -97,19 +96,12 @@ def run(options: argparse.Namespace) -> int:
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
-    """Without what MLflow logs, which is of no use here, and without its downloads and progress bars.
-
-    And without the garbage collector, which would look through all spans repeatedly: a fifth of the time.
-    """
-    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-    os.environ.setdefault("LITELLM_LOCAL_MODEL_COST_MAP", "True")  # else an import may wait for a download
-    logging.disable(logging.WARNING)
+def many_spans() -> Iterator[None]:
+    """Without the garbage collector, which would look through all spans repeatedly: a fifth of the time."""
     collecting = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
-        logging.disable(logging.NOTSET)
         if collecting:
             gc.enable()

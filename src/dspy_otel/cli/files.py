@@ -1,4 +1,4 @@
-"""Files that a command is given: what is wrong with one is said in one sentence, before any work."""
+"""Files among the arguments of a command: one sentence for one that cannot be used, before any work."""
 
 from __future__ import annotations
 

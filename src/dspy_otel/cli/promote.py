@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import logging
-import os
 import sys
 from typing import Any
+
+from dspy_otel.cli.working import quiet
 
 
 def add_command(commands: Any) -> None:
@@ -28,16 +28,12 @@ def run(options: argparse.Namespace) -> int:
     from dspy_otel.mlflow.promote import promote
     from dspy_otel.mlflow.retry import ExportError
 
-    logging.disable(logging.WARNING)  # MLflow logs much that is of no use here
-    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-    os.environ.setdefault("LITELLM_LOCAL_MODEL_COST_MAP", "True")  # else an import may wait for a download
     try:
-        done = promote(options.run, options.alias, tracking_uri=options.tracking_uri)
+        with quiet():
+            done = promote(options.run, options.alias, tracking_uri=options.tracking_uri)
     except (LookupError, ValueError, ExportError) as error:
         print(f"dspy-otel: {error}", file=sys.stderr)
         return 1
-    finally:
-        logging.disable(logging.NOTSET)
     print(f"{done.name} version {done.version} (program {done.program_id}) is {options.alias} now.")
     for prompt in done.prompts:
         print(f"prompt {prompt.name} version {prompt.version} too")

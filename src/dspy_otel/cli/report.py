@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import logging
-import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dspy_otel.cli.working import working
+from dspy_otel.cli.working import quiet, working
 
 if TYPE_CHECKING:
     from dspy_otel.record.model import Optimization
@@ -40,19 +38,14 @@ def run(options: argparse.Namespace) -> int:
     """Make the report, and print where it is. Returns the exit status."""
     from dspy_otel.reports.page import render
 
-    logging.disable(logging.WARNING)  # MLflow logs much that is of no use here
-    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-    os.environ.setdefault("LITELLM_LOCAL_MODEL_COST_MAP", "True")  # else an import may wait for a download
     try:
-        with working(f"reading {options.spans or 'MLflow'}"):
+        with quiet(), working(f"reading {options.spans or 'MLflow'}"):
             name, optimization, source = _of_spans(options) if options.spans is not None else _of_mlflow(options)
             path = options.output or Path(f"report-{name}.html")
             text = render(optimization, source)
     except (LookupError, ValueError, OSError) as error:
         print(f"dspy-otel: {error}", file=sys.stderr)
         return 1
-    finally:
-        logging.disable(logging.NOTSET)
     try:
         path.write_text(text, encoding="utf-8")
     except OSError as error:

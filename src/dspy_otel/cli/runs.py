@@ -8,7 +8,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from dspy_otel.cli.compare import add_place, quiet
+from dspy_otel.cli.compare import add_place, many_spans
+from dspy_otel.cli.working import quiet
 
 
 def add_commands(commands: Any) -> None:
@@ -40,7 +41,7 @@ def run(options: argparse.Namespace) -> int:
     from dspy_otel.decide import CannotCompareError
 
     try:
-        with quiet():
+        with quiet(), many_spans():
             text = _runs(options) if options.command == "runs" else _show(options)
     except CannotCompareError as error:
         print(f"dspy-otel: {error}", file=sys.stderr)

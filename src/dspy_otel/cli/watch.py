@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import logging
-import os
 import sys
 import webbrowser
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dspy_otel.cli.ui import port_number
+from dspy_otel.cli.working import quiet
 
 if TYPE_CHECKING:
     from dspy_otel.live.feeds import Feed
@@ -54,8 +53,6 @@ def run(options: argparse.Namespace) -> int:
         return 2
     if options.spans is not None and not options.spans.exists():
         print(f"waiting for {options.spans}, which is not there yet", file=sys.stderr)
-    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-    os.environ.setdefault("LITELLM_LOCAL_MODEL_COST_MAP", "True")  # else an import may wait for a download
     feed: Feed
     if options.spans is not None:
         feed = FileFeed(options.spans, options.run)
@@ -71,12 +68,11 @@ def run(options: argparse.Namespace) -> int:
     print(f"{server.url} (Ctrl-C ends it)", flush=True)
     if options.open or (options.open is None and sys.stdout.isatty()):
         webbrowser.open(server.url)
-    logging.disable(logging.WARNING)  # MLflow logs much that is of no use here
     try:
-        server.run()
+        with quiet():
+            server.run()
     except KeyboardInterrupt:
         pass
     finally:
         server.close()
-        logging.disable(logging.NOTSET)
     return 0

@@ -75,12 +75,15 @@ class SpanFeed(SpanProcessor):
         self._phases: dict[int, str] = {}
         self._lock = threading.Lock()
         self._process = os.getpid()
+        self._following = True
 
     def on_start(self, span: Span, parent_context: Context | None = None) -> None:
         """A span has started."""
         with guard("live page"):
+            if not self._following or os.getpid() != self._process:
+                return
             kind = kind_of(span)
-            if kind not in _IN_RECORDS or os.getpid() != self._process:
+            if kind not in _IN_RECORDS:
                 return
             with self._lock:
                 self._history.start(span)
@@ -90,8 +93,10 @@ class SpanFeed(SpanProcessor):
     def on_end(self, span: ReadableSpan) -> None:
         """A span has ended."""
         with guard("live page"):
+            if not self._following or os.getpid() != self._process:
+                return
             kind = kind_of(span)
-            if kind not in _IN_RECORDS or os.getpid() != self._process:
+            if kind not in _IN_RECORDS:
                 return
             with self._lock:
                 if kind is Kind.COMPILE:
@@ -103,6 +108,10 @@ class SpanFeed(SpanProcessor):
                     self._over[changed[0].id] = changed[0]
                     while len(self._over) > MAX_OVER:
                         self._over.popitem(last=False)
+
+    def shutdown(self) -> None:
+        """Follow nothing any more. A tracer provider keeps its processors for good."""
+        self._following = False
 
     def read(self) -> View:
         """The optimization as it is now."""

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Final
 from opentelemetry import trace
 
 if TYPE_CHECKING:
+    from dspy_otel.live.feeds import SpanFeed
     from dspy_otel.live.server import LiveServer
 
 INSTALL: Final = "pip install 'dspy-otel[watch]'"
@@ -21,13 +22,14 @@ class Watch:
         url: its address, with the token. Whoever has it sees the page.
     """
 
-    def __init__(self, server: LiveServer) -> None:
-        self._server = server
+    def __init__(self, server: LiveServer, feed: SpanFeed) -> None:
+        self._server, self._feed = server, feed
         self.url = server.url
 
     def close(self) -> None:
-        """Stop serving the page."""
+        """Stop serving the page, and following the program."""
         self._server.close()
+        self._feed.shutdown()
 
     def __repr__(self) -> str:
         return f"Watch({self.url!r})"
@@ -80,4 +82,4 @@ def watch(*, host: str = "127.0.0.1", port: int = 0, open: bool = False) -> Watc
     print(f"dspy-otel: live page at {server.url}", file=sys.stderr)
     if open:
         webbrowser.open(server.url)
-    return Watch(server)
+    return Watch(server, feed)

@@ -155,9 +155,10 @@ class MLflowProcessor(SpanProcessor):
     # --- in the program's threads -----------------------------------------------------------------------------------
     def on_start(self, span: Span, parent_context: Context | None = None) -> None:
         """Put the start of an optimization, trial or evaluation on the queue."""
-        try:
-            if span.parent is None:
+        if span.parent is None:
+            with contextlib.suppress(Exception):  # it looks at what MLflow keeps to itself
                 self._look_at_experiment()
+        try:
             if self._runs and span.name.split(" ", 1)[0] in _RUN_NAMES and is_ours(span):
                 self._put(span, None if span.name == semconv.SPAN_TRIAL else self._active_run(), False)
         except Exception:

@@ -42,7 +42,7 @@ _running: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
 def before_termination(running: SupportsShutdown) -> None:
-    """Shut an object down when the process is told to end; it is referenced weakly."""
+    """Shut an object down when the process gets such a signal; it is referenced weakly."""
     _running.add(running)
     for number in _SIGNALS:
         if signal.getsignal(number) is signal.SIG_DFL:

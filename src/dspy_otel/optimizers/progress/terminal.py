@@ -31,8 +31,9 @@ class Terminal:
         self._console: Any = None
         self._live: Any = None
         self._redirection: Redirection | None = None
-        self._asking = threading.Lock()
-        self._input: Callable[..., str] | None = None
+        self._asking = threading.RLock()  # a signal handler may ask while somebody is asked
+        self._input: Callable[..., str] = builtins.input
+        self._on = False
         self._process = os.getpid()
 
     @staticmethod
@@ -66,18 +67,17 @@ class Terminal:
         self._live.start()
         self._redirection = Redirection(self._above)
         # A prompt goes to the terminal past any stream, and the display would overwrite it.
-        self._input = builtins.input
-        builtins.input = self._ask
+        self._input, builtins.input = builtins.input, self._ask
+        self._on = True
 
     def _ask(self, *prompt: Any) -> str:
         """In place of ``input()``, which debuggers use too: the display is away while somebody is asked."""
-        ask = self._input or builtins.input
-        if os.getpid() != self._process:
-            return ask(*prompt)
+        if not self._on or os.getpid() != self._process:
+            return self._input(*prompt)
         with self._asking:
             paused = self._pause()
             try:
-                return ask(*prompt)
+                return self._input(*prompt)
             finally:
                 if paused:
                     self._resume()
@@ -95,7 +95,7 @@ class Terminal:
 
     def _resume(self) -> None:
         try:
-            if self._input is not None:  # it has not been stopped meanwhile
+            if self._on:  # it has not been stopped meanwhile
                 self._live.start()
                 self._redirection = Redirection(self._above)
         except Exception as error:
@@ -118,9 +118,9 @@ class Terminal:
     def stop(self) -> None:
         """Take it away, and give the streams back."""
         redirection, self._redirection = self._redirection, None
-        given, self._input = self._input, None
-        if given is not None and builtins.input == self._ask:
-            builtins.input = given
+        if self._on and builtins.input == self._ask:
+            builtins.input = self._input
+        self._on = False  # whoever has put a function of his own around ours still gets to the one that was there
         try:
             if self._live is not None:
                 self._live.stop()
