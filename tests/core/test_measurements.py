@@ -175,6 +175,19 @@ def test_the_points_are_those_of_the_public_way(
     assert bound == public
 
 
+def test_series_that_a_view_counts_as_one_keep_their_order() -> None:
+    views = [{"instrument_name": "measured", "attribute_keys": set()}]
+    ways = [Measured(light, [DELTA], views, TraceBasedExemplarFilter()) for light in (False, True)]
+    for way in ways:
+        for amount, attributes in (3, {}), (3, {}), (4, {"a": "x"}), (3, {}), (4, {"a": "x"}), (3, {}):
+            way.histogram.record(amount, attributes, span(2, sampled=True))
+            if amount == 4:
+                way.step("collect", 0)
+        way.step("collect", 0)
+    public, bound = (way.seen for way in ways)
+    assert bound == public
+
+
 def test_equal_values_of_other_types_are_other_series() -> None:
     ways = [Measured(light, [CUMULATIVE], [], TraceBasedExemplarFilter()) for light in (False, True)]
     for way in ways:

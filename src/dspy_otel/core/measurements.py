@@ -124,7 +124,10 @@ class BoundSeries:
         # Whether a measurement becomes an exemplar depends on its span alone, or none does.
         self._exemplars = own == "TraceBasedExemplarFilter"
         batched = self._exemplars or own == "AlwaysOffExemplarFilter"
-        batched = batched and all(each.buckets is not None or each.sums for each in counted)
+        # A view that leaves attributes out counts several series as one, whose order is seen in its exemplars.
+        batched = batched and all(
+            each.match._view._attribute_keys is None and (each.buckets is not None or each.sums) for each in counted
+        )
         self._waiting = waiting_of(self._consumer) if batched else None
 
     def record(self, amount: float, context: Context | None = None) -> bool:
