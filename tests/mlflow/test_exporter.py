@@ -8,6 +8,7 @@ import os
 import sys
 import textwrap
 import threading
+import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -16,12 +17,13 @@ from typing import Any
 import pytest
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from opentelemetry.sdk.resources import Resource
-from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
-from opentelemetry.sdk.trace.export import SimpleSpanProcessor, SpanExportResult
+from opentelemetry.sdk.trace import ReadableSpan, SpanProcessor, TracerProvider
+from opentelemetry.sdk.trace.export import BatchSpanProcessor, SimpleSpanProcessor, SpanExportResult
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from dspy_otel import semconv
 from dspy_otel.mlflow import MLflowSpanExporter, processor, retry, target
+from dspy_otel.mlflow.exporter import track_runs
 from dspy_otel.mlflow.target import public_uri
 from dspy_otel.mlflow.worker import EXIT_ATTEMPTS
 from tests.mlflow.programs import wait
@@ -372,6 +374,23 @@ def test_shutdown_ends_waiting_and_refuses_later_spans(
 def test_nothing_to_send(fake: FakeMLflow) -> None:
     assert MLflowSpanExporter(fake.url).export([]) is OK
     assert fake.seen == []
+
+
+@pytest.mark.parametrize("kind", [BatchSpanProcessor, SimpleSpanProcessor])
+def test_a_clock_that_goes_back_doubles_nothing(fake: FakeMLflow, kind: type[SpanProcessor]) -> None:
+    provider = TracerProvider(shutdown_on_exit=False)
+    mlflow = MLflowSpanExporter(fake.url)
+    provider.add_span_processor(kind(mlflow))
+    tracer = provider.get_tracer("mine")
+    tracer.start_span("before").end()
+    track_runs(provider)
+    an_hour_ago = time.time_ns() - 3600 * 10**9
+    for name in "ab":
+        tracer.start_span(name, start_time=an_hour_ago).end(an_hour_ago + 1)
+    tracer.start_span("after").end()
+    provider.shutdown()
+    assert sorted(name for batch in fake.batches() for name in batch) == ["a", "after", "b", "before"]
+    assert mlflow.processor.worker.account.written["spans"] == 4
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")

@@ -65,6 +65,7 @@ _LONGEST_CLOSE_SECONDS: Final = 10.0
 """Most seconds that the end waits for the disk."""
 _BATCH_SPANS: Final = 512
 _REPORTED_FROM: Final = 500
+_NEVER: Final = 1 << 63
 _RUN_NAMES: Final = frozenset({semconv.SPAN_COMPILE, semconv.SPAN_TRIAL, semconv.SPAN_EVALUATE})
 
 
@@ -76,13 +77,14 @@ class MLflowProcessor(SpanProcessor):
         runs: also record optimizations and evaluations as MLflow runs.
 
     Attributes:
-        since: spans that end after this time (nanoseconds since 1970) come by :meth:`on_end`, not by :meth:`export`.
+        since: spans that end after this time (nanoseconds since 1970) come by :meth:`on_end`, and are ignored by
+            :meth:`export`. If the clock goes back, a span that ended earlier may come by both.
     """
 
     def __init__(self, target: Target, *, runs: bool = True) -> None:
         self._target = target
         self._runs = runs
-        self.since = 1 << 63
+        self.since = _NEVER
         self._reset()
         if hasattr(os, "register_at_fork"):
             after_fork = weakref.WeakMethod(self._after_fork)
@@ -103,6 +105,8 @@ class MLflowProcessor(SpanProcessor):
         self._checked_experiment: str | None = None
         """MLflow's own active experiment when it was last compared with ours."""
         self._live: dict[int, tuple[ReadableSpan, UserRun | None, int]] = {}
+        self._seen: weakref.WeakSet[ReadableSpan] = weakref.WeakSet()
+        """Spans that ended before :attr:`since` and are on the queue."""
         self._on_disk: set[str] = set()
         """Keys of runs whose start or end is in the journal."""
         self._lock = threading.Lock()
@@ -166,14 +170,23 @@ class MLflowProcessor(SpanProcessor):
 
     def on_end(self, span: ReadableSpan) -> None:
         """Put a span on the queue."""
-        if span.context is not None and span.context.trace_flags.sampled:
+        sampled = span.context is not None and span.context.trace_flags.sampled
+        if sampled and ((span.end_time or 0) >= self.since or self._is_new(span)):
             self._put(span, None, True)
 
     def export(self, spans: Sequence[ReadableSpan]) -> None:
         """Put those finished spans on the queue that did not come by :meth:`on_end`."""
         for span in spans:
-            if (span.end_time or 0) < self.since:
+            if (span.end_time or 0) < self.since and self._is_new(span):
                 self._put(span, None, True)
+
+    def _is_new(self, span: ReadableSpan) -> bool:
+        if self.since == _NEVER:
+            return True
+        with self._lock:
+            new = span not in self._seen
+            self._seen.add(span)
+        return new
 
     def _put(self, span: ReadableSpan, user_run: UserRun | None, ended: bool) -> None:
         if self._over.is_set():
