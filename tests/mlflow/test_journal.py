@@ -373,6 +373,28 @@ def test_a_killed_program_loses_no_span_and_its_runs_are_ended(directory: Path, 
     trial.end()
 
 
+class Killed(BaseException):
+    """The process ends here."""
+
+
+def test_a_replay_that_is_killed_while_it_removes_what_it_delivered_leaves_nothing_to_misread(
+    directory: Path, store: Memory, other: Memory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    leave(directory, store)
+    unlink = Path.unlink
+
+    def remove_one(path: Path, missing_ok: bool = False) -> None:
+        unlink(path, missing_ok)
+        if path.suffix == ".pb":
+            raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(Path, "unlink", remove_one)
+        replay([directory])
+    assert replay([directory]).left == []
+    assert [run["status"] for run in other.runs.values()] == ["FINISHED"] * 3
+
+
 def test_a_last_piece_that_was_cut_off_does_no_harm(directory: Path, store: Memory, other: Memory) -> None:
     leave(directory, store)
     (place,) = journal_directories(directory)

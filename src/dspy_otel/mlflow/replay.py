@@ -236,17 +236,14 @@ class _Delivery:
         if self._runs:
             structure = self._begin()
         when = 0
-        read: list[Path] = []
         for path, spans in self._batches():
             when = max([when, *(span.end_time or 0 for span in spans)])
             segment = self._segment(spans, send=path is None or not is_sent(path))
             if segment is not None:
                 self._send(segment)
-            if path is not None:
-                if segment is not None and self.worker.account.refused[SPANS] + self.worker.account.dropped[SPANS]:
-                    self._keep_refused(path)
-                else:
-                    read.append(path)
+            refused = self.worker.account.refused[SPANS] + self.worker.account.dropped[SPANS]
+            if path is not None and segment is not None and refused:
+                self._keep_refused(path, refused)
         if self._runs:
             for span in sorted(structure, key=lambda span: span.end_time or 0):
                 self.worker.pending.end(span, group_of(span))
@@ -254,9 +251,6 @@ class _Delivery:
             self._settle()
         account = self.worker.account
         self.left += [f"{count} {name}" for name, count in account.refused.items() if count and name != SPANS]
-        if not self.left:
-            for path in read:
-                path.unlink(missing_ok=True)
 
     def _begin(self) -> list[ReadableSpan]:
         """Start all that has started; what ended of it comes at the end.
@@ -370,9 +364,8 @@ class _Delivery:
             if not self.worker.done:
                 time.sleep(min(self.worker.wait_seconds(), 1.0))
 
-    def _keep_refused(self, path: Path) -> None:
-        """Keep a file of which MLflow refuses something, so that it can be delivered elsewhere."""
-        refused = self.worker.account.refused[SPANS] + self.worker.account.dropped[SPANS]
+    def _keep_refused(self, path: Path, refused: int) -> None:
+        """Mark a file of which MLflow refuses something, so that it can be delivered elsewhere."""
         self.left.append(f"{refused} spans")
         self.worker.account.refused[SPANS] = self.worker.account.dropped[SPANS] = 0
         if not is_refused(path):
