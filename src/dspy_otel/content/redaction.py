@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import functools
 import json
+import operator
 import os
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from itertools import accumulate, islice, product
 from typing import Any, Final, NamedTuple
 
@@ -68,6 +69,8 @@ _RUN_BYTES: Final = b"x" * _RUN
 _RUN_TABLE: Final = bytes(
     120 if byte < 128 and (chr(byte).isalnum() or chr(byte) in "_-") else 32 for byte in range(256)
 )
+_BY_FREQUENCY: Final = " etaoinsrhldcumpfgwybvkxjqz'-ETAOINSRHLDCUMPFGWYBVKXJQZ"
+"""Characters of needles, the rare ones last."""
 _LONGEST_NEEDLE: Final = 12
 """How far before a run a key may begin whose first letters are not part of it (``SG.``)."""
 
@@ -76,6 +79,7 @@ _AROUND_NAME: Final = b" \t\\\"'`[]!"
 _NAME_BEFORE: Final = _Pattern(r"(?:[\s\S]*[^A-Za-z0-9_.\- ])?([A-Za-z0-9_.\- ]{2,})")
 _NAME_WINDOW: Final = 80
 _NAMING_WINDOW: Final = 160
+_TAIL: Final = operator.itemgetter(slice(-3, None))
 _LONGEST_WORD: Final = 20
 _NAMING_BEFORE: Final = _Pattern(
     r"[\s\S]*\b(?:name|key|header|field|parameter|param|variable|property|label|title|id)[\\\"']{0,4}\s{0,4}[:=]\s{0,4}[\\\"']{0,4}"
@@ -283,19 +287,19 @@ def lookahead() -> int:
 
 
 class _Rules(NamedTuple):
-    """The table, ready for use."""
+    """The table, ready for use. The last words of names are found by their last three letters, in any case."""
 
     heads: _Pattern
     keys: dict[bytes, tuple[tuple[_Pattern, _Pattern | None], ...]]
     runs: tuple[tuple[int, _Pattern], ...]
-    shapes: tuple[tuple[bytes, tuple[_Pattern, ...]], ...]
+    shapes: tuple[tuple[bytes, bytes, tuple[_Pattern, ...]], ...]
     urls: tuple[_Pattern, ...]
     flag: _Pattern
+    dashes: _Pattern
     element: _Pattern
     escape: _Pattern
     values: dict[int, tuple[_Pattern, ...]]
-    tails: frozenset[bytes]
-    last_words: tuple[bytes, ...]
+    last_words: dict[bytes, tuple[bytes, ...]]
 
 
 @functools.lru_cache(maxsize=1)
@@ -329,26 +333,30 @@ def _rules() -> _Rules:
             for back in dict.fromkeys(shape.back for shape in SHAPES if not shape.needle)
         ),
         tuple(
-            (needle.encode(), tuple(_Pattern(shape.pattern) for shape in SHAPES if shape.needle == needle))
+            (
+                max(needle, key=_BY_FREQUENCY.find).encode(),
+                needle.encode(),
+                tuple(_Pattern(shape.pattern) for shape in SHAPES if shape.needle == needle),
+            )
             for needle in dict.fromkeys(shape.needle for shape in SHAPES if shape.needle)
         ),
         tuple(_Pattern(shape.pattern) for shape in URLS),
         _Pattern(FLAG),
+        _Pattern("-+"),
         _Pattern(ELEMENT),
         _Pattern(ESCAPE),
         {row.kind: tuple(_Pattern(pattern, re.IGNORECASE) for pattern in row.patterns) for row in VALUES},
-        _in_any_case({word[-3:] for word in last_words}),
-        tuple(word.encode() for word in sorted(last_words)),
+        {
+            tail: tuple(word.encode() for word in sorted(last_words) if word.endswith(end))
+            for end in {word[-3:] for word in last_words}
+            for tail in _in_any_case(end)
+        },
     )
 
 
-def _in_any_case(words: Iterable[str]) -> frozenset[bytes]:
-    """Each word in every mixture of small and capital letters: cheaper than to make a whole text small."""
-    return frozenset(
-        "".join(letters).encode()
-        for word in words
-        for letters in product(*((letter, letter.upper()) for letter in word))
-    )
+def _in_any_case(word: str) -> Iterator[bytes]:
+    """A word in every mixture of small and capital letters: cheaper than to make a whole text small."""
+    return ("".join(letters).encode() for letters in product(*((letter, letter.upper()) for letter in word)))
 
 
 def mask(text: str) -> str:
@@ -395,36 +403,33 @@ def _secrets(text: str) -> list[tuple[int, int]]:
     raw = text.encode("ascii", "replace")
     rules = _rules()
     found: list[tuple[int, int]] = []
-    for needle, patterns in rules.shapes:
-        # One character is found much faster than two, and most texts lack it.
-        if needle[:1] in raw and needle[-1:] in raw and needle in raw:
+    for rare, needle, patterns in rules.shapes:
+        # One character is found much faster than several, and most texts lack it; `rfind` is faster than `in`.
+        if rare in raw and raw.rfind(needle) >= 0:
             for pattern in patterns:
                 found += map(_inner, pattern.finditer(raw))
-    if b":" in raw or b"=" in raw:
-        squeezed = raw.translate(None, _AROUND_NAME)
-        _under_names(raw, squeezed, b":", rules, found)
-        _under_names(raw, squeezed, b"=", rules, found)
+    for sign in (b":", b"="):
+        if sign in raw:
+            _under_names(raw, sign, _AROUND_NAME, rules, found)
     if b"/" in raw and b":" in raw:
         _in_urls(raw, rules, found)
     # The second of two texts in quotes, where the first is a name.
     if b'"' in raw:
-        _under_names(raw, raw, b'",', rules, found)
+        _under_names(raw, b'",', b"", rules, found)
     if b"'" in raw:
-        _under_names(raw, raw, b"',", rules, found)
-    for sign in (b'("', b"('"):
-        if sign in raw:
-            _under_names(raw, raw, sign, rules, found)
+        _under_names(raw, b"',", b"", rules, found)
+    for sign in (b'("', b"('") if b"(" in raw else ():
+        if sign[1:] in raw and sign in raw:
+            _under_names(raw, sign, b"", rules, found)
     if b"\\" in raw:  # JSON in JSON
-        _under_names(raw, raw, b'\\",', rules, found)
+        _under_names(raw, b'\\",', b"", rules, found)
     for sign in _ENCODED_SIGNS if b"%" in raw or b"&" in raw else ():
         if sign in raw:
-            _under_names(raw, raw, sign, rules, found)
+            _under_names(raw, sign, b"", rules, found)
     if b"<" in raw and b"</" in raw:
         found += ((m.end(1), m.end() - 2) for m in rules.element.finditer(raw) if _text_kind(m[2]) >= 2)
-    if b"--" in raw:
-        found += ((m.end(1), m.end()) for m in rules.flag.finditer(raw) if _text_kind(m[2]))
-    if b"\\" in raw or b"%" in raw or b"\x1b" in raw:  # A key may begin right behind the letter of an escape.
-        raw = rules.escape.sub(lambda escape: b" " * len(escape[0]), raw)
+    if b"-" in raw:
+        _under_flags(raw, rules, found)
     _in_runs(raw, rules, found)
     return found
 
@@ -440,25 +445,30 @@ def _inner(match: re.Match[bytes]) -> tuple[int, int]:
     return start, end
 
 
-def _under_names(raw: bytes, squeezed: bytes, sign: bytes, rules: _Rules, found: list[tuple[int, int]]) -> None:
+def _under_names(raw: bytes, sign: bytes, between: bytes, rules: _Rules, found: list[tuple[int, int]]) -> None:
     """Values of assignments, headers, query strings, JSON and pairs: what stands behind each name and ``sign``.
 
     Args:
         raw: the text.
-        squeezed: the text, maybe without what may stand between a name and the sign. It has as many signs.
         sign: what follows a name.
+        between: bytes that may stand between a name and the sign.
         rules: what to look for.
         found: secrets are added to it.
     """
-    tails, words = rules.tails, rules.last_words
+    before = pieces = raw.split(sign)
+    if between:
+        if len(raw) > 2 * _NAME_WINDOW * len(pieces):  # No name is read beyond the window.
+            before = [piece[-_NAME_WINDOW:] for piece in pieces]
+        before = sign.join(before).translate(None, between).split(sign)
+    words = rules.last_words
     hits = [
         index
-        for index, piece in enumerate(squeezed.split(sign))
-        if piece[-3:] in tails and piece[-_LONGEST_WORD:].lower().endswith(words)
+        for index, tail in enumerate(map(_TAIL, before))
+        if tail in words and before[index][-_LONGEST_WORD:].lower().endswith(words[tail])
     ]
     if not hits:
         return
-    ends = list(accumulate(map(len, raw.split(sign))))
+    ends = list(accumulate(map(len, pieces)))
     done = 0
     for index in hits:
         position = ends[index] + index * len(sign)
@@ -466,6 +476,22 @@ def _under_names(raw: bytes, squeezed: bytes, sign: bytes, rules: _Rules, found:
         if done <= position < len(raw) and (secret := _under_name(raw, position, rules)) is not None:
             found.append(secret)
             done = secret[1]
+
+
+def _under_flags(raw: bytes, rules: _Rules, found: list[tuple[int, int]]) -> None:
+    """What stands behind the flags of command lines: the expression is tried at dashes only."""
+    start, done = raw.find(b"--"), 0
+    while start >= 0:
+        # A flag stands behind a blank, or behind the two characters of an escape.
+        for first in (start - 1, start - 2) if start else (0,):
+            match = rules.flag.match(raw, first) if first >= done else None
+            if match is not None:
+                done = match.end()
+                if _text_kind(match[2]):
+                    found.append((match.end(1), done))
+                break
+        dashes = rules.dashes.match(raw, start)
+        start = raw.find(b"--", start + 2 if dashes is None else dashes.end())
 
 
 def _in_urls(raw: bytes, rules: _Rules, found: list[tuple[int, int]]) -> None:
@@ -503,6 +529,11 @@ def _in_runs(raw: bytes, rules: _Rules, found: list[tuple[int, int]]) -> None:
     """Keys among the long unbroken runs: much cheaper than a search for each of their beginnings."""
     runs = raw.translate(_RUN_TABLE)
     start = runs.find(_RUN_BYTES)
+    if start >= 0 and (b"\\" in raw or b"%" in raw or b"\x1b" in raw):
+        # A key may begin right behind the letter of an escape.
+        raw = rules.escape.sub(lambda escape: b" " * len(escape[0]), raw)
+        runs = raw.translate(_RUN_TABLE)
+        start = runs.find(_RUN_BYTES, start)
     while start >= 0:
         end = runs.find(b" ", start)
         if end < 0:
