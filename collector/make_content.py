@@ -14,7 +14,7 @@ import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from dspy_otel.content.secret_rules import ELEMENT, ESCAPE, FLAG, KEYS, NAMES, SHAPES, URLS, VALUES, Kind, Where
+from dspy_otel.content.secret_rules import ELEMENTS, ESCAPE, FLAG, KEYS, NAMES, SHAPES, URLS, VALUES, Kind, Where
 
 FILE = Path(__file__).parent / "config/content.yaml"
 FIRST = "  # Made by collector/make_content.py from here: do not edit."
@@ -59,7 +59,7 @@ def under_names() -> Iterator[tuple[str, str]]:
     yield one_of(
         [
             FLAG.replace(r"([\w\-]{2,64})", rf"[\w\-]{{0,64}}(?:{any_name})"),
-            ELEMENT.replace(r"([\w:.\-]{2,64})", rf"[\w:.\-]{{0,64}}(?:{secret})").replace("</", "(</)"),
+            *(one.replace(r"([\w:.\-]{2,64})", rf"[\w:.\-]{{0,64}}(?:{secret})") for one in ELEMENTS),
         ],
         flags="(?i)",
     )

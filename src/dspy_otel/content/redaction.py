@@ -296,7 +296,7 @@ class _Rules(NamedTuple):
     urls: tuple[_Pattern, ...]
     flag: _Pattern
     dashes: _Pattern
-    element: _Pattern
+    elements: tuple[_Pattern, ...]
     escape: _Pattern
     values: dict[int, tuple[_Pattern, ...]]
     last_words: dict[bytes, tuple[bytes, ...]]
@@ -304,7 +304,7 @@ class _Rules(NamedTuple):
 
 @functools.lru_cache(maxsize=1)
 def _rules() -> _Rules:
-    from dspy_otel.content.secret_rules import ELEMENT, ESCAPE, FLAG, KEYS, NAMES, SHAPES, URLS, VALUES, Where
+    from dspy_otel.content.secret_rules import ELEMENTS, ESCAPE, FLAG, KEYS, NAMES, SHAPES, URLS, VALUES, Where
 
     by_needle: dict[str, list[tuple[_Pattern, _Pattern | None]]] = {}
     for key in KEYS:
@@ -343,7 +343,7 @@ def _rules() -> _Rules:
         tuple(_Pattern(shape.pattern) for shape in URLS),
         _Pattern(FLAG),
         _Pattern("-+"),
-        _Pattern(ELEMENT),
+        tuple(map(_Pattern, ELEMENTS)),
         _Pattern(ESCAPE),
         {row.kind: tuple(_Pattern(pattern, re.IGNORECASE) for pattern in row.patterns) for row in VALUES},
         {
@@ -418,6 +418,8 @@ def _secrets(text: str) -> list[tuple[int, int]]:
         _under_names(raw, b'",', b"", rules, found)
     if b"'" in raw:
         _under_names(raw, b"',", b"", rules, found)
+    if b" ## ]]" in raw:  # the heading of a field in DSPy's prompts
+        _under_names(raw, b" ## ]]", b"", rules, found)
     for sign in (b'("', b"('") if b"(" in raw else ():
         if sign[1:] in raw and sign in raw:
             _under_names(raw, sign, b"", rules, found)
@@ -427,7 +429,8 @@ def _secrets(text: str) -> list[tuple[int, int]]:
         if sign in raw:
             _under_names(raw, sign, b"", rules, found)
     if b"<" in raw and b"</" in raw:
-        found += ((m.end(1), m.end() - 2) for m in rules.element.finditer(raw) if _text_kind(m[2]) >= 2)
+        for element in rules.elements:
+            found += ((m.end(1), m.start(3)) for m in element.finditer(raw) if _text_kind(m[2]) >= 2)
     if b"-" in raw:
         _under_flags(raw, rules, found)
     _in_runs(raw, rules, found)

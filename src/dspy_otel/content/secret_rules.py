@@ -382,6 +382,11 @@ _QUOTED: Final = (
     rf"({_PAIR}{_OPEN}')[A-Za-z_]{{0,64}}[^A-Za-z_'\\\r\n](?:[^'\\\r\n]|\\[^'\\\r\n]){{2,}}",
     rf"({_PAIR}{_OPEN}')[A-Za-z_]{{2,64}}[^A-Za-z_'\\\r\n](?:[^'\\\r\n]|\\[^'\\\r\n]){{0,1}}",
 )
+_FIELDS: Final = (
+    # Under the heading of a field, as DSPy writes prompts and LMs answer. A brace begins a template, or JSON.
+    r"( ## \]\][ \t]{0,4}\r?\n[ \t]{0,16})[^\s{][^\r\n]{2,}",
+    r"( ## \]\]\\{1,4}n[ \t]{0,16})[^\s{\\\"][^\r\n\\\"]{2,}",  # in JSON
+)
 _CREDENTIAL: Final = r"[A-Za-z_\-+/]{0,64}[0-9]{1,40}[A-Za-z_\-+/%=]{1,64}[0-9][\w\-+/%=.]{8,}"
 _SCHEMES: Final = (
     r"(?:basic|bearer|token|digest|negotiate|ntlm|api-?key|key|aws4-hmac-sha256|aws|hmac|sso-key|oauth|hawk|geniekey|"
@@ -393,6 +398,7 @@ VALUES: Final = (
         Kind.SECRET,
         (
             *_QUOTED,
+            *_FIELDS,
             rf"(:[ \t]{{0,4}}[\w&'\[\]|. ]{{1,32}}=[ \t]{{0,4}}{_OPEN}[\"'])[^\"'\\\r\n]{{3,}}",  # behind its type
             rf"(\([\"'])[A-Za-z_.\-/]{{0,64}}{_MARK}[^\"'\\\r\n]{{3,}}",  # the argument of a function of that name
             r"(:[ \t]{1,4}[|>][+\-]?[ \t]{0,4}\r?\n[ \t]{1,16})[^\r\n]{3,}",  # a block of YAML
@@ -408,6 +414,7 @@ VALUES: Final = (
         (
             rf"((?:{_SIGN}|{_PAIR}){_OPEN}[\"'`]?{_SCHEMES}[ \t]{{1,4}})[^\r\n\"'`<>\\]{{4,}}",
             *_QUOTED,
+            *_FIELDS,
             rf"({_SIGN})[A-Za-z_.\-/]{{0,64}}{_MARK}{_BARE}{{5,900}}{_END}",
         ),
     ),
@@ -416,6 +423,7 @@ VALUES: Final = (
         (
             rf"({_SIGN}\\{{0,3}}[\"'`]?)[^\s=;,\"'`]{{1,64}}=[^\r\n\"'`\\]{{3,}}",
             rf"({_PAIR}{_OPEN}[\"'])[^\s=;,\"'`]{{1,64}}=[^\r\n\"'`\\]{{3,}}",
+            *_FIELDS,
         ),
     ),
     Value(
@@ -423,6 +431,7 @@ VALUES: Final = (
         (
             rf"({_SIGN}{_OPEN}[\"'`]?){_CREDENTIAL}",
             rf"({_PAIR}{_OPEN}[\"']){_CREDENTIAL}",
+            rf"( ## \]\][ \t]{{0,4}}(?:\r?\n|\\{{1,4}}n)[ \t]{{0,16}}){_CREDENTIAL}",
             rf"({_SIGN}\\{{0,3}}[\"'])[A-Za-z0-9+/]{{10,}}={{1,2}}",
         ),
     ),
@@ -437,5 +446,9 @@ FLAG: Final = (
 )
 """A flag of a command line, whose name is the second group."""
 
-ELEMENT: Final = r"(<([\w:.\-]{2,64})>)[^<>\s]{3,}</"
-"""An element of XML, whose name is the second group."""
+ELEMENTS: Final = (
+    r"(<([\w:.\-]{2,64})>)[^<>\s]{3,}(</)",
+    # On a line of its own, as DSPy writes prompts; also in JSON.
+    r"(<([\w:.\-]{2,64})>(?:\r?\n|\\{1,4}n)[ \t]{0,16})[^\s<>{][^\r\n<>]{2,}((?:\r?\n|\\{1,4}n)[ \t]{0,16}</)",
+)
+"""An element of XML, whose name is the second group. The third is what follows the secret."""
