@@ -11,6 +11,7 @@ import pytest
 
 from tests.optimizers import common
 from tests.optimizers.common import quietly, scripted_lm, table
+from tests.support.registry import broken_rules
 
 SHOWN = ("compile ", "bootstrap", "propose", "search", "sample", "reflect", "final_evaluation", "trial", "evaluate ")
 
@@ -74,6 +75,7 @@ def test_picture(telemetry: Any, snapshot: Callable[..., None], name: str) -> No
     ]
     snapshot("\n\n".join(parts), name)
     assert not undocumented(telemetry)
+    assert not broken_rules(telemetry)
 
 
 PAGE = (Path(__file__).parent.parent.parent / "docs" / "semantic-conventions.md").read_text(encoding="utf-8")
