@@ -231,10 +231,63 @@ def _numpy() -> Any:
     return numpy.arange(12.0).reshape(3, 4)
 
 
+def _array_of_a_spy() -> Any:
+    import numpy
+
+    made = numpy.empty((), dtype=object)
+    made[()] = Spy()
+    return made
+
+
 def _pandas() -> Any:
     import pandas
 
     return pandas.DataFrame({"a": [1, 2]})
+
+
+def _table_of_spies() -> Any:
+    """With a column that has the name of what other tables say of themselves."""
+    import pandas
+
+    return pandas.DataFrame({"a": [1, 2], "dtype": [Spy(), Spy()]})
+
+
+class Zone(datetime.tzinfo):
+    """A time zone that writes down what it is asked."""
+
+    def utcoffset(self, _: Any) -> datetime.timedelta:
+        JOURNAL.append(("Zone", "utcoffset"))
+        return datetime.timedelta(hours=1)
+
+    def dst(self, _: Any) -> None:
+        JOURNAL.append(("Zone", "dst"))
+
+    def tzname(self, _: Any) -> str:
+        JOURNAL.append(("Zone", "tzname"))
+        return "here"
+
+
+class Asked(type):
+    """A metaclass that writes down which attributes of its classes are asked for, but what Python asks for once."""
+
+    def __getattribute__(cls, name: str) -> Any:
+        if name not in ("__mro__", "__dict__"):
+            JOURNAL.append(("Asked", name))
+        return type.__getattribute__(cls, name)
+
+
+class Day(datetime.date, metaclass=Asked):
+    """A date of a class of the user's."""
+
+
+class Member(metaclass=Asked):
+    """What a class of the user's has as an attribute."""
+
+
+class Holder:
+    """With attributes that have the names of DSPy's and of models."""
+
+    model = score = feedback = kwargs = _store = Member()
 
 
 def _proxy() -> Any:
@@ -283,7 +336,9 @@ KINDS: dict[str, Callable[[], Any]] = {
     "file": tempfile.TemporaryFile,
     "lock": threading.Lock,
     "array": _numpy,
+    "array of a spy": _array_of_a_spy,
     "table": _pandas,
+    "table of spies": _table_of_spies,
     "model": lambda: Model(inner=[1]),
     "model in list": lambda: [{"deep": Model(inner=Model())}],
     "data": Data,
@@ -295,5 +350,9 @@ KINDS: dict[str, Callable[[], Any]] = {
     "mock": _mock,
     "module": lambda: types,
     "date": lambda: datetime.datetime(2020, 1, 2),
+    "date elsewhere": lambda: datetime.datetime(2020, 1, 2, tzinfo=Zone()),
+    "time elsewhere": lambda: datetime.time(1, 2, tzinfo=Zone()),
+    "date of a class": lambda: Day(2020, 1, 2),
+    "holder": Holder,
     "none": lambda: None,
 }

@@ -130,7 +130,7 @@ class _Canonical(Walker):
         if issubclass(kind, int):
             return self.integer(int.__int__(value))
         if issubclass(kind, (datetime.date, datetime.time)):  # a datetime is a date
-            return value.isoformat() if kind.__module__ == "datetime" else f"<{introspection.module_of(kind)}>"
+            return self.moment(value, kind)
         if kind is uuid.UUID or kind is decimal.Decimal:
             return str(value)
         if issubclass(kind, (bytes, bytearray)):
@@ -155,6 +155,15 @@ class _Canonical(Walker):
         if stored is not None:
             return self.mapping(value, stored, depth)
         return "…" if depth >= _MAX_DEPTH or self.nodes <= 0 else _name(kind)
+
+    def moment(self, value: Any, kind: type) -> str:
+        if kind is datetime.date:
+            return str(value.isoformat())
+        if kind is not datetime.datetime and kind is not datetime.time:
+            return f"<{introspection.module_of(kind)}>"
+        if introspection.has_known_zone(value):
+            return str(value.isoformat())
+        return f"{value.replace(tzinfo=None).isoformat()} {_name(type(value.tzinfo))}"
 
     def binary(self, value: Any, base: Any) -> str:
         length = base.__len__(value)

@@ -27,6 +27,8 @@ from dspy_otel.content import redaction
 from dspy_otel.content.introspection import (
     arguments_of,
     bases_of,
+    has_known_zone,
+    has_method,
     instance_dict,
     library,
     members_of,
@@ -524,18 +526,20 @@ def _described(value: Any, kind: type) -> str | None:
 def moment(value: Any, kind: type) -> str:
     """A date and time, or a time. No code of a user's time zone class runs."""
     if kind is datetime.datetime or kind is datetime.time:
-        zone = type(value.tzinfo)
-        if zone is type(None) or zone is datetime.timezone or module_of(zone) in ("zoneinfo", "dateutil.tz.tz"):
+        if has_known_zone(value):
             return str(value)
-        return f"{value.replace(tzinfo=None)} <{type_name(zone)}>"
+        return f"{value.replace(tzinfo=None)} <{type_name(type(value.tzinfo))}>"
     return str(value) if library(kind) == "pandas" else f"<{type_name(kind)}>"
 
 
 def array(value: Any, kind: type) -> str:
-    """Arrays and tables by kind, shape and type of their elements."""
+    """Arrays and tables by kind, shape and type of their elements.
+
+    Only what the class itself has: a table may have a column of that name, and a lazy array may record what is asked.
+    """
     parts = [type_name(kind)]
     for name in ("shape", "dtype"):
-        found = getattr(value, name, None)
+        found = getattr(value, name, None) if has_method(value, name) else None
         if found is not None:
             parts.append(str(found)[:200])
     return f"<{' '.join(parts)}>"

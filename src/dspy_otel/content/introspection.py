@@ -6,6 +6,7 @@ own methods (an override in a subclass is passed by), and fields are read where 
 
 from __future__ import annotations
 
+import datetime
 import types
 import weakref
 from collections.abc import Callable, Iterator
@@ -116,7 +117,7 @@ def field(value: Any, name: str, default: Any = None) -> Any:
             continue
         if library(base) in _TRUSTED and not _looks_up_itself(type(value)):
             return getattr(value, name, default)
-        return default if hasattr(type(found), "__get__") else found
+        return default if has_method(found, "__get__") else found
     # pydantic keeps apart what a model has beyond its fields.
     for place in ("__pydantic_extra__", "__pydantic_private__"):
         kept = slot(value, place)
@@ -172,7 +173,7 @@ def real(value: Any) -> float | None:
             return float(int.__int__(value))
         except OverflowError:
             return None
-    if library(kind) in ("numpy", "decimal", "fractions") and getattr(value, "shape", ()) == ():
+    if library(kind) in ("decimal", "fractions") or _is_number_of_numpy(value):
         try:
             return float(value)
         except (TypeError, ValueError, OverflowError):
@@ -187,7 +188,21 @@ def truth(value: Any) -> bool | None:
     store = store_of(value)
     if store is not None:  # DSPy's examples and predictions are as long as they have fields.
         return bool(store) if library(type(value)) == "dspy" else None
-    return bool(value) if library(type(value)) == "numpy" and getattr(value, "shape", None) == () else None
+    return bool(value) if _is_number_of_numpy(value) else None
+
+
+def _is_number_of_numpy(value: Any) -> bool:
+    """Whether it is one real number, or an array of no dimensions with one: not a masked one, no object of a user's."""
+    module = module_of(type(value))
+    if type(module) is not str or module.partition(".")[0] != "numpy" or module.startswith("numpy.ma"):
+        return False
+    return getattr(value, "shape", None) == () and value.dtype.kind in "biuf"
+
+
+def has_known_zone(moment: Any) -> bool:
+    """Whether no code of a user's time zone class runs when a ``datetime`` or ``time`` becomes text."""
+    zone = type(moment.tzinfo)
+    return zone is type(None) or zone is datetime.timezone or library(zone) in ("zoneinfo", "dateutil", "pytz")
 
 
 def has_method(value: Any, name: str) -> bool:
