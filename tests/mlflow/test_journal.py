@@ -12,6 +12,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ from dspy_otel.mlflow.journal import Journal, JournalDirectory, journal_director
 from dspy_otel.mlflow.replay import replay
 from dspy_otel.mlflow.worker import Worker
 from dspy_otel.record.otlp import decode, encode
+from tests.mlflow.fake_server import Fault, fake_mlflow
 from tests.mlflow.memory import AWAY, Memory, Program
 from tests.support.fault_proxy import fault_proxy
 from tests.support.waiting import run as run_program
@@ -685,6 +687,18 @@ def test_a_server_that_refuses_costs_one_line_and_nothing_is_lost(
         one_span_to(proxy.url).shutdown()
     assert [said in record.message for record in caplog.records] == [True, False]
     assert "1 spans, kept in" in caplog.records[-1].message
+    assert left_in(directory) == ["chat"]
+
+
+def test_a_server_that_asks_for_more_time_than_there_is_is_not_waited_for(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OTEL_DSPY_EXIT_SECONDS", "100")
+    with fake_mlflow() as server:
+        server.faults.outage = Fault("status", 503, retry_after="200")
+        before = time.monotonic()
+        one_span_to(server.url).shutdown()
+        assert time.monotonic() - before < 100
     assert left_in(directory) == ["chat"]
 
 

@@ -119,6 +119,7 @@ class MLflowProcessor(SpanProcessor):
         self._wake = threading.Event()
         self._idle = threading.Event()
         self._stop = threading.Event()
+        self._deadline = math.inf
         self._over = threading.Event()
         self._closing = threading.Lock()
         self._closed = threading.Event()
@@ -420,7 +421,7 @@ class MLflowProcessor(SpanProcessor):
         backoff = self.worker.backoff
         if not self._stop.is_set() or backoff.error is None or backoff.error.cause == "slow":
             return self._stop.is_set() and (self.worker.failed or self.worker.only_versions_fail)
-        return self.worker.failed or backoff.failures >= EXIT_ATTEMPTS
+        return self.worker.failed or backoff.failures >= EXIT_ATTEMPTS or backoff.due > self._deadline
 
     def _recover(self) -> None:
         """Deliver the journals that earlier processes left for the same target."""
@@ -484,7 +485,7 @@ class MLflowProcessor(SpanProcessor):
             raise interrupted
 
     def _finish(self, seconds: float) -> None:
-        deadline = time.monotonic() + seconds
+        self._deadline = deadline = time.monotonic() + seconds
         self._throttle.hurry(self)
         self.record(min(seconds / 2, _LONGEST_RECORD_SECONDS))
         worker = self.worker
