@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 from dspy_otel.version import __version__
 
 if TYPE_CHECKING:
+    from dspy_otel.budgets import BudgetAlert, BudgetExceeded, BudgetRefused, budget
     from dspy_otel.config import Config
     from dspy_otel.decide import compare
     from dspy_otel.inline_report import report
@@ -28,11 +29,15 @@ if TYPE_CHECKING:
 
 # Loaded on first use: a program that leaves instrumentation off pays for none of it.
 _PLACES: Final = {
+    "BudgetAlert": ("budgets", "BudgetAlert"),
+    "BudgetExceeded": ("budgets", "BudgetExceeded"),
+    "BudgetRefused": ("budgets", "BudgetRefused"),
     "Config": ("config", "Config"),
     "DSPyInstrumentor": ("instrumentor", "DSPyInstrumentor"),
     "Origin": ("record.model", "Origin"),
     "attach": ("propagation", "attach"),
     "bind": ("propagation", "bind"),
+    "budget": ("budgets", "budget"),
     "compare": ("decide", "compare"),
     "configure": ("setup", "configure"),
     "inject": ("propagation", "inject"),
@@ -80,12 +85,16 @@ def uninstrument() -> None:
 
 
 __all__ = [
+    "BudgetAlert",
+    "BudgetExceeded",
+    "BudgetRefused",
     "Config",
     "DSPyInstrumentor",
     "Origin",
     "__version__",
     "attach",
     "bind",
+    "budget",
     "compare",
     "configure",
     "inject",

@@ -65,6 +65,11 @@ class DSPyInstrumentor(BaseInstrumentor):  # type: ignore[misc]
         """The settings in force; None while instrumentation is off."""
         return None if self._telemetry is None else self._telemetry.config
 
+    @property
+    def telemetry(self) -> Telemetry | None:
+        """What all operations share; None while instrumentation is off."""
+        return self._telemetry
+
     def instrument(self, **kwargs: Any) -> None:
         """Switch on.
 

@@ -136,6 +136,12 @@ USAGE_UNPRICED_CALLS: Final = "dspy.usage.unpriced_calls"
 USAGE_PREFIX: Final = "dspy.usage."
 """Totals by role put the role behind it: ``dspy.usage.task.input_tokens``."""
 
+# --- DSPy: budgets ----------------------------------------------------------------------------------------------
+BUDGET_LIMIT: Final = "dspy.budget.limit"
+BUDGET_PERCENT: Final = "dspy.budget.percent"
+BUDGET_SPENT: Final = "dspy.budget.spent"
+BUDGET_ALLOWED: Final = "dspy.budget.allowed"
+
 # --- DSPy: evaluation -------------------------------------------------------------------------------------------
 EVALUATION_ID: Final = "dspy.evaluation.id"
 EVALUATION_SCORE: Final = "dspy.evaluation.score"
@@ -264,6 +270,7 @@ EVENT_EXCEPTION: Final = "exception"
 EVENT_LM_RETRY: Final = "dspy.lm.retry"
 EVENT_ADAPTER_PARSE_ERROR: Final = "dspy.adapter.parse_error"
 EVENT_ADAPTER_FALLBACK: Final = "dspy.adapter.fallback"
+EVENT_BUDGET_ALERT: Final = "dspy.budget.alert"
 EVENT_PARETO_FRONT: Final = "dspy.optimizer.pareto_front"
 PARETO_FRONT: Final = "dspy.optimizer.pareto_front.candidates"
 PARETO_DISPLACED: Final = "dspy.optimizer.pareto_front.displaced"
@@ -293,6 +300,7 @@ METRIC_OPTIMIZER_EXAMPLES: Final = "dspy.optimizer.examples"
 METRIC_OPTIMIZER_LM_CALLS: Final = "dspy.optimizer.lm_calls"
 METRIC_OPTIMIZER_COST: Final = "dspy.optimizer.cost"
 METRIC_OPTIMIZER_DURATION: Final = "dspy.optimizer.duration"
+METRIC_BUDGET_ALERTS: Final = "dspy.budget.alerts"
 
 METRIC_SPANS_EXPORTED: Final = "otel.sdk.exporter.span.exported"
 """OpenTelemetry's own name for what becomes of the spans of an exporter."""

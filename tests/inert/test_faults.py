@@ -560,6 +560,7 @@ SCENARIOS: dict[str, Callable[[], Any]] = {
 for _name in common.RUNS:
     SCENARIOS[_name] = lambda _name=_name: optimized(_name)
 SCENARIOS["BootstrapFewShotWithOptuna"] = lambda: sorted(optimized("BootstrapFewShotWithOptuna"))  # it takes chances
+SCENARIOS["limited InferRules"] = lambda: limited()
 SCENARIOS["resumed GEPA"] = lambda: resumed()
 SCENARIOS["kept traces"] = lambda: optimized("BootstrapFewShotWithRandomSearch")
 SCENARIOS["dropped traces"] = lambda: optimized("BootstrapFewShotWithRandomSearch")
@@ -592,6 +593,13 @@ def optimized(name: str) -> Any:
         outcome = test_inert.outcome(name, 1)
     outcome.pop("kept on program")
     return outcome
+
+
+def limited() -> Any:
+    """An optimization within a budget, where instrumentation is on."""
+    on = dspy_otel.DSPyInstrumentor().is_instrumented_by_opentelemetry
+    with dspy_otel.budget(lm_calls=1_000_000) if on else contextlib.nullcontext():
+        return optimized("InferRules")
 
 
 def source() -> Any:

@@ -67,14 +67,27 @@ class SpanFactory(Protocol):
         """Start a span, as ``Tracer.start_span`` does."""
 
 
+class BudgetAround(Protocol):
+    """A limit on what LM calls use, as far as calls inside its block need it: :class:`dspy_otel.budgets.Budget`."""
+
+    def admit(self, call: CallContext, telemetry: Any) -> None:
+        """An LM call is about to begin; raises if it must not."""
+
+    def settle(self, call: CallContext, telemetry: Any, error: BaseException | None) -> None:
+        """An LM call has ended; raises if the budget cannot hold."""
+
+    def must_stop(self) -> bool:
+        """Whether a limit has been reached, here or of a budget around this one."""
+
+
 class CallContext:
     """One call, as the calls inside it see it.
 
     A call context is made by its operation's ``start()``, in the thread of the call, and is complete before any other
     thread can see it. From then on only the fields marked as such change. Calls inside read it in whichever thread
-    they run; they copy ``program``, ``paths``, ``inherited``, ``role``, ``totals`` and ``deferred`` when they are made,
-    and a later change reaches those that begin after it. Where several threads may write a field, each write is one
-    assignment, or the field has a lock of its own.
+    they run; they copy ``program``, ``paths``, ``inherited``, ``role``, ``totals``, ``deferred`` and ``budget`` when
+    they are made, and a later change reaches those that begin after it. Where several threads may write a field, each
+    write is one assignment, or the field has a lock of its own.
 
     Attributes:
         kind: which operation this is (``module``, ``lm``, ``example``, ...). Never changes. Read by the operation
@@ -102,12 +115,15 @@ class CallContext:
             Written when the call is opened, read by the operation when the override calls what it overrides.
         deferred: what takes the place of the tracer; ``None``: spans are started right away. Written by ``start()``
             of an evaluated example.
+        budget: the innermost budget around it; ``None`` outside of one. Written by the budget, which makes a call
+            context of its own for those inside.
         failed: an exception that an inner call has recorded already; never the exception itself. Written when an inner
             call ends, in its thread; read when this one ends.
         links: how many links :meth:`add_link` has put on its span, from any thread.
     """
 
     __slots__ = (
+        "budget",
         "deferred",
         "failed",
         "inherited",
@@ -131,6 +147,7 @@ class CallContext:
     role: str | None
     totals: tuple[Totals, ...]
     deferred: SpanFactory | None
+    budget: BudgetAround | None
 
     def __init__(self, kind: str, owner: Any, parent: CallContext | None, state: Any = None) -> None:
         self.kind = kind
@@ -143,7 +160,7 @@ class CallContext:
         self.failed: Recorded | None = None
         self.links = 0
         if parent is None:
-            self.program = self.paths = self.role = self.deferred = None
+            self.program = self.paths = self.role = self.deferred = self.budget = None
             self.inherited = EMPTY
             self.totals = ()
         else:
@@ -153,6 +170,7 @@ class CallContext:
             self.role = parent.role
             self.totals = parent.totals
             self.deferred = parent.deferred
+            self.budget = parent.budget
 
     def module_answered(self, module: Any) -> None:
         """A module directly inside has answered. If that was ``owner``, its role is over."""

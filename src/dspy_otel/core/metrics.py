@@ -203,3 +203,4 @@ class Metrics:
             "Duration of optimizations",
             semconv.SECONDS_OF_A_RUN,
         )
+        self.budget_alerts = count(semconv.METRIC_BUDGET_ALERTS, "{alert}", "Limits used to 50, 80 or 100 percent")

@@ -63,6 +63,7 @@ class SpanStart:
         identity: names of attributes without which the span cannot be assigned to its evaluation, run or trial. They
             are set once more at the end if the SDK had to drop some: it drops the oldest when there are too many (128,
             unless ``OTEL_SPAN_ATTRIBUTE_COUNT_LIMIT`` says otherwise).
+        on_closed: called when the call has been closed, with its result and its error.
     """
 
     name: str
@@ -73,6 +74,7 @@ class SpanStart:
     links: Sequence[Link] = ()
     repaired: bool = False
     identity: tuple[str, ...] = ()
+    on_closed: Callable[[Any, BaseException | None], None] | None = None
 
 
 class Call:
@@ -256,7 +258,7 @@ class Operation:
         call.kwargs = kwargs
         call.context = context
         call.outside = surrounding
-        call.on_closed = None
+        call.on_closed = start.on_closed
         call.closed = False
         call.token = None
         dropped = None if context.deferred is None else context.deferred.dropped

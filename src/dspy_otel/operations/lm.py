@@ -17,7 +17,13 @@ from opentelemetry.trace import SpanKind
 from dspy_otel import semconv
 from dspy_otel.content import introspection, redaction
 from dspy_otel.core.attributes import Attributes, Labels, repair, sendable_name
-from dspy_otel.core.call_context import CallContext, current_call_context, current_state, enclosing_state
+from dspy_otel.core.call_context import (
+    BudgetAround,
+    CallContext,
+    current_call_context,
+    current_state,
+    enclosing_state,
+)
 from dspy_otel.core.errors import error_type
 from dspy_otel.core.internal_errors import failed, guard
 from dspy_otel.core.operation import Call, Operation, SpanStart, openinference
@@ -181,6 +187,11 @@ class LMOperation(Operation):
     def start(
         self, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any], parent: CallContext | None
     ) -> SpanStart | None:
+        context = CallContext(self.kind, instance, parent)
+        budget, settle = context.budget, None
+        if budget is not None:
+            budget.admit(context, self.telemetry)
+            settle = functools.partial(self._settle, budget, context)
         own = own_settings(instance)
         try:  # For each call, and without the two calls of a guard.
             if own:
@@ -189,10 +200,14 @@ class LMOperation(Operation):
                 redaction.remember_settings(kwargs)
         except Exception as error:
             failed("LM settings", error)
-        context = CallContext(self.kind, instance, parent)
         description = self._description(instance, request_settings(own, args, kwargs), context)
         context.state = LMCallState(description)
-        return SpanStart(description.span, context, description.attributes.copy(), SpanKind.CLIENT, repaired=True)
+        return SpanStart(
+            description.span, context, description.attributes.copy(), SpanKind.CLIENT, repaired=True, on_closed=settle
+        )
+
+    def _settle(self, budget: BudgetAround, context: CallContext, result: Any, error: BaseException | None) -> None:
+        budget.settle(context, self.telemetry, error)
 
     def _description(self, lm: Any, settings: dict[str, Any], context: CallContext) -> LMDescription:
         """Of this call. It is kept for the next ones like it."""

@@ -41,6 +41,26 @@ class Scored:
 
 
 @dataclass(frozen=True, slots=True)
+class BestProgram:
+    """The best program of an optimization inside a budget, which may stop it.
+
+    Attributes:
+        program: a copy of the scored program: optimizers go on to change theirs.
+        trial: the trial that scored it.
+        optimizer: class name of the optimizer that made the trial; that of a step where optimizations are nested.
+    """
+
+    program: Any
+    trial: Scored
+    optimizer: str
+
+    def is_worse_than(self, trial: Scored) -> bool:
+        """Whether ``trial`` is better: one that decides is better than any that does not."""
+        own = self.trial
+        return (trial.decides, trial.score or 0.0) > (own.decides, own.score or 0.0)
+
+
+@dataclass(frozen=True, slots=True)
 class Snapshot:
     """What another process needs in order to continue a run.
 
@@ -102,6 +122,7 @@ class Run:
         self.finished: list[Scored] = []
         self._of_candidate: dict[str, list[Scored]] = {}
         self.best: Scored | None = None
+        self.kept: BestProgram | None = None
         self.baseline: float | None = None
         self.accepted: int | None = None
         self.rejected: int | None = None
@@ -198,6 +219,22 @@ class Run:
         if is_best:
             self.best = trial
         return is_best
+
+    def keep_best(self, program: Any, trial: Scored, copied: Callable[[Any], Any]) -> None:
+        """Keep a copy of a scored program if it is the best so far, here or of an optimization that this is a step of.
+
+        Args:
+            program: the scored program.
+            trial: the trial that scored it.
+            copied: makes a copy of a program; ``None`` where it fails, and the program itself is kept.
+        """
+        kept: BestProgram | None = None
+        run: Run | None = self
+        while run is not None and run.program_name == self.program_name:
+            if run.kept is None or run.kept.is_worse_than(trial):
+                kept = kept or BestProgram(copied(program) or program, trial, self.name)
+                run.kept = kept
+            run = None if run.inference_time else run.parent
 
     # --- across processes -------------------------------------------------------------------------------------------
     def snapshot(self) -> Snapshot:

@@ -143,6 +143,10 @@ class Tracker:
     deciding: frozenset[str] = frozenset({semconv.TRIAL_BASELINE, semconv.TRIAL_FULL, semconv.TRIAL_VALIDATION})
     """Kinds of trials whose scores can be compared with each other, and so make a best one."""
 
+    ends_itself: bool = False
+    """Whether the optimizer ends, and returns its best program, once :meth:`must_stop` is true. Until then its LM calls
+    are allowed although a budget is used up."""
+
     def __init__(self, run: Run, instance: Any, arguments: Mapping[str, Any]) -> None:
         """Args:
         run: the run.
@@ -168,6 +172,15 @@ class Tracker:
     def state_file(self) -> Path | None:
         """The file from which the optimizer can continue in another process, or ``None``."""
         return None
+
+    def must_stop(self) -> bool:
+        """Whether a budget around the optimization is used up."""
+        budget = self.run.context.budget
+        return budget is not None and budget.must_stop()
+
+    def copied(self, program: Any) -> Any:
+        """A copy of a scored program, by DSPy's own ``deepcopy()``, that the optimizer does not change any more."""
+        return program.deepcopy()
 
     def evaluation(self, about: Evaluation) -> Trial | Phase | None:
         """How to record an evaluation; ``None`` for an evaluation that is neither."""

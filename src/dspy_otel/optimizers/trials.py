@@ -7,6 +7,7 @@ from typing import Any
 from dspy_otel import semconv
 from dspy_otel.core.attributes import Attributes
 from dspy_otel.core.call_context import CallContext
+from dspy_otel.core.internal_errors import guard
 from dspy_otel.core.operation import Call, Operation, SpanStart, openinference
 from dspy_otel.core.usage import Totals
 from dspy_otel.optimizers.lineage import remember
@@ -89,6 +90,8 @@ class TrialOperation(Operation):
         state.is_best = is_best
         end_trial(state)
         remember(run, scored)
+        if call.context.budget is not None and trial.candidate is not None and trial.score is not None:
+            run.keep_best(trial.program, scored, guard("copy of the best program")(state.tracker.copied))
         accepted = trial.end_attributes.get(semconv.TRIAL_ACCEPTED)
         if isinstance(accepted, bool):
             run.verdict(accepted)

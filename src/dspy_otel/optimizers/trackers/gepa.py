@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -342,7 +342,13 @@ def patch(optimizers: Optimizers, patches: Patches) -> None:
         tracker.phases = optimizers.phases
         budget = kwargs.get("max_metric_calls")
         tracker.run.planned_examples = budget if type(budget) is int else None
-        return {**kwargs, "callbacks": [*(kwargs.get("callbacks") or ()), Observer(tracker)]}
+        added: dict[str, Any] = {"callbacks": [*(kwargs.get("callbacks") or ()), Observer(tracker)]}
+        if tracker.run.context.budget is not None:
+            given = kwargs.get("stop_callbacks")
+            stoppers = given if isinstance(given, Sequence) else () if given is None else (given,)
+            added["stop_callbacks"] = [*stoppers, lambda _: tracker.must_stop()]
+            tracker.ends_itself = True
+        return {**kwargs, **added}
 
     if resolve("dspy.teleprompt.gepa.gepa", "GEPA") is None:
         return

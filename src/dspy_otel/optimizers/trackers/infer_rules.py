@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dspy_otel import semconv
 from dspy_otel.content import introspection
@@ -25,6 +25,13 @@ class InferRulesTracker(Tracker):
 
     def params(self, about: Evaluation) -> Attributes:
         return {"candidate": self._trials - 1}
+
+    def copied(self, program: Any) -> Any:
+        # InferRules writes its rules into the signatures, which are classes, and so shared by all copies.
+        copied = super().copied(program)
+        for predictor in copied.predictors():
+            predictor.signature = predictor.signature.with_instructions(predictor.signature.instructions)
+        return copied
 
 
 @hooks

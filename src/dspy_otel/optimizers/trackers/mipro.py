@@ -11,6 +11,7 @@ from dspy_otel.core.attributes import Attributes
 from dspy_otel.operations.module_tree import named_predictors
 from dspy_otel.optimizers.run import Run
 from dspy_otel.optimizers.tracker import Evaluation, Phase, Tracker, hooks, tracks
+from dspy_otel.optimizers.trackers.optuna import StudyTracker
 from dspy_otel.patching import Patches, argument, resolve
 
 if TYPE_CHECKING:
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 
 @tracks("MIPROv2")
-class MIPROv2Tracker(Tracker):
+class MIPROv2Tracker(StudyTracker):
     """The N-th evaluation is DSPy's trial N: baseline, then minibatch or full ones."""
 
     failed_score = 0.0  # eval_candidate_program() turns an exception into this
@@ -65,7 +66,9 @@ def patch(optimizers: Optimizers, patches: Patches) -> None:
     def chosen(instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
         tracker = optimizers.running(MIPROv2Tracker)
         if tracker is not None:
-            tracker.choose(argument(args, kwargs, 3, "trial").params)
+            trial = argument(args, kwargs, 3, "trial")
+            tracker.begin_trial(trial)
+            tracker.choose(trial.params)
 
     choice = "_select_and_insert_instructions_and_demos"
     patches.after(owner, choice, chosen, loses="the parameters of MIPROv2's trials")

@@ -8,20 +8,35 @@ from typing import TYPE_CHECKING, Any
 from dspy_otel.content import introspection
 from dspy_otel.core.attributes import Attributes
 from dspy_otel.optimizers.run import Run
-from dspy_otel.optimizers.tracker import Evaluation, Tracker, hooks, tracks
+from dspy_otel.optimizers.tracker import Evaluation, Tracker, Trial, hooks, tracks
 from dspy_otel.patching import Patches, argument, resolve
 
 if TYPE_CHECKING:
     from dspy_otel.optimizers import Optimizers
 
 
-@tracks("BootstrapFewShotWithOptuna")
-class OptunaTracker(Tracker):
-    """Optuna's own trial has the demo that each predictor got."""
+class StudyTracker(Tracker):
+    """Of an optimizer whose trials are those of a study of Optuna's, which can be stopped between two of them."""
 
     def __init__(self, run: Run, instance: Any, arguments: Mapping[str, Any]) -> None:
         super().__init__(run, instance, arguments)
         self.trial: Any = None
+
+    def begin_trial(self, trial: Any) -> None:
+        """Optuna has begun a trial."""
+        self.trial = trial
+        self.ends_itself = hasattr(getattr(trial, "study", None), "stop")
+
+    def scored(self, trial: Trial, result: Any) -> None:
+        if self.ends_itself and self.must_stop():
+            self.ends_itself = False  # if it cannot be stopped after all
+            self.trial.study.stop()
+            self.ends_itself = True
+
+
+@tracks("BootstrapFewShotWithOptuna")
+class OptunaTracker(StudyTracker):
+    """Optuna's own trial has the demo that each predictor got."""
 
     def begin(self) -> None:
         planned = introspection.whole(introspection.field(self.instance, "num_candidate_sets"))
@@ -39,7 +54,7 @@ def patch(optimizers: Optimizers, patches: Patches) -> None:
     def objective(instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         tracker = optimizers.running(OptunaTracker)
         if tracker is not None:
-            tracker.trial = argument(args, kwargs, 0, "trial")
+            tracker.begin_trial(argument(args, kwargs, 0, "trial"))
 
     owner = resolve("dspy.teleprompt.teleprompt_optuna", "BootstrapFewShotWithOptuna")
     patches.before(owner, "objective", objective, loses="the parameters of BootstrapFewShotWithOptuna's trials")
