@@ -17,7 +17,7 @@ from dspy_otel.version import __version__
 if TYPE_CHECKING:
     from dspy_otel.budgets import BudgetAlert, BudgetExceeded, BudgetRefused, budget
     from dspy_otel.config import Config
-    from dspy_otel.decide import compare
+    from dspy_otel.decide import compare, why
     from dspy_otel.inline_report import report
     from dspy_otel.instrumentor import DSPyInstrumentor
     from dspy_otel.live.process import watch
@@ -45,6 +45,7 @@ _PLACES: Final = {
     "program_id": ("operations.program", "program_digest"),
     "report": ("inline_report", "report"),
     "watch": ("live.process", "watch"),
+    "why": ("decide", "why"),
 }
 
 
@@ -104,4 +105,5 @@ __all__ = [
     "report",
     "uninstrument",
     "watch",
+    "why",
 ]

@@ -170,3 +170,27 @@ def test_runs_and_one_of_them(store: Store, capsys: Any) -> None:
     for missing in ("0" * 32, "no run"):
         assert cli.main(["show", missing]) == 2
         assert f"There is no run {missing}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("optimizer", ["GEPA", "MIPROv2"])
+def test_why_it_got_better_is_the_same_from_mlflow_and_from_memory(store: Store, optimizer: str, capsys: Any) -> None:
+    lm = scripted_lm()
+    store.instrument()
+    program, _ = quietly(RUNS[optimizer], lm)
+    store.flush()
+    expected = dspy_otel.why(store.spans.get_finished_spans())
+    (run_id,) = [one.info.run_id for one in store.runs().values() if "mlflow.parentRunId" not in one.data.tags]
+    found = dspy_otel.why(run_id)
+    assert (found.sentences, found.demos, found.leaks) == (expected.sentences, expected.demos, expected.leaks)
+    assert found.leaks
+    assert found.train_and_validation == expected.train_and_validation
+    assert (found.rows_searched, found.rows_known, found.missing) == (24, 24, ())
+    numbers = [(one.candidate, one.trial, one.changes, one.before, one.after, one.part_after) for one in expected.steps]
+    assert [(one.candidate, one.trial, one.changes, one.before, one.after, one.part_after) for one in found.steps] == (
+        numbers
+    )
+    assert found.lengths == expected.lengths
+    assert [one.candidate for one in found.spending] == [one.candidate for one in expected.spending]
+    assert dspy_otel.why(dspy_otel.optimization(program)) == found
+    assert cli.main(["show", run_id, "--why"]) == 0
+    assert capsys.readouterr().out.endswith(str(found))

@@ -31,6 +31,11 @@ def add_commands(commands: Any) -> None:
     show.add_argument(
         "run", metavar="RUN", help="MLflow's run, or FILE#ID (or FILE, for the newest in it) for a file of OTLP JSON"
     )
+    show.add_argument(
+        "--why",
+        action="store_true",
+        help="also why it got better: which trial brought each sentence and demo, and what that gained",
+    )
     for command in (runs, show):
         command.add_argument("--format", choices=("table", "json"), default="table", help="(default: table)")
         add_place(command)
@@ -61,7 +66,7 @@ def _runs(options: argparse.Namespace) -> str:
 
 
 def _show(options: argparse.Namespace) -> str:
-    from dspy_otel.decide import CannotCompareError, compare, find_run
+    from dspy_otel.decide import CannotCompareError, compare, find_run, why
     from dspy_otel.decide.comparison import Comparison
     from dspy_otel.decide.listing import summary_dict, summary_text
     from dspy_otel.decide.overview import OPTIMIZATION
@@ -75,10 +80,15 @@ def _show(options: argparse.Namespace) -> str:
             comparison = compare(f"{reference}baseline", f"{reference}best", **place)
         except CannotCompareError as error:
             reason = str(error)
+    if options.why and found.kind != OPTIMIZATION:
+        raise CannotCompareError(f"{options.run} is an evaluation: --why is for optimizations.")
+    explained = why(reference.rstrip("#/"), **place) if options.why else None
     if options.format == "table":
-        return summary_text(found, comparison, reason)
+        text = summary_text(found, comparison, reason)
+        return text if explained is None else f"{text}\n{explained}"
     verdict = {"reason": reason} if comparison is None else comparison.to_dict()
-    return _json({**summary_dict(found), **({"comparison": verdict} if found.kind == OPTIMIZATION else {})})
+    more = {"comparison": verdict} if found.kind == OPTIMIZATION else {}
+    return _json({**summary_dict(found), **more, **({} if explained is None else {"why": explained.to_dict()})})
 
 
 def _json(value: Any) -> str:

@@ -3,6 +3,7 @@
 * :mod:`.results` - what is compared: scored examples of a program, from spans; :mod:`.stored` - the same from MLflow;
 * :mod:`.comparison` - results to a verdict with its :mod:`.evidence`; :mod:`.show` and :mod:`.page` - that as text and
   HTML;
+* :mod:`.explanation` - why the winner of an optimization is better, as text, JSON and HTML;
 * :mod:`.overview` - what was optimized and evaluated, by dataset and metric; :mod:`.listing` - that as text.
 
 Nothing here imports DSPy, and MLflow and SciPy are imported when they are needed.
@@ -22,15 +23,17 @@ if TYPE_CHECKING:
     from opentelemetry.sdk.trace import ReadableSpan
 
     from dspy_otel.decide.comparison import Comparison
+    from dspy_otel.decide.explanation import Why
     from dspy_otel.decide.overview import Group, Summary
     from dspy_otel.decide.results import Results
+    from dspy_otel.record.model import Origin
 
 _PART: Final = "#"
 """Between a place and the part of it that is meant: ``spans.jsonl#best``."""
 Reference: TypeAlias = "str | os.PathLike[str] | Iterable[ReadableSpan]"
 """What can be compared; :func:`compare` says how it is named."""
 
-__all__ = ["CannotCompareError", "Reference", "compare", "find_results", "find_run", "list_runs"]
+__all__ = ["CannotCompareError", "Reference", "compare", "find_results", "find_run", "list_runs", "why"]
 
 
 def compare(
@@ -183,6 +186,32 @@ def find_run(reference: str, *, experiment: str | None = None, tracking_uri: str
         from dspy_otel.decide.stored import stored_summaries
     (run,) = stored_summaries(experiment, tracking_uri, reference)
     return run, f"{run.id}{_PART}"
+
+
+def why(run: Reference | Origin, *, experiment: str | int | None = None, tracking_uri: str | None = None) -> Why:
+    """Why the winner of an optimization is better: which step brought each sentence and demo, and what it gained.
+
+    Args:
+        run: one of
+
+            * the id of an MLflow run, of an optimization or of one of its trials;
+            * what :func:`dspy_otel.optimization` gives, of an optimization that is in MLflow;
+            * the path of a file of OTLP JSON: the newest optimization in it, or with ``#`` and an id behind it, that;
+            * ended spans, as an ``InMemorySpanExporter`` has them.
+        experiment: MLflow's experiment, name or id; default as for :class:`~dspy_otel.mlflow.MLflowSpanExporter`.
+        tracking_uri: likewise.
+
+    Returns:
+        The explanation; ``print`` shows it, and so does a notebook.
+
+    Raises:
+        CannotCompareError: there is no such optimization; its text says why.
+    """
+    with _needs("mlflow"):
+        from dspy_otel.decide.explanation import find_optimization, why_of
+
+        place = None if experiment is None else str(experiment)
+        return why_of(find_optimization(run, place, tracking_uri))
 
 
 def _listed(found: Sequence[Summary]) -> str:

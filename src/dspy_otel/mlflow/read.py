@@ -28,13 +28,15 @@ from dspy_otel.mlflow.runs import (
     TRIAL,
     TRIAL_PROGRAM,
     StoredRun,
+    rows_path,
 )
 from dspy_otel.mlflow.target import Target, public_uri, run_page
 from dspy_otel.record import model, stored
 from dspy_otel.record.addresses import Address
 from dspy_otel.record.history import preview, scores_of
-from dspy_otel.record.model import Candidate, Example, Failure, Optimization, Trial
+from dspy_otel.record.model import Candidate, Dataset, Example, Failure, Optimization, Trial
 from dspy_otel.reports import Source
+from dspy_otel.reports.lineage import ancestors, best_of, nodes
 from dspy_otel.reports.programs import MAX_CANDIDATES, samples
 
 MAX_TABLES: Final = 40
@@ -120,6 +122,8 @@ class _Reader:
             started=run.started * 1_000_000,
             ended=None if run.ended is None else run.ended * 1_000_000,
             phases=tuple(stored.read_phase_row(row) for row in _rows(self._read(run, PHASE_TABLE))),
+            train=self._dataset(found.train),
+            val=self._dataset(found.val),
             candidates=self._candidates(found),
             examples=self._examples(found),
         )
@@ -141,11 +145,19 @@ class _Reader:
             versions=versions,
         )
 
+    def _dataset(self, dataset: Dataset | None) -> Dataset | None:
+        """A dataset with its rows, as far as they were recorded."""
+        if dataset is None:
+            return None
+        text = self._read(self._run, rows_path(dataset.role))
+        rows = None if text is None else json.dumps(_rows(text), ensure_ascii=False)
+        return dataclasses.replace(dataset, digest=self._run.digests.get(dataset.role), text=rows)
+
     def _trials(self) -> list[Trial]:
         """From the table that is written at the end; before that, from the runs of the trials."""
         rows = _rows(self._read(self._run, CANDIDATE_TABLE))
         if rows:
-            return [stored.read_trial_row(row) for row in rows]
+            return [self._timed(stored.read_trial_row(row)) for row in rows]
         trials, best = [], None
         for child in self._children.values():
             trial = stored.read_trial(child.tags, child.params, child.metrics, child.status == FAILED)
@@ -153,12 +165,23 @@ class _Reader:
             trials.append(dataclasses.replace(trial, best=best))
         return trials
 
+    def _timed(self, trial: Trial) -> Trial:
+        """A trial with the times of its run, which the table has not."""
+        child = self._children.get(trial.number)
+        if child is None or child.ended is None:
+            return trial
+        return dataclasses.replace(trial, started=child.started * 1_000_000, ended=child.ended * 1_000_000)
+
     def _candidates(self, optimization: Optimization) -> dict[str, Candidate]:
         places = [
             (optimization.initial_id, self._run, INITIAL_PROGRAM),
             (optimization.returned_id, self._run, BEST_PROGRAM),
         ]
-        ranked = sorted(optimization.trials, key=lambda trial: (trial.kind == "minibatch", -(trial.score or 0)))
+        lineage = ancestors(nodes(optimization), best_of(optimization))
+        ranked = sorted(
+            optimization.trials,
+            key=lambda trial: (trial.candidate not in lineage, trial.kind == "minibatch", -(trial.score or 0)),
+        )
         places += [
             (trial.candidate, self._children[trial.number], TRIAL_PROGRAM)
             for trial in ranked

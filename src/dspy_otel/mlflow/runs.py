@@ -768,15 +768,20 @@ def _put_rows(dataset: model.Dataset, artifacts: dict[str, str], tags: dict[str,
     if rows is None:
         return
     names = [name for name, _ in columns_of(rows)]
-    artifacts[f"{dataset.role}set.json"] = table(names, ([row.get(name) for name in names] for row in rows))
+    artifacts[rows_path(dataset.role)] = table(names, ([row.get(name) for name in names] for row in rows))
     _name_tables(artifacts, tags)
     if len(rows) < dataset.size:
         tags[stored.dataset_tag(dataset.role)] = f"{len(rows)} of {dataset.size} (content limit)"
 
 
+def rows_path(role: str) -> str:
+    """The artifact with the rows of a dataset."""
+    return f"{role}set.json"
+
+
 def _name_tables(artifacts: Mapping[str, str], tags: dict[str, Any], more: Iterable[str] = ()) -> None:
     """Set the tag by which MLflow shows artifacts as tables."""
-    tables = (f"{role}set.json" for role in ("train", "val"))
+    tables = (rows_path(role) for role in ("train", "val"))
     paths = [*(path for path in (*tables, EVALUATION_TABLE, PHASE_TABLE) if path in artifacts), *more]
     tags[TAG_TABLES] = json.dumps([{"path": path, "type": "table"} for path in paths]) if paths else None
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 from xml.etree.ElementTree import Element
 
@@ -87,6 +87,21 @@ def by_price(report: Optimization, label: Callable[[Trial], str]) -> tuple[str, 
             chart = _chart(report, points, label, f"{title} for 1,000 examples", across, line=False)
             return None if chart is None else (what, chart)
     return None
+
+
+def by_length(report: Optimization, characters: Mapping[int, int], label: Callable[[Trial], str]) -> Element | None:
+    """Score against how long a candidate's instructions and demos are.
+
+    Args:
+        report: the optimization.
+        characters: by number of the trial.
+        label: the text of a point.
+    """
+    points = [(float(characters[trial.number]), trial) for trial in report.trials if trial.number in characters]
+    if len(set(characters.values())) < 2:
+        return None
+    across = ticks(min(characters.values()), max(characters.values()), 5)
+    return _chart(report, points, label, "characters of instructions and demos", across, LOW, line=False)
 
 
 def legend(report: Optimization) -> Element:

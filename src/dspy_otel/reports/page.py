@@ -22,6 +22,7 @@ from dspy_otel.reports.numbers import (
 )
 from dspy_otel.reports.parts import MAX_VALUE, Source, candidate, chip, link, table, trace_link, value_of
 from dspy_otel.reports.programs import line_of_winner, programs, what_changed
+from dspy_otel.reports.reasons import reasons
 from dspy_otel.reports.verdict import verdict_of
 from dspy_otel.version import __version__
 
@@ -87,6 +88,7 @@ def sections(report: Optimization, source: Source | None = None) -> list[Child]:
     return [
         _header(report, source, both),
         _scores(report, names),
+        reasons(report, names),
         line_of_winner(report, names, found),
         programs(report, names, found, source),
         _heat_map(report, names),
