@@ -6,6 +6,7 @@ import dataclasses
 import importlib
 import logging
 import os
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,6 +18,7 @@ CaptureContent = Literal["no_content", "span_only", "event_only", "span_and_even
 EvaluationTraces = Literal["linked", "nested"]
 OptimizationTraces = Literal["all", "failed_and_best", "none"]
 Progress = Literal["auto", "on", "off"]
+SemconvOptIn = Literal["default", "gen_ai", "gen_ai/dup"]
 Redact = Callable[[str], str]
 
 ENV_CAPTURE_CONTENT: Final = "OTEL_INSTRUMENTATION_GENAI_CAPTURE_MESSAGE_CONTENT"
@@ -30,6 +32,7 @@ ENV_OPTIMIZATION_TRACES: Final = "OTEL_DSPY_OPTIMIZATION_TRACES"
 ENV_OPENINFERENCE: Final = "OTEL_DSPY_OPENINFERENCE"
 ENV_PROGRESS: Final = "OTEL_DSPY_PROGRESS"
 ENV_METRICS: Final = "OTEL_DSPY_METRICS"
+ENV_SEMCONV_OPT_IN: Final = "OTEL_SEMCONV_STABILITY_OPT_IN"
 ENV_LIGHT_METRICS: Final = "OTEL_DSPY_LIGHT_METRICS"
 ENV_LIGHT_SPANS: Final = "OTEL_DSPY_LIGHT_SPANS"
 
@@ -82,6 +85,15 @@ def _choice(choices: Mapping[str, Any]) -> Callable[[Any], Any]:
 
 def _boolean(value: Any) -> bool:
     return bool(_choice(_BOOLEANS)(value))
+
+
+def _opt_in(value: Any) -> SemconvOptIn:
+    names = value.strip().lower().split(",") if isinstance(value, str) else [""]
+    named = {name.strip() for name in names}
+    # Other packages' names are none of our business, but a mistake in one of ours is.
+    if not all(re.fullmatch(r"(?!gen_ai/(?!dup$))\w+(/\w+)?", name) for name in named):
+        raise _Unusable("use gen_ai or gen_ai/dup, with commas between it and names for other packages")
+    return "gen_ai/dup" if "gen_ai/dup" in named else "gen_ai" if "gen_ai" in named else "default"
 
 
 def _positive_integer(value: Any) -> int:
@@ -153,6 +165,9 @@ class Config:
 
     metrics: bool = _setting(True, ENV_METRICS, _boolean)
     """Record metrics (they cost nothing without a meter provider)."""
+
+    semconv_opt_in: SemconvOptIn = _setting("default", ENV_SEMCONV_OPT_IN, _opt_in)
+    """Names of metrics that OpenTelemetry has renamed: the old ones, with ``gen_ai`` the new ones, or both."""
 
     light_metrics: bool = _setting(True, ENV_LIGHT_METRICS, _boolean)
     """Find the SDK's aggregation of a series once. Off, or with an SDK that is not known: for each measurement."""

@@ -568,6 +568,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "kept traces": {"optimization_traces": "failed_and_best"},
     "dropped traces": {"optimization_traces": "none"},
     "values": {"content_limit": 300, "capture_media": True},
+    "served": {"semconv_opt_in": "gen_ai/dup"},
 }
 """How each is instrumented, beside what all are."""
 

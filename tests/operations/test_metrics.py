@@ -13,6 +13,7 @@ from opentelemetry.sdk.trace.sampling import ALWAYS_OFF
 
 from tests.operations.test_evaluation import ROWS, Program, evaluate
 from tests.support.openai_server import Reply
+from tests.support.registry import broken_rules
 from tests.support.spans import Recorder
 
 FORBIDDEN = ("id", "index", "trial.number", "candidate")
@@ -81,6 +82,69 @@ def test_exemplars_carry_the_span(measured, metric, span):
         found = by_id[exemplar.span_id]
         assert found.context.trace_id == exemplar.trace_id
         assert span is None or found.name.startswith(span)
+
+
+OLD = {
+    "gen_ai.client.operation.duration",
+    "gen_ai.client.operation.time_to_first_chunk",
+    "gen_ai.client.token.usage",
+}
+NEW = {
+    "gen_ai.client.inference.duration",
+    "gen_ai.client.inference.time_to_first_chunk",
+    "gen_ai.client.inference.operation.input_tokens",
+    "gen_ai.client.inference.operation.output_tokens",
+    "gen_ai.client.inference.usage.input_tokens",
+    "gen_ai.client.inference.usage.output_tokens",
+}
+
+
+def amount(telemetry, name, **labels):
+    """How much was recorded of a series, with every further attribute."""
+    return sum(
+        point.sum if hasattr(point, "sum") else point.value
+        for point in telemetry.metric(name)
+        if labels.items() <= {key.rpartition(".")[2]: value for key, value in point.attributes.items()}.items()
+    )
+
+
+@pytest.mark.parametrize("light", [True, False])
+@pytest.mark.parametrize(
+    ("opt_in", "expected"),
+    [
+        ("", OLD),
+        ("http/dup", OLD),
+        ("gen_ai_latest_experimental", OLD),
+        ("gen_ai", NEW),
+        ("database,gen_ai/dup", OLD | NEW),
+    ],
+)
+async def test_renamed_metrics(telemetry, server, monkeypatch, opt_in, expected, light):
+    monkeypatch.setenv("OTEL_SEMCONV_STABILITY_OPT_IN", opt_in)
+    telemetry.instrument(light_metrics=light)
+    program = dspy.Predict("question -> answer")
+    with dspy.context(lm=server.lm(cache=False), track_usage=True):
+        for _ in range(3):
+            program(question="x")
+        [_ async for _ in dspy.streamify(program)(question="x")]
+    found = telemetry.metrics()
+    assert {name for name in found if name.startswith("gen_ai.client.")} == expected
+    spans = telemetry.named("chat ")
+    for direction in ("input", "output"):
+        tokens = sum(span.attributes.get(f"gen_ai.usage.{direction}_tokens", 0) for span in spans)
+        assert tokens
+        if expected >= OLD:
+            assert amount(telemetry, "gen_ai.client.token.usage", type=direction) == tokens
+        if expected >= NEW:
+            for name in ("operation", "usage"):
+                assert amount(telemetry, f"gen_ai.client.inference.{name}.{direction}_tokens") == tokens
+    assert not broken_rules(telemetry)
+
+
+def test_embeddings_keep_the_name_of_their_duration(telemetry):
+    telemetry.instrument(semconv_opt_in="gen_ai")
+    dspy.Embedder(lambda texts: [[1.0, 2.0] for _ in texts])(["one"])
+    assert len(telemetry.metric("gen_ai.client.operation.duration")) == 1
 
 
 class OwnNumbers(IdGenerator):

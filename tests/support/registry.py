@@ -62,6 +62,7 @@ UPSTREAM: Mapping[str, str] = {
     "gen_ai.retrieval.query.text": "string",
     "gen_ai.retrieval.top_k": "int",
     "gen_ai.system_instructions": "any",
+    "gen_ai.token.modality": "string",
     "gen_ai.token.type": "string",  # of version 1.41.0, as the metric that has it
     "gen_ai.tool.call.arguments": "any",
     "gen_ai.tool.call.result": "any",

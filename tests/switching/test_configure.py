@@ -323,6 +323,7 @@ WRONG = {
     "OTEL_DSPY_METRICS": ("metrics", "none", True),
     "OTEL_DSPY_LIGHT_METRICS": ("light_metrics", "heavy", True),
     "OTEL_DSPY_LIGHT_SPANS": ("light_spans", "some", True),
+    "OTEL_SEMCONV_STABILITY_OPT_IN": ("semconv_opt_in", "gen_ai/dub", "default"),
 }
 RIGHT = {
     "OTEL_INSTRUMENTATION_GENAI_CAPTURE_MESSAGE_CONTENT": ("capture_content", "SPAN_AND_EVENT", "span_and_event"),
@@ -338,6 +339,7 @@ RIGHT = {
     "OTEL_DSPY_METRICS": ("metrics", "False", False),
     "OTEL_DSPY_LIGHT_METRICS": ("light_metrics", "no", False),
     "OTEL_DSPY_LIGHT_SPANS": ("light_spans", "0", False),
+    "OTEL_SEMCONV_STABILITY_OPT_IN": ("semconv_opt_in", "http/dup, gen_ai, gen_ai/dup", "gen_ai/dup"),
 }
 
 

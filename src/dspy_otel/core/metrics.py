@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
-from typing import Any, Final
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Final, Protocol
 
 from opentelemetry.context import Context
 from opentelemetry.metrics import Meter
 
 from dspy_otel import semconv
+from dspy_otel.config import SemconvOptIn
 from dspy_otel.content.names import OTHER
 from dspy_otel.core.attributes import Labels, sendable_name
 from dspy_otel.core.measurements import BoundSeries, bind, real_instrument
@@ -133,6 +134,49 @@ class WithoutExemplars(BoundedInstrument):
         record(amount, attributes, context)
 
 
+class Recording(Protocol):
+    """What LM calls record with, whatever the names of the conventions are."""
+
+    def record(self, amount: float, attributes: Any = None, context: Context | None = None) -> None:
+        """Record ``amount`` in ``context``."""
+
+
+class InBoth:
+    """Two instruments that record the same: one by its old name, one by its new one."""
+
+    def __init__(self, old: Recording, new: Recording) -> None:
+        self._both = old, new
+
+    def record(self, amount: float, attributes: Any = None, context: Context | None = None) -> None:
+        """Record ``amount`` with both."""
+        for instrument in self._both:
+            instrument.record(amount, attributes, context)
+
+
+class TokensByDirection:
+    """What the conventions have made of one histogram of tokens: a histogram and a counter for each type of token.
+
+    Args:
+        instruments: those two, by the type of token.
+    """
+
+    def __init__(self, instruments: Mapping[Any, tuple[BoundedInstrument, WithoutExemplars]]) -> None:
+        self._instruments = instruments
+
+    def record(self, amount: float, attributes: Any = None, context: Context | None = None) -> None:
+        """Record ``amount`` with the two instruments whose names say what the type of token among attributes says."""
+        labels = attributes.series.get(self) if type(attributes) is Labels else None
+        if labels is None:
+            plain = {name: value for name, value in attributes.items() if name != semconv.GEN_AI_TOKEN_TYPE}
+            # Providers' counts by modality are not read.
+            labels = Labels(plain), Labels({**plain, semconv.GEN_AI_TOKEN_MODALITY: semconv.MODALITY_UNKNOWN})
+            if type(attributes) is Labels:
+                attributes.series[self] = labels
+        histogram, counter = self._instruments[attributes[semconv.GEN_AI_TOKEN_TYPE]]
+        histogram.record(amount, labels[0], context)
+        counter.add(amount, labels[1], context)
+
+
 class Metrics:
     """All instruments of the package.
 
@@ -141,9 +185,10 @@ class Metrics:
     Args:
         meter: where the instruments belong.
         light: whether histograms and counters bind their series to what counts them in the SDK.
+        opt_in: whether metrics of LM calls have the names that the conventions gave them first, later, or both.
     """
 
-    def __init__(self, meter: Meter, light: bool = False) -> None:
+    def __init__(self, meter: Meter, light: bool = False, opt_in: SemconvOptIn = "default") -> None:
         attributes = MetricAttributes()
 
         def histogram(name: str, unit: str, description: str, buckets: Sequence[float]) -> BoundedInstrument:
@@ -159,14 +204,40 @@ class Metrics:
         def gauge(name: str, unit: str, description: str) -> WithoutExemplars:
             return WithoutExemplars(meter.create_gauge(name, unit, description), attributes)
 
+        def renamed(old: Callable[[], Recording], new: Callable[[], Recording]) -> Recording:
+            return old() if opt_in == "default" else new() if opt_in == "gen_ai" else InBoth(old(), new())
+
+        def tokens(direction: str, name: str, total: str) -> tuple[BoundedInstrument, WithoutExemplars]:
+            return (
+                histogram(name, "{token}", f"{direction} tokens of each LM call", semconv.TOKEN_BUCKETS),
+                count(total, "{token}", f"{direction} tokens of LM calls"),
+            )
+
         self.operation_duration = seconds(semconv.METRIC_OPERATION_DURATION, "Duration of LM and embedding calls")
-        self.token_usage = histogram(
-            semconv.METRIC_TOKEN_USAGE,
-            "{token}",
-            "Input and output tokens of LM calls",
-            semconv.TOKEN_BUCKETS,
+        # The names in use, and those of OpenTelemetry's pull requests semantic-conventions-genai#521 and #374.
+        self.inference_duration = renamed(
+            lambda: self.operation_duration,
+            lambda: seconds(semconv.METRIC_INFERENCE_DURATION, "Duration of LM calls"),
         )
-        self.time_to_first_chunk = seconds(semconv.METRIC_TIME_TO_FIRST_CHUNK, "Time until a streamed answer begins")
+        self.time_to_first_chunk = renamed(
+            lambda: seconds(semconv.METRIC_TIME_TO_FIRST_CHUNK, "Time until a streamed answer begins"),
+            lambda: seconds(semconv.METRIC_INFERENCE_FIRST_CHUNK, "Time until a streamed answer begins"),
+        )
+        self.token_usage = renamed(
+            lambda: histogram(
+                semconv.METRIC_TOKEN_USAGE, "{token}", "Input and output tokens of LM calls", semconv.TOKEN_BUCKETS
+            ),
+            lambda: TokensByDirection(
+                {
+                    semconv.TOKEN_TYPE_INPUT: tokens(
+                        "Input", semconv.METRIC_OPERATION_INPUT_TOKENS, semconv.METRIC_USAGE_INPUT_TOKENS
+                    ),
+                    semconv.TOKEN_TYPE_OUTPUT: tokens(
+                        "Output", semconv.METRIC_OPERATION_OUTPUT_TOKENS, semconv.METRIC_USAGE_OUTPUT_TOKENS
+                    ),
+                }
+            ),
+        )
         self.tool_duration = seconds(semconv.METRIC_TOOL_DURATION, "Duration of tool calls")
         self.module_duration = seconds(semconv.METRIC_MODULE_DURATION, "Duration of DSPy module calls")
         self.lm_cost = count(semconv.METRIC_LM_COST, "{USD}", "Billed cost of LM calls, as DSPy prices them")

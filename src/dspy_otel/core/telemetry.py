@@ -82,7 +82,7 @@ class Telemetry:
 
     def _make_metrics(self, provider: MeterProvider | None) -> Metrics:
         self._meter = metrics.get_meter(semconv.SCOPE_NAME, __version__, provider, schema_url=semconv.SCHEMA_URL)
-        return Metrics(self._meter, self.config.light_metrics)
+        return Metrics(self._meter, self.config.light_metrics, self.config.semconv_opt_in)
 
     def _make_logger(self, provider: _logs.LoggerProvider | None) -> _logs.Logger:
         return _logs.get_logger(

@@ -337,7 +337,7 @@ class LMOperation(Operation):
         else:
             # An answer from the cache is no operation of the provider: it would hide how slow that is.
             timed = labels.call if error is None else {**labels.call, semconv.ERROR_TYPE: error_type(error)}
-            metrics.operation_duration.record(seconds, timed, call.otel_context)
+            metrics.inference_duration.record(seconds, timed, call.otel_context)
             if usage.input_tokens is not None:
                 metrics.token_usage.record(usage.input_tokens, labels.input, call.otel_context)
             if usage.output_tokens is not None:
