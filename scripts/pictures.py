@@ -133,6 +133,7 @@ def take(browser: Browser, address: str, width: int, out: Path) -> None:
             page.get_by_text(clicked).last.click()
         if name == "runs" and (box := page.get_by_text(shown).first.bounding_box()) is not None:
             page.mouse.click(box["x"] - 33, box["y"] + box["height"] / 2)  # the plus before a name, which has none
+        page.mouse.move(width / 2, 60)  # a row below the mouse shows a button over its name
         page.wait_for_timeout(DRAWING)  # MLflow's pages ask their server without an end, so that none is ever idle
         page.screenshot(path=out / f"mlflow-{name}.png")
         print(out / f"mlflow-{name}.png")

@@ -25,7 +25,7 @@ from dspy_otel.mlflow.read import read_optimization
 from dspy_otel.mlflow.retry import ExportError
 from dspy_otel.mlflow.runs import readable
 from dspy_otel.record.history import optimizations
-from dspy_otel.record.model import Example
+from dspy_otel.record.model import ON_VALIDATION, Example
 from dspy_otel.reports.examples import compared
 from dspy_otel.reports.heat_map import heat_map
 from dspy_otel.reports.programs import samples
@@ -69,21 +69,22 @@ def test_runs_are_what_the_spans_say(store: Store, optimizer: str, tmp_path: Pat
     assert made is not None
     assert (made.mlflow_run_id, made.url) == (ids[top], page)
 
-    # Scores: each trial's own, and as one curve for each kind on the parent.
+    # Scores: each trial's own, and those that can be compared as a curve on the parent, with the result at its end.
     for key, span in trials.items():
         kind, score = span.attributes[semconv.TRIAL_KIND], span.attributes.get(semconv.TRIAL_SCORE)
         metrics = runs[key].data.metrics
         assert metrics.get("score") == readable(score), key
         first, *rest = runs[key].info.run_name.partition(",")[0].split()
         assert (first, rest[-1]) == (str(span.attributes[semconv.TRIAL_NUMBER]), kind)
-    for kind in {span.attributes[semconv.TRIAL_KIND] for span in trials.values()}:
-        expected = {
-            (span.attributes[semconv.TRIAL_NUMBER], readable(span.attributes[semconv.TRIAL_SCORE]))
-            for key, span in trials.items()
-            if key.startswith(top) and span.attributes[semconv.TRIAL_KIND] == kind
-        }
-        curve = store.client.get_metric_history(ids[top], f"score.{kind}")
-        assert {(point.step, point.value) for point in curve} == expected, kind
+    expected = {
+        (span.attributes[semconv.TRIAL_NUMBER], readable(span.attributes[semconv.TRIAL_SCORE]))
+        for key, span in trials.items()
+        if key.startswith(top) and span.attributes[semconv.TRIAL_KIND] in ON_VALIDATION
+    }
+    result = max(span.attributes[semconv.TRIAL_NUMBER] for key, span in trials.items() if key.startswith(top)) + 1
+    curve = store.client.get_metric_history(ids[top], "score")
+    best = readable(compiles[top].attributes[semconv.OPTIMIZER_BEST_SCORE])
+    assert {(point.step, point.value) for point in curve} == {*expected, (result, best)}
 
     # Parameters and totals of the parent.
     parent, attributes = runs[top], compiles[top].attributes
@@ -91,12 +92,14 @@ def test_runs_are_what_the_spans_say(store: Store, optimizer: str, tmp_path: Pat
         if key.startswith(semconv.OPTIMIZER_PARAMS_PREFIX) and not isinstance(value, (str, tuple, bool)):
             assert float(parent.data.params[key.removeprefix(semconv.OPTIMIZER_PARAMS_PREFIX)]) == float(value)
     assert parent.data.metrics["best_score"] == readable(attributes[semconv.OPTIMIZER_BEST_SCORE])
-    assert parent.data.metrics["lm_calls"] == attributes[semconv.USAGE_LM_CALLS]
+    assert set(parent.data.metrics) - {"gain"} == {"score", "best_score", "cost"}
+    numbers = json.loads(parent.data.tags["dspy.numbers"])
+    assert numbers["lm_calls"] == attributes[semconv.USAGE_LM_CALLS]
     assert parent.data.metrics["cost"] == pytest.approx(attributes[semconv.USAGE_COST])
-    assert parent.data.metrics["task.input_tokens"] == attributes["dspy.usage.task.input_tokens"]
+    assert numbers["task.input_tokens"] == attributes["dspy.usage.task.input_tokens"]
     assert parent.data.tags["dspy.program.id"] == program_id(program)
     assert parent.data.params["task.model"] == "scripted"
-    spent = store.client.get_metric_history(ids[top], "lm_calls")
+    spent = store.client.get_metric_history(ids[top], "cost")
     assert [point.value for point in spent] == sorted(point.value for point in spent)
 
     # Datasets: real inputs, once each.

@@ -171,7 +171,9 @@ class Program:
     def compile(self, run_id: str = "r1") -> Any:
         return self.start("compile Best", optimizer_run_id=run_id, optimizer_name="Best", program_name="QA")
 
-    def trial(self, parent: Any, number: int, score: float, run_id: str = "r1", examples: int = 0) -> None:
+    def trial(
+        self, parent: Any, number: int, score: float, run_id: str = "r1", examples: int = 0, **usage: float
+    ) -> None:
         stamps = {"optimizer_run_id": run_id, "trial_number": number}
         span = self.start("trial", parent, trial_kind="full", **stamps)
         if examples:
@@ -181,4 +183,5 @@ class Program:
                 self.start("example QA", None, **example, **stamps).end()
             evaluation.end()
         span.set_attribute(semconv.TRIAL_SCORE, score)
+        span.set_attributes({semconv.USAGE_PREFIX + name: value for name, value in usage.items()})
         span.end()

@@ -332,8 +332,8 @@ def assert_same(got: Memory, expected: Memory) -> None:
 
 
 def points(run: dict[str, Any]) -> set[tuple[str, float, int]]:
-    """Of all metrics that do not depend on the clock."""
-    return {(point.key, point.value, point.step) for point in run["metrics"] if point.key != "seconds"}
+    """Of all metrics."""
+    return {(point.key, point.value, point.step) for point in run["metrics"]}
 
 
 def test_a_replay_writes_what_the_program_would_have_written(directory: Path, store: Memory, other: Memory) -> None:

@@ -86,8 +86,8 @@ def test_scores_are_curves_over_trials_and_examples_have_theirs(program: Program
         program.trial(span, number, score, examples=3)
     span.end()
     assert program.provider.force_flush()
-    points = {(m.key, m.step, m.value) for m in store.runs["id of r1"]["metrics"] if m.key == "score.full"}
-    assert points == {("score.full", 1, 50.0), ("score.full", 2, 75.0)}
+    points = {(m.key, m.step, m.value) for m in store.runs["id of r1"]["metrics"] if m.key == "score"}
+    assert points == {("score", 1, 50.0), ("score", 2, 75.0)}
     assert {run_id for _, _, run_id in store.scores} == {"id of r1/1", "id of r1/2"}
     assert len(store.scores) == 6
     assert {run_id: len(ids) for run_id, ids in store.links.items()} == {
@@ -203,7 +203,7 @@ def test_compiles_in_two_threads_do_not_mix(program: Program, store: Memory) -> 
         if "/" in key:
             assert run["tags"]["mlflow.parentRunId"] == key.split("/")[0]
             assert len(store.links[key]) == 4
-    curve = [(m.step, m.value) for m in store.runs["id of r3"]["metrics"] if m.key == "score.full"]
+    curve = [(m.step, m.value) for m in store.runs["id of r3"]["metrics"] if m.key == "score"]
     assert curve == [(n, float(n)) for n in range(1, 6)]
 
 
@@ -506,16 +506,19 @@ def test_spending_on_a_run_needs_no_traces(program: Program, store: Memory) -> N
     span = program.compile()
     for number in (1, 2):
         trial = program.start("trial", span, optimizer_run_id="r1", trial_number=number, trial_kind="full")
-        trial.set_attributes({"dspy.usage.lm_calls": 3, "dspy.usage.task.lm_calls": 3})
+        trial.set_attributes({"dspy.usage.lm_calls": 3, "dspy.usage.cost": 0.3, "dspy.usage.task.lm_calls": 3})
         trial.end()
+        if number == 2:
+            assert program.provider.force_flush()
+            numbers = json.loads(store.runs["id of r1"]["tags"]["dspy.numbers"])
+            assert (numbers["lm_calls"], numbers["proposer.lm_calls"]) == (8, 2)
         phase = program.start("propose", span, optimizer_run_id="r1", optimizer_phase="propose")
-        phase.set_attributes({"dspy.usage.lm_calls": 2, "dspy.usage.proposer.lm_calls": 2})
+        phase.set_attributes({"dspy.usage.lm_calls": 2, "dspy.usage.proposer.lm_calls": 2, "dspy.usage.cost": 0.2})
         phase.end()
-    span.set_attributes({"dspy.usage.lm_calls": 10})
+    span.set_attributes({"dspy.usage.lm_calls": 10, "dspy.usage.cost": 1.0})
     span.end()
     assert program.provider.force_flush()
-    curve = [(m.key, m.step, m.value) for m in store.runs["id of r1"]["metrics"] if m.key.endswith("lm_calls")]
-    assert [value for key, _, value in curve if key == "lm_calls"] == [3, 8, 10]
-    assert ("proposer.lm_calls", 2, 2.0) in curve
+    assert [m.value for m in store.runs["id of r1"]["metrics"] if m.key == "cost"] == pytest.approx([0.3, 0.8, 1.0])
+    assert json.loads(store.runs["id of r1"]["tags"]["dspy.numbers"])["lm_calls"] == 10
     table = json.loads(store.runs["id of r1"]["artifacts"]["phases.json"])
     assert [row[:2] + row[3:4] for row in table["data"]] == [["trials", 0, 6.0], ["propose", 2, 4.0]]

@@ -31,6 +31,7 @@ from dspy_otel.record.model import (
     Trial,
     Usage,
 )
+from dspy_otel.record.stored import read_optimization
 
 ROWS = json.dumps([{"q": "1", "n": 2}, {"q": "3", "n": 4}])
 STATE = json.dumps({"qa": {"signature": {"instructions": "Answer."}, "demos": []}})
@@ -85,21 +86,16 @@ def test_a_trial_gives_its_own_run_and_points_for_one_other() -> None:
     own, curves = runs_of(TRIAL, {"dspy.version": "1"}, "users")
     assert (own.key, own.parent, own.user_run, own.name) == ("r/2", "r", "users", "2 ✓ 0.75 full, step 3")
     assert (own.started, own.ended, own.status) == (1, 2, "FINISHED")
-    assert points(own) == {"score": 0.75, "seconds": 0.001}
-    assert whole_metrics(whole_tags(own.tags), points(own)) == {"score": 0.75, "seconds": 0.001, "lm_calls": 4}
+    assert points(own) == {"score": 0.75}
+    assert whole_metrics(whole_tags(own.tags), points(own)) == {"score": 0.75, "lm_calls": 4}
     assert own.params["qa.instructions"] == "Answer."
     assert own.artifacts == {"model.json": STATE}
     (dataset,) = own.datasets
     assert (dataset.name, dataset.columns) == ("QA val", (("q", "string"), ("n", "long")))
     assert (curves.key, curves.name, curves.status) == ("r", None, None)
-    assert points(curves) == {
-        "score.full": 0.75,
-        "best_score": 0.75,
-        "examples_evaluated": 6,
-        "lm_calls": 9,
-        "accepted": 1,
-    }
-    assert (curves.tags, curves.params, curves.artifacts) == ({}, {}, {})
+    assert points(curves) == {"score": 0.75, "best_score": 0.75}
+    assert whole_metrics(curves.tags, {}) == {"examples_evaluated": 6, "lm_calls": 9, "accepted": 1}
+    assert (set(curves.tags), curves.params, curves.artifacts) == ({"dspy.numbers"}, {}, {})
     assert {point.step for run in (own, curves) for point in run.metrics} == {2}
 
 
@@ -108,13 +104,39 @@ def test_a_trial_gives_its_own_run_and_points_for_one_other() -> None:
     [
         (Usage(lm_calls=4, input_tokens=100, output_tokens=20, cost=0.5), "cost", 0.5),
         (Usage(lm_calls=4, input_tokens=100, output_tokens=20, unpriced_calls=4), "tokens", 120),
-        (Usage(lm_calls=4, input_tokens=100, cost=0.0), "tokens", 100),  # all from a cache, or a local model
+        (Usage(lm_calls=4, input_tokens=100, cost=0.0), "tokens", 100),  # a local model
+        (Usage(lm_calls=4, cache_hits=4, input_tokens=100, cost=0.0), "tokens", None),
     ],
 )
-def test_a_trial_has_three_metrics(usage: Usage, name: str, value: float) -> None:
+def test_a_trial_has_two_metrics(usage: Usage, name: str, value: float | None) -> None:
     own = runs_of(dataclasses.replace(TRIAL, usage=usage), {})[0]
-    assert points(own) == {"score": 0.75, name: value, "seconds": 0.001}
+    assert points(own) == {"score": 0.75, **({} if value is None else {name: value})}
     assert Usage.of(whole_metrics(whole_tags(own.tags), points(own))) == usage
+
+
+def test_all_runs_together_have_four_metrics() -> None:
+    """In a window of 1280 pixels, MLflow's "Evaluation runs" cuts a trial's number from the fifth on."""
+    usage = Usage(lm_calls=9, cache_hits=1, input_tokens=90, output_tokens=9, cost=0.5, unpriced_calls=1)
+    usage = dataclasses.replace(usage, by_role={"task": usage, "proposer": usage})
+    trial = dataclasses.replace(TRIAL, usage=usage, spent=usage, rejected_so_far=1)
+    over = dataclasses.replace(OVER, usage=usage, gain=0.25, accepted=1, rejected=1, evaluated=6, done=1)
+    evaluation = Evaluation("e", failures=1, parse_failures=1, score=0.5, usage=usage, started=1, ended=2)
+    of_trial = dataclasses.replace(evaluation, own=False, optimization="r", trial=2)
+    runs = [run for record in (trial, over, evaluation, of_trial) for run in runs_of(record, {})]
+    assert {point.key for run in runs for point in run.metrics} == {"score", "best_score", "gain", "cost"}
+    record = read_optimization(whole_tags(runs[2].tags), runs[2].params, whole_metrics(runs[2].tags, points(runs[2])))
+    for part in ("baseline", "best", "gain", "done", "accepted", "rejected", "evaluated", "usage"):
+        assert getattr(record, part) == getattr(over, part), part
+    assert runs[3].tags["dspy.winner"] == "true"
+    assert {run.tags["dspy.failures"] for run in runs[4:]} == {"1"}
+    older = {"dspy.usage": '{"lm_calls": 4}'}
+    assert whole_metrics(older, {"score": 0.5, "failures": 1}) == {"lm_calls": 4, "score": 0.5, "failures": 1}
+
+
+def test_what_cannot_be_compared_is_on_no_curve_of_its_optimization() -> None:
+    curves = runs_of(dataclasses.replace(TRIAL, kind="minibatch"), {})[1]
+    assert points(curves) == {"best_score": 0.75}
+    assert [(point.key, point.step) for point in runs_of(OVER, {})[0].metrics] == [("score", 3), ("best_score", 2)]
 
 
 @pytest.mark.parametrize(
@@ -211,7 +233,8 @@ def test_an_evaluation_of_a_trial_adds_to_the_trials_run() -> None:
     record = Evaluation("e", "r", 2, own=False, failures=1, examples=examples, without_content=1)
     assert runs_of(record, {}) == []
     (run,) = runs_of(dataclasses.replace(record, ended=1), {})
-    assert (run.key, run.name, run.status, points(run)) == ("r/2", None, None, {"failures": 1})
+    assert (run.key, run.name, run.status, points(run)) == ("r/2", None, None, {})
+    assert run.tags["dspy.failures"] == "1"
     table = json.loads(run.artifacts["evaluation_table.json"])
     assert table["columns"] == ["index", "id", "score", "error", "trace_id"]
     assert table["data"][0] == [0, "a", 1.0, None, "tr-" + "0" * 30 + "ff"]
@@ -282,7 +305,7 @@ def test_what_nobody_searches_by_is_in_one_tag() -> None:
         "dspy.trial.is_best": "true",
         "dspy.candidate.id": "c2",
         "dspy.candidate.parent_ids": '["c1"]',
-        "dspy.usage": '{"lm_calls": 4}',
+        "dspy.numbers": '{"lm_calls": 4}',
     }
     assert whole_tags(run.tags)["dspy.candidate.id"] == "c2"
     assert whole_tags({"a": "b", "dspy.details": "no JSON"})["a"] == "b"

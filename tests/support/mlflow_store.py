@@ -14,6 +14,7 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 
 from dspy_otel import DSPyInstrumentor, semconv
 from dspy_otel.mlflow import MLflowSpanExporter
+from dspy_otel.record.model import ON_VALIDATION
 
 
 @dataclass
@@ -99,14 +100,18 @@ class Store:
         # Curves: each point once, and the totals of the end.
         for key, span in compiles.items():
             mine = [trial for name, trial in trials.items() if name.startswith(f"{key}/")]
-            for kind in {trial.attributes[semconv.TRIAL_KIND] for trial in mine}:
-                curve = self.client.get_metric_history(ids[key], f"score.{kind}")
-                assert sorted((point.step, point.value) for point in curve) == sorted(
-                    (trial.attributes[semconv.TRIAL_NUMBER], trial.attributes[semconv.TRIAL_SCORE])
-                    for trial in mine
-                    if trial.attributes[semconv.TRIAL_KIND] == kind
-                ), (key, kind)
-            assert runs[key].data.metrics.get("lm_calls") == span.attributes.get(semconv.USAGE_LM_CALLS), key
+            curve = self.client.get_metric_history(ids[key], "score")
+            scores = [
+                (trial.attributes[semconv.TRIAL_NUMBER], trial.attributes[semconv.TRIAL_SCORE])
+                for trial in mine
+                if trial.attributes[semconv.TRIAL_KIND] in ON_VALIDATION
+            ]
+            best = span.attributes.get(semconv.OPTIMIZER_BEST_SCORE)
+            last = max((trial.attributes[semconv.TRIAL_NUMBER] for trial in mine), default=0)
+            result = [] if best is None else [(last + 1, best)]
+            assert sorted((point.step, point.value) for point in curve) == sorted([*scores, *result]), key
+            numbers = json.loads(runs[key].data.tags.get("dspy.numbers", "{}"))
+            assert numbers.get("lm_calls") == span.attributes.get(semconv.USAGE_LM_CALLS), key
             names = [item.dataset.name for item in runs[key].inputs.dataset_inputs]
             assert len(names) == len(set(names))
             if semconv.OPTIMIZER_PARENT_RUN_ID not in span.attributes:

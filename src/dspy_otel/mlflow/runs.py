@@ -85,17 +85,22 @@ TAG_KIND: Final = "dspy.run.kind"
 TAG_KEY: Final = "dspy.run.key"
 """Our key of a run. It finds a run again whose creation got no answer because the connection broke."""
 TAG_CONTENT: Final = "dspy.content"
+TAG_FAILURES: Final = "dspy.failures"
+"""How many examples of an evaluation raised, where any did. No metric: MLflow would add a column."""
 TAG_PARSE_FAILURES: Final = "dspy.parse_failures"
-"""How many answers of a model no adapter could read, in an evaluation. No metric: MLflow would add a column."""
+"""How many answers of a model no adapter could read, in an evaluation. No metric, likewise."""
 TAG_WINNER: Final = "dspy.winner"
 TAG_WINNER_RUN: Final = "dspy.winner.run_id"
 TAG_DETAILS: Final = "dspy.details"
 """All tags that nobody searches by, as JSON: MLflow's page of a run shows each tag as a row."""
-TAG_USAGE: Final = "dspy.usage"
-"""Calls, tokens and cost of a trial, as JSON: metrics would be columns of MLflow's table of runs."""
+TAG_NUMBERS: Final = "dspy.numbers"
+"""Calls, tokens, cost and counts, as JSON by name. They are no metrics: MLflow's "Evaluation runs" has a column, at
+least 100 pixels wide, for each metric of any run in it, and cuts the names of the runs to what is left."""
+_OLDER_NUMBERS: Final = "dspy.usage"
+"""The same, of trials in stores that were written before."""
 _DETAILS: Final = frozenset(
     {
-        TAG_USAGE,
+        TAG_NUMBERS,
         *("dspy_otel.version", "opentelemetry-sdk.version"),
         *(semconv.OPTIMIZER_PARENT_RUN_ID, semconv.OPTIMIZER_ROOT_RUN_ID, semconv.OPTIMIZER_INFERENCE_TIME),
         *(semconv.OPTIMIZER_OUTCOME, semconv.OPTIMIZER_SCORE_SCALE, semconv.OPTIMIZER_PHASE),
@@ -118,7 +123,8 @@ TRACE_ID: Final = "tr-{}"
 _MARKS: Final = {True: "✓", False: "✗"}
 _STEPS: Final = ("step", "iteration", "depth", "strategy")
 """Choices that give the step of an optimization that a trial belongs to."""
-_SCORES: Final = frozenset({"baseline_score", "best_score", "gain"})
+_METRICS: Final = ("best_score", "gain")
+"""Results of an optimization that are metrics beside ``score`` and its ``cost`` or ``tokens``; others are numbers."""
 RUN_ID: Final = "run_id"
 """Column of the table of trials."""
 
@@ -465,12 +471,15 @@ def _of_result(
 ) -> list[Run]:
     """The runs of an optimization that is over: its own, and the winner's, which is named as such."""
     when, step = milliseconds(record.ended), max((trial.number for trial in record.trials), default=0)
+    results = stored.optimization_metrics(record)
     points = (
-        # The best score under its children's name too: MLflow's table of runs compares by name.
-        *_points({"score": readable(record.best)}, when, step),
-        *_points(_readable_scores(stored.optimization_metrics(record)), when, step),
-        *_points(record.usage.flat(), when, step),
+        # The best score under its children's name too, after theirs: MLflow's table of runs compares by name.
+        *_points({"score": readable(record.best)}, when, step + 1),
+        *_points({name: readable(results.pop(name)) for name in _METRICS}, when, step),
+        *_points(_spent(record.usage), when, step),
     )
+    results["baseline_score"] = readable(record.baseline)
+    numbers = _numbers({**results, **record.usage.flat()})
     best = record.returned
     if best is not None and best.state is None:
         best = record.candidates.get(best.id)
@@ -497,7 +506,7 @@ def _of_result(
     tags[TAG_NOTE] = _note(status, record.failure, _summary(record))
     over = dataclasses.replace(
         run,
-        tags=_tags(tags),
+        tags={**_tags(tags), **numbers},
         metrics=points,
         artifacts=artifacts,
         references={} if winner is None else {TAG_WINNER_RUN: trial_key(record.id, winner.number)},
@@ -563,11 +572,8 @@ def _of_trial(record: Trial, versions: Mapping[str, str], user_run: str | None) 
     if record.changes is not None:
         artifacts[CHANGES] = record.changes
     status = _status(record.failure)
-    unknown = record.started is None or _cut_short(record.failure)
-    seconds = None if unknown else round((record.ended - (record.started or 0)) / 1e9, 3)
-    usage = dataclasses.replace(record.usage, by_role={}).flat()
-    tags[TAG_USAGE] = json.dumps(usage) if usage else None
-    results = {"score": readable(record.score), **_spent(record.usage), "seconds": seconds}
+    tags.update(_numbers(dataclasses.replace(record.usage, by_role={}).flat()))
+    results = {"score": readable(record.score), **_spent(record.usage)}
     over = dataclasses.replace(
         run,
         tags=_tags({**tags, TAG_NAME: name, TAG_NOTE: _note(status, record.failure, _sentence(record))}),
@@ -584,16 +590,23 @@ def _of_trial(record: Trial, versions: Mapping[str, str], user_run: str | None) 
 
 
 def _curves(record: Trial, when: int) -> Run:
-    """A trial's points on the curves of its optimization."""
+    """A trial's points on the curves of its optimization, and the counts until then.
+
+    Its score is on the curve if it is one on the validation set: others cannot be compared.
+    """
+    compared = record.kind in model.ON_VALIDATION
     values = {
-        f"score.{record.kind}": readable(record.score),
+        "score": readable(record.score) if compared else None,
         "best_score": readable(record.best),
+        **_spent(record.spent),
+    }
+    numbers = {
         "examples_evaluated": record.examples_so_far,
-        **record.spent.flat(),
         "accepted": record.accepted_so_far,
         "rejected": record.rejected_so_far,
+        **record.spent.flat(),
     }
-    return Run(record.optimization, COMPILE, metrics=_points(values, when, record.number))
+    return Run(record.optimization, COMPILE, tags=_numbers(numbers), metrics=_points(values, when, record.number))
 
 
 def trial_name(record: Trial, winner: bool = False) -> str:
@@ -641,13 +654,21 @@ def readable(score: float | None) -> float | None:
     return round(score, 4) if abs(score) >= 0.1 else float(f"{score:.4g}")
 
 
-def _readable_scores(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: readable(value) if name in _SCORES else value for name, value in values.items()}
-
-
 def _spent(usage: Usage) -> dict[str, float]:
-    """What a trial cost, or its tokens when there is no price: MLflow's table has a column for each name."""
-    return {"cost": usage.cost} if usage.cost else {"tokens": usage.tokens} if usage.tokens else {}
+    """The cost, or the tokens when there is no price: MLflow's table has a column for each name.
+
+    What all came from a cache has neither, for a run whose other trials have a cost would have both columns.
+    """
+    if usage.cost:
+        return {"cost": float(f"{usage.cost:.9g}")}  # sums of floating point go up and down in their last digits
+    cached = bool(usage.lm_calls) and usage.cache_hits == usage.lm_calls
+    return {"tokens": usage.tokens} if usage.tokens and not cached else {}
+
+
+def _numbers(values: Mapping[str, Any]) -> dict[str, str]:
+    """The tag with numbers that are no metrics."""
+    known = {name: value for name, value in values.items() if number(value) is not None}
+    return {TAG_NUMBERS: as_text(json.dumps(known))} if known else {}
 
 
 # --- evaluations ----------------------------------------------------------------------------------------------------
@@ -686,7 +707,8 @@ def _of_evaluation(record: Evaluation, versions: Mapping[str, str], user_run: st
             tags[TAG_CONTENT] = HOW_TO_GET_CONTENT
     status = _status(record.failure)
     tags[TAG_NOTE] = _note(status, record.failure)
-    results = {"failures": record.failures or None, "score": readable(record.score), **record.usage.flat()}
+    tags.update(_numbers(record.usage.flat()))
+    results = {"score": readable(record.score), **_spent(record.usage)}
     return [
         dataclasses.replace(
             run,
@@ -705,13 +727,12 @@ def _of_trials_evaluation(record: Evaluation) -> Run:
     tags: dict[str, Any] = {}
     artifacts: dict[str, str] = {}
     _put_examples(record, artifacts, tags)
-    points = _points({"failures": record.failures or None}, milliseconds(record.ended))
     key = trial_key(record.optimization or "", record.trial or 0)
-    return Run(key, TRIAL, tags=_tags(tags), metrics=points, artifacts=artifacts)
+    return Run(key, TRIAL, tags=_tags(tags), artifacts=artifacts)
 
 
 def _put_examples(record: Evaluation, artifacts: dict[str, str], tags: dict[str, Any]) -> None:
-    tags[TAG_PARSE_FAILURES] = record.parse_failures
+    tags[TAG_FAILURES], tags[TAG_PARSE_FAILURES] = record.failures or None, record.parse_failures
     if not record.examples:
         return
     columns = stored.example_columns(record.examples)
@@ -837,14 +858,14 @@ def whole_tags(tags: Mapping[str, str]) -> dict[str, str]:
 
 
 def whole_metrics(tags: Mapping[str, str], metrics: Mapping[str, float]) -> dict[str, float]:
-    """The metrics of a run, its usage among them.
+    """The metrics of a run, and the numbers that are none.
 
     Args:
         tags: as :func:`whole_tags` gives them.
         metrics: as MLflow has them.
     """
-    usage = load_json(tags.get(TAG_USAGE))
-    known = usage.items() if isinstance(usage, dict) else ()
+    numbers = load_json(tags.get(TAG_NUMBERS, tags.get(_OLDER_NUMBERS)))
+    known = numbers.items() if isinstance(numbers, dict) else ()
     return {**{name: value for name, found in known if (value := number(found)) is not None}, **metrics}
 
 

@@ -16,6 +16,7 @@ from opentelemetry.sdk.trace import ReadableSpan
 from dspy_otel import semconv
 from dspy_otel.record.model import (
     INTERRUPTED,
+    ON_VALIDATION,
     Candidate,
     Evaluation,
     Example,
@@ -429,7 +430,7 @@ class _Running:
             self._remember(program)
             program = self._candidates.get(program.id, program) if program.state is None else program
         validation = self.record.val if self.record.parent is None else None
-        whole = trial.kind in _ON_VALIDATION and validation is not None and trial.size == validation.size
+        whole = trial.kind in ON_VALIDATION and validation is not None and trial.size == validation.size
         trial = dataclasses.replace(
             trial,
             spent=self._spent,
@@ -457,7 +458,7 @@ class _Running:
         if trial.kind == semconv.TRIAL_SAMPLE and self._sampled + len(examples) <= MAX_SAMPLED:
             self._sampled += len(examples)
             self._examples[number] = examples
-        if trial.kind not in _ON_VALIDATION or not examples:
+        if trial.kind not in ON_VALIDATION or not examples:
             return
         if trial.kind == semconv.TRIAL_BASELINE and self._baseline is None:
             self._baseline = number
@@ -496,10 +497,6 @@ class _Running:
             above = self._inside.get(span.parent.span_id)
             self._inside[span.parent.span_id] = usage if above is None else above.plus(usage)
         return own
-
-
-_ON_VALIDATION: Final = frozenset({semconv.TRIAL_BASELINE, semconv.TRIAL_FULL, semconv.TRIAL_VALIDATION})
-"""Trials on the whole validation set, when the size is the same too."""
 
 
 class _RunningEvaluation:

@@ -13,10 +13,15 @@ from dataclasses import dataclass, field, fields
 from html import escape
 from typing import Any, Final, TypeAlias
 
+from dspy_otel import semconv
+
 RUNNING: Final = "running"
 FINISHED: Final = "finished"
 FAILED: Final = "failed"
 INTERRUPTED: Final = "interrupted"
+
+ON_VALIDATION: Final = frozenset({semconv.TRIAL_BASELINE, semconv.TRIAL_FULL, semconv.TRIAL_VALIDATION})
+"""Kinds of trials on the whole validation set, when the size is the same too."""
 
 _INTERRUPTIONS: Final = frozenset({"KeyboardInterrupt", "SystemExit", "CancelledError", "GeneratorExit"})
 
