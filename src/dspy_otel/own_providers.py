@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import socket
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -122,6 +124,9 @@ def is_own(signal: str, current: Any) -> bool:
 def set_provider(signal: str, destinations: Sequence[Destination], service_name: str | None) -> None:
     """Set the provider of a signal that has none. It flushes and shuts down when the program ends."""
     resource = Resource.create({"service.name": service_name} if service_name else None)
+    if signal == "traces" and any(destination.key[0] != "mlflow" for destination in destinations):
+        # MLflow would make tags of each trace of them.
+        resource = Resource({"process.pid": os.getpid(), "host.name": socket.gethostname()}).merge(resource)
     made = [destination.make() for destination in destinations]
     own = _Own(None, None, tuple(destinations), service_name)
     if signal == "traces":

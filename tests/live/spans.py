@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from opentelemetry import trace
+from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import ReadableSpan, SpanProcessor, TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
@@ -18,9 +19,11 @@ from tests.reports.test_optimizations import otlp_json
 class Program:
     """A program that optimizes: :meth:`start`, :meth:`trial` as often as needed, :meth:`end`."""
 
-    def __init__(self, *processors: SpanProcessor, content: str | None = None) -> None:
+    def __init__(
+        self, *processors: SpanProcessor, content: str | None = None, resource: Mapping[str, Any] | None = None
+    ) -> None:
         self.memory = InMemorySpanExporter()
-        self.provider = TracerProvider(shutdown_on_exit=False)
+        self.provider = TracerProvider(shutdown_on_exit=False, resource=Resource(resource or {}))
         for processor in (*processors, SimpleSpanProcessor(self.memory)):
             self.provider.add_span_processor(processor)
         self._tracer = self.provider.get_tracer(semconv.SCOPE_NAME)

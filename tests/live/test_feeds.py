@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import socket
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -104,6 +106,27 @@ def test_a_file_grows_and_may_be_cut_in_the_middle_of_a_record(tmp_path: Path) -
     optimization = feed.read().optimization
     assert optimization is not None
     assert optimization.outcome == "finished"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="whether there is a process cannot be asked")
+@pytest.mark.parametrize(("host", "known"), [(socket.gethostname(), True), ("another machine", False)])
+def test_a_program_of_this_machine_that_was_killed_is_noticed_at_once(tmp_path: Path, host: str, known: bool) -> None:
+    path = tmp_path / "spans.jsonl"
+    with subprocess.Popen(["sleep", "100"]) as process:
+        program = Program(resource={"process.pid": process.pid, "host.name": host})
+        program.start()
+        program.trial(1, 0.25)
+        path.write_text(program.lines())
+        feed = FileFeed(path)
+        assert feed.read().waiting is None
+        process.kill()
+    waiting = f"The program (process {process.pid}) has ended, without an end of the optimization so far."
+    for _ in range(2):
+        view = feed.read()
+        assert (view.waiting, view.optimization is None) == (waiting if known else None, False)
+    program.end()  # it was on its way
+    path.write_text(program.lines())
+    assert feed.read().waiting is None
 
 
 def test_a_file_that_is_replaced_is_read_from_its_start(tmp_path: Path) -> None:

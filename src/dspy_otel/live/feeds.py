@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import threading
 import time
 from collections import OrderedDict
@@ -15,9 +16,10 @@ from typing import Final, Protocol
 from opentelemetry.context import Context
 from opentelemetry.sdk.trace import ReadableSpan, Span, SpanProcessor
 
+from dspy_otel import semconv
 from dspy_otel.core.internal_errors import guard
 from dspy_otel.record.history import History, optimizations, running
-from dspy_otel.record.model import Optimization
+from dspy_otel.record.model import RUNNING, Optimization
 from dspy_otel.record.otlp import decode_lines
 from dspy_otel.record.spans import Kind, is_ours, kind_of
 from dspy_otel.reports import Source
@@ -145,6 +147,7 @@ class FileFeed:
         self._identity: tuple[int, int] | None = None
         self._rest = b""
         self._view = View(waiting=f"There is no {path} yet.")
+        self._process: int | None = None
 
     def read(self) -> View:
         """The optimization as it is now."""
@@ -154,7 +157,21 @@ class FileFeed:
             return self._kept(f"{self.name} cannot be read: {error.strerror or type(error).__name__}.")
         if fresh or self._view.optimization is None:
             self._view = self._made()
+            self._process = self._process_of(self._view.optimization)
+        if self._process is not None and not _is_running(self._process):
+            gone = f"The program (process {self._process}) has ended, without an end of the optimization so far."
+            return self._kept(gone)
         return self._view
+
+    def _process_of(self, optimization: Optimization | None) -> int | None:
+        """The process that an optimization runs in, if that is on this machine and its resource says so."""
+        if optimization is None or optimization.outcome != RUNNING:
+            return None
+        for span in reversed(self._spans):
+            if (span.attributes or {}).get(semconv.OPTIMIZER_RUN_ID) == optimization.id:
+                process, host = (span.resource.attributes.get(name) for name in ("process.pid", "host.name"))
+                return process if isinstance(process, int) and process > 0 and host == socket.gethostname() else None
+        return None
 
     def _append(self) -> bool:
         """Read what has been appended; whether there is something new."""
@@ -188,6 +205,19 @@ class FileFeed:
         if self._view.optimization is None:
             return View(waiting=reason)
         return View(self._view.optimization, self._view.source, self._view.phase, reason)
+
+
+def _is_running(process: int) -> bool:
+    """Whether there is a process; True where that cannot be asked without harm."""
+    if os.name != "posix":
+        return True
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        pass
+    return True
 
 
 def _is_other(line: bytes) -> bool:
