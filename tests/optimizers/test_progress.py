@@ -8,6 +8,7 @@ import io
 import logging
 import os
 import re
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +19,7 @@ import pytest
 from dspy_otel.optimizers.progress import display, notebook, terminal
 from dspy_otel.optimizers.progress.streams import Redirection, Stream
 from dspy_otel.optimizers.progress.view import View, bar_text, clock, closing, line, seconds_left, spend_text
-from dspy_otel.record.addresses import Address
+from dspy_otel.record.addresses import Address, add_address
 from tests.optimizers import common
 from tests.optimizers.common import quietly, scripted_lm
 from tests.support.waiting import finish
@@ -58,7 +59,12 @@ print("done")
 def run(name: str, *more: str, terminal: bool, answer: str = "", **environment: str) -> tuple[str, str]:
     """What a program that optimizes writes to stdout, a pipe, and to stderr; with an answer, both to the terminal."""
     pty = pytest.importorskip("pty", reason="no pseudo-terminals on this system")
+    import fcntl
+    import termios
+
     ours, theirs = pty.openpty() if terminal else os.pipe()
+    if terminal:  # without a size, DSPy's bars are empty
+        fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
     process = subprocess.Popen(
         [sys.executable, "-c", SCRIPT, name, *more],
         cwd=ROOT,
@@ -98,6 +104,25 @@ def plain(text: str) -> list[str]:
     return re.split(r"[\r\n]+", re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text))
 
 
+def screen(text: str) -> list[str]:
+    """The lines that a terminal of 80 columns shows at the end of a text."""
+    lines, row, column = [""], 0, 0
+    for part in re.findall(r"\x1b\[[0-9;?]*[A-Za-z]|.|\n|\r", text):
+        if part == "\n" or (column == 80 and part.isprintable()):
+            row, column = row + 1, 0 if column == 80 else column
+            lines += [""] * (row + 1 - len(lines))
+        if part == "\r":
+            column = 0
+        elif part.isprintable():
+            lines[row] = lines[row][:column].ljust(column) + part + lines[row][column + 1 :]
+            column += 1
+        elif part.endswith("A"):
+            row = max(0, row - int(part[2:-1] or 1))
+        elif part == "\x1b[2K":
+            lines[row] = ""
+    return [line.rstrip() for line in lines if line.strip()]
+
+
 # What the search finds depends on how this DSPy shuffles.
 FOUND = r"✓ BootstrapFewShotWithRandomSearch: (?:0\.75, \+0\.38|0\.62, \+0\.25) from 0\.38"
 
@@ -133,11 +158,14 @@ def test_no_colour_where_none_is_asked_for() -> None:
 def test_who_is_asked_sees_the_question() -> None:
     pytest.importorskip("rich")
     _, stderr = run("", "asked", terminal=True, answer="fine", OTEL_DSPY_PROGRESS="true")
+    before, asked, _ = stderr.partition("Your verdict? ")
+    assert screen(before + asked) == ["to stdout", "Your verdict?"]  # neither the display nor DSPy's bar
     question = plain(stderr).index("Your verdict? fine")
     after = plain(stderr)[question + 1 :]
     assert "you said fine" in after
     assert [text for text in after if text.startswith("BootstrapFewShot · bootstrap")]
     assert after[-2] == "done"
+    assert sum("0%|" in line for line in screen(stderr)) == 1  # as DSPy leaves it
 
 
 @pytest.mark.parametrize(("end", "error"), [("interrupted", "KeyboardInterrupt"), ("exit", "SystemExit")])
@@ -224,6 +252,43 @@ def test_bars_and_lines_go_above_whole() -> None:
     stream.write("yes\n")
     assert real.getvalue() == "Continue? yes\n"
     assert stream.isatty()
+
+
+def test_a_bar_waits_while_somebody_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    out, err, above = Screen(), Screen(), list[str]()
+    monkeypatch.setattr(sys, "stdout", out)
+    monkeypatch.setattr(sys, "stderr", err)
+    redirection = Redirection(above.append)
+    bar = sys.stderr
+    bar.write("\r  0%|")
+    sys.stdout.write("Now: ")
+    redirection.pause()
+    assert (sys.stdout, sys.stderr, out.getvalue(), err.getvalue()) == (out, err, "Now: ", "")
+    bar.write("\r 10%|#")
+    bar.write("a log line\n")
+    assert err.getvalue() == "a log line\n"
+    redirection.go_on()
+    assert (sys.stderr is bar, redirection.pending, above) == (True, " 10%|#", [])
+    bar.write("\r100%|##########\n")
+    assert above == ["100%|##########"]
+    redirection.end()
+    assert (sys.stdout, sys.stderr) == (out, err)
+
+
+def test_a_link_that_is_known_late_is_printed_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("rich")
+    err = Screen()
+    monkeypatch.setattr(sys, "stderr", err)
+    shown = terminal.Terminal(list)
+    shown.start()
+    shown.end(dataclasses.replace(RUNNING, id="late", outcome="finished"))
+    shown.stop()
+    before = err.getvalue()
+    add_address("another", Address("s", "http://h/s"))
+    add_address("late", Address("r", None, "dspy-otel ui --tracking-uri sqlite:///m.db"))
+    add_address("late", Address("r", "http://h/r"))
+    (line_,) = plain(err.getvalue().removeprefix(before).rstrip("\n"))
+    assert line_.strip() == "MIPROv2: dspy-otel ui --tracking-uri sqlite:///m.db"
 
 
 def test_a_stream_fails_as_the_one_it_stands_for(tmp_path: Path) -> None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
 _MOST: Final = 4096
 _lock: Final = threading.Lock()
 _known: Final[OrderedDict[str, Address]] = OrderedDict()
+_waiting: Final[OrderedDict[str, Callable[[Address], object]]] = OrderedDict()
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +36,26 @@ def add_address(optimization: str, address: Address) -> None:
         _known.move_to_end(optimization)
         while len(_known) > _MOST:
             _known.popitem(last=False)
+        waiting = _waiting.pop(optimization, None)
+    if waiting is not None:
+        waiting(address)
+
+
+def when_known(optimization: str, tell: Callable[[Address], object]) -> None:
+    """Call a function with the address of an optimization as soon as a backend has said it, once.
+
+    Args:
+        optimization: its ``dspy.optimizer.run.id``.
+        tell: what is called, in a thread of the backend's, or at once; it raises nothing.
+    """
+    with _lock:
+        known = _known.get(optimization)
+        if known is None:
+            _waiting[optimization] = tell
+            while len(_waiting) > _MOST:
+                _waiting.popitem(last=False)
+    if known is not None:
+        tell(known)
 
 
 def address_of(optimization: str) -> Address | None:

@@ -89,6 +89,21 @@ class Stream:
         """Flush the stream it stands for; what is pending stays, for its line may go on."""
         self._real.flush()
 
+    def pause(self) -> None:
+        """Write lines as they are from now on; a bar waits for :meth:`go_on`, and goes on then."""
+        with self._lock:
+            begun, self._begun, self._above = self._begun, "", self._write_line
+        if begun:
+            self._real.write(begun)
+
+    def _write_line(self, lines: str) -> None:
+        self._real.write(f"{lines}\n")
+
+    def go_on(self, above: Callable[[str], object]) -> None:
+        """Pass lines on to the display again."""
+        with self._lock:
+            self._above = above
+
     def end(self) -> None:
         """Write what is pending, and pass everything on from now on."""
         with self._lock:
@@ -106,14 +121,13 @@ class Redirection:
     """
 
     def __init__(self, above: Callable[[str], object]) -> None:
+        self._above = above
         self._streams: dict[str, tuple[Any, Stream]] = {}
         for name in ("stdout", "stderr"):
             real = getattr(sys, name)
             if is_terminal(real):
                 self._streams[name] = real, Stream(real, above)
-        for name, (real, stream) in self._streams.items():
-            setattr(sys, name, stream)
-            _redirect_handlers(real, stream)
+        self._put()
 
     @property
     def pending(self) -> str:
@@ -121,13 +135,35 @@ class Redirection:
         texts = [stream.pending for _, stream in self._streams.values() if stream.pending.strip()]
         return texts[-1] if texts else ""
 
+    def pause(self) -> None:
+        """Put everything back for a while: a progress bar has the stream it began with, and writes to it meanwhile."""
+        self._put_back()
+        for _, stream in self._streams.values():
+            stream.pause()
+
+    def go_on(self) -> None:
+        """Redirect what :meth:`pause` has put back, by the same streams."""
+        for _, stream in self._streams.values():
+            stream.go_on(self._above)
+        self._put()
+
     def end(self) -> None:
         """Put everything back. A stream that somebody still has passes everything on."""
+        self._put_back()
+        for _, stream in self._streams.values():
+            stream.end()
+
+    def _put(self) -> None:
+        for name, (real, stream) in self._streams.items():
+            if getattr(sys, name) is real:
+                setattr(sys, name, stream)
+            _redirect_handlers(real, stream)
+
+    def _put_back(self) -> None:
         for name, (real, stream) in self._streams.items():
             if getattr(sys, name) is stream:
                 setattr(sys, name, real)
             _redirect_handlers(stream, real)
-            stream.end()
 
 
 def is_terminal(stream: Any) -> bool:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import builtins
+import dataclasses
 import os
 import sys
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 
-from dspy_otel.core.internal_errors import failed, warn_once
+from dspy_otel.core.internal_errors import failed, guard, warn_once
 from dspy_otel.optimizers.progress.streams import Redirection, is_terminal
 from dspy_otel.optimizers.progress.view import View, closing, line, link
+from dspy_otel.record.addresses import Address, when_known
 
 _PER_SECOND: Final = 4
 _LINES: Final = 2
@@ -79,25 +81,27 @@ class Terminal:
             try:
                 return self._input(*prompt)
             finally:
-                if paused:
-                    self._resume()
+                if paused is not None:
+                    self._resume(paused)
 
-    def _pause(self) -> bool:
+    def _pause(self) -> Redirection | None:
         redirection, self._redirection = self._redirection, None
-        if redirection is None:
-            return False
-        try:
-            redirection.end()
-            self._live.stop()
-        except Exception as error:
-            self._error = self._error or error
-        return True
+        if redirection is not None:
+            try:
+                self._live.stop()  # it takes itself away from where the cursor is: nothing may be written before
+                redirection.pause()
+            except Exception as error:
+                self._error = self._error or error
+        return redirection
 
-    def _resume(self) -> None:
+    def _resume(self, redirection: Redirection) -> None:
         try:
-            if self._on:  # it has not been stopped meanwhile
-                self._live.start()
-                self._redirection = Redirection(self._above)
+            if not self._on:  # it has been stopped meanwhile
+                redirection.end()
+                return
+            self._live.start()
+            redirection.go_on()
+            self._redirection = redirection
         except Exception as error:
             self._error = self._error or error
 
@@ -112,8 +116,18 @@ class Terminal:
         style = "green" if view.outcome == "finished" else "red"
         mark, _, rest = closing(view, self._console.width, self._unicode).partition(" ")
         self._console.print(Text.assemble((mark, style), " ", rest))
-        if where := link(view):
-            self._console.print(Text(f"  {where}", style="dim"))
+        if view.address is not None:
+            self._console.print(Text(f"  {link(view)}", style="dim"))
+        else:  # a backend may know it only when the program ends
+            when_known(view.id, lambda address: self._add_link(view, address))
+
+    def _add_link(self, view: View, address: Address) -> None:
+        with guard("progress display"):
+            if os.getpid() == self._process:
+                from rich.text import Text
+
+                where = link(dataclasses.replace(view, address=address))
+                self._console.print(Text(f"  {view.name}: {where}", style="dim"))
 
     def stop(self) -> None:
         """Take it away, and give the streams back."""
