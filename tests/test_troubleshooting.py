@@ -12,7 +12,8 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "troubleshooting.md"
 LOGGED = {"warning", "error", "warn_once", "log_safely", "report", "_report"}
-RAISED = {"CannotCompareError", "ExportError", "JournalError", "LookupError", "RuntimeError", "TypeError"}
+RAISED = {"CannotCompareError", "ExportError", "JournalError", "LookupError", "NoExamplesError"}
+RAISED |= {"RuntimeError", "TypeError"}
 # Raised for what catches them, and never shown.
 INTERNAL = {
     *("an answer that does not end", "a value is changed all the time"),

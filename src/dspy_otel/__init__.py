@@ -17,6 +17,7 @@ from dspy_otel.version import __version__
 if TYPE_CHECKING:
     from dspy_otel.budgets import BudgetAlert, BudgetExceeded, BudgetRefused, budget
     from dspy_otel.config import Config
+    from dspy_otel.dataset import examples
     from dspy_otel.decide import compare, why
     from dspy_otel.inline_report import report
     from dspy_otel.instrumentor import DSPyInstrumentor
@@ -40,6 +41,7 @@ _PLACES: Final = {
     "budget": ("budgets", "budget"),
     "compare": ("decide", "compare"),
     "configure": ("setup", "configure"),
+    "examples": ("dataset", "examples"),
     "inject": ("propagation", "inject"),
     "optimization": ("optimizers", "optimization"),
     "program_id": ("operations.program", "program_digest"),
@@ -98,6 +100,7 @@ __all__ = [
     "budget",
     "compare",
     "configure",
+    "examples",
     "inject",
     "instrument",
     "optimization",

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
 
-from dspy_otel.cli import compare, promote, replay, report, runs, ui, watch
+from dspy_otel.cli import compare, dataset, promote, replay, report, runs, ui, watch
 from dspy_otel.cli.files import problem_of, problem_of_operand
 from dspy_otel.version import __version__
 
@@ -66,6 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     replay.add_command(commands)
     report.add_command(commands)
     compare.add_command(commands)
+    dataset.add_command(commands)
     ui.add_command(commands)
     promote.add_command(commands)
     runs.add_commands(commands)
@@ -80,6 +81,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return replay.run(options)
     if options.command == "compare":
         return compare.run(options)
+    if options.command == "dataset":
+        return dataset.run(options)
     if options.command in ("ui", "promote"):
         needed = [package for module, package in _PACKAGES_OF_REPORT.items() if not _installed(module)]
         if needed:

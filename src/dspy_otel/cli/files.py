@@ -48,7 +48,7 @@ def _is_otlp(path: Path, protobuf: bool) -> bool:
     return isinstance(found, dict) and (not found or any(str(key).startswith("resource") for key in found))
 
 
-def problem_of_operand(operand: str) -> str | None:
+def problem_of_operand(operand: str, *, protobuf: bool = False) -> str | None:
     """The same for FILE#ID, or for what names a run, an experiment or a program: with that, nothing is wrong here."""
     name = operand.partition("#")[0]
-    return problem_of(Path(name)) if name.endswith(_ENDINGS) or os.path.exists(name) else None
+    return problem_of(Path(name), protobuf=protobuf) if name.endswith(_ENDINGS) or os.path.exists(name) else None

@@ -15,9 +15,20 @@ from opentelemetry.sdk.trace import ReadableSpan
 
 from dspy_otel import semconv
 from dspy_otel.decide.errors import CannotCompareError
+from dspy_otel.record.answers import is_answer, judgements_of_logs
 from dspy_otel.record.history import results as records_of
-from dspy_otel.record.model import Candidate, Evaluation, Example, Optimization, Trial, Usage, load_json, number
-from dspy_otel.record.spans import Kind, is_ours, kind_of, read_usage, seconds_of
+from dspy_otel.record.model import (
+    Candidate,
+    Evaluation,
+    Example,
+    Judgement,
+    Optimization,
+    Trial,
+    Usage,
+    load_json,
+    number,
+)
+from dspy_otel.record.spans import Kind, kind_of, read_usage, seconds_of
 
 BASELINE: Final = "baseline"
 BEST: Final = "best"
@@ -131,27 +142,26 @@ def read_file(path: Path) -> Recorded:
     """
     from dspy_otel.record.otlp import decode_lines
 
-    logs: list[Any] = []
+    judgements: list[Judgement] = []
 
     def lines(file: Iterable[str]) -> Iterable[str]:
         for line in file:
-            if "resourceLogs" in line and isinstance(loaded := load_json(line), dict):
-                logs.append(loaded)
+            judgements.extend(judgements_of_logs(line))
             yield line
 
     try:
         with path.open(encoding="utf-8") as file:
-            return read_spans((span for spans in decode_lines(lines(file)) for span in spans), _scores_of_logs(logs))
+            return read_spans((span for spans in decode_lines(lines(file)) for span in spans), judgements)
     except (OSError, ValueError) as error:
         raise CannotCompareError(f"{path} cannot be read: {error}.") from error
 
 
-def read_spans(spans: Iterable[ReadableSpan], scores: Iterable[tuple[int, str, float]] = ()) -> Recorded:
+def read_spans(spans: Iterable[ReadableSpan], judgements: Iterable[Judgement] = ()) -> Recorded:
     """Read ended spans.
 
     Args:
         spans: in any order.
-        scores: of traces, with the name of the metric; read when the spans have been.
+        judgements: scores of traces; read when the spans have been.
     """
     of_traces: dict[int, dict[str, float]] = {}
     calls: dict[str, list[tuple[Example, Usage]]] = {}
@@ -166,13 +176,14 @@ def read_spans(spans: Iterable[ReadableSpan], scores: Iterable[tuple[int, str, f
                 yield _without_messages(span)
             elif kind is not Kind.OTHER or span.events:
                 yield span
-            if kind is Kind.OTHER and _is_call(span):
+            if kind is Kind.OTHER and is_answer(span):
                 at = span.attributes or {}
                 calls.setdefault(str(at[semconv.PROGRAM_ID]), []).append((_call(span), read_usage(at)))
 
     optimizations, evaluations = records_of(list(needed()))
-    for trace_id, metric, score in scores:
-        of_traces.setdefault(trace_id, {})[metric] = score
+    for one in judgements:
+        if (score := one.score) is not None:
+            of_traces.setdefault(one.trace_id, {})[one.name] = score
     return Recorded(optimizations, evaluations, calls, of_traces)
 
 
@@ -196,15 +207,6 @@ def _without_messages(span: ReadableSpan) -> ReadableSpan:
     )
 
 
-def _is_call(span: ReadableSpan) -> bool:
-    """Whether a span is a program's whole answer, outside of evaluations and optimizations."""
-    at = span.attributes or {}
-    if semconv.PROGRAM_ID not in at or semconv.EVALUATION_ID in at or semconv.OPTIMIZER_RUN_ID in at:
-        return False
-    outermost = at.get(semconv.GEN_AI_OPERATION_NAME) == semconv.OPERATION_INVOKE_WORKFLOW
-    return is_ours(span) and (outermost or span.parent is None)
-
-
 def _call(span: ReadableSpan) -> Example:
     at = span.attributes or {}
     inputs = at.get(semconv.MODULE_INPUTS, at.get(semconv.INPUT_VALUE))
@@ -223,22 +225,6 @@ def id_of_inputs(text: str) -> str:
     """What pairs answers in production, where no dataset gives an example its id: the same inputs are the same row."""
     loaded = load_json(text)
     return hashlib.sha256(json.dumps(loaded, sort_keys=True).encode("ascii")).hexdigest()[:16]
-
-
-def _scores_of_logs(logs: Iterable[Mapping[str, Any]]) -> Iterable[tuple[int, str, float]]:
-    """Scores in requests of OTLP logs, in JSON."""
-    found: dict[int, dict[str, float]] = {}
-    for request in logs:
-        for of_resource in request.get("resourceLogs", ()):
-            for of_scope in of_resource.get("scopeLogs", ()):
-                for entry in of_scope.get("logRecords", ()):
-                    if entry.get("eventName") == semconv.LOG_EVALUATION_RESULT and entry.get("traceId"):
-                        pairs = {pair["key"]: next(iter(pair["value"].values())) for pair in entry["attributes"]}
-                        if semconv.EVALUATION_ID not in pairs:  # an example of an evaluation has its score itself
-                            _put_score(found, int(entry["traceId"], 16), pairs)
-    for trace_id, scores in found.items():
-        for metric, score in scores.items():
-            yield trace_id, metric, score
 
 
 def _put_score(found: dict[int, dict[str, float]], trace_id: int, at: Mapping[str, Any]) -> None:

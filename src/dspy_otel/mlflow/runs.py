@@ -43,6 +43,7 @@ from dspy_otel.record.model import (
     Evaluation,
     Example,
     Failure,
+    Judgement,
     Optimization,
     Record,
     Trace,
@@ -296,20 +297,24 @@ class StoredTrace:
     Attributes:
         trace_id: as MLflow writes it.
         tags: of it.
+        started: milliseconds since 1970.
         seconds: how long it took.
         failed: its root has an error.
         inputs, outputs: the beginning of what went in and came out, with content capture on only.
         scores: the newest number that each assessment has; a person's goes before a program's.
+        judgements: what people and programs said of it, as far as it is valid.
         usage: tokens and cost.
     """
 
     trace_id: str
     tags: Mapping[str, str]
+    started: int
     seconds: float | None
     failed: bool
     inputs: str | None
     outputs: str | None
     scores: Mapping[str, float]
+    judgements: Sequence[Judgement]
     usage: Usage
 
 

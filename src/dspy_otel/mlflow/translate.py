@@ -31,6 +31,7 @@ from opentelemetry.util.types import AttributeValue
 from dspy_otel import semconv
 from dspy_otel.content.truncation import repaired
 from dspy_otel.mlflow.pending import UserRun
+from dspy_otel.record.answers import is_answer
 from dspy_otel.record.spans import Kind, kind_of
 
 _logger = logging.getLogger(__name__)
@@ -136,12 +137,12 @@ def _translate_or_keep(span: ReadableSpan) -> ReadableSpan:
 
 
 def restore(span: ReadableSpan) -> ReadableSpan:
-    """A translated span with the attributes that reading it back needs: inputs and outputs of an example.
+    """A translated span with the attributes that reading it back needs: inputs and outputs of an answer.
 
     Args:
-        span: as the journal has it.
+        span: as the journal has it, or MLflow.
     """
-    if kind_of(span) is not Kind.EXAMPLE:
+    if kind_of(span) is not Kind.EXAMPLE and not is_answer(span):
         return span
     at = dict(span.attributes or {})
     inputs, outputs = at.get(SPAN_INPUTS), at.get(SPAN_OUTPUTS)

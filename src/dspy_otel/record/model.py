@@ -575,6 +575,76 @@ class Origin:
         return f"<table>{''.join(lines)}</table>"
 
 
+# --- answers ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Judgement:
+    """What a person or an evaluator said of an answer.
+
+    Attributes:
+        trace_id: of the answer.
+        span_id: of the answer; None for the whole trace.
+        name: of a metric or a feedback; of an expectation, the field that it is about.
+        value: a score, a word, or what was expected.
+        human: a person said it.
+        expectation: it is what the answer should have been.
+        text: why, in words.
+        when: seconds since 1970; 0 where it is not known.
+    """
+
+    trace_id: int
+    span_id: int | None
+    name: str
+    value: Any
+    human: bool = False
+    expectation: bool = False
+    text: str | None = None
+    when: float = 0
+
+    @property
+    def score(self) -> float | None:
+        """The value as a number, if it is one."""
+        return None if self.expectation else score_of(self.value)
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """One answer of a program.
+
+    Attributes:
+        program, program_name: its ``dspy.program.id`` and class.
+        fields: ``question -> answer``, where the program is a predictor.
+        inputs, outputs, expected: as recorded: text of JSON, or the value of it; None where it was not recorded.
+        error: type of the exception that it ended with.
+        session, user: from OpenTelemetry's baggage.
+        example_id: ``dspy.example.id`` of a row of a dataset.
+        evaluation, optimization: what it is a part of.
+        trace_id, span_id: of its span.
+        started: nanoseconds since 1970.
+        judgements: what was said of it.
+        unclear: something was said of its trace, which has other answers too.
+    """
+
+    program: str | None = None
+    program_name: str | None = None
+    fields: str | None = None
+    inputs: Any = None
+    outputs: Any = None
+    expected: Any = None
+    error: str | None = None
+    session: str | None = None
+    user: str | None = None
+    example_id: str | None = None
+    evaluation: str | None = None
+    optimization: str | None = None
+    trace_id: int = 0
+    span_id: int = 0
+    started: int = 0
+    judgements: tuple[Judgement, ...] = ()
+    unclear: bool = False
+
+
 # --- values ---------------------------------------------------------------------------------------------------------
 
 
@@ -587,6 +657,13 @@ def number(value: Any) -> float | None:
     except OverflowError:
         return None
     return found if math.isfinite(found) else None
+
+
+def score_of(value: Any) -> float | None:
+    """A verdict as a number: right and wrong are 1 and 0, also as MLflow's judges write them."""
+    if isinstance(value, str):
+        value = {"yes": True, "no": False}.get(value.lower())
+    return float(value) if isinstance(value, bool) else number(value)
 
 
 def load_json(value: Any) -> Any:

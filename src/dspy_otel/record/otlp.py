@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Final
 
 from opentelemetry.exporter.otlp.proto.common.trace_encoder import encode_spans
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
@@ -134,6 +135,31 @@ def _json_spans(request: Mapping[str, Any]) -> Iterator[ReadableSpan]:
             )
             for span in of_scope.get("spans", ()):
                 yield _json_span(span, resource, scope)
+
+
+def read_span(span: Mapping[str, Any], scope: str) -> ReadableSpan:
+    """A span alone, in the JSON that protobuf makes: fields by their names of protobuf, and ids in base64.
+
+    Args:
+        span: what was read from JSON.
+        scope: name of its instrumentation scope.
+    """
+    named = _camel_case(span)
+    for name in ("traceId", "spanId", "parentSpanId"):
+        if named.get(name):
+            named[name] = base64.b64decode(named[name]).hex()
+    named.pop("links", None)
+    return _json_span(named, Resource.get_empty(), InstrumentationScope(scope))
+
+
+def _camel_case(value: Any) -> Any:
+    """A message with fields named as OTLP's JSON has them. Keys of attributes are values here, and stay."""
+    if isinstance(value, dict):
+        return {_UNDERSCORE.sub(lambda found: found[1].upper(), name): _camel_case(one) for name, one in value.items()}
+    return [_camel_case(item) for item in value] if isinstance(value, list) else value
+
+
+_UNDERSCORE: Final = re.compile(r"_([a-z])")
 
 
 def _json_span(span: Mapping[str, Any], resource: Resource, scope: InstrumentationScope) -> ReadableSpan:

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, NamedTuple, Protocol
 
+from opentelemetry.sdk.trace import ReadableSpan
+
+from dspy_otel import semconv
 from dspy_otel.mlflow.backends.registry import Registry
 from dspy_otel.mlflow.retry import ExportError, Verdict, clean
-from dspy_otel.mlflow.runs import Assessment, Dataset, Metric, StoredRun, StoredTrace
-from dspy_otel.record.model import Usage, load_json, number
+from dspy_otel.mlflow.runs import TRACE_ID, Assessment, Dataset, Metric, StoredRun, StoredTrace
+from dspy_otel.record.model import Judgement, Usage, load_json, number
 
 OLDEST_MLFLOW: Final = "3.14"
 """First release whose OTLP endpoint keeps trace tags and resource attributes (compared over the wheels)."""
@@ -26,6 +29,8 @@ DATASET_CONTEXT: Final = "mlflow.data.context"
 """MLflow's tag of a dataset input that says what it was used for."""
 MAX_TRACES: Final = 100_000
 """Most traces that one search gives."""
+MAX_READ: Final = 25
+"""Most traces whose spans are read at once: they have all prompts and answers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,6 +135,9 @@ class Backend(Protocol):
 
     def find_traces(self, condition: str, experiment_id: str | None = None) -> list[StoredTrace]:
         """The traces of an experiment that match a search condition (the newest ``MAX_TRACES``)."""
+
+    def read_spans(self, trace_ids: Sequence[str]) -> list[ReadableSpan]:
+        """The spans of traces that belong to programs, without calls of LMs; at most ``MAX_READ`` traces at a time."""
 
     def read_artifact(self, run: CreatedRun, path: str) -> str | None:
         """A text artifact; None when the run has none under that path."""
@@ -242,21 +250,29 @@ def stored_usage(metadata: Mapping[str, str]) -> Usage:
     )
 
 
-def newest_scores(assessments: Iterable[tuple[str, Any, bool, Any]]) -> dict[str, float]:
-    """The numbers of a trace's assessments.
-
-    Args:
-        assessments: name, value, whether a person gave it, and when, in any order.
-    """
-    ordered = sorted(assessments, key=lambda one: (one[2], one[3]))
-    return {name: score for name, value, _, _ in ordered if (score := _score_of(value)) is not None}
+def newest_scores(judgements: Iterable[Judgement]) -> dict[str, float]:
+    """The numbers that were given to a trace, by name: the newest of people, or else of programs."""
+    ordered = sorted((one for one in judgements if not one.expectation), key=lambda one: (one.human, one.when))
+    return {one.name: score for one in ordered if (score := one.score) is not None}
 
 
-def _score_of(value: Any) -> float | None:
-    """Right and wrong are 1 and 0, also as MLflow's judges write them."""
-    if isinstance(value, str):
-        value = {"yes": True, "no": False}.get(value.lower())
-    return float(value) if isinstance(value, bool) else number(value)
+def trace_number(trace_id: str) -> int:
+    """The number of a trace, by MLflow's name; 0 for a name of another kind."""
+    try:
+        return int(trace_id.removeprefix(TRACE_ID.replace("{}", "")), 16)
+    except ValueError:
+        return 0
+
+
+def is_of_program(names: Collection[str], events: Iterable[str]) -> bool:
+    """Whether a span may be an answer of a program or have a score on it, by its attributes' and events' names."""
+    program = semconv.PROGRAM_ID in names and semconv.GEN_AI_REQUEST_MODEL not in names
+    return program or semconv.LOG_EVALUATION_RESULT in events
+
+
+def scope_of(names: Collection[str]) -> str:
+    """The instrumentation scope of a span, of which MLflow keeps nothing."""
+    return semconv.SCOPE_NAME if semconv.PROGRAM_ID in names else ""
 
 
 def read_with_client(client: Any, run_id: str, path: str) -> str | None:

@@ -20,6 +20,10 @@ from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequenc
 from contextlib import contextmanager
 from typing import Any, Final, TypeVar
 
+from opentelemetry.sdk.resources import Resource
+from opentelemetry.sdk.trace import Event, ReadableSpan
+from opentelemetry.sdk.util.instrumentation import InstrumentationScope
+from opentelemetry.trace import SpanContext
 from packaging.version import Version
 
 from dspy_otel.mlflow.backends import base
@@ -41,7 +45,8 @@ from dspy_otel.mlflow.runs import (
     whole_tags,
 )
 from dspy_otel.mlflow.target import Target, public_uri, sqlite_path
-from dspy_otel.mlflow.translate import CHAT_USAGE, LLM_COST
+from dspy_otel.mlflow.translate import CHAT_USAGE, LLM_COST, restore
+from dspy_otel.record.model import Judgement
 
 _logger = logging.getLogger(__name__)
 _Result = TypeVar("_Result")
@@ -268,6 +273,17 @@ class EmbeddedBackend:
             if not token:
                 break
         return found
+
+    def read_spans(self, trace_ids: Sequence[str]) -> list[ReadableSpan]:
+        """Spans of programs."""
+        read = self._traces.store.batch_get_traces
+        found = self._call("traces", lambda: read(list(trace_ids)))
+        return [
+            restore(_span(span))
+            for trace in found
+            for span in trace.data.spans
+            if base.is_of_program(span.attributes.keys(), (event.name for event in span.events))
+        ]
 
     def read_artifact(self, run: CreatedRun, path: str) -> str | None:
         """A text artifact."""
@@ -496,19 +512,52 @@ def _assessment(score: Assessment, run_id: str | None) -> Any:
     return made
 
 
+def _span(span: Any) -> ReadableSpan:
+    """A span of MLflow's as the program's own. Through OTLP, an integer of more than 64 bits would be an error."""
+    trace_id = base.trace_number(span.trace_id)
+
+    def context(span_id: str) -> SpanContext:
+        return SpanContext(trace_id, int(span_id, 16), is_remote=False)
+
+    return ReadableSpan(
+        span.name,
+        context(span.span_id),
+        parent=context(span.parent_id) if span.parent_id else None,
+        resource=Resource.get_empty(),
+        attributes=dict(span.attributes),
+        events=[Event(event.name, event.attributes, event.timestamp) for event in span.events],
+        instrumentation_scope=InstrumentationScope(base.scope_of(span.attributes.keys())),
+        start_time=span.start_time_ns,
+        end_time=span.end_time_ns,
+    )
+
+
+def _judgement(trace_id: str, assessment: Any) -> Judgement:
+    expectation = getattr(assessment, "expectation", None)
+    feedback = getattr(assessment, "feedback", None)
+    return Judgement(
+        base.trace_number(trace_id),
+        int(assessment.span_id, 16) if assessment.span_id else None,
+        assessment.name,
+        getattr(feedback, "value", None) if expectation is None else expectation.value,
+        human=assessment.source.source_type == "HUMAN",
+        expectation=expectation is not None,
+        text=assessment.rationale,
+        when=(assessment.create_time_ms or 0) / 1000,
+    )
+
+
 def _stored_trace(trace: Any) -> StoredTrace:
-    assessments = [
-        (one.name, one.feedback.value, one.source.source_type == "HUMAN", one.create_time_ms or 0)
-        for one in trace.assessments or ()
-        if getattr(one, "feedback", None) is not None and one.valid is not False
-    ]
+    judgements = [_judgement(trace.trace_id, one) for one in trace.assessments or () if one.valid is not False]
     return StoredTrace(
         trace.trace_id,
         trace.tags,
+        trace.request_time,
         None if trace.execution_duration is None else trace.execution_duration / 1000,
         getattr(trace.state, "value", None) == "ERROR",
         trace.request_preview,
         trace.response_preview,
-        base.newest_scores(assessments),
+        base.newest_scores(judgements),
+        judgements,
         base.stored_usage(trace.trace_metadata),
     )

@@ -23,6 +23,7 @@ from urllib.parse import quote, unquote, urlsplit
 import requests
 from google.protobuf.message import DecodeError
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceResponse
+from opentelemetry.sdk.trace import ReadableSpan
 from packaging.version import InvalidVersion, Version
 
 from dspy_otel.mlflow.backends import base
@@ -45,7 +46,10 @@ from dspy_otel.mlflow.runs import (
     whole_tags,
 )
 from dspy_otel.mlflow.target import Target, public_uri, run_page
+from dspy_otel.mlflow.translate import restore
 from dspy_otel.mlflow.versions import StoredModel
+from dspy_otel.record.model import Judgement, load_json
+from dspy_otel.record.otlp import read_span
 
 _logger = logging.getLogger(__name__)
 
@@ -241,6 +245,17 @@ class RestBackend:
             if not answer.get("next_page_token"):
                 break
             body["page_token"] = answer["next_page_token"]
+        return found
+
+    def read_spans(self, trace_ids: Sequence[str]) -> list[ReadableSpan]:
+        """Spans of programs."""
+        asked: dict[str, Any] = {"params": {"trace_ids": list(trace_ids)}, "limit": base.MAX_ARTIFACT}
+        answer = self._rest("GET", "traces/batchGet", "traces", empty=True, version="3.0", **asked) or {}
+        found = []
+        for span in (span for trace in answer.get("traces") or () for span in trace.get("spans") or ()):
+            names = {pair.get("key") for pair in span.get("attributes", ())}
+            if base.is_of_program(names, (event.get("name") for event in span.get("events", ()))):
+                found.append(restore(read_span(span, base.scope_of(names))))
         return found
 
     def read_artifact(self, run: CreatedRun, path: str) -> str | None:
@@ -600,27 +615,51 @@ def _stored(answer: Mapping[str, Any]) -> StoredRun:
     )
 
 
+def _judgement(trace_id: str, assessment: Mapping[str, Any]) -> Judgement:
+    expectation = assessment.get("expectation")
+    found = assessment.get("feedback") if expectation is None else expectation
+    value = found.get("value") if isinstance(found, dict) else None
+    if isinstance(found, dict) and isinstance(serialized := found.get("serialized_value"), dict):
+        value = load_json(serialized.get("value"))
+    span_id = assessment.get("span_id")
+    return Judgement(
+        base.trace_number(trace_id),
+        int(span_id, 16) if span_id else None,
+        str(assessment.get("assessment_name")),
+        value,
+        human=assessment.get("source", {}).get("source_type") == "HUMAN",
+        expectation=expectation is not None,
+        text=assessment.get("rationale"),
+        when=_moment(assessment.get("create_time")),
+    )
+
+
 def _stored_trace(trace: Mapping[str, Any]) -> StoredTrace:
-    assessments = [
-        (
-            str(one.get("assessment_name")),
-            one["feedback"].get("value"),
-            one.get("source", {}).get("source_type") == "HUMAN",
-            str(one.get("create_time", "")),
-        )
-        for one in trace.get("assessments", ())
-        if isinstance(one.get("feedback"), dict) and one.get("valid", True)
+    judgements = [
+        _judgement(str(trace["trace_id"]), one) for one in trace.get("assessments", ()) if one.get("valid", True)
     ]
     return StoredTrace(
         str(trace["trace_id"]),
         trace.get("tags", {}),
+        int(1000 * _moment(trace.get("request_time"))),
         _seconds(trace.get("execution_duration")),
         trace.get("state") == "ERROR",
         trace.get("request_preview"),
         trace.get("response_preview"),
-        base.newest_scores(assessments),
+        base.newest_scores(judgements),
+        judgements,
         base.stored_usage(trace.get("trace_metadata", {})),
     )
+
+
+def _moment(text: Any) -> float:
+    """A time in the JSON of protobuf, which may have nanoseconds, as seconds since 1970; 0 for anything else."""
+    whole, _, fraction = str(text).removesuffix("Z").partition(".")
+    try:
+        when = datetime.datetime.fromisoformat(whole).replace(tzinfo=datetime.timezone.utc)
+        return when.timestamp() + float(f"0.{fraction or 0}")
+    except ValueError:
+        return 0.0
 
 
 def _seconds(duration: Any) -> float | None:
