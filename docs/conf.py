@@ -19,7 +19,8 @@ PAGES = {
     "Begin": "first-ten-minutes concepts",
     "How to": "optimizers mlflow backends notebook web workers from-autolog from-openinference queries compare dataset "
     "coexistence security",
-    "Reference": "configuration semantic-conventions performance versions licences changelog",
+    "Reference": "configuration semantic-conventions proposal-optimization-spans performance versions licences "
+    "changelog",
     "More": "troubleshooting architecture contributing security-policy",
 }
 
