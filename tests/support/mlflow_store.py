@@ -101,7 +101,7 @@ class Store:
         for key, span in compiles.items():
             mine = [trial for name, trial in trials.items() if name.startswith(f"{key}/")]
             curve = self.client.get_metric_history(ids[key], "score")
-            scores = [
+            scored = [
                 (trial.attributes[semconv.TRIAL_NUMBER], trial.attributes[semconv.TRIAL_SCORE])
                 for trial in mine
                 if trial.attributes[semconv.TRIAL_KIND] in ON_VALIDATION
@@ -109,7 +109,7 @@ class Store:
             best = span.attributes.get(semconv.OPTIMIZER_BEST_SCORE)
             last = max((trial.attributes[semconv.TRIAL_NUMBER] for trial in mine), default=0)
             result = [] if best is None else [(last + 1, best)]
-            assert sorted((point.step, point.value) for point in curve) == sorted([*scores, *result]), key
+            assert sorted((point.step, point.value) for point in curve) == sorted([*scored, *result]), key
             numbers = json.loads(runs[key].data.tags.get("dspy.numbers", "{}"))
             assert numbers.get("lm_calls") == span.attributes.get(semconv.USAGE_LM_CALLS), key
             names = [item.dataset.name for item in runs[key].inputs.dataset_inputs]
