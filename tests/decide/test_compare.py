@@ -104,6 +104,23 @@ def test_without_content_rows_are_paired_all_the_same(telemetry: Any) -> None:
     assert "question" not in str(found)
 
 
+def test_instructions_that_differ_are_shown_of_evaluations_too(telemetry: Any) -> None:
+    telemetry.instrument(capture_content="span_only")
+    a, b = evaluate(telemetry, ["right"] * 12), evaluate(telemetry, ["right"] * 12, Asking("Answer in a word."))
+    found = dspy_otel.compare(a, b)
+    (change,) = found.predictors
+    assert (change.name, change.demos, found.programs_known) == ("ask", None, True)
+    assert [piece.text for piece in change.instructions if piece.kind == "added"] == ["Answer in a word"]
+    assert f"{program_id(Asking())} -> {program_id(Asking('Answer in a word.'))}; demos were not recorded" in str(found)
+    # With other demos alone, it says that this is all that is known.
+    shown = Asking()
+    shown.ask.demos = [dspy.Example(question="q", answer="right")]
+    found = dspy_otel.compare(a, evaluate(telemetry, ["right"] * 12, shown))
+    text = " ".join(str(found).split())
+    assert "the instructions are the same; demos were not recorded" in text
+    assert found.predictors == ()
+
+
 def test_failures_of_programs_and_of_adapters_are_counted(telemetry: Any) -> None:
     telemetry.instrument(capture_content="span_only")
     a = evaluate(telemetry, ["right"] * 12)

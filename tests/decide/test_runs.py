@@ -61,6 +61,9 @@ def test_examples_that_always_fail_and_those_that_flip(evaluations: str, capsys:
     text = capsys.readouterr().out
     assert "3 fail in every run" in text
     assert "    +-  #11  question 11" in text
+    # Which column is which run, and its model.
+    columns = [line for line in text.splitlines() if line.startswith(("    ^ ", "    .^ "))]
+    assert [line.split("  ")[-1] for line in columns] == ["evaluation of Asking, dummy", "evaluation of Failing, dummy"]
     assert "Examples are recorded of 1 of these runs: two are needed." in text
     assert [line for line in text.splitlines() if len(line) > 80] == []
 

@@ -181,12 +181,17 @@ def _predictor_changes(a: Candidate | None, b: Candidate | None) -> tuple[Predic
     before = {} if a is None else a.predictors
     after = {} if b is None else b.predictors
     found = []
+    # Of a program that is known by its calls alone, predictors that were not called are not known.
+    partial = any(one.demos is None for one in (*before.values(), *after.values()))
     for name in dict.fromkeys((*before, *after)):
-        old, new = before.get(name, Predictor(None)), after.get(name, Predictor(None))
+        if partial and not (name in before and name in after):
+            continue
+        old, new = before.get(name, Predictor(None, ())), after.get(name, Predictor(None, ()))
         texts = old.instructions or "", new.instructions or ""
         pieces = tuple(differences(*texts)) if texts[0] != texts[1] else ()
-        demos = old.demos or (), new.demos or ()
-        counts = (len(demos[0]), len(demos[1])) if demos[0] != demos[1] else None
+        counts = None
+        if old.demos is not None and new.demos is not None and old.demos != new.demos:
+            counts = (len(old.demos), len(new.demos))
         if pieces or counts is not None:
             found.append(PredictorChange(name, pieces, counts))
     return tuple(found)

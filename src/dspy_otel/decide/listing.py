@@ -68,6 +68,10 @@ def _examples(examples: Examples) -> Iterator[str]:
         yield f"  Examples are recorded of {len(examples.runs)} of these runs: two are needed."
         return
     yield f"  Examples in {len(examples.runs)} runs, the oldest first; + passed, - failed (below {PASSED:g})"
+    for place_of_run, run in enumerate(examples.runs):
+        models = ", ".join(run.models.get("task", ()))
+        about = f"{'.' * place_of_run}^  {when(run.started)}  {line(run.title)}{f', {line(models)}' if models else ''}"
+        yield cut(f"    {about}", WIDTH)
     for title, found in (("fail in every run", examples.failing), ("pass in some runs", examples.flipping)):
         yield f"  {len(found):,} {title}"
         for one in found[:MAX_SHOWN]:

@@ -34,6 +34,10 @@ BASELINE: Final = "baseline"
 BEST: Final = "best"
 UNNAMED: Final = "metric"
 """The name of a metric whose name was not recorded."""
+MAX_PROGRAMS: Final = 200
+"""Most programs whose instructions are kept from their calls."""
+MAX_PREDICTORS: Final = 50
+"""Most predictors of one of them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,21 +120,26 @@ class Recorded:
         optimizations, evaluations: in the order in which they started.
         calls: answers outside of evaluations, by program.
         scores: of traces, by trace and metric, as evaluators in production give them.
+        instructions: of predictors that answered outside of optimizations, by program and path.
     """
 
     optimizations: Sequence[Optimization]
     evaluations: Sequence[Evaluation]
     calls: Mapping[str, Sequence[tuple[Example, Usage]]]
     scores: Mapping[int, Mapping[str, float]]
+    instructions: Mapping[str, Mapping[str, str]]
 
     @property
     def programs(self) -> dict[str, Candidate]:
-        """Programs whose states are known, by id."""
+        """Programs whose states are known, by id; of those that were not optimized here, the instructions alone."""
         found: dict[str, Candidate] = {}
         for optimization in self.optimizations:
             for candidate in (*optimization.candidates.values(), optimization.initial, optimization.returned):
                 if candidate is not None and candidate.state is not None:
                     found.setdefault(candidate.id, candidate)
+        for id_, texts in self.instructions.items():
+            state = {path: {"signature": {"instructions": text}} for path, text in texts.items()}
+            found.setdefault(id_, Candidate(id_, json.dumps(state), altered=True))
         return found
 
 
@@ -165,6 +174,7 @@ def read_spans(spans: Iterable[ReadableSpan], judgements: Iterable[Judgement] = 
     """
     of_traces: dict[int, dict[str, float]] = {}
     calls: dict[str, list[tuple[Example, Usage]]] = {}
+    instructions: dict[str, dict[str, str]] = {}
 
     def needed() -> Iterable[ReadableSpan]:
         for span in spans:
@@ -176,6 +186,8 @@ def read_spans(spans: Iterable[ReadableSpan], judgements: Iterable[Judgement] = 
                 yield _without_messages(span)
             elif kind is not Kind.OTHER or span.events:
                 yield span
+            if kind is Kind.OTHER:
+                _put_instructions(instructions, span.attributes or {})
             if kind is Kind.OTHER and is_answer(span):
                 at = span.attributes or {}
                 calls.setdefault(str(at[semconv.PROGRAM_ID]), []).append((_call(span), read_usage(at)))
@@ -184,7 +196,7 @@ def read_spans(spans: Iterable[ReadableSpan], judgements: Iterable[Judgement] = 
     for one in judgements:
         if (score := one.score) is not None:
             of_traces.setdefault(one.trace_id, {})[one.name] = score
-    return Recorded(optimizations, evaluations, calls, of_traces)
+    return Recorded(optimizations, evaluations, calls, of_traces, instructions)
 
 
 _LM_CALLS: Final = frozenset({Kind.LM_CALL, Kind.EMBEDDING})
@@ -205,6 +217,18 @@ def _without_messages(span: ReadableSpan) -> ReadableSpan:
         start_time=span.start_time,
         end_time=span.end_time,
     )
+
+
+def _put_instructions(found: dict[str, dict[str, str]], at: Mapping[str, Any]) -> None:
+    """Keep those of a predictor's call; in an optimization, candidates have their whole states."""
+    needed = (semconv.SIGNATURE_INSTRUCTIONS, semconv.PROGRAM_ID, semconv.MODULE_PATH)
+    if any(name not in at for name in needed) or semconv.OPTIMIZER_RUN_ID in at:
+        return
+    text, program, path = (str(at[name]) for name in needed)
+    if program in found or len(found) < MAX_PROGRAMS:
+        of_program = found.setdefault(program, {})
+        if path in of_program or len(of_program) < MAX_PREDICTORS:
+            of_program.setdefault(path, text)
 
 
 def _call(span: ReadableSpan) -> Example:

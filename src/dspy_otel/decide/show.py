@@ -143,9 +143,14 @@ def program_lines(comparison: Evidence) -> list[str]:
     found = [f"{role} model: {before} -> {after}" for role, before, after in model_changes(comparison)]
     if a is not None and b is not None and a.id == b.id:
         return [f"the same program, {a.id}", *found]
+    ids = [one.id if one is not None else "unknown" for one in (a, b)]
     if not comparison.programs_known and (a is not None or b is not None):
-        ids = [one.id if one is not None else "unknown" for one in (a, b)]
         found.append(f"program {ids[0]} -> {ids[1]}; what differs was not recorded")
+    elif a is not None and b is not None:
+        demos = all(one.demos is not None for side in (a, b) for one in side.predictors.values())
+        same = "" if comparison.predictors else "; the instructions are the same"
+        if same or not demos:
+            found.append(f"program {ids[0]} -> {ids[1]}{same}{'' if demos else '; demos were not recorded'}")
     return found
 
 
