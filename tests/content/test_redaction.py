@@ -178,6 +178,13 @@ def test_the_last_remembered_values_count() -> None:
     assert redaction.mask("rotating-key-999") == redaction.MASK
 
 
+def test_the_working_directory_is_no_password(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PWD", "/home/ada/my-project")
+    redaction.remember_environment()
+    assert redaction.mask("sqlite:////home/ada/my-project/mlflow.db") == "sqlite:////home/ada/my-project/mlflow.db"
+    assert redaction.mask("PWD=hunter2;x") == "PWD=[masked];x"
+
+
 def test_environment_secrets_are_masked_and_ordinary_settings_not(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MY_SERVICE_API_KEY", "plain-0-value")
     monkeypatch.setenv("SOME_TOKEN", "f00-" + BODY)

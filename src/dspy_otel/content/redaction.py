@@ -103,6 +103,8 @@ _PAUSE: Final = 1.0
 _REPEATED: Final = 4096
 """Longest text of which it is kept for a while whether a secret is in it."""
 _environment_seen = (float("-inf"), 0)
+_WORKING_DIRECTORY: Final = "PWD"
+"""A variable that every shell sets. Elsewhere, a password stands under that name."""
 _LOGIN: Final = re.compile(r"https?://[^\s/:@]{0,128}:([^\s/@]{1,256})@")
 _NESTED: Final = 4
 _MOST_SETTINGS: Final = 1000
@@ -270,7 +272,7 @@ def remember_environment() -> None:
     global _environment_seen  # noqa: PLW0603
     _environment_seen = time.monotonic(), len(os.environ)
     for name, value in list(os.environ.items()):
-        if is_secret_name(name) or hides(name, value):
+        if name != _WORKING_DIRECTORY and (is_secret_name(name) or hides(name, value)):
             remember(value)
 
 
