@@ -15,6 +15,7 @@ import contextlib
 import copy
 import logging
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
@@ -56,8 +57,31 @@ _PERMANENT: Final = ("INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "RESO
 _OPEN_SECONDS: Final = 300.0
 """Seconds to wait for another process that creates the store: a new one runs some fifty migrations."""
 _MAX_IDS: Final = 500
+_calls: Final = threading.local()
 _MAX_TRACES: Final = 25_000
 """Most traces of one search."""
+
+
+class _OfOthers(logging.Filter):
+    """Drops what MLflow logs of failed calls of ours: for each attempt, a trace with statements and values of spans.
+
+    Our own line names the cause, once.
+    """
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return not getattr(_calls, "ours", False)
+
+
+logging.getLogger("mlflow.store.db.utils").addFilter(_OfOthers())
+
+
+@contextmanager
+def _own_call() -> Iterator[None]:
+    _calls.ours = True
+    try:
+        yield
+    finally:
+        _calls.ours = False
 
 
 class EmbeddedBackend:
@@ -108,7 +132,7 @@ class EmbeddedBackend:
             return False
         try:
             spans = _to_mlflow(batch.body)
-            with store.ManagedSessionMaker(read_only=False) as session:
+            with _own_call(), store.ManagedSessionMaker(read_only=False) as session:
                 shared = copy.copy(store)
                 shared.ManagedSessionMaker = _sharing(session)
                 with session.no_autoflush, _adding(session, {span.trace_id for span in spans}):
@@ -310,7 +334,8 @@ class EmbeddedBackend:
         if time.monotonic() > self._until:
             raise ExportError("slow", f"MLflow's store {self.name}: no time is left.", unavailable=True)
         try:
-            result = call()
+            with _own_call():
+                result = call()
         except ExportError:
             raise
         except Exception as error:
