@@ -185,6 +185,97 @@ PRODUCTION = (
     ),
 )
 
+PER_VERSION = legend(NAME, "dspy_program_id")
+SPENT_ON, TAKEN = "dspy_program_cost_total", "dspy_program_duration_seconds"
+EXAMPLES = "dspy_program_example_score"
+SIDES = (("old", 'dspy_program_id=~"$old"'), ("new", 'dspy_program_id=~"$new"'))
+"""The two versions that are chosen at the top of the dashboard."""
+
+
+def last_score(version: str) -> str:
+    """The score of the last evaluation of a chosen version."""
+    return f'max (last_over_time(dspy_program_evaluation_score{{job=~"$job", {NAME}=~"$program", {version}}}[1d]))'
+
+
+def mean_score(by: str) -> str:
+    """The mean over all examples on which a version was evaluated."""
+    picked = f'job=~"$job", {NAME}=~"$program"'
+    return share(f"sum by ({by}) ({EXAMPLES}_sum{{{picked}}})", f"sum by ({by}) ({EXAMPLES}_count{{{picked}}})")
+
+
+VERSIONS = (
+    Panel("Calls", "reqps", 4, tuple((rate(CALLS, version), side) for side, version in SIDES), kind="stat"),
+    Panel(
+        "Failed",
+        "percentunit",
+        5,
+        tuple(
+            (share(f"({rate(CALLS, f'{FAILED}, {version}')} or vector(0))", rate(CALLS, version)), side)
+            for side, version in SIDES
+        ),
+        kind="stat",
+    ),
+    Panel(
+        "Cost of one call",
+        "currencyUSD",
+        5,
+        tuple((share(rate(SPENT_ON, version), rate(CALLS, version)), side) for side, version in SIDES),
+        kind="stat",
+    ),
+    Panel(
+        "95 % answer within",
+        "s",
+        5,
+        tuple((quantile(0.95, TAKEN, labels=version), side) for side, version in SIDES),
+        kind="stat",
+    ),
+    Panel(
+        "Score of the last evaluation",
+        "none",
+        5,
+        tuple((last_score(version), side) for side, version in SIDES),
+        "The mean of the metric. Choose a program that has one metric.",
+        "stat",
+    ),
+    Panel("Calls by version", "reqps", 12, ((rate(CALLS, by=VERSION), PER_VERSION),), "A deployment, and a rollback."),
+    Panel(
+        "Failed, by version",
+        "percentunit",
+        12,
+        ((share(rate(CALLS, FAILED, VERSION), rate(CALLS, by=VERSION)), PER_VERSION),),
+    ),
+    Panel(
+        "Cost of one call, by version",
+        "currencyUSD",
+        12,
+        ((share(rate(SPENT_ON, by=VERSION), rate(CALLS, by=VERSION)), PER_VERSION),),
+    ),
+    Panel(
+        "Duration of one call, by version",
+        "s",
+        12,
+        tuple((quantile(q, TAKEN, VERSION), f"{PER_VERSION} {q:.0%}") for q in (0.5, 0.95)),
+    ),
+    Panel(
+        "Score of the last evaluation, by version",
+        "none",
+        12,
+        ((LAST_SCORE, legend(NAME, "dspy_program_id", "dspy_evaluation_metric_name")),),
+    ),
+    Panel(
+        "Mean score of examples, by version",
+        "none",
+        12,
+        (
+            (
+                mean_score(f"{VERSION}, dspy_evaluation_metric_name"),
+                legend(NAME, "dspy_program_id", "dspy_evaluation_metric_name"),
+            ),
+        ),
+        "Over all evaluations of a version that the Collector has seen, without those of optimizers.",
+    ),
+)
+
 OPTIMIZER, KIND, ROLE = "dspy_optimizer_name", "dspy_trial_kind", "dspy_lm_role"
 TRIALS, SPENT, SCORE = "dspy_optimizer_trials_total", "dspy_optimizer_cost_total", "dspy_optimizer_trial_score"
 DURATION = "dspy_optimizer_duration_seconds"
@@ -257,8 +348,8 @@ OPTIMIZATIONS = (
 )
 
 
-def variable(name: str, metric: str, label: str) -> dict[str, Any]:
-    """A choice at the top of a dashboard: the values of a label."""
+def variable(name: str, metric: str, label: str, several: bool = True) -> dict[str, Any]:
+    """A choice at the top of a dashboard: values of a label, or one of them."""
     query = f"label_values({metric}, {label})"
     return {
         "name": name,
@@ -268,10 +359,9 @@ def variable(name: str, metric: str, label: str) -> dict[str, Any]:
         "definition": query,
         "query": {"query": query, "refId": "values"},
         "refresh": 2,
-        "includeAll": True,
-        "multi": True,
-        "allValue": ".*",
-        "current": {"text": ["All"], "value": ["$__all"]},
+        "includeAll": several,
+        "multi": several,
+        **({"allValue": ".*", "current": {"text": ["All"], "value": ["$__all"]}} if several else {"current": {}}),
         "sort": 1,
     }
 
@@ -351,6 +441,17 @@ def dashboards() -> dict[str, dict[str, Any]]:
             "Calls, durations, failures, tokens and cost by program, predictor, model and program version.",
             PRODUCTION,
             [variable("job", job, "job"), variable("program", job, program)],
+        ),
+        "versions.json": dashboard(
+            "dspy-versions",
+            "DSPy program versions",
+            "A new version of a program against the old one in production: calls, failures, cost, duration and score.",
+            VERSIONS,
+            [
+                variable("job", CALLS, "job"),
+                variable("program", CALLS, program),
+                *(variable(side, CALLS, "dspy_program_id", several=False) for side, _ in SIDES),
+            ],
         ),
         "optimizations.json": dashboard(
             "dspy-optimizations",

@@ -172,7 +172,7 @@ def panels() -> list[Any]:
 
 @pytest.mark.parametrize("query", panels())
 def test_every_panel_of_the_dashboards_has_data(stack: Stack, query: str) -> None:
-    for variable in ("$job", "$program", "$optimizer"):
+    for variable in ("$job", "$program", "$optimizer", "$old", "$new"):
         query = query.replace(variable, ".*")
     series = stack.promql(query.replace("$__rate_interval", "20s"))
     assert series
@@ -190,7 +190,7 @@ def test_the_choices_of_the_dashboards_have_values(stack: Stack) -> None:
 def test_alert_rules_evaluate_and_their_metrics_exist(stack: Stack) -> None:
     groups = get(f"{stack.url('prometheus')}/api/v1/rules")["data"]["groups"]
     rules = [rule for group in groups for rule in group["rules"]]
-    assert len(rules) == 12
+    assert len(rules) == 15
     assert {(rule["name"], rule["health"], rule.get("lastError")) for rule in rules} == {
         (rule["name"], "ok", None) for rule in rules
     }
