@@ -23,6 +23,7 @@ from typing import Any
 
 import dspy
 import pytest
+from opentelemetry import baggage
 from opentelemetry import context as otel_context
 from opentelemetry.sdk._logs import LoggerProvider, LogRecordProcessor
 from opentelemetry.sdk.metrics import MeterProvider
@@ -681,11 +682,15 @@ def served() -> Any:
         return str(answer.answer)
 
     said = []
-    with openai_server() as server:
-        for engine in ENGINES:
-            with dspy.context(lm=on(server, engine)):
-                server.replies.append(Reply("nothing that an adapter can read"))
-                said += [predict(question="x").answer, asyncio.run(streamed())]
+    token = otel_context.attach(baggage.set_baggage("session.id", "s1"))
+    try:
+        with openai_server() as server:
+            for engine in ENGINES:
+                with dspy.context(lm=on(server, engine)):
+                    server.replies.append(Reply("nothing that an adapter can read"))
+                    said += [predict(question="x").answer, asyncio.run(streamed())]
+    finally:
+        otel_context.detach(token)
     return said
 
 

@@ -148,6 +148,30 @@ def test_sessions_and_users_of_callers_are_bounded_and_masked_and_else_as_they_a
     assert KEY[:20] not in telemetry.everything()
 
 
+def test_the_prompt_and_conversation_that_the_application_names(telemetry: Recorder) -> None:
+    telemetry.instrument()
+    long, broken = f"my prompt\n{KEY}" * 40, "v\ud800\0"
+    named = baggage.set_baggage("gen_ai.conversation.id", "c1")
+    prompt = baggage.set_baggage(
+        "gen_ai.prompt.version", broken, baggage.set_baggage("gen_ai.prompt.name", long, named)
+    )
+    lm = DummyLM([{"answer": "a"}] * 2)
+    for context in (prompt, named):
+        token = otel_context.attach(context)
+        try:
+            with dspy.context(lm=lm):
+                dspy.Predict("question -> answer")(question="q")
+        finally:
+            otel_context.detach(token)
+    assert {span.attributes["gen_ai.conversation.id"] for span in telemetry.spans} == {"c1"}
+    first, second = telemetry.named("chat")
+    assert len(str(first.attributes["gen_ai.prompt.name"])) <= 1024
+    assert first.attributes["gen_ai.prompt.version"] == "v" + "\N{REPLACEMENT CHARACTER}" * 2
+    assert not [key for key in second.attributes if key.startswith("gen_ai.prompt.")]
+    assert not [key for span in telemetry.named("invoke") for key in span.attributes if "prompt" in key]
+    assert KEY[:20] not in telemetry.everything()
+
+
 def test_efforts_and_rollouts_are_no_way_out_either(telemetry: Recorder) -> None:
     telemetry.instrument()
     Server()("hi", reasoning_effort=KEY, rollout_id=f"try {KEY}")

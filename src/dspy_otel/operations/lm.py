@@ -18,6 +18,7 @@ from dspy_otel import semconv
 from dspy_otel.content import introspection, redaction
 from dspy_otel.core.attributes import Attributes, Labels, repair, sendable_name
 from dspy_otel.core.call_context import (
+    BAGGAGE_KEY,
     BudgetAround,
     CallContext,
     current_call_context,
@@ -29,6 +30,7 @@ from dspy_otel.core.internal_errors import failed, guard
 from dspy_otel.core.operation import Call, Operation, SpanStart, openinference
 from dspy_otel.core.telemetry import Telemetry
 from dspy_otel.core.usage import LMUsage, add_usages
+from dspy_otel.operations.from_baggage import PROMPT, attributes_from_baggage
 from dspy_otel.operations.lm_request import (
     PROVIDERS,
     own_settings,
@@ -249,10 +251,12 @@ class LMOperation(Operation):
 
     def start_attributes(self, call: Call) -> Attributes:
         attributes: Attributes = {}
+        if BAGGAGE_KEY in call.otel_context:
+            attributes = attributes_from_baggage(PROMPT, call.otel_context)
         if not self.telemetry.config.content_on_spans:
             return attributes
         with _INPUT:
-            attributes = self._input_content(call)
+            attributes.update(self._input_content(call))
         stop = call.context.state.description.stop
         if stop:
             with _CONTENT:

@@ -7,11 +7,9 @@ import weakref
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
 
-from opentelemetry import baggage
-
 from dspy_otel import semconv
 from dspy_otel.content import introspection
-from dspy_otel.content.names import class_name, without_secrets
+from dspy_otel.content.names import class_name
 from dspy_otel.core.attributes import Attributes, Labels, repair, sendable_name
 from dspy_otel.core.call_context import BAGGAGE_KEY, CallContext, Program, current_context
 from dspy_otel.core.errors import error_type
@@ -19,6 +17,7 @@ from dspy_otel.core.operation import Call, Operation, SpanStart, openinference
 from dspy_otel.core.telemetry import Telemetry
 from dspy_otel.core.usage import Totals
 from dspy_otel.operations import module_tree
+from dspy_otel.operations.from_baggage import CALLER, attributes_from_baggage
 from dspy_otel.operations.program import Programs
 
 _SUBSCRIPT: Final = re.compile(r"\[[^\]]*\]")
@@ -68,9 +67,9 @@ class ModuleOperation(Operation):
             # Each program keeps its own totals, beside those of an evaluation or compile around it.
             totals = Totals()
             context.totals = (*context.totals, totals)
-            caller = caller_attributes()
-            if caller:
-                context.inherited = {**context.inherited, **caller}
+            here = current_context()
+            if BAGGAGE_KEY in here:
+                context.inherited = {**context.inherited, **attributes_from_baggage(CALLER, here)}
         else:
             inner = context.paths or program.paths
             path = program.paths.get(id(instance)) or inner.get(id(instance))
@@ -148,20 +147,6 @@ class ModuleOperation(Operation):
         parent = call.context.parent
         if parent is not None and parent.role_after is not None:
             parent.module_answered(call.instance)
-
-
-def caller_attributes() -> Attributes:
-    """Session and user that the application has put into OpenTelemetry's baggage, for all spans of a program call."""
-    attributes: Attributes = {}
-    if BAGGAGE_KEY not in current_context():
-        return attributes
-    found = baggage.get_all()
-    for key in (semconv.SESSION_ID, semconv.USER_ID):
-        value = found.get(key)
-        shown = introspection.text(value) if introspection.is_a(value, str) else introspection.whole(value)
-        if shown is not None:
-            attributes[key] = without_secrets(str(shown))
-    return attributes
 
 
 def is_agent(instance: Any) -> bool:
