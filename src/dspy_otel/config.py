@@ -240,3 +240,11 @@ class Config:
                 else:
                     _LOG.warning("dspy-otel: %s: %s; using %r", source, problem, field.default)
         return cls(**values)
+
+
+Configuration: Final = dataclasses.make_dataclass(
+    "Configuration",
+    [(field.name, Any, dataclasses.field(default=None)) for field in dataclasses.fields(Config)],
+    frozen=True,
+)
+"""The settings as a file of OpenTelemetry's declarative configuration gives them: ``None`` for what it leaves out."""

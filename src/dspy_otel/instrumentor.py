@@ -13,7 +13,7 @@ from opentelemetry.instrumentation.instrumentor import BaseInstrumentor  # type:
 from wrapt import register_post_import_hook
 
 from dspy_otel.coexistence import OtherInstrumentations
-from dspy_otel.config import Config
+from dspy_otel.config import Config, Configuration
 from dspy_otel.content import redaction
 from dspy_otel.content.id_key import IdKey
 from dspy_otel.content.introspection import library, members_of, module_of
@@ -51,6 +51,9 @@ class DSPyInstrumentor(BaseInstrumentor):  # type: ignore[misc]
 
     One per process. ``instrument()`` may come before or after ``import dspy``: nothing is imported for it.
     """
+
+    configuration = Configuration
+    """What ``opentelemetry-configuration`` reads options of a file into, before it calls :meth:`instrument`."""
 
     _telemetry: Telemetry | None = None
     _patches: Patches | None = None
