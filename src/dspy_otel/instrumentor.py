@@ -22,6 +22,7 @@ from dspy_otel.core.id_generator import give_exporters_a_generator
 from dspy_otel.core.internal_errors import failed, guard, reset_warnings, warn_once
 from dspy_otel.core.operation import Operation
 from dspy_otel.core.telemetry import Telemetry
+from dspy_otel.gepa_alone import has_gepa_alone
 from dspy_otel.operations import older_dspy
 from dspy_otel.operations.adapter import AdapterOperation, AdapterSpanOperation
 from dspy_otel.operations.embedding import EmbeddingOperation
@@ -32,11 +33,13 @@ from dspy_otel.operations.program import Programs
 from dspy_otel.operations.retrieval import RetrievalOperation
 from dspy_otel.operations.tool import ToolOperation
 from dspy_otel.optimizers import Optimizers
+from dspy_otel.optimizers.trackers import gepa
 from dspy_otel.patching import Patches, resolve
 from dspy_otel.propagation import parent_of_process
 
 _LOG: Final = logging.getLogger(__name__)
 _instruments: Final = ("dspy >= 3.0.4, < 4",)
+_gepa_alone: Final = ("gepa >= 0.0.27",)
 
 _SUBCLASS: Final = guard("subclass")
 _BASE_LM: Final = "dspy.clients.base_lm"
@@ -57,11 +60,15 @@ class DSPyInstrumentor(BaseInstrumentor):  # type: ignore[misc]
 
     _telemetry: Telemetry | None = None
     _patches: Patches | None = None
+    _optimizers: Optimizers | None = None
     _generation = 0
 
     def instrumentation_dependencies(self) -> Collection[str]:
-        """What is instrumented, as requirement strings; the extra ``instruments`` says the same."""
-        return _instruments
+        """What is instrumented, as requirement strings; the extra ``instruments`` says the same.
+
+        A program that has GEPA and no DSPy is instrumented, too.
+        """
+        return _gepa_alone if has_gepa_alone() else _instruments
 
     @property
     def config(self) -> Config | None:
@@ -102,11 +109,12 @@ class DSPyInstrumentor(BaseInstrumentor):  # type: ignore[misc]
             failed("instrument()", error)
             return
         generation = self._generation
-        if "dspy" in sys.modules and hasattr(sys.modules["dspy"], "Module"):
-            self._patch(generation)
-        else:
-            # Imported in full by the time the hook runs. A later uninstrument() makes it stale.
-            register_post_import_hook(lambda _: self._patch(generation), "dspy")
+        for name, member, patch in (("dspy", "Module", self._patch), ("gepa", "optimize", self._patch_gepa)):
+            if name in sys.modules and hasattr(sys.modules[name], member):
+                patch(generation)
+            else:
+                # Imported in full by the time the hook runs. A later uninstrument() makes it stale.
+                register_post_import_hook(functools.partial(_imported, patch, generation), name)
 
     def _uninstrument(self, **kwargs: Any) -> None:
         self._generation += 1
@@ -116,18 +124,37 @@ class DSPyInstrumentor(BaseInstrumentor):  # type: ignore[misc]
             self._telemetry = None
         if self._patches is not None:
             self._patches.restore()
-            self._patches = None
+            self._patches = self._optimizers = None
         reset_warnings()
 
     def _patch(self, generation: int) -> None:
         if generation != self._generation or self._telemetry is None:
             return
         try:
-            self._patches = Patches()
-            apply(self._telemetry, self._patches)
+            apply(self._telemetry, *self._parts(self._telemetry))
             self._telemetry.on_outermost()
         except Exception as error:  # Never in the way of `import dspy`.
             failed("instrument()", error)
+
+    def _patch_gepa(self, generation: int) -> None:
+        """The program has imported GEPA, by itself or by DSPy, and may have no DSPy."""
+        if generation != self._generation or self._telemetry is None:
+            return
+        try:
+            patches, optimizers = self._parts(self._telemetry)
+            gepa.patch(optimizers, patches)
+        except Exception as error:  # Never in the way of `import gepa`.
+            failed("instrument()", error)
+
+    def _parts(self, telemetry: Telemetry) -> tuple[Patches, Optimizers]:
+        """The patches, and the operations that DSPy and GEPA share: made by whichever is imported first."""
+        if self._patches is None or self._optimizers is None:
+            self._patches, self._optimizers = Patches(), Optimizers(telemetry, programs_of(telemetry))
+        return self._patches, self._optimizers
+
+
+def _imported(patch: Callable[[int], None], generation: int, _: Any) -> None:
+    patch(generation)
 
 
 def before_each_program(content: bool) -> Callable[[], None]:
@@ -159,12 +186,21 @@ def track_runs(provider: Any) -> None:
         track_runs(provider)
 
 
-def apply(telemetry: Telemetry, patches: Patches) -> None:
-    """Put every patch in force that this DSPy has a place for."""
+def programs_of(telemetry: Telemetry) -> Programs:
+    """The programs, and their ids."""
     # A plain digest of a row tells it to whoever can guess it: only where the row itself may stand beside it.
-    programs = Programs(None if telemetry.config.content_on_spans else IdKey(telemetry.config.id_key))
+    return Programs(None if telemetry.config.content_on_spans else IdKey(telemetry.config.id_key))
+
+
+def apply(telemetry: Telemetry, patches: Patches, optimizers: Optimizers) -> None:
+    """Put every patch in force that this DSPy has a place for.
+
+    Args:
+        telemetry: where to record.
+        patches: the patches.
+        optimizers: has operations of its own for modules, evaluations and examples.
+    """
     lm = LMOperation(telemetry)
-    optimizers = Optimizers(telemetry, programs)  # has operations of its own for modules, evaluations and examples
     module, evaluate = optimizers.module, optimizers.evaluate
     tool = ToolOperation(telemetry)
     adapter = AdapterOperation(telemetry)

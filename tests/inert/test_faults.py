@@ -18,6 +18,7 @@ import tempfile
 import threading
 import types
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -435,6 +436,7 @@ MACHINERY = {
         "optimizers.trackers.simba.SIMBATracker.end",
     ),
     *("optimizers.trackers.gepa.Observer.__getattr__", "operations.older_dspy._CountedStream.send"),
+    *("optimizers.doors.Doors.optimize", "optimizers.doors.Doors._run"),
     # What registers the trackers, before anything of DSPy's is wrapped.
     *("optimizers.tracker.tracks", "optimizers.tracker.registered"),
     "optimizers.trackers.load",
@@ -548,6 +550,10 @@ def calls_of(run: Callable[[], Any]) -> set[str]:
     return {places[code] for code in seen if code in places}
 
 
+GEPA_ALONE = find_spec("gepa") is not None and find_spec("gepa.strategies.proposal_sampling") is not None
+"""Whether this GEPA has callbacks for all of its doors, and proposes several candidates at once."""
+
+
 # --- what exercises them -------------------------------------------------------------------------------------------
 
 SCENARIOS: dict[str, Callable[[], Any]] = {
@@ -563,6 +569,9 @@ for _name in common.RUNS:
 SCENARIOS["BootstrapFewShotWithOptuna"] = lambda: sorted(optimized("BootstrapFewShotWithOptuna"))  # it takes chances
 SCENARIOS["limited InferRules"] = lambda: limited()
 SCENARIOS["resumed GEPA"] = lambda: resumed()
+if GEPA_ALONE:
+    SCENARIOS["GEPA alone"] = lambda: alone()
+    SCENARIOS["GEPA alone, several candidates at once"] = lambda: alone(at_once=True)
 SCENARIOS["kept traces"] = lambda: optimized("BootstrapFewShotWithRandomSearch")
 SCENARIOS["dropped traces"] = lambda: optimized("BootstrapFewShotWithRandomSearch")
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -753,6 +762,25 @@ def resumed() -> Any:
         return dspy_otel.program_id(program)
 
 
+def alone(at_once: bool = False) -> Any:
+    """GEPA by its own doors; with several candidates, the adapter evaluates them in threads."""
+    from tests.optimizers import gepa_runs
+
+    adapter: Any = gepa_runs.Adapter(threads=True)
+    options: dict[str, Any] = {"calls": 25}
+    if at_once:
+        from gepa.strategies.proposal_sampling import IndependentSampling
+
+        adapter, options = gepa_runs.Batched(), {"calls": 25, "sampling_strategy": IndependentSampling(3)}
+    return [gepa_runs.outcome(gepa_runs.optimize(adapter, **options)), anything(**options)]
+
+
+def anything(**options: Any) -> Any:
+    from tests.optimizers import gepa_runs
+
+    return gepa_runs.outcome(gepa_runs.optimize_anything(**options))
+
+
 NEVER_CALLED = re.compile(
     r"LightSpan\.__repr__|LightTracer\.start_as_current_span|"
     r"optimizers\.(trackers\.)?(finetune|reanchor|progress)\.|interpreter|typed|_CountedStream|_counted_stream"
@@ -764,6 +792,7 @@ NEVER_CALLED = re.compile(
     r"|secret_rules\._with_digit|redaction\._inner|lineage\.optimization$"
     r"|\.id_key\.|_row_id$|introspection\._looks_up_itself$"
     r"|\.Walker\.(text|integer|real|other|entry|cut|stop)$|_Canonical\.cut"
+    + ("" if GEPA_ALONE else r"|\.doors\.|\.texts\.")
     + ("" if hasattr(dspy, "Flex") else r"|places_in_digest|module_tree\._below")
     + (
         ""

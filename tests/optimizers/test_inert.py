@@ -7,6 +7,7 @@ import importlib
 import pkgutil
 import random
 from collections import Counter
+from importlib.util import find_spec
 from typing import Any
 
 import dspy
@@ -92,6 +93,7 @@ PATCHED = [
     ("dspy.predict.parallel", "Parallel.__call__"),
     ("dspy.teleprompt.grpo", "GRPO.report_validation_metrics"),
     ("gepa", "optimize"),
+    *([("gepa.optimize_anything", "optimize_anything")] if find_spec("gepa.optimize_anything") else []),
 ]
 
 

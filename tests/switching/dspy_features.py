@@ -430,6 +430,15 @@ FEATURES: tuple[Feature, ...] = (
         since=(3, 2),
     ),
     Feature(
+        "gepa.optimize_anything:optimize_anything",
+        "the keywords `evaluator`, `dataset`, `valset`, `config`; a `GEPAConfig` has `callbacks`",
+        "optimizers/doors.py",
+        "optimizations by `optimize_anything`",
+        lambda function: has("evaluator", "dataset", "valset", "config")(function)
+        and declares("callbacks")(sys.modules[function.__module__].GEPAConfig),
+        since=(3, 3, 1),
+    ),
+    Feature(
         "gepa.core.callbacks:GEPACallback",
         "the events and keys that we read",
         "optimizers/trackers/gepa.py",

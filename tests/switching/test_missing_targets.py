@@ -10,7 +10,8 @@ import pytest
 from dspy.utils import DummyLM
 
 import dspy_otel
-from dspy_otel.instrumentor import apply
+from dspy_otel.instrumentor import apply, programs_of
+from dspy_otel.optimizers import Optimizers
 from dspy_otel.patching import Patches
 from tests.support.spans import Recorder
 
@@ -53,7 +54,7 @@ def replaced() -> Recording:
     instrumentor.uninstrument()
     recording = Recording()
     try:
-        apply(telemetry, recording)
+        apply(telemetry, recording, Optimizers(telemetry, programs_of(telemetry)))
     finally:
         recording.restore()
     return recording

@@ -16,6 +16,7 @@ from itertools import islice
 from typing import Any, Final, NamedTuple, TypeAlias
 
 from dspy_otel.content import introspection
+from dspy_otel.operations.texts import Texts
 
 _MAX_MODULES: Final = 2000
 _MAX_CONTAINERS: Final = 500
@@ -283,6 +284,8 @@ def named_predictors(root: Any) -> list[tuple[str, Any]]:
     Raises:
         RecursionError: the program contains itself.
     """
+    if type(root) is Texts:
+        return root.named_predictors()
     return [(name, each) for name, each in named_parameters(root) if _derives(each, "Predict")]
 
 

@@ -9,7 +9,7 @@ from dspy_otel.content import introspection
 from dspy_otel.content.digest import digest
 from dspy_otel.content.id_key import IdKey
 from dspy_otel.content.introspection import LEAVES, is_a
-from dspy_otel.content.names import class_name
+from dspy_otel.content.names import LONGEST, class_name, without_secrets
 from dspy_otel.core.call_context import Program
 from dspy_otel.core.internal_errors import guard
 from dspy_otel.operations.identity_cache import IdentityCache
@@ -22,6 +22,7 @@ from dspy_otel.operations.module_tree import (
     places_in_digest,
     survey,
 )
+from dspy_otel.operations.texts import Texts
 
 _MAX_ITEMS: Final = 256
 _MAX_OBJECTS: Final = 4096
@@ -201,7 +202,8 @@ class Programs:
 def _describe(root: Any) -> Program:
     modules = named_modules(root)
     paths = {id(module): path for path, module in modules}
-    return Program(class_name(type(root)), _id_of(root), paths, origins(modules))
+    name = without_secrets(root.name[:LONGEST]) if type(root) is Texts else class_name(type(root))
+    return Program(name, _id_of(root), paths, origins(modules))
 
 
 @guard("program id")

@@ -36,6 +36,7 @@ class Optimizers:
         module: ``Module.__call__``, which has a role when an optimizer calls it.
         phases: parts of an optimization.
         trials: scored candidates.
+        follows_gepa: whether ``gepa.optimize`` is wrapped.
     """
 
     def __init__(self, telemetry: Telemetry, programs: Programs) -> None:
@@ -48,13 +49,15 @@ class Optimizers:
         self.module = DirectModule(telemetry, programs, self.phases)
         trackers.load()
         self.trackers, self._hooks = registered()
+        self.follows_gepa = False
         self.compile = CompileOperation(telemetry, programs, self.tracker_for)
 
     def tracker_for(self, optimizer: Any) -> type[Tracker]:
         """The tracker of an optimizer: the one of its class, or of the nearest base class in DSPy that has one."""
         for kind in introspection.bases_of(type(optimizer)):
             name = introspection.short_name_of(kind)
-            if introspection.library(kind) == "dspy" and name in self.trackers:
+            # Of our own is what stands in for an optimizer that is not DSPy's.
+            if introspection.library(kind) in ("dspy", "dspy_otel") and name in self.trackers:
                 return self.trackers[name]
         return Tracker
 

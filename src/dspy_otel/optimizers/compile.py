@@ -18,6 +18,7 @@ from dspy_otel.core.internal_errors import guard
 from dspy_otel.core.operation import Call, Operation, SpanStart, openinference
 from dspy_otel.core.usage import Totals
 from dspy_otel.operations.program import Programs
+from dspy_otel.operations.texts import plain_rows
 from dspy_otel.optimizers.lineage import remember_winner
 from dspy_otel.optimizers.parameters import (
     bound_arguments,
@@ -202,7 +203,7 @@ class CompileOperation(Operation):
         if run.parent is None:  # the optimizations inside work on the same rows
             for name, key in (("trainset", semconv.DATASET_TRAIN_ROWS), ("valset", semconv.DATASET_VAL_ROWS)):
                 if is_dataset(given.get(name)):
-                    self.telemetry.put_content(attributes, key, given[name])
+                    self.telemetry.put_content(attributes, key, plain_rows(given[name]))
         return attributes
 
     def measure(self, call: Call, result: Any, error: BaseException | None, seconds: float) -> None:

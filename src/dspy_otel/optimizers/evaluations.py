@@ -9,10 +9,18 @@ from typing import Any
 from dspy_otel import semconv
 from dspy_otel.content import introspection
 from dspy_otel.core.attributes import Attributes
-from dspy_otel.core.call_context import CallContext, current_call_context
+from dspy_otel.core.call_context import CallContext, current_call_context, enclosing_state
 from dspy_otel.core.internal_errors import guard
 from dspy_otel.core.operation import Call, SpanStart, detach
-from dspy_otel.operations.evaluation import EvaluateOperation, ExampleOperation, ExampleRun, arguments, score_of
+from dspy_otel.operations.evaluation import (
+    EvaluateOperation,
+    EvaluationState,
+    ExampleOperation,
+    ExampleRun,
+    arguments,
+    score_of,
+)
+from dspy_otel.operations.texts import Texts
 from dspy_otel.optimizers.enclosing import EnclosedOperation
 from dspy_otel.optimizers.parameters import dataset_attributes
 from dspy_otel.optimizers.phases import PhaseOperation
@@ -80,6 +88,11 @@ class CandidateEvaluation(EnclosedOperation, EvaluateOperation):
 
     def close(self, call: Call, result: Any, error: BaseException | None) -> None:
         run = run_of(call.context.parent) if Run.live else None
+        around = enclosing_state(call.context.parent, EvaluationState, until=(CompileState,)) if run else None
+        if around is not None and type(around.program) is Texts:
+            # An adapter of GEPA's that evaluates with DSPy: the same examples, which the adapter's call counts.
+            around.executing = True
+            run = None
         if run is not None and error is None:
             with guard("optimizer"):
                 run.add_examples(introspection.length(introspection.field(result, "results")) or 0)
@@ -107,7 +120,10 @@ class CandidateEvaluation(EnclosedOperation, EvaluateOperation):
 
         The examples have to run in the call's ``context``.
         """
-        stand_in = SimpleNamespace(program=program, metric=metric, devset=devset, num_threads=num_threads)
+        return self.open_apart(SimpleNamespace(program=program, metric=metric, devset=devset, num_threads=num_threads))
+
+    def open_apart(self, stand_in: Any) -> Call | None:
+        """Likewise, from an object that has ``program``, ``metric``, ``devset`` and ``num_threads``."""
         enclosing, call = self.open_both(stand_in, (), {})
         for opened in (call, enclosing):  # in reverse
             if opened is not None:

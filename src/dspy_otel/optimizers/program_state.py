@@ -15,6 +15,7 @@ from dspy_otel.core.attributes import Attributes
 from dspy_otel.core.internal_errors import guard
 from dspy_otel.core.telemetry import Telemetry
 from dspy_otel.operations.module_tree import attributes, named_parameters, named_predictors
+from dspy_otel.operations.texts import Texts
 
 MOST: Final = 256 * 1024
 """Bytes of a saved state that may be recorded whatever the content limit: a truncated state cannot be loaded."""
@@ -79,6 +80,8 @@ def saved(program: Any) -> tuple[dict[str, Any], bool]:
     Returns:
         The state, and whether it is surely what DSPy writes.
     """
+    if type(program) is Texts:
+        return program.saved(), True
     from dspy.utils.saving import get_dependency_versions
 
     kept = [(name, *_saved_parameter(parameter)) for name, parameter in named_parameters(program)]

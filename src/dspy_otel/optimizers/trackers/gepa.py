@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import sys
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -20,6 +21,7 @@ from dspy_otel.core.internal_errors import guard, warn_once
 from dspy_otel.core.operation import Call
 from dspy_otel.operations.evaluation import score_of
 from dspy_otel.operations.module_tree import attributes, named_predictors
+from dspy_otel.optimizers.doors import Doors
 from dspy_otel.optimizers.phases import PhaseOperation
 from dspy_otel.optimizers.run import MEAN, Run
 from dspy_otel.optimizers.tracker import Evaluation, Phase, Tracker, Trial, hooks, mean_of, tracks
@@ -326,14 +328,19 @@ class Observer:
 
 @hooks
 def patch(optimizers: Optimizers, patches: Patches) -> None:
-    """``gepa.optimize`` gets one more callback, for the one call: its arguments change, so no hook will do."""
+    """``gepa.optimize`` gets one more callback, for the one call: its arguments change, so no hook will do.
+
+    A call that no ``dspy.GEPA`` makes is an optimization of its own. Called when DSPy has been imported, and when GEPA
+    has: a program may have GEPA alone.
+    """
 
     def observed(original: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(original)
         def optimize(*args: Any, **kwargs: Any) -> Any:
             tracker = optimizers.running(GEPATracker)
-            if tracker is not None:
-                kwargs = guard("GEPA")(observing)(tracker, kwargs) or kwargs
+            if tracker is None or tracker.phases is not None:  # a tracker observes one call
+                return doors.optimize(original, args, kwargs)
+            kwargs = guard("GEPA")(observing)(tracker, kwargs) or kwargs
             return original(*args, **kwargs)
 
         return optimize
@@ -350,13 +357,19 @@ def patch(optimizers: Optimizers, patches: Patches) -> None:
             tracker.ends_itself = True
         return {**kwargs, **added}
 
-    if resolve("dspy.teleprompt.gepa.gepa", "GEPA") is None:
+    if "gepa" not in sys.modules and resolve("dspy.teleprompt.gepa.gepa", "GEPA") is None:
         return
     optimize = resolve("gepa", "optimize")
+    if optimizers.follows_gepa:  # Importing it has called this.
+        return
+    doors = Doors(optimizers, patches, observing)
     if optimize is not None and not _takes(optimize, "callbacks"):
         optimizers.trackers["GEPA"] = OldGEPATracker
     elif not patches.wrap(resolve("gepa"), "optimize", observed, loses=_LOSES):
         optimizers.trackers["GEPA"] = GEPAWithoutEventsTracker
+    else:
+        optimizers.follows_gepa = True
+        patches.wrap(resolve("gepa.optimize_anything"), "optimize_anything", doors.wrap_anything)
 
 
 def _takes(function: Any, name: str) -> bool:
