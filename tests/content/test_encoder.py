@@ -22,7 +22,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dspy_otel.content import encoder as module
-from dspy_otel.content import redaction
+from dspy_otel.content import redaction, truncation
 from dspy_otel.content.encoder import MAX_DEPTH, MAX_ITEMS, MAX_NODES, MIN_LIMIT, Content
 
 LIMIT = 4096
@@ -516,6 +516,32 @@ def test_redaction_sees_every_string_once_and_what_it_raises_comes_out() -> None
         Content(LIMIT, redact=lambda _: None).json("b")  # type: ignore[arg-type,return-value]
 
 
+def test_a_text_that_was_harmless_is_masked_as_soon_as_it_is_known_as_a_secret() -> None:
+    value = {"question": "is nosuchpattern-9 harmless?", "nosuchpattern-9": 1}
+    assert render(value) == value
+    redaction.remember("nosuchpattern-9")
+    assert render(value) == {"question": f"is {redaction.MASK} harmless?", redaction.MASK: 1}
+
+
+def test_texts_that_are_kept_hold_no_secret_and_are_bounded() -> None:
+    secret = "sk-proj-" + "aB3dE6gH9jK2mN5pQ8sT"
+    for number in range(100):
+        Content(10**6).json([f"{number} " + "words " * 2000, {"a": secret, f"key {number}": "text"}, f"key {secret}"])
+        Content(10**6).text(f"text {number}")
+    harmless = module._known_harmless()
+    assert harmless._texts
+    assert not [text for text in harmless._texts if secret in text]
+    assert sum(map(len, harmless._texts)) <= module._MOST_HARMLESS
+    assert len(harmless.shapes) <= module._MOST_SHAPES
+
+
+@given(st.text() | st.text(alphabet=st.characters(max_codepoint=160)), st.integers(1, 3))
+def test_long_texts_are_quoted_as_short_ones_are(text: str, times: int) -> None:
+    text *= times * (1 + truncation._LONG // max(len(text), 1))
+    quoted = json.dumps(text, ensure_ascii=False)
+    assert truncation.encode(text, len(text)) == truncation.encode(text) == quoted
+
+
 # --- properties ---------------------------------------------------------------------------------------------------
 
 HOSTILE = hostile_values()
@@ -645,7 +671,7 @@ def test_ordinary_values_come_out_as_they_would_the_long_way(value: Any, limit: 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "_ordinary", lambda *_: module._UNUSUAL)
         assert content.json(value) == short_way
-        patch.setattr(module._ContentWalker, "is_harmless", lambda _: False)
+        patch.setattr(module._Harmless, "are", lambda *_: False)
         assert content.json(value) == short_way
 
 

@@ -30,10 +30,10 @@ from tests.support.spans import Recorder
 OURS = os.path.dirname(dspy_otel.__file__) + os.sep
 GROWTH = 1.05
 MOST = {
-    ("predict", "no_content"): 174,
-    ("predict", "span_only"): 264,
-    ("nested", "no_content"): 297,
-    ("nested", "span_only"): 445,
+    ("predict", "no_content"): 170,
+    ("predict", "span_only"): 242,
+    ("nested", "no_content"): 290,
+    ("nested", "span_only"): 420,
 }
 MOST_DISABLED = {"predict": 30, "nested": 48}
 

@@ -217,7 +217,7 @@ def test_what_waits_is_counted_before_a_reader_collects(measured: int) -> None:
     way = Measured(True, [CUMULATIVE, DELTA], [], TraceBasedExemplarFilter())
     for number in range(measured):
         way.step("record", 1, {"a": "x"}, 2 if number == measured - 1 else 1)
-    assert len(measurements.waiting_of(way.provider._measurement_consumer)._measured) < 128
+    assert len(measurements.waiting_of(way.provider._measurement_consumer).measured) < 128
     for reader in (0, 1):
         way.step("collect", reader)
     histogram, counter = way.seen[0][4], way.seen[1][4]

@@ -68,6 +68,8 @@ _CONTAINERS: Final = (dict, list, tuple, set, frozenset, collections.deque)
 _VIEWS: Final = frozenset(map(id, (type({}.keys()), type({}.values()), type({}.items()))))
 _ARRAY_LIBRARIES: Final = frozenset({"numpy", "pandas", "polars", "torch", "tensorflow", "jax", "jaxlib", "pyarrow"})
 _EXAMPLES: Final = ("dspy.primitives.example", "dspy.primitives.prediction")
+_MOST_HARMLESS: Final = 2**18
+"""Characters of all texts that are known to be harmless."""
 _BASE64_LENGTH: Final = 256
 _LINE_LENGTH: Final = 56
 _BEGINNING: Final = 512
@@ -273,6 +275,8 @@ class _ContentWalker(Walker):
     def show(self, value: str, longest: int) -> str:
         """At most ``longest`` characters of ``value`` (and a mark), without secrets, redacted."""
         length = str.__len__(value)
+        if type(value) is str and length <= longest and self.content.is_harmless([value]):
+            return value
         beyond = redaction.lookahead()
         most, unseen = longest + beyond, 0
         if (not self.content.media or length > longest) and _has_media(_exact(value, most + _BEGINNING)):
@@ -434,9 +438,11 @@ class _ContentWalker(Walker):
 
 
 _UNUSUAL: Final = object()
+_TEXT: Final = frozenset({id(str)})
+_MOST_SHAPES: Final = 256
 
 
-def _ordinary(value: Any, strings: list[str], nodes: list[int], depth: int) -> Any:
+def _ordinary(value: Any, strings: list[str], nodes: list[int], depth: int, harmless: _Harmless) -> Any:
     """A copy of an ordinary value, as the walker makes it, in a third of the time; of another, :data:`_UNUSUAL`.
 
     Most content is ordinary: dictionaries, lists, texts and numbers of the built-in types, or one of DSPy's predictions
@@ -447,6 +453,7 @@ def _ordinary(value: Any, strings: list[str], nodes: list[int], depth: int) -> A
         strings: all texts in it are added.
         nodes: how many values there may be yet, as a list of one.
         depth: how many containers it is in.
+        harmless: what is known to be harmless.
     """
     kind = type(value)
     if kind is not dict and kind is not list:
@@ -469,28 +476,41 @@ def _ordinary(value: Any, strings: list[str], nodes: list[int], depth: int) -> A
         return _UNUSUAL
     if kind is list:
         items = value[:]
-        if len(items) > 1 and (
-            type(items[0]) is str or type(items[0]) is bytes
-        ):  # The arguments of a command line may be such a list.
+        if len(items) > 1 and type(items[0]) is str and _may_name_secrets(items):
             return _UNUSUAL
+        if _TEXT.issuperset(map(id, map(type, items))):
+            strings += items
+            return items
         for place, item in enumerate(items):
-            items[place] = shown = _ordinary(item, strings, nodes, depth + 1)
+            items[place] = shown = _ordinary(item, strings, nodes, depth + 1, harmless)
             if shown is _UNUSUAL:
                 return _UNUSUAL
         return items
     entries: dict[Any, Any] = value.copy()
-    for key, item in entries.items():
-        if type(key) is not str or len(key) > _MAX_KEY or redaction.name_kind(key):
-            return _UNUSUAL
-        strings.append(key)
-        if type(item) is str:
-            strings.append(item)
-            continue
-        entries[key] = shown = _ordinary(item, strings, nodes, depth + 1)
-        if shown is _UNUSUAL:
-            return _UNUSUAL
-    named = not redaction.NAMING.isdisjoint(entries) and redaction.named(entries) is not None
-    return _UNUSUAL if named else entries
+    keys = tuple(entries)
+    if not _TEXT.issuperset(map(id, map(type, keys))):
+        return _UNUSUAL
+    naming = harmless.shapes.get(keys)
+    if naming is None and (naming := harmless.add_shape(keys)) is None:
+        return _UNUSUAL
+    if _TEXT.issuperset(map(id, map(type, entries.values()))):
+        strings += entries.values()
+    else:
+        for key, item in entries.items():
+            if type(item) is str:
+                strings.append(item)
+                continue
+            entries[key] = shown = _ordinary(item, strings, nodes, depth + 1, harmless)
+            if shown is _UNUSUAL:
+                return _UNUSUAL
+    return _UNUSUAL if naming and redaction.named(entries) is not None else entries
+
+
+def _may_name_secrets(items: list[Any]) -> bool:
+    """Whether a list that begins with a text may be the arguments of a command line, or a name and its value."""
+    if len(items) == 2 and redaction.hides_pair(*items):
+        return True
+    return any(type(item) is str and item.startswith("--") for item in items)
 
 
 def _lengths(copy: Any) -> Iterator[int]:
@@ -591,6 +611,60 @@ def _share(lengths: Iterable[int], budget: int) -> int:
     return budget
 
 
+class _Harmless:
+    """Texts in which nothing is to be masked or described, as far as they were looked at lately.
+
+    Instructions and demos come with each call, and a question goes through several modules: each is searched once. A
+    text with a secret in it is never kept, nor more than 256 k characters.
+
+    Attributes:
+        remembered: how many secrets were known by their value. Of one more, the texts are not known to be free.
+        shapes: the keys of dictionaries, of which none has to be masked nor may be the name of a secret, and whether
+            one of the entries may name another one.
+    """
+
+    def __init__(self, remembered: int = 0) -> None:
+        self.remembered = remembered
+        self.shapes: dict[tuple[str, ...], bool] = {}
+        self._texts: dict[str, None] = {}
+        self._room = _MOST_HARMLESS
+
+    def are(self, texts: list[str]) -> bool:
+        """Whether none of these texts, of class ``str`` itself, needs to be masked or described."""
+        known = self._texts
+        new = [text for text in texts if text not in known]
+        if not new:
+            return True
+        together = "\n".join(new)
+        if _has_media(together) or redaction.suspect(together):
+            return False
+        self._room -= len(together)
+        if self._room < 0:
+            known = self._texts = {}
+            self._room = _MOST_HARMLESS - len(together)
+        known.update(dict.fromkeys(new))
+        return True
+
+    def add_shape(self, keys: tuple[str, ...]) -> bool | None:
+        """What is to be kept in ``shapes``; ``None`` if one of the keys is long, or no harmless name."""
+        if any(len(key) > _MAX_KEY or redaction.name_kind(key) for key in keys) or not self.are([*keys]):
+            return None
+        found = not redaction.NAMING.isdisjoint(keys)
+        if len(self.shapes) < _MOST_SHAPES:
+            self.shapes[keys] = found
+        return found
+
+
+_harmless = _Harmless()
+
+
+def _known_harmless() -> _Harmless:
+    global _harmless  # noqa: PLW0603
+    if _harmless.remembered != redaction.remembered:
+        _harmless = _Harmless(redaction.remembered)
+    return _harmless
+
+
 class Content:
     """How content becomes text, with one set of settings.
 
@@ -615,31 +689,29 @@ class Content:
             Exception: only what the user's ``redact`` raises; callers drop the content then.
         """
         strings: list[str] = []
-        plain = _UNUSUAL if self.redact is not None else _ordinary(value, strings, [self.max_nodes - 1], 0)
-        if plain is _UNUSUAL or not self.is_harmless(strings):
+        harmless = _known_harmless()
+        plain = _UNUSUAL if self.redact is not None else _ordinary(value, strings, [self.max_nodes - 1], 0, harmless)
+        length = sum(map(len, strings))
+        if plain is _UNUSUAL or length > self.limit or not harmless.are(strings):
             plain = _ContentWalker(self).run(value)
-        text = encode(plain)
-        # Four bytes is the most a character takes.
-        if 4 * len(text) > self.limit and size_of(text) > self.limit:
+        text = encode(plain, length)
+        # A character of ASCII takes one byte, and no other more than four.
+        size = len(text) if text.isascii() else 4 * len(text)
+        if size > self.limit and size_of(text) > self.limit:
             text = encode(fit(plain, self.limit))
         return text if text.isascii() else repaired(text)
 
     def is_harmless(self, strings: list[str]) -> bool:
         """Whether these strings together fit into the limit, and none needs to be masked or shortened."""
-        if self.redact is not None or sum(map(len, strings)) > self.limit:
-            return False
-        together = "\n".join(strings)
-        if (";" in together or "%" in together) and _has_data_url(together):
-            return False
-        if len(together) >= _BASE64_LENGTH and _has_base64(together):
-            return False
-        return not redaction.suspect(together)
+        return self.redact is None and sum(map(len, strings)) <= self.limit and _known_harmless().are(strings)
 
     def text(self, value: Any) -> str:
         """One piece of text (a string as it is, anything else as JSON), of at most ``limit`` bytes."""
         if not issubclass(type(value), str):
             return self.json(value)
-        text = repaired(_ContentWalker(self).show(value, self.limit))
+        if type(value) is not str or not self.is_harmless([value]):
+            value = _ContentWalker(self).show(value, self.limit)
+        text = repaired(value)
         data = text.encode("utf-8")
         if len(data) <= self.limit:
             return text

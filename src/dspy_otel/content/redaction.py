@@ -74,6 +74,10 @@ _BY_FREQUENCY: Final = " etaoinsrhldcumpfgwybvkxjqz'-ETAOINSRHLDCUMPFGWYBVKXJQZ"
 _LONGEST_NEEDLE: Final = 12
 """How far before a run a key may begin whose first letters are not part of it (``SG.``)."""
 
+# Characters without which there is nothing to look for. A number is found in bytes faster than bytes are.
+_COLON, _EQUALS, _SLASH, _DOUBLE_QUOTE, _QUOTE, _BRACKET = b":=/\"'("
+_BACKSLASH, _PERCENT, _AMPERSAND, _LESS, _DASH, _HASH, _ESCAPE = b"\\%&<-#\x1b"
+
 # --- by name, in text --------------------------------------------------------------------------------------------
 _AROUND_NAME: Final = b" \t\\\"'`[]!"
 _NAME_BEFORE: Final = _Pattern(r"(?:[\s\S]*[^A-Za-z0-9_.\- ])?([A-Za-z0-9_.\- ]{2,})")
@@ -91,6 +95,9 @@ _NAMING_BEFORE: Final = _Pattern(
 _ESCAPES: Final = {b"\\": 1, b"%": 2}
 """What begins an escape, and how many letters of a name behind it belong to it."""
 _ENCODED_SIGNS: Final = (b"%3D", b"%3d", b"%22%3A", b"%22%3a", b"&quot;:", b"&#34;:", b"&#61;")
+_HEADING: Final = b" ## ]]"
+"""What follows the name of a field in DSPy's prompts."""
+_QUOTED_SIGNS: Final = ((_DOUBLE_QUOTE, (b'",', b'("', b'\\",')), (_QUOTE, (b"',", b"('")))
 _MIN_LENGTH: Final = 8
 _MAX_LENGTH: Final = 4096
 _MOST_KNOWN: Final = 256
@@ -100,8 +107,6 @@ _known: dict[str, None] = {}
 remembered = 0
 """How many texts have been remembered so far: what was masked before may have one of them."""
 _PAUSE: Final = 1.0
-_REPEATED: Final = 4096
-"""Longest text of which it is kept for a while whether a secret is in it."""
 _environment_seen = (float("-inf"), 0)
 _WORKING_DIRECTORY: Final = "PWD"
 """A variable that every shell sets. Elsewhere, a password stands under that name."""
@@ -200,16 +205,18 @@ def named(fields: Mapping[str, Any]) -> str | None:
         fields: a dictionary whose keys are all exactly ``str``: others could run code of the user's when compared. If
             no key is in :data:`NAMING`, nothing is named.
     """
+    names = {
+        naming: name
+        for naming in NAMING & fields.keys()
+        if type(name := fields[naming]) is str and len(name) <= _LONGEST_NAME and name_kind(name)
+    }
+    if not names:
+        return None
     for key in _NAMED:
-        if key in fields:
-            value = fields[key]
-            for naming in _NAMING:
-                name = fields.get(naming)
-                if type(name) is str and hides(name, value):
-                    return key
+        if key in fields and any(hides(name, fields[key]) for each, name in names.items() if each not in _TITLING):
+            return key
     for titling in _TITLING:
-        name = fields.get(titling)
-        if type(name) is str and is_secret_name(name):
+        if is_secret_name(names.get(titling, "")):
             for key in _TITLED:
                 value = fields.get(key)
                 if type(value) is str and value and _BLANK.search(value, 0, _MAX_LENGTH) is None:
@@ -294,7 +301,7 @@ class _Rules(NamedTuple):
     heads: _Pattern
     keys: dict[bytes, tuple[tuple[_Pattern, _Pattern | None], ...]]
     runs: tuple[tuple[int, _Pattern], ...]
-    shapes: tuple[tuple[bytes, bytes, tuple[_Pattern, ...]], ...]
+    shapes: tuple[tuple[int, bytes, tuple[_Pattern, ...]], ...]
     urls: tuple[_Pattern, ...]
     flag: _Pattern
     dashes: _Pattern
@@ -336,7 +343,7 @@ def _rules() -> _Rules:
         ),
         tuple(
             (
-                max(needle, key=_BY_FREQUENCY.find).encode(),
+                ord(max(needle, key=_BY_FREQUENCY.find)),
                 needle.encode(),
                 tuple(_Pattern(shape.pattern) for shape in SHAPES if shape.needle == needle),
             )
@@ -368,8 +375,6 @@ def mask(text: str) -> str:
     for known in tuple(_known):
         if known in text:
             text = text.replace(known, MASK)
-    if len(text) <= _REPEATED and not _has_secret(text):
-        return text
     spans = _secrets(text)
     if not spans:
         return text
@@ -390,12 +395,6 @@ def suspect(text: str) -> bool:
     """
     if any(known in text for known in tuple(_known)):
         return True
-    return _has_secret(text) if len(text) <= _REPEATED else bool(_secrets(text))
-
-
-@functools.lru_cache(maxsize=64)
-def _has_secret(text: str) -> bool:
-    """Whether a secret is in a text that may come with each call: instructions, the prompt of a system, a question."""
     return bool(_secrets(text))
 
 
@@ -410,30 +409,26 @@ def _secrets(text: str) -> list[tuple[int, int]]:
         if rare in raw and raw.rfind(needle) >= 0:
             for pattern in patterns:
                 found += map(_inner, pattern.finditer(raw))
-    for sign in (b":", b"="):
-        if sign in raw:
-            _under_names(raw, sign, _AROUND_NAME, rules, found)
-    if b"/" in raw and b":" in raw:
+    if _COLON in raw:
+        _under_names(raw, b":", _AROUND_NAME, rules, found)
+    if _EQUALS in raw:
+        _under_names(raw, b"=", _AROUND_NAME, rules, found)
+    if _SLASH in raw and _COLON in raw:
         _in_urls(raw, rules, found)
-    # The second of two texts in quotes, where the first is a name.
-    if b'"' in raw:
-        _under_names(raw, b'",', b"", rules, found)
-    if b"'" in raw:
-        _under_names(raw, b"',", b"", rules, found)
-    if b" ## ]]" in raw:  # the heading of a field in DSPy's prompts
-        _under_names(raw, b" ## ]]", b"", rules, found)
-    for sign in (b'("', b"('") if b"(" in raw else ():
-        if sign[1:] in raw and sign in raw:
-            _under_names(raw, sign, b"", rules, found)
-    if b"\\" in raw:  # JSON in JSON
-        _under_names(raw, b'\\",', b"", rules, found)
-    for sign in _ENCODED_SIGNS if b"%" in raw or b"&" in raw else ():
+    # The second of two texts in quotes, where the first is a name; the argument of a function; JSON in JSON.
+    for quote, signs in _QUOTED_SIGNS:
+        for sign in signs if quote in raw else ():
+            if sign[0] in raw and raw.rfind(sign) >= 0:
+                _under_names(raw, sign, b"", rules, found)
+    if _HASH in raw and raw.rfind(_HEADING) >= 0:
+        _under_names(raw, _HEADING, b"", rules, found)
+    for sign in _ENCODED_SIGNS if _PERCENT in raw or _AMPERSAND in raw else ():
         if sign in raw:
             _under_names(raw, sign, b"", rules, found)
-    if b"<" in raw and b"</" in raw:
+    if _LESS in raw and b"</" in raw:
         for element in rules.elements:
             found += ((m.end(1), m.start(3)) for m in element.finditer(raw) if _text_kind(m[2]) >= 2)
-    if b"-" in raw:
+    if _DASH in raw:
         _under_flags(raw, rules, found)
     _in_runs(raw, rules, found)
     return found
@@ -534,7 +529,7 @@ def _in_runs(raw: bytes, rules: _Rules, found: list[tuple[int, int]]) -> None:
     """Keys among the long unbroken runs: much cheaper than a search for each of their beginnings."""
     runs = raw.translate(_RUN_TABLE)
     start = runs.find(_RUN_BYTES)
-    if start >= 0 and (b"\\" in raw or b"%" in raw or b"\x1b" in raw):
+    if start >= 0 and (_BACKSLASH in raw or _PERCENT in raw or _ESCAPE in raw):
         # A key may begin right behind the letter of an escape.
         raw = rules.escape.sub(lambda escape: b" " * len(escape[0]), raw)
         runs = raw.translate(_RUN_TABLE)

@@ -162,7 +162,10 @@ class BoundSeries:
             # The flags by their place, without the calls of two properties.
             if type(within) is not SpanContext or not within[3] & TraceFlags.SAMPLED:
                 within = None
-        waiting.add(self, amount, within)
+        measured = waiting.measured
+        measured.append((self, amount, None if within is None else (time.time_ns(), within)))
+        if len(measured) >= _MOST_WAITING:
+            waiting.count(wait=False)
         return True
 
     def count(self, amounts: Sequence[tuple[float, Any]]) -> None:
@@ -235,10 +238,14 @@ class Waiting:
     """Measurements of all series of a provider that have not been counted yet.
 
     The SDK calls it before a reader collects, as one of the instruments that are asked for their measurements then.
+
+    Attributes:
+        measured: what has not been counted: the series, the amount, and where it may be an exemplar, its time and the
+            context of its span.
     """
 
     def __init__(self) -> None:
-        self._measured: deque[tuple[BoundSeries, float, Any]] = deque()
+        self.measured: deque[tuple[BoundSeries, float, Any]] = deque()
         self._counting = threading.Lock()
         if hasattr(os, "register_at_fork"):
             after_fork = weakref.WeakMethod(self._after_fork)
@@ -246,18 +253,6 @@ class Waiting:
 
     def _after_fork(self) -> None:
         self._counting = threading.Lock()  # The thread that may own the old one is not here.
-
-    def add(self, series: BoundSeries, amount: float, within: Any) -> None:
-        """Let a measurement wait, and count all when there are many.
-
-        Args:
-            series: what counts it.
-            amount: of it.
-            within: the context of its span, if it may be an exemplar.
-        """
-        self._measured.append((series, amount, None if within is None else (time.time_ns(), within)))
-        if len(self._measured) >= _MOST_WAITING:
-            self.count(wait=False)
 
     def count(self, wait: bool = True) -> None:
         """Count what waits.
@@ -269,8 +264,8 @@ class Waiting:
             return
         try:
             found: dict[BoundSeries, list[tuple[float, Any]]] = {}
-            for _ in range(len(self._measured)):
-                series, amount, exemplar = self._measured.popleft()
+            for _ in range(len(self.measured)):
+                series, amount, exemplar = self.measured.popleft()
                 found.setdefault(series, []).append((amount, exemplar))
             for series, amounts in found.items():
                 series.count(amounts)

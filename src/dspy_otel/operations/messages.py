@@ -108,8 +108,9 @@ def tool_definitions(args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[dic
     """The tools an LM call offers, flattened from OpenAI's nesting to ``{type, name, description, parameters}``."""
     tools = kwargs.get("tools")
     if tools is None:
-        tools = field(kwargs.get("request", args[0] if args else None), "tools")
-    return _each(_definition, tools)
+        request = kwargs.get("request", args[0] if args else None)
+        tools = None if request is None else field(request, "tools")
+    return [] if tools is None else _each(_definition, tools)
 
 
 def _definition(tool: Any) -> dict[str, Any]:
