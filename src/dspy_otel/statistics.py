@@ -70,7 +70,7 @@ def paired(a: Sequence[float], b: Sequence[float], alpha: float = 0.05) -> Paire
         ImportError: SciPy is missing.
     """
     import numpy as np
-    from scipy import stats
+    from scipy import special  # the functions that scipy.stats is made of: importing that takes a second
 
     of_a, of_b = np.asarray(a, float), np.asarray(b, float)
     changes = np.round(of_b - of_a, _DIGITS)
@@ -78,20 +78,20 @@ def paired(a: Sequence[float], b: Sequence[float], alpha: float = 0.05) -> Paire
     difference = float(changes.mean())
     binary = bool(np.isin(of_a, (0.0, 1.0)).all() and np.isin(of_b, (0.0, 1.0)).all())
     if binary:
-        test, p, towards = MCNEMAR, _mcnemar(stats, wins, losses), float(wins - losses)
+        test, p, towards = MCNEMAR, _mcnemar(special, wins, losses), float(wins - losses)
         # One more win and one more loss: without, no change at all would look like certainty.
         spread = _spread_of_shares((wins + 1) / (pairs + 2), (losses + 1) / (pairs + 2)) / math.sqrt(pairs + 2)
-        middle, times = (wins - losses) / (pairs + 2), float(stats.norm.ppf(1 - alpha / 2))
+        middle, times = (wins - losses) / (pairs + 2), float(special.ndtri(1 - alpha / 2))
         low, high = max(-1.0, middle - times * spread), min(1.0, middle + times * spread)
         error = _spread_of_shares(wins / pairs, losses / pairs) / math.sqrt(pairs)
     else:
-        test, (p, towards) = WILCOXON, _wilcoxon(stats, np, changes)
+        test, (p, towards) = WILCOXON, _wilcoxon(special, np, changes)
         error = float(changes.std(ddof=1)) / math.sqrt(pairs) if pairs > 1 else math.inf
-        times = float(stats.t.ppf(1 - alpha / 2, pairs - 1)) if pairs > 1 else math.inf
+        times = float(special.stdtrit(pairs - 1, 1 - alpha / 2)) if pairs > 1 else math.inf
         low, high = difference - times * error, difference + times * error
     largest = float(np.abs(changes).max()) or 1.0
     detectable = max(
-        float(stats.norm.ppf(1 - alpha / 2) + stats.norm.ppf(POWER)) * error,
+        float(special.ndtri(1 - alpha / 2) + special.ndtri(POWER)) * error,
         needed_pairs(alpha) * (1.0 if binary else largest) / pairs if wins + losses < needed_pairs(alpha) else 0.0,
     )
     return Paired(
@@ -116,19 +116,22 @@ def _spread_of_shares(wins: float, losses: float) -> float:
     return math.sqrt(max(0.0, wins + losses - (wins - losses) ** 2))
 
 
-def _mcnemar(stats: Any, wins: int, losses: int) -> float:
-    return float(stats.binomtest(wins, wins + losses).pvalue) if wins + losses else 1.0
+def _mcnemar(special: Any, wins: int, losses: int) -> float:
+    """Both tails of a coin thrown as often as an example changed."""
+    return min(1.0, 2 * float(special.bdtr(min(wins, losses), wins + losses, 0.5))) if wins + losses else 1.0
 
 
-def _wilcoxon(stats: Any, np: Any, changes: Any) -> tuple[float, float]:
+def _wilcoxon(special: Any, np: Any, changes: Any) -> tuple[float, float]:
     """The p-value, and the sum of signed ranks."""
     changed = changes[changes != 0]
     if not len(changed):
         return 1.0, 0.0
-    ranks = stats.rankdata(np.abs(changed))
+    _, places, ties = np.unique(np.abs(changed), return_inverse=True, return_counts=True)
+    ranks = (np.cumsum(ties) - (ties - 1) / 2)[places]
     towards = float((ranks * np.sign(changed)).sum())
     if len(changed) > _EXACT:
-        return float(stats.wilcoxon(changed, method="approx").pvalue), towards
+        # The sum of signed ranks has mean zero and, sign by sign, the variance of their squares.
+        return 2 * float(special.ndtr(-abs(towards) / math.sqrt(float((ranks**2).sum())))), towards
     # How likely each sum of the ranks of wins is when every sign is a coin's. Ranks of ties are halves, so all are
     # doubled. SciPy counts so too, but not with ties, which grades have: of few, its approximation is far too sure.
     doubled = np.rint(2 * ranks).astype(int)

@@ -175,6 +175,7 @@ def read_spans(spans: Iterable[ReadableSpan], judgements: Iterable[Judgement] = 
     of_traces: dict[int, dict[str, float]] = {}
     calls: dict[str, list[tuple[Example, Usage]]] = {}
     instructions: dict[str, dict[str, str]] = {}
+    alike: set[tuple[Any, ...]] = set()
 
     def needed() -> Iterable[ReadableSpan]:
         for span in spans:
@@ -183,7 +184,11 @@ def read_spans(spans: Iterable[ReadableSpan], judgements: Iterable[Judgement] = 
                     _put_score(of_traces, span.context.trace_id, event.attributes or {})
             kind = kind_of(span)
             if kind in _LM_CALLS:
-                yield _without_messages(span)
+                at = span.attributes or {}
+                call = tuple(at.get(name) for name in _CALL)
+                if at.get(semconv.EVALUATION_ID) is None or call not in alike:
+                    alike.add(call)
+                    yield _without_messages(span)
             elif kind is not Kind.OTHER or span.events:
                 yield span
             if kind is Kind.OTHER:
@@ -200,6 +205,11 @@ def read_spans(spans: Iterable[ReadableSpan], judgements: Iterable[Judgement] = 
 
 
 _LM_CALLS: Final = frozenset({Kind.LM_CALL, Kind.EMBEDDING})
+_CALL: Final = (
+    *(semconv.EVALUATION_ID, semconv.OPTIMIZER_RUN_ID, semconv.OPTIMIZER_ROOT_RUN_ID),
+    *(semconv.LM_ROLE, semconv.GEN_AI_REQUEST_MODEL),
+)
+"""All that a record of an evaluation has of its LM calls: of those that are alike, one is enough."""
 _MESSAGES: Final = (
     *(semconv.GEN_AI_INPUT_MESSAGES, semconv.GEN_AI_OUTPUT_MESSAGES, semconv.GEN_AI_SYSTEM_INSTRUCTIONS),
     *(semconv.GEN_AI_TOOL_DEFINITIONS, semconv.INPUT_VALUE, semconv.OUTPUT_VALUE),
