@@ -56,6 +56,8 @@ TABLE: tuple[tuple[str, tuple[int, ...], str], ...] = (
     ("test_a_terminal_shows_the_run[GEPA", (3, 2), _NO_CALLBACKS),
     ("test_trials.py::test_gepa", (3, 2), _NO_CALLBACKS),
     ("test_roles.py::test_gepa", (3, 2), _NO_CALLBACKS),
+    ("test_budgets.py::test_each_optimizer_stops[GEPA", (3, 2), _NO_CALLBACKS),
+    ("test_budgets.py::test_gepa_keeps_the_callbacks_that_it_was_given", (3, 2), _NO_CALLBACKS),
 )
 
 
