@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dspy_otel.record.model import Dataset
@@ -105,6 +105,7 @@ def test_work_and_what_is_named_are_bounded(monkeypatch: pytest.MonkeyPatch) -> 
     assert (searched, known) == (2, 50)
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     st.lists(
         st.dictionaries(

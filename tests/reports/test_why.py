@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dspy_otel.record.model import Candidate, Dataset, Optimization, Trial, Usage
@@ -193,6 +193,7 @@ def test_very_many_sentences_are_bounded() -> None:
     assert " ".join(found).split() == ("Do it. " * 5000).split()
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.text(st.sampled_from("aB .!?\n1-。é日\t"), max_size=60))
 def test_sentences_are_the_whole_text(text: str) -> None:
     assert "".join("".join(sentences_of(text)).split()) == "".join(text.split())
@@ -331,6 +332,7 @@ def recorded(draw: st.DrawFn) -> Optimization:
     return optimization(*trials, programs=programs, winner="seed" if count == 1 else f"c{count - 1}")
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(recorded())
 def test_each_sentence_and_demo_comes_from_one_step_of_the_lineage_or_the_start(record: Optimization) -> None:
     found = explain(record)
