@@ -574,6 +574,30 @@ def test_gepa_keeps_the_callbacks_that_it_was_given(telemetry: Recorder) -> None
         assert len(polled) == 3
 
 
+def test_gepa_without_dspys_class_ends_itself_too(telemetry: Recorder) -> None:
+    runs = pytest.importorskip("tests.optimizers.gepa_runs")
+    telemetry.instrument()
+    lm = Priced()
+    program = dspy.Predict("question -> answer")
+    program.set_lm(lm)
+    polled: list[Any] = []
+    with budget(lm_calls=20):
+        result = runs.optimize(runs.Adapter(program=program), stop_callbacks=lambda state: bool(polled.append(state)))
+    assert result.best_candidate.keys() == runs.SEED.keys()
+    assert 20 <= lm.asked < 60
+    assert polled
+    with budget(lm_calls=2), pytest.raises(BudgetExceeded, match="No candidate has been scored yet"):
+        runs.optimize(runs.Adapter(program=program))
+
+    def evaluator(candidate: str, example: Any) -> float:
+        return float(program(question="q").answer == candidate)
+
+    lm.asked = 0
+    with budget(lm_calls=12):
+        runs.optimize_anything(evaluator, parallel=False)
+    assert 12 <= lm.asked < 40
+
+
 def test_it_can_be_pickled(telemetry: Recorder) -> None:
     telemetry.instrument()
     with budget(lm_calls=1):

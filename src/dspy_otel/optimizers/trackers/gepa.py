@@ -21,6 +21,7 @@ from dspy_otel.core.internal_errors import guard, warn_once
 from dspy_otel.core.operation import Call
 from dspy_otel.operations.evaluation import score_of
 from dspy_otel.operations.module_tree import attributes, named_predictors
+from dspy_otel.operations.texts import Texts
 from dspy_otel.optimizers.doors import Doors
 from dspy_otel.optimizers.phases import PhaseOperation
 from dspy_otel.optimizers.run import MEAN, Run
@@ -70,6 +71,9 @@ class GEPATracker(Tracker):
         self.proposed: list[dict[str, str]] = []
         self.children: list[list[int]] = []
         self.placed: set[int] = set()
+
+    def copied(self, program: Any) -> Any:
+        return dict(program.texts) if isinstance(program, Texts) else super().copied(program)
 
     # --- evaluations ------------------------------------------------------------------------------------------------
     def evaluation(self, about: Evaluation) -> Trial | Phase | None:
