@@ -90,5 +90,4 @@ def test_optimize_prompts(store: Store, monkeypatch: pytest.MonkeyPatch, tmp_pat
     assert span.attributes[semconv.OPTIMIZER_BASELINE_SCORE] == pytest.approx(result.initial_eval_score)
     assert span.attributes[semconv.OPTIMIZER_BEST_SCORE] == pytest.approx(result.final_eval_score)
     assert span.attributes[semconv.USAGE_LM_CALLS] == span.attributes[semconv.OPTIMIZER_EXAMPLES_EVALUATED]
-    assert run.data.metrics["lm_calls"] == span.attributes[semconv.USAGE_LM_CALLS]
-    assert run.info.experiment_id != "0"
+    assert run.data.metrics["best_score"] == pytest.approx(result.final_eval_score, abs=1e-4)
