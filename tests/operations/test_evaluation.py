@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from dspy.utils import DummyLM
 
+import dspy_otel
 from tests.operations.common import dummy
 from tests.support.waiting import wait_for
 
@@ -169,6 +170,24 @@ def test_examples_of_the_same_row_share_its_id(telemetry):
     ids = [span.attributes["dspy.example.id"] for span in spans]
     assert ids[0] == ids[2] == ids[3] == ids[5] != ids[1] == ids[4]
     assert len({span.attributes["dspy.evaluation.id"] for span in spans}) == 2
+
+
+def test_a_program_that_changes_itself_is_the_one_that_the_evaluation_began_with(telemetry):
+    class Learns(Program):
+        def forward(self, question):
+            self.ask.demos = [*self.ask.demos, dspy.Example(question=question, answer="right")]
+            return self.ask(question=question)
+
+    telemetry.instrument()
+    program = Learns()
+    before = dspy_otel.program_id(program)
+    with dspy.context(lm=dummy(*[{"answer": "right"}] * 3)):
+        evaluate(program)
+        after = dspy_otel.program_id(program)
+        program(question="after")
+    ids = [span.attributes.get("dspy.program.id") for span in telemetry.spans if span.name.startswith("invoke_workflow")]
+    assert ids[:3] == [before] * 3
+    assert ids[3] == after != before
 
 
 def test_evaluation_inside_an_example_is_its_own(telemetry):

@@ -108,6 +108,8 @@ class CallContext:
         role: what the LM calls inside are for; ``None`` outside of evaluations and optimizations. Written by
             ``start()``, by :meth:`module_answered` in the thread of the example, and by an optimizer's tracker in the
             thread of the compile.
+        evaluated: the program that ``owner`` is, where that has been looked at for all calls inside: of an example,
+            when its evaluation began. Written by ``start()``.
         role_after: the role once ``owner`` has answered: of an example, what the metric's own LM calls are for.
             Written by ``start()``.
         totals: all running totals that an LM call inside adds to, from any thread (each has a lock).
@@ -125,6 +127,7 @@ class CallContext:
     __slots__ = (
         "budget",
         "deferred",
+        "evaluated",
         "failed",
         "inherited",
         "kind",
@@ -155,6 +158,7 @@ class CallContext:
         self.parent = parent
         self.state = state
         self.span: Span | None = None
+        self.evaluated: Program | None = None
         self.role_after: str | None = None
         self.override_of: type | None = None
         self.failed: Recorded | None = None

@@ -15,7 +15,7 @@ from dspy_otel import semconv
 from dspy_otel.content import introspection
 from dspy_otel.content.names import without_secrets
 from dspy_otel.core.attributes import Attributes, Labels, repair, sendable_name
-from dspy_otel.core.call_context import CallContext
+from dspy_otel.core.call_context import CallContext, Program
 from dspy_otel.core.errors import error_type
 from dspy_otel.core.internal_errors import guard
 from dspy_otel.core.operation import Call, Operation, SpanStart, openinference
@@ -34,6 +34,8 @@ class EvaluationState:
 
     Attributes:
         program: what is evaluated, if that is a module.
+        known: what is known of it. It is looked at once, so its examples have the same id: a program that changes
+            itself between examples is evaluated as the one that it was at the beginning.
         program_name: its name.
         program_id: its ``dspy.program.id``.
         metric: the name of the metric.
@@ -45,6 +47,7 @@ class EvaluationState:
     """
 
     program: Any
+    known: Program | None
     program_name: str
     program_id: str | None
     metric: str | None
@@ -138,6 +141,7 @@ class EvaluateOperation(Operation):
         )
         state = EvaluationState(
             program=given["program"] if program is not None else None,
+            known=program,
             program_name=program.name if program else callable_name(given["program"]),
             program_id=program.id if program else None,
             metric=metric_name(given["metric"]),
@@ -213,8 +217,10 @@ class ExampleOperation(Operation):
         # The context's owner is the evaluated program: what is called after its answer belongs to the metric.
         context = CallContext(self.kind, evaluation.program, evaluate, ExampleState())
         context.role_after = semconv.ROLE_JUDGE
+        context.evaluated = evaluation.known
         if run.program is not None:
             context.owner, context.role = run.program, semconv.ROLE_TASK
+            context.evaluated = None
         description = evaluation.examples
         if description is None:
             description = evaluation.examples = self._described(evaluation)

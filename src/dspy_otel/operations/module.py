@@ -62,7 +62,8 @@ class ModuleOperation(Operation):
         program = context.program
         outermost = program is None
         if program is None:
-            program = self.programs.find(instance) or Program(class_name(type(instance)))
+            known = None if parent is None or parent.owner is not instance else parent.evaluated
+            program = known or self.programs.find(instance) or Program(class_name(type(instance)))
             context.program, context.paths = program, program.paths
             # Each program keeps its own totals, beside those of an evaluation or compile around it.
             totals = Totals()
