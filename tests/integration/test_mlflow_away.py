@@ -26,6 +26,7 @@ from dspy_otel.record.otlp import encode
 from tests.integration.test_mlflow_runs import CONFIGURE, start
 from tests.optimizers.common import RUNS, quietly, scripted_lm
 from tests.support.fault_proxy import FaultProxy
+from tests.support.mlflow_server import free_port, mlflow_server
 from tests.support.mlflow_store import Store
 from tests.support.otlp_receiver import OtlpReceiver
 from tests.support.waiting import run as run_program
@@ -107,6 +108,59 @@ def test_a_fault_in_the_middle_of_a_compile_loses_nothing_and_stores_nothing_twi
     well(proxy)
     store.flush()
     store.check()
+
+
+@pytest.mark.nightly
+def test_a_server_that_comes_back_with_an_empty_database_gets_the_whole_optimization(
+    tmp_path: Path, spool: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    import dspy
+
+    from dspy_otel.cli.demo.task import ColourFamily, load_examples
+
+    scripted_lm()
+    port = free_port()
+    half, replaced = threading.Event(), threading.Event()
+    examples = 0
+
+    def metric(example: Any, prediction: Any, trace: Any = None) -> float:
+        nonlocal examples
+        examples += 1
+        if examples == 20:
+            half.set()
+            replaced.wait()
+        return float(len(example.colour_name) % 3 > 0)
+
+    def compile_() -> None:
+        optimizer = dspy.BootstrapFewShotWithRandomSearch(metric=metric, num_candidate_programs=2, num_threads=1)
+        optimizer.compile(ColourFamily(), trainset=load_examples("train", 8), valset=load_examples("val", 8))
+
+    settings = dspy.settings.config
+
+    def with_settings() -> None:
+        with dspy.context(**settings):
+            quietly(compile_)
+
+    (tmp_path / "first").mkdir()
+    (tmp_path / "second").mkdir()
+    with mlflow_server(tmp_path / "first", port=port) as uri:
+        store = Store(uri, "replaced")
+        store.instrument()
+        thread = threading.Thread(target=with_settings)
+        thread.start()
+        half.wait()
+        store.flush()
+        assert store.runs()
+    with mlflow_server(tmp_path / "second", port=port):
+        replaced.set()
+        thread.join()
+        with caplog.at_level(logging.WARNING):
+            store.provider.shutdown()
+        DSPyInstrumentor().uninstrument()
+        assert sum("was its database replaced" in record.message for record in caplog.records) == 1
+        outcome = replay([spool])
+        assert outcome.left == []
+        store.check()
 
 
 def test_a_slow_server_holds_up_no_program(store: Store, proxy: FaultProxy) -> None:

@@ -16,7 +16,7 @@ import threading
 import time
 import zlib
 from collections import Counter, deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -79,12 +79,14 @@ class Faults:
         outage: fault of every request.
         poison: spans of these names get this status, with all that comes with them.
         happened: how many of each kind.
+        forget: empties the server's database.
     """
 
     once: dict[str, deque[Fault]] = field(default_factory=dict)
     outage: Fault | None = None
     poison: dict[str, int] = field(default_factory=dict)
     happened: Counter[str] = field(default_factory=Counter)
+    forget: Callable[[], None] | None = None
 
     def add(self, endpoint: str, fault: Fault) -> None:
         self.once.setdefault(endpoint, deque()).append(fault)
@@ -207,10 +209,11 @@ class FakeMLflow:
         trace_models: ids of models by id of trace.
         requests: how many, by endpoint.
         url: of the server.
+        forgotten: how many runs it had before.
     """
 
     def __init__(self) -> None:
-        self.faults = Faults()
+        self.faults = Faults(forget=self.forget)
         self.lock = threading.Lock()
         self.runs: dict[str, dict[str, Any]] = {}
         self.spans: dict[tuple[str, str], dict[str, Any]] = {}
@@ -222,6 +225,15 @@ class FakeMLflow:
         self.trace_models: dict[str, str] = {}
         self.requests: Counter[str] = Counter()
         self.url = ""
+        self.forgotten = 0
+
+    def forget(self) -> None:
+        """Start again with an empty database, as a container without a volume does."""
+        with self.lock:
+            self.forgotten += len(self.runs)
+            for kept in (self.runs, self.spans, self.links, self.scores, self.models, self.prompts, self.datasets):
+                kept.clear()
+            self.trace_models.clear()
 
     def perform(self, method: str, path: str, query: Mapping[str, list[str]], body: bytes) -> tuple[int, str, bytes]:
         endpoint = endpoint_of(path)
@@ -234,7 +246,9 @@ class FakeMLflow:
             if endpoint == "artifacts":
                 place, _, name = unquote(path).partition("/mlflow-artifacts/artifacts/")[2].partition("/artifacts/")
                 owner = place.partition("/")[2]
-                (self.runs.get(owner) or self.models[owner.removeprefix("models/")])["artifacts"][name] = body.decode()
+                found = self.runs.get(owner) or self.models.get(owner.removeprefix("models/"))
+                if found is not None:  # files need no database
+                    found["artifacts"][name] = body.decode()
                 return 200, "", b""
             given = json.loads(body) if body else {key: values[0] for key, values in query.items()}
             try:
@@ -278,7 +292,8 @@ class FakeMLflow:
                 raise Refused(404, "RESOURCE_DOES_NOT_EXIST")
             return {"experiment": {"experiment_id": "0", "name": "Default", "lifecycle_stage": "active"}}
         if endpoint == "create":
-            run_id = f"{zlib.crc32(str(len(self.runs)).encode()):08x}{len(self.runs):024x}"
+            number = self.forgotten + len(self.runs)  # no run ever gets the id of another
+            run_id = f"{zlib.crc32(str(number).encode()):08x}{number:024x}"
             tags = {"mlflow.runName": given["run_name"], **_dict(given["tags"])}
             self.runs[run_id] = {
                 "tags": tags,

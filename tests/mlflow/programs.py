@@ -371,6 +371,9 @@ def happen(
         faults.outage = None
     elif event.kind == "poison":
         faults.poison[event.endpoint] = event.number
+    elif event.kind == "replaced":
+        assert faults.forget is not None
+        faults.forget()
     elif event.kind == "fault":
         assert event.fault is not None
         faults.add(event.endpoint, event.fault)

@@ -321,6 +321,30 @@ def test_a_server_that_misbehaves(plan: Plan) -> None:
     check(plan)
 
 
+@pytest.mark.parametrize("end", ["shutdown", "kill"])
+@pytest.mark.parametrize("at", [15, 40, 65, 85, 95])
+@pytest.mark.parametrize("threads", [False, True])
+def test_a_server_that_comes_back_with_an_empty_database(at: int, end: str, threads: bool) -> None:
+    trial = Trial((0.0, 0.5, 1.0, 0.0), 75.0, True)
+    events = (*(Event(at - 5 * before, "round") for before in (2, 1)), Event(at, "replaced"), Event(at + 3, "round"))
+    plan = Plan(
+        (Optimization((trial,) * 4, True, False, None),),
+        (0,),
+        events,
+        **{"cut": 100, "end": end, "spool": True, "limit": 0, "memory": 0, "threads": threads},
+    )
+    expected = without_faults(plan)
+    with scratch() as directory, fake_mlflow() as server, quick(plan, directory, Disk(), "0.5"):
+        done = run(plan, server.url, server.faults, Disk())
+        if done.account is not None:
+            assert {kind: done.account.waiting(kind) for kind in KINDS} == dict.fromkeys(KINDS, 0)
+            assert not sum(done.account.dropped.values())
+            assert done.account.kept["runs"]
+        assert replay([directory]).left == []
+        assert journal_directories(directory) == []
+        compare(server.contents(), expected)
+
+
 FULL: Final = Plan(
     (Optimization((Trial((0.0, 0.5, 1.0, 0.0), 75.0, True),) * 2, True, False, None),),
     (0,),

@@ -185,7 +185,9 @@ def test_a_program_that_changes_itself_is_the_one_that_the_evaluation_began_with
         evaluate(program)
         after = dspy_otel.program_id(program)
         program(question="after")
-    ids = [span.attributes.get("dspy.program.id") for span in telemetry.spans if span.name.startswith("invoke_workflow")]
+    ids = [
+        span.attributes.get("dspy.program.id") for span in telemetry.spans if span.name.startswith("invoke_workflow")
+    ]
     assert ids[:3] == [before] * 3
     assert ids[3] == after != before
 

@@ -298,6 +298,8 @@ class Journal:
         """Spans that were set aside."""
         self.evicted: set[str] = set()
         """Optimizations and evaluations with delivered segments that were removed because the limit was reached."""
+        self.lost: set[str] = set()
+        """Optimizations and evaluations of which MLflow has lost what it had."""
 
     def append_starts(self, body: bytes) -> bool:
         """Write spans that have started; False when they are not on disk."""
@@ -393,11 +395,19 @@ class Journal:
                 return
             if keep:
                 with contextlib.suppress(OSError):
-                    if not is_sent(segment.path):
+                    if not is_sent(segment.path) and not segment.groups & self.lost:
                         segment.path = segment.path.rename(segment.path.with_suffix(".sent.pb"))
                     self.kept.append(segment)
                     return
             _remove(segment.path)
+
+    def send_again(self, groups: set[str]) -> None:
+        """Count spans of optimizations or evaluations as not delivered: MLflow has lost them. Replay sends them."""
+        with self._lock, contextlib.suppress(OSError):
+            self.lost |= groups
+            for segment in self.kept:
+                if segment.path is not None and segment.groups & groups:
+                    segment.path = unsent(segment.path)
 
     def release(self, needed: Callable[[str], bool]) -> None:
         """Remove kept segments whose groups are not needed any more."""
@@ -540,6 +550,15 @@ class Journal:
 def is_sent(path: Path) -> bool:
     """Whether a segment was delivered."""
     return path.name.endswith(".sent.pb")
+
+
+def unsent(path: Path) -> Path:
+    """Rename a segment as not delivered.
+
+    Raises:
+        OSError: that is not possible.
+    """
+    return path.rename(path.with_name(path.name.replace(".sent.pb", ".pb"))) if is_sent(path) else path
 
 
 def is_refused(path: Path) -> bool:

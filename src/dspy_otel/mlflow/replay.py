@@ -30,6 +30,7 @@ from dspy_otel.mlflow.journal import (
     is_sent,
     journal_directories,
     read_file,
+    unsent,
 )
 from dspy_otel.mlflow.pending import PendingRuns
 from dspy_otel.mlflow.retry import ExportError
@@ -220,6 +221,8 @@ class _Delivery:
         """Span ids of examples that were applied."""
         self._known: dict[str, bool] = {}
         """Whether MLflow has a run, by key."""
+        self._there: dict[str, bool] = {}
+        """Whether it had the run of an optimization or evaluation before this."""
 
     def close(self) -> None:
         """Release connections."""
@@ -303,7 +306,18 @@ class _Delivery:
                 yield None, spans
             return
         for path in self._source.files():
-            yield path, decode(complete_messages(read_file(path)))
+            spans = decode(complete_messages(read_file(path)))
+            lost = self._runs and is_sent(path) and self._is_lost(spans)
+            yield unsent(path) if lost else path, spans
+
+    def _is_lost(self, spans: list[ReadableSpan]) -> bool:
+        """Whether MLflow had delivered spans and has them no more: it lacks the run that they belong to."""
+        for group in {group_of(span) for span in spans if is_ours(span)} - {""}:
+            if group not in self._there:
+                self._there[group] = self.worker.find(group) is not None
+            if not self._there[group]:
+                return True
+        return False
 
     def _segment(self, spans: list[ReadableSpan], *, send: bool) -> Segment | None:
         """Apply spans; return a segment of them if they are to be sent."""

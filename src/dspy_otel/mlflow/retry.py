@@ -36,6 +36,9 @@ LONGEST_RETRY_AFTER: Final = 300.0
 MAX_TEXT: Final = 200
 """Most characters of a server's own words in a log line."""
 
+NOT_FOUND: Final = "not found"
+"""Cause of an error: MLflow does not have a run that it had, as after a restart with an empty database."""
+
 _random: Final = random.SystemRandom()
 """A generator of our own: a program that seeds Python's shared one gets the same numbers with us."""
 _LATER: Final = frozenset({408, 421, 423, 425, 429})

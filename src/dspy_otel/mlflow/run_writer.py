@@ -15,7 +15,7 @@ from dspy_otel.mlflow.backends.base import CreatedRun, unexpected
 from dspy_otel.mlflow.backends.registry import Registry
 from dspy_otel.mlflow.items import ATTEMPTS_BEFORE_SPLIT, Items
 from dspy_otel.mlflow.pending import Pending, PendingRuns
-from dspy_otel.mlflow.retry import ExportError, Verdict
+from dspy_otel.mlflow.retry import NOT_FOUND, ExportError, Verdict
 from dspy_otel.mlflow.runs import COMPILE, TAG_NAME, TAG_PARENT
 from dspy_otel.mlflow.threads import HELPERS, Helpers, log_safely
 from dspy_otel.mlflow.versions import (
@@ -52,6 +52,7 @@ class RunWriter:
         helpers: threads for a backend that is ``parallel``.
         report: called with a cause and a message when a run fails.
         count_runs: called when runs got artifacts.
+        lost: called with the groups of a run that MLflow had and has no more.
     """
 
     def __init__(
@@ -63,6 +64,7 @@ class RunWriter:
         helpers: Helpers,
         report: Callable[[str, str], object],
         count_runs: Callable[[], object],
+        lost: Callable[[set[str]], object],
     ) -> None:
         self._pending = pending
         self._ids = ids
@@ -71,6 +73,7 @@ class RunWriter:
         self._helpers = helpers
         self._report = report
         self._count_runs = count_runs
+        self._lost = lost
 
     def write(self, backend: Backend) -> None:
         """Write what MLflow lacks of all runs.
@@ -107,7 +110,11 @@ class RunWriter:
             if error.unavailable:
                 raise
             self._items.failed(RUNS, run.key, error)
-            self._report(error.cause, f"{run.name}: {error} It is tried again.")
+            if error.cause == NOT_FOUND and run.run_id is not None:
+                self._lost({run.group})
+                self._report(error.cause, f"{run.name}: {error}")
+            else:
+                self._report(error.cause, f"{run.name}: {error} It is tried again.")
             return False
         self._items.succeeded(RUNS, run.key)
         return True
@@ -130,7 +137,8 @@ class RunWriter:
         try:
             created = backend.create_run(run.key, some, run.started, run.experiment, known=known)
         except ExportError as error:
-            if error.unavailable or error.verdict is Verdict.LATER or run.experiment is None:
+            later = error.verdict is Verdict.LATER and error.cause != NOT_FOUND
+            if error.unavailable or later or run.experiment is None:
                 raise
             run.experiment = None  # that of the user's run does not exist any more
             created = backend.create_run(run.key, some, run.started, None, known=known)
@@ -264,7 +272,9 @@ class RunWriter:
             if error.unavailable:
                 raise
             backoff = self._items.failed(VALUES, run.key, error)
-            if error.verdict is Verdict.LATER and backoff.failures < ATTEMPTS_BEFORE_SPLIT:
+            if error.cause == NOT_FOUND or (
+                error.verdict is Verdict.LATER and backoff.failures < ATTEMPTS_BEFORE_SPLIT
+            ):
                 raise
         else:
             self._items.succeeded(VALUES, run.key)

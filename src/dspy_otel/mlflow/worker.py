@@ -30,7 +30,7 @@ from dspy_otel.mlflow.backends.base import MAX_LINKS, CreatedRun, unexpected
 from dspy_otel.mlflow.items import ATTEMPTS_BEFORE_SPLIT, Items
 from dspy_otel.mlflow.journal import Journal, JournalError, Segment
 from dspy_otel.mlflow.pending import PendingRuns, UserRun
-from dspy_otel.mlflow.retry import Backoff, ExportError, Verdict, clean
+from dspy_otel.mlflow.retry import NOT_FOUND, Backoff, ExportError, Verdict, clean
 from dspy_otel.mlflow.run_writer import RunWriter
 from dspy_otel.mlflow.runs import (
     Assessment,
@@ -116,7 +116,14 @@ class Worker:
         self._reported: set[str] = set()
         self._helpers = Helpers()
         self._run_writer = RunWriter(
-            self.pending, self._ids, self._items, self.account, self._helpers, self.report, self._count_runs
+            self.pending,
+            self._ids,
+            self._items,
+            self.account,
+            self._helpers,
+            self.report,
+            self._count_runs,
+            journal.send_again,
         )
         self.busy = threading.Lock()
         """Locked while :meth:`round` runs."""
@@ -343,6 +350,8 @@ class Worker:
             if error.unavailable:
                 raise
             self._retry_later(segment, error)
+            if error.cause == NOT_FOUND:
+                self.journal.send_again(segment.groups)
             self.report(error.cause, f"{error} What waits for it is tried again.")
         if segment.delivered and not segment.links and not segment.scores:
             self.journal.delivered(segment, any(map(self._needed, segment.groups)))

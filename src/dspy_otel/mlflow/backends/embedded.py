@@ -54,6 +54,8 @@ _Result = TypeVar("_Result")
 
 _PERMANENT: Final = ("INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "RESOURCE_ALREADY_EXISTS")
 """Codes of errors that MLflow gives again for the same call."""
+_OF_RUNS: Final = frozenset({"link", "values", "datasets", "artifact", "end"})
+"""Calls that need a run which was there before."""
 _OPEN_SECONDS: Final = 300.0
 """Seconds to wait for another process that creates the store: a new one runs some fifty migrations."""
 _MAX_IDS: Final = 500
@@ -339,7 +341,10 @@ class EmbeddedBackend:
         except ExportError:
             raise
         except Exception as error:
-            permanent = getattr(error, "error_code", None) in _PERMANENT
+            code = getattr(error, "error_code", None)
+            if code == "RESOURCE_DOES_NOT_EXIST" and cause in _OF_RUNS:
+                raise base.missing(self.name) from error
+            permanent = code in _PERMANENT
             message = f"MLflow cannot write to {self.name}: {clean(base.first_line(error))}"
             raise ExportError(cause, message, Verdict.SPLIT if permanent else Verdict.LATER) from error
         self.answered += 1

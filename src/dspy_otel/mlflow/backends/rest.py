@@ -341,9 +341,8 @@ class RestBackend:
     ) -> dict[str, Any]:
         answer = self._rest("POST", path, gives, empty=empty, json=body)
         if answer is None:
-            raise base.refusal(
-                "not found", f"MLflow at {self.name} says the run or experiment does not exist any more."
-            )
+            self._experiment_id = None  # it is looked up again
+            raise base.missing(self.name)
         return answer
 
     def _rest(
