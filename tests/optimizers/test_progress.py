@@ -7,10 +7,12 @@ import dataclasses
 import io
 import logging
 import os
+import random
 import re
 import struct
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -273,6 +275,29 @@ def test_a_bar_waits_while_somebody_is_asked(monkeypatch: pytest.MonkeyPatch) ->
     assert above == ["100%|##########"]
     redirection.end()
     assert (sys.stdout, sys.stderr) == (out, err)
+
+
+def test_threads_that_print_at_once_lose_no_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("rich")
+    err = Screen()
+    monkeypatch.setattr(sys, "stderr", err)
+    monkeypatch.setattr(terminal, "_PER_SECOND", 5000)
+    views = [[RUNNING], [RUNNING, RUNNING], []]
+    shown = terminal.Terminal(lambda: random.choice(views))
+    shown.start()
+
+    def write(thread: int) -> None:
+        for number in range(100):
+            sys.stderr.write(f"thread {thread} line {number}\n")
+
+    threads = [threading.Thread(target=write, args=(number,)) for number in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    shown.stop()
+    lines = {f"thread {thread} line {number}" for thread in range(3) for number in range(100)}
+    assert sorted(screen(err.getvalue().replace("\n", "\r\n"))) == sorted(lines)  # as a terminal does
 
 
 def test_a_link_that_is_known_late_is_printed_then(monkeypatch: pytest.MonkeyPatch) -> None:

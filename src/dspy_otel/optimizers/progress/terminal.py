@@ -33,6 +33,9 @@ class Terminal:
         self._console: Any = None
         self._live: Any = None
         self._redirection: Redirection | None = None
+        self._drawing = threading.RLock()
+        """Held for all that is printed: Rich lets two threads print at once, and one erases a line of the other."""
+        self._over = threading.Event()
         self._asking = threading.RLock()  # a signal handler may ask while somebody is asked
         self._input: Callable[..., str] = builtins.input
         self._on = False
@@ -61,7 +64,7 @@ class Terminal:
         self._live = Live(
             get_renderable=self._render,
             console=self._console,
-            refresh_per_second=_PER_SECOND,
+            auto_refresh=False,
             redirect_stdout=False,
             redirect_stderr=False,
             transient=True,
@@ -71,6 +74,19 @@ class Terminal:
         # A prompt goes to the terminal past any stream, and the display would overwrite it.
         self._input, builtins.input = builtins.input, self._ask
         self._on = True
+        threading.Thread(target=self._refresh, name="dspy-otel-progress", daemon=True).start()
+
+    def _refresh(self) -> None:
+        """Draw it again a few times each second."""
+        while not self._over.wait(1 / _PER_SECOND):
+            with self._drawing:
+                if self._redirection is None:
+                    continue  # somebody is asked
+                try:
+                    self._live.refresh()
+                except Exception as error:
+                    self._error = self._error or error
+                    return
 
     def _ask(self, *prompt: Any) -> str:
         """In place of ``input()``, which debuggers use too: the display is away while somebody is asked."""
@@ -85,29 +101,32 @@ class Terminal:
                     self._resume(paused)
 
     def _pause(self) -> Redirection | None:
-        redirection, self._redirection = self._redirection, None
-        if redirection is not None:
-            try:
-                self._live.stop()  # it takes itself away from where the cursor is: nothing may be written before
-                redirection.pause()
-            except Exception as error:
-                self._error = self._error or error
-        return redirection
+        with self._drawing:
+            redirection, self._redirection = self._redirection, None
+            if redirection is not None:
+                try:
+                    self._live.stop()  # it takes itself away from where the cursor is: nothing may be written before
+                    redirection.pause()
+                except Exception as error:
+                    self._error = self._error or error
+            return redirection
 
     def _resume(self, redirection: Redirection) -> None:
-        try:
-            if not self._on:  # it has been stopped meanwhile
-                redirection.end()
-                return
-            self._live.start()
-            redirection.go_on()
-            self._redirection = redirection
-        except Exception as error:
-            self._error = self._error or error
+        with self._drawing:
+            try:
+                if not self._on:  # it has been stopped meanwhile
+                    redirection.end()
+                    return
+                self._live.start()
+                redirection.go_on()
+                self._redirection = redirection
+            except Exception as error:
+                self._error = self._error or error
 
     def begin(self, view: View) -> None:
         """An optimization begins: it is shown at once, however short it is."""
-        self._live.refresh()
+        with self._drawing:
+            self._live.refresh()
 
     def end(self, view: View) -> None:
         """Leave the line of an optimization that has ended."""
@@ -115,9 +134,9 @@ class Terminal:
 
         style = "green" if view.outcome == "finished" else "red"
         mark, _, rest = closing(view, self._console.width, self._unicode).partition(" ")
-        self._console.print(Text.assemble((mark, style), " ", rest))
+        self._print(Text.assemble((mark, style), " ", rest))
         if view.address is not None:
-            self._console.print(Text(f"  {link(view)}", style="dim"))
+            self._print(Text(f"  {link(view)}", style="dim"))
         else:  # a backend may know it only when the program ends
             when_known(view.id, lambda address: self._add_link(view, address))
 
@@ -127,20 +146,22 @@ class Terminal:
                 from rich.text import Text
 
                 where = link(dataclasses.replace(view, address=address))
-                self._console.print(Text(f"  {view.name}: {where}", style="dim"))
+                self._print(Text(f"  {view.name}: {where}", style="dim"))
 
     def stop(self) -> None:
         """Take it away, and give the streams back."""
-        redirection, self._redirection = self._redirection, None
+        self._over.set()
         if self._on and builtins.input == self._ask:
             builtins.input = self._input
         self._on = False  # whoever has put a function of his own around ours still gets to the one that was there
-        try:
-            if self._live is not None:
-                self._live.stop()
-        finally:
-            if redirection is not None:
-                redirection.end()
+        with self._drawing:
+            redirection, self._redirection = self._redirection, None
+            try:
+                if self._live is not None:
+                    self._live.stop()
+            finally:
+                if redirection is not None:
+                    redirection.end()
         if self._error is not None:
             failed("progress display", self._error)
 
@@ -151,7 +172,11 @@ class Terminal:
     def _above(self, lines: str) -> None:
         from rich.text import Text
 
-        self._console.print(Text.from_ansi(lines))
+        self._print(Text.from_ansi(lines))
+
+    def _print(self, text: Any) -> None:
+        with self._drawing:
+            self._console.print(text)
 
     def _render(self) -> Any:
         from rich.console import Group
