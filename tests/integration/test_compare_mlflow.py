@@ -118,6 +118,31 @@ def test_answers_in_production_with_feedback(store: Store) -> None:
     assert len(found.a.seconds) == 9
 
 
+def test_answers_below_requests(store: Store) -> None:
+    from mlflow.entities import AssessmentSource, Feedback
+    from mlflow.tracing.client import TracingClient
+
+    store.instrument()
+    programs = Asking("Answer."), Asking("Answer in a word.")
+    tracer = store.provider.get_tracer("a web framework")
+    for version, program in enumerate(programs):
+        with dspy.context(lm=DummyLM([{"answer": "right"}] * 9)):
+            for place in range(9):
+                with tracer.start_as_current_span(f"POST /v{version}"):
+                    program(question=f"question {place}")
+    store.flush()
+    client = TracingClient(store.uri)
+    for trace in store.client.search_traces(locations=[store.experiment_id], include_spans=False, max_results=100):
+        value = "yes" if trace.info.tags["mlflow.traceName"] == "POST /v0" else "no"
+        feedback = Feedback(name="thumbs", value=value, source=AssessmentSource("HUMAN", "somebody"))
+        client.log_assessment(trace.info.trace_id, feedback)
+    found = dspy_otel.compare(*map(program_id, programs), experiment=store.experiment)
+    (score,) = found.scores
+    assert (score.metric, score.result.pairs, score.result.losses) == ("thumbs", 9, 9)
+    assert found.a.what == f"9 answers of program {program_id(programs[0])}, 9 with a score"
+    assert len(found.a.seconds) == 9
+
+
 @pytest.mark.parametrize(
     ("reference", "reason"),
     [

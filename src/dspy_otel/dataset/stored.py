@@ -7,12 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from opentelemetry.sdk.trace import ReadableSpan
-
 from dspy_otel import semconv
 from dspy_otel.dataset.errors import NoExamplesError
 from dspy_otel.mlflow.backends import Backend, open_backend
-from dspy_otel.mlflow.backends.base import MAX_READ, MAX_TRACES, trace_number
+from dspy_otel.mlflow.backends.base import MAX_TRACES, trace_number
+from dspy_otel.mlflow.read import spans_of
 from dspy_otel.mlflow.retry import ExportError
 from dspy_otel.mlflow.runs import COMPILE, TAG_KIND, StoredTrace
 from dspy_otel.mlflow.target import Target
@@ -94,26 +93,15 @@ def _of_run(store: Backend, run_id: str) -> list[Answer]:
 
 
 def _read(store: Backend, traces: Sequence[StoredTrace]) -> list[Answer]:
-    """The answers in traces, some traces at a time: all their prompts come along, and are let go."""
+    """The answers in traces."""
     found: list[Answer] = []
-    for first in range(0, len(traces), MAX_READ):
-        some = traces[first : first + MAX_READ]
+    for some, spans in spans_of(store, traces):
         judgements = [one for trace in some for one in trace.judgements]
-        answers = read_answers(_spans(store, [trace.trace_id for trace in some]), judgements)
+        answers = read_answers(spans, judgements)
         found += answers
         read = {answer.trace_id for answer in answers}
         found += [_unread(trace) for trace in some if _has_answer(trace) and trace_number(trace.trace_id) not in read]
     return found
-
-
-def _spans(store: Backend, trace_ids: Sequence[str]) -> list[ReadableSpan]:
-    """The spans of traces. A server fails for all that are asked for when one has an integer of more than 64 bits."""
-    try:
-        return store.read_spans(trace_ids)
-    except ExportError as error:
-        if error.unavailable:
-            raise
-        return [] if len(trace_ids) == 1 else [span for each in trace_ids for span in _spans(store, [each])]
 
 
 def _has_answer(trace: StoredTrace) -> bool:

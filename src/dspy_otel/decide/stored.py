@@ -20,14 +20,16 @@ from dspy_otel.decide.results import (
     UNNAMED,
     Results,
     Row,
+    find,
     id_of_inputs,
     merged,
+    read_spans,
     title_of,
 )
 from dspy_otel.mlflow.backends import Backend, open_backend
 from dspy_otel.mlflow.backends.base import CreatedRun
 from dspy_otel.mlflow.load import rank
-from dspy_otel.mlflow.read import read_examples
+from dspy_otel.mlflow.read import read_examples, spans_of
 from dspy_otel.mlflow.retry import ExportError
 from dspy_otel.mlflow.runs import (
     BEST_PROGRAM,
@@ -211,6 +213,9 @@ class _Reader:
         scored = [one for one in calls if one.scores]
         if scored:
             return self._of_calls(program, calls, scored)
+        below = self._below_requests(program)
+        if below is not None:
+            return below
         runs = self._store.find_runs(None, f"{kind_is(EVALUATION)} AND tags.`{semconv.PROGRAM_ID}` = '{program}'")
         if runs:
             return self._of_evaluations(runs, program)
@@ -324,6 +329,14 @@ class _Reader:
         what = f"{len(calls):,} answers of program {program}, {len(rows):,} with a score"
         found = self._program(program, ())
         return Results(self._name, what, tuple(rows), tuple(metrics) or (UNNAMED,), program=found, usage=usage)
+
+    def _below_requests(self, program: str) -> Results | None:
+        """Scored answers in traces that begin with something else, as with a request, and so have no tags of ours."""
+        traces = self._store.find_traces(f"span.attributes.{semconv.PROGRAM_ID} LIKE '%{program}%'")
+        judged = [trace for trace in traces if trace.judgements and semconv.PROGRAM_ID not in trace.tags]
+        judgements = [one for trace in judged for one in trace.judgements]
+        recorded = read_spans((span for _, spans in spans_of(self._store, judged) for span in spans), judgements)
+        return find(recorded, self._name, program) if recorded.calls.get(program) else None
 
     def _program(self, program: str, runs: Sequence[StoredRun]) -> Candidate:
         """A program, with its state if some run has that."""

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
+from opentelemetry.sdk.trace import ReadableSpan
+
 from dspy_otel.mlflow.backends import Backend, open_backend
-from dspy_otel.mlflow.backends.base import CreatedRun, unexpected
+from dspy_otel.mlflow.backends.base import MAX_READ, CreatedRun, unexpected
 from dspy_otel.mlflow.retry import ExportError
 from dspy_otel.mlflow.runs import (
     BEST_PROGRAM,
@@ -28,6 +30,7 @@ from dspy_otel.mlflow.runs import (
     TRIAL,
     TRIAL_PROGRAM,
     StoredRun,
+    StoredTrace,
     rows_path,
 )
 from dspy_otel.mlflow.target import Target, public_uri, run_page
@@ -85,6 +88,27 @@ def read_optimization(
         raise unexpected(error) from error
     finally:
         store.close()
+
+
+def spans_of(store: Backend, traces: Sequence[StoredTrace]) -> Iterator[tuple[list[StoredTrace], list[ReadableSpan]]]:
+    """Traces with their spans of programs, some traces at a time: all prompts come along, and can be let go.
+
+    Raises:
+        ExportError: MLflow cannot be asked.
+    """
+    for first in range(0, len(traces), MAX_READ):
+        some = list(traces[first : first + MAX_READ])
+        yield some, _spans_of(store, [trace.trace_id for trace in some])
+
+
+def _spans_of(store: Backend, trace_ids: Sequence[str]) -> list[ReadableSpan]:
+    """A server fails for all that are asked for when one has an integer of more than 64 bits."""
+    try:
+        return store.read_spans(trace_ids)
+    except ExportError as error:
+        if error.unavailable:
+            raise
+        return [] if len(trace_ids) == 1 else [span for each in trace_ids for span in _spans_of(store, [each])]
 
 
 def _find(store: Backend, run_id: str | None) -> StoredRun:
