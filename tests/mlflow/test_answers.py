@@ -10,7 +10,7 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import (
 
 from dspy_otel.mlflow.backends import rest
 from dspy_otel.mlflow.retry import Answer
-from dspy_otel.mlflow.target import public_uri, sqlite_path
+from dspy_otel.mlflow.target import Target, public_uri, sqlite_path
 
 PROTOBUF = "application/x-protobuf"
 PARTLY = ExportTraceServiceResponse(partial_success=ExportTracePartialSuccess(rejected_spans=5)).SerializeToString()
@@ -49,6 +49,12 @@ def test_a_delivery_is_an_answer_of_an_otlp_receiver(kind: str, body: bytes, del
 )
 def test_credentials_of_an_address_are_not_written_down(uri: str, public: str) -> None:
     assert public_uri(uri) == public
+
+
+def test_an_address_is_shown_whole() -> None:
+    """People copy it into a command."""
+    uri = f"http://127.0.0.1:9/{'folder/' * 60}end"
+    assert rest.RestBackend(Target(uri)).name == uri
 
 
 def test_the_file_of_a_store_is_its_path_without_options() -> None:

@@ -36,6 +36,8 @@ LONGEST_RETRY_AFTER: Final = 300.0
 MAX_TEXT: Final = 200
 """Most characters of a server's own words in a log line."""
 
+MAX_ADDRESS: Final = 4_096
+"""Most characters of an address: people copy it."""
 NOT_FOUND: Final = "not found"
 """Cause of an error: MLflow does not have a run that it had, as after a restart with an empty database."""
 

@@ -32,7 +32,7 @@ from dspy_otel.mlflow.backends.base import OLDEST_MLFLOW, Batch, CreatedRun, Fou
 from dspy_otel.mlflow.backends.embedded_registry import EmbeddedRegistry
 from dspy_otel.mlflow.backends.registry import Registry
 from dspy_otel.mlflow.locks import importing, lock_for
-from dspy_otel.mlflow.retry import ExportError, Verdict, clean
+from dspy_otel.mlflow.retry import MAX_ADDRESS, ExportError, Verdict, clean
 from dspy_otel.mlflow.runs import (
     TAG_KEY,
     TAG_NAME,
@@ -101,7 +101,7 @@ class EmbeddedBackend:
 
     def __init__(self, target: Target) -> None:
         uri = target.uri
-        self.name = clean(public_uri(uri))
+        self.name = clean(public_uri(uri), MAX_ADDRESS)
         self.answered = 0
         self._until = float("inf")
         _check_mlflow()

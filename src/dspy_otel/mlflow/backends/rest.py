@@ -31,7 +31,7 @@ from dspy_otel.mlflow.backends.base import Batch, CreatedRun, FoundExperiment, r
 from dspy_otel.mlflow.backends.registry import Registry
 from dspy_otel.mlflow.backends.rest_registry import RestRegistry
 from dspy_otel.mlflow.backends.session import session
-from dspy_otel.mlflow.retry import Answer, ExportError, Verdict, clean, explain, judge
+from dspy_otel.mlflow.retry import MAX_ADDRESS, Answer, ExportError, Verdict, clean, explain, judge
 from dspy_otel.mlflow.runs import (
     TAG_KEY,
     TAG_NAME,
@@ -86,7 +86,7 @@ class RestBackend:
     def __init__(self, target: Target) -> None:
         uri = target.uri
         self._uri = public_uri(uri)
-        self.name = clean(self._uri)
+        self.name = clean(self._uri, MAX_ADDRESS)
         self._target = target
         self._user = _user_of(uri)
         self._experiment_id: str | None = None
