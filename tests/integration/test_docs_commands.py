@@ -55,6 +55,7 @@ PYTHON_NOT_RUN = {
     ("first-ten-minutes.md", 2): "tests/integration/test_first_ten_minutes.py",
     ("gepa.md", 0): "a hosted model's key: tests/optimizers/test_doors.py",
     ("web.md", 0): "a service of the reader's: tests/switching/test_web.py",
+    ("web.md", 1): "a service of the reader's: tests/switching/test_web.py",
     ("why.md", 0): "of an optimization whose winner has four sentences and a gain: tests/decide/test_explanation.py",
     ("workers.md", 1): "Celery with a broker: tests/switching/test_workers.py",
     ("workers.md", 2): "a cluster of Ray: tests/switching/test_workers.py",
@@ -184,7 +185,7 @@ provider = TracerProvider()
         "",
     ],
     "notebook.md": ["", "best = optimized()\n"],
-    "web.md": [None, "", "program, question = MyProgram(), 'one'\n"],
+    "web.md": [None, None, "", "program, question = MyProgram(), 'one'\n"],
     "workers.md": ["program, questions = MyProgram(), ['one', 'two', 'three']\n", None, None],
 }
 """What the reader has before each block of a page; None for those that are not run."""

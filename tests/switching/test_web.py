@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
+import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 from urllib.request import Request, urlopen
 
@@ -15,9 +20,12 @@ import dspy
 import pytest
 from opentelemetry import baggage, context
 
+from tests.support.mlflow_server import free_port
 from tests.support.openai_server import OpenAIServer
+from tests.support.otlp_receiver import OtlpReceiver
 from tests.support.spans import Recorder
-from tests.support.waiting import LONGEST, wait_for
+from tests.support.waiting import LONGEST, wait_for, wait_for_exit
+from tests.switching.process import ROOT, environment, installed
 from tests.switching.test_neighbours import needs
 
 pytestmark = [
@@ -141,3 +149,45 @@ def test_two_requests_at_once_keep_their_spans_and_names_apart(telemetry: Record
             assert span.parent.span_id == parent.context.span_id
         seen += {(span.attributes["session.id"], span.attributes["user.id"]) for span in ours}
     assert sorted(seen) == [("s-ann", "u-ann"), ("s-bob", "u-bob")]
+
+
+SERVICE = """
+import dspy
+from dspy.utils import DummyLM
+
+lm = DummyLM([{"answer": "Paris"}] * 100)
+program = dspy.Predict("question -> answer")
+
+
+@app.get("/ask")
+def ask(question: str):
+    with dspy.context(lm=lm):
+        return {"answer": program(question=question).answer}
+"""
+
+
+@installed
+def test_a_server_that_is_stopped_has_sent_all_of_it(tmp_path: Path) -> None:
+    """The application shuts down as on docs/web.md."""
+    page = (ROOT / "docs/web.md").read_text(encoding="utf-8")
+    (shutdown,) = [block for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "lifespan" in block]
+    (tmp_path / "service.py").write_text(shutdown + SERVICE)
+    port = free_port()
+    with OtlpReceiver() as receiver:
+        settings = environment(OTEL_EXPORTER_OTLP_ENDPOINT=receiver.http, OTEL_EXPORTER_OTLP_PROTOCOL="http/protobuf")
+        run = [str(Path(sys.executable).with_name("opentelemetry-instrument")), sys.executable, "-m", "uvicorn"]
+        server = subprocess.Popen([*run, "service:app", "--port", str(port)], cwd=tmp_path, env=settings)
+
+        def ask() -> bool:
+            with urlopen(f"http://127.0.0.1:{port}/ask?question=where") as answer:
+                return bool(json.load(answer)["answer"] == "Paris")
+
+        try:
+            wait_for(ask, "the service", ignored=(OSError,))
+            for _ in range(4):
+                assert ask()
+        finally:
+            server.send_signal(signal.SIGTERM)
+        wait_for_exit(server, "the service")
+        assert len(receiver.spans("invoke_workflow Predict")) == 5
+        assert "gen_ai.client.operation.duration" in receiver.metric_names()
