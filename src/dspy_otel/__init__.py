@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from dspy_otel.live.process import watch
     from dspy_otel.operations.program import program_digest as program_id
     from dspy_otel.optimizers import optimization
-    from dspy_otel.propagation import attach, bind, inject
+    from dspy_otel.propagation import add_usage, attach, bind, delegate, inject
     from dspy_otel.record.model import Origin
     from dspy_otel.setup import configure
 
@@ -36,11 +36,13 @@ _PLACES: Final = {
     "Config": ("config", "Config"),
     "DSPyInstrumentor": ("instrumentor", "DSPyInstrumentor"),
     "Origin": ("record.model", "Origin"),
+    "add_usage": ("propagation", "add_usage"),
     "attach": ("propagation", "attach"),
     "bind": ("propagation", "bind"),
     "budget": ("budgets", "budget"),
     "compare": ("decide", "compare"),
     "configure": ("setup", "configure"),
+    "delegate": ("propagation", "delegate"),
     "examples": ("dataset", "examples"),
     "inject": ("propagation", "inject"),
     "optimization": ("optimizers", "optimization"),
@@ -95,11 +97,13 @@ __all__ = [
     "DSPyInstrumentor",
     "Origin",
     "__version__",
+    "add_usage",
     "attach",
     "bind",
     "budget",
     "compare",
     "configure",
+    "delegate",
     "examples",
     "inject",
     "instrument",

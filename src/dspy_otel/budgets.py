@@ -29,7 +29,7 @@ from dspy_otel.core.call_context import CallContext, attach, current_call_contex
 from dspy_otel.core.internal_errors import guard, warn_once
 from dspy_otel.core.operation import detach
 from dspy_otel.core.telemetry import Telemetry
-from dspy_otel.core.usage import LMUsage, Totals
+from dspy_otel.core.usage import Totals, warn_of_unanswered_tasks
 from dspy_otel.instrumentor import DSPyInstrumentor
 from dspy_otel.operations.lm import LMCallState
 from dspy_otel.optimizers.state import CompileState
@@ -42,6 +42,8 @@ TOKENS: Final = "tokens"
 LM_CALLS: Final = "lm_calls"
 SECONDS: Final = "seconds"
 _PERCENTS: Final = (50, 80, 100)
+_NOT_HERE: Final = RuntimeError()
+"""The error of a call that nothing may be raised in beside it."""
 _ROUNDING: Final = 1e-9
 """Ten calls at $0.10 add up to a little less than $1."""
 
@@ -57,6 +59,7 @@ class Spent:
         seconds: since the block began.
         unpriced_calls: how many of them have no price, and are not in ``cost``.
         uncounted_calls: how many of them report no tokens, and are not in ``tokens``.
+        unanswered_tasks: how many tasks of worker processes have handed nothing back, and are in nothing here.
     """
 
     cost: float
@@ -65,6 +68,7 @@ class Spent:
     seconds: float
     unpriced_calls: int
     uncounted_calls: int
+    unanswered_tasks: int = 0
 
     def of(self, limit: str) -> float:
         """What is spent of one limit: ``cost``, ``tokens``, ``lm_calls`` or ``seconds``."""
@@ -261,6 +265,9 @@ class Budget:
         detach(self._token)
         if self._telemetry is not None and not self._telemetry.active:
             warn_once("budget", "instrumentation was switched off inside of a budget: it did not count to its end")
+        with guard("budget"):
+            if self._totals.unanswered_tasks > 0:
+                warn_of_unanswered_tasks(self._totals)
 
     async def __aenter__(self) -> Budget:
         """Likewise, for ``async with``."""
@@ -319,6 +326,29 @@ class Budget:
         if self._refused is not None and error is None:
             self._stopped = True
             raise BudgetRefused(self._refused)
+
+    # --- tasks in worker processes, where no budget holds -------------------------------------------------------------
+    def admit_task(self, call: CallContext) -> None:
+        """A task is about to go to a worker process: as before an LM call.
+
+        Args:
+            call: the call context that sends it.
+
+        Raises:
+            BudgetExceeded: as :meth:`admit`.
+            BudgetRefused: likewise.
+        """
+        if self._telemetry is not None:
+            self.admit(call, self._telemetry)
+
+    def settle_task(self, call: CallContext) -> None:
+        """A task has handed back what it used, in any thread: alerts are made, and what must be raised waits.
+
+        Args:
+            call: the call context that has sent it.
+        """
+        if self._telemetry is not None:
+            self.settle(call, self._telemetry, _NOT_HERE)
 
     def must_stop(self) -> bool:
         """Whether a limit has been reached, here or of a budget around this one."""
@@ -437,19 +467,9 @@ class Budget:
 
 
 class _Totals(Totals):
-    """Sums over LM calls, with the number of those that report no tokens."""
+    """Sums over LM calls, as what is spent."""
 
-    __slots__ = ("uncounted",)
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.uncounted = 0
-
-    def add(self, usage: LMUsage, role: str | None = None) -> None:
-        super().add(usage, role)
-        if not usage.cache_hit and usage.input_tokens is None and usage.output_tokens is None:
-            with self._lock:
-                self.uncounted += 1
+    __slots__ = ()
 
     def spent(self, seconds: float) -> Spent:
         """The sums so far."""
@@ -461,6 +481,7 @@ class _Totals(Totals):
                 seconds=seconds,
                 unpriced_calls=self.unpriced,
                 uncounted_calls=self.uncounted,
+                unanswered_tasks=self.unanswered_tasks,
             )
 
 

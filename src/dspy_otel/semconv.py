@@ -138,6 +138,8 @@ USAGE_COST: Final = "dspy.usage.cost"
 USAGE_LM_CALLS: Final = "dspy.usage.lm_calls"
 USAGE_CACHE_HITS: Final = "dspy.usage.cache_hits"
 USAGE_UNPRICED_CALLS: Final = "dspy.usage.unpriced_calls"
+USAGE_WORKER_TASKS: Final = "dspy.usage.worker_tasks"
+USAGE_UNANSWERED_TASKS: Final = "dspy.usage.unanswered_tasks"
 USAGE_PREFIX: Final = "dspy.usage."
 """Totals by role put the role behind it: ``dspy.usage.task.input_tokens``."""
 

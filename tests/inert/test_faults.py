@@ -9,6 +9,7 @@ import functools
 import importlib
 import inspect
 import logging
+import pickle
 import pkgutil
 import random
 import re
@@ -41,7 +42,7 @@ from opentelemetry.sdk.trace.sampling import Sampler
 
 import dspy_otel
 from dspy_otel.content import encoder
-from dspy_otel.core import internal_errors, operation
+from dspy_otel.core import internal_errors, operation, worker_tasks
 from tests.inert import hostile
 from tests.inert.programs import Oracle, build, exception, freeze, metric, until
 from tests.operations.test_lm import ENGINES, on
@@ -418,6 +419,11 @@ def test_a_faulty_logging_handler_of_the_user(telemetry: Any) -> None:
 MACHINERY = {
     # What makes everything else safe; a fault in them is tested by what they make safe.
     *("operations.parallel.bind", "optimizers.state.current_tracker", "propagation.inject", "propagation.attach"),
+    *("propagation.add_usage", "propagation.delegate", "propagation._arrived", "propagation._reply"),
+    *(f"propagation._Delegated.{method}" for method in ("__init__", "__call__", "__reduce__", "__dask_tokenize__")),
+    *(f"propagation._Sent.{method}" for method in ("__init__", "__call__", "__reduce__", "_awaited")),
+    *(f"propagation.{kind}.{method}" for kind in ("_Reply", "_OnError") for method in ("__init__", "__reduce__")),
+    "propagation.Attached.usage",
     *("core.errors.hide_frames", "core.errors.without_our_frames"),
     *("core.internal_errors.failed", "core.internal_errors.warn_once", "core.internal_errors.reset_warnings"),
     *(f"core.internal_errors.guard.{method}" for method in ("__init__", "__enter__", "__exit__", "__call__")),
@@ -548,7 +554,7 @@ def calls_of(run: Callable[[], Any]) -> set[str]:
     finally:
         sys.setprofile(None)
         threading.setprofile(None)  # type: ignore[arg-type]
-    return {places[code] for code in seen if code in places}
+    return {places[code] for code in tuple(seen) if code in places}
 
 
 GEPA_ALONE = find_spec("gepa") is not None and find_spec("gepa.strategies.proposal_sampling") is not None
@@ -562,6 +568,7 @@ SCENARIOS: dict[str, Callable[[], Any]] = {
     "pictures": lambda: pictures(),
     "values": lambda: values(),
     "restricted": lambda: restricted(),
+    "sent elsewhere": lambda: sent_elsewhere(),
     "served": lambda: served(),
     **({"source": lambda: source()} if hasattr(dspy, "Flex") else {}),  # DSPy 3.2 has none
 }
@@ -612,6 +619,59 @@ def limited() -> Any:
     on = dspy_otel.DSPyInstrumentor().is_instrumented_by_opentelemetry
     with dspy_otel.budget(lm_calls=1_000_000) if on else contextlib.nullcontext():
         return optimized("InferRules")
+
+
+def sent_elsewhere() -> Any:
+    """Tasks for other processes: one comes back twice, one fails and comes with the next, one is lost."""
+    on = dspy_otel.DSPyInstrumentor().is_instrumented_by_opentelemetry
+    there = worker_tasks._process
+
+    def as_another(work: Callable[[], Any]) -> bytes:
+        """What ``work`` gives, pickled in what counts as another process."""
+        worker_tasks._process = "another"
+        try:
+            return pickle.dumps(work())
+        finally:
+            worker_tasks._process = there
+
+    def failing() -> Any:
+        try:
+            return pickle.loads(sent[1])("fail")
+        except ValueError as error:
+            return error
+
+    class Sends(dspy.Module):  # type: ignore[misc]
+        def forward(self) -> Any:
+            sent.extend(pickle.dumps(dspy_otel.delegate(asked_elsewhere)) for _ in range(3))
+            said.append(repr(pickle.loads(as_another(failing))))
+            result = as_another(lambda: pickle.loads(sent[0])("q"))
+            said.extend(pickle.loads(result) for _ in range(2))
+            carrier = dspy_otel.inject(usage=True)
+
+            def by_hand() -> Any:
+                with dspy_otel.attach(carrier) as attached:
+                    return asked_elsewhere("by hand"), attached.usage()
+
+            answer, usage = pickle.loads(as_another(by_hand))
+            dspy_otel.add_usage(usage)
+            said.append(answer)
+            said.append(pickle.loads(sent[0])("here"))
+            return dspy.Prediction(answer=answer)
+
+    random.seed(3)
+    sent: list[bytes] = []
+    said: list[Any] = []
+    with dspy_otel.budget(lm_calls=1_000_000) if on else contextlib.nullcontext():
+        said.append(Sends()().answer)
+    return said
+
+
+def asked_elsewhere(question: str) -> str:
+    with dspy.context(lm=Oracle(), disable_history=True, trace=None):
+        answer = str(dspy.Predict("question -> answer")(question=question).answer)
+    if question == "fail":
+        raise ValueError(answer)
+    return answer
 
 
 def source() -> Any:
@@ -787,6 +847,7 @@ NEVER_CALLED = re.compile(
     r"optimizers\.(trackers\.)?(finetune|reanchor|progress)\.|interpreter|typed|_CountedStream|_counted_stream"
     r"|record_(chunk|retry)|count_chunk|_suppression_keys|call_context\._runtime$|simba\._in_compile|older_dspy\.|on_merge_rejected"
     r"|formatting_without|propagation\._typed|\.DeferredSpan\.|Asking\.of|\.__init__$|\.Telemetry\.(_make|_after_fork|__)|Waiting\._after_fork"
+    r"|worker_tasks\._after_fork$|UsageOfTask\.add_sums$|Sums\.as_one_call$"
     r"|telemetry\._stands_alone$|DroppedTrace\.start_span$"
     r"|GEPATracker\.copied$|is_trace_id_random|parent_of_process|gepa\.(GEPAWithoutEvents|OldGEPA)Tracker|gepa\._takes"
     r"|\.((Enclosed)?Operation|Tracker|Blob|SpanFactory)\.\w+$|_Pending|_moment|moment$"

@@ -76,6 +76,12 @@ class BudgetAround(Protocol):
     def settle(self, call: CallContext, telemetry: Any, error: BaseException | None) -> None:
         """An LM call has ended; raises if the budget cannot hold."""
 
+    def admit_task(self, call: CallContext) -> None:
+        """A task is about to go to a worker process, where no budget holds; raises if it must not."""
+
+    def settle_task(self, call: CallContext) -> None:
+        """A task of a worker process has handed back what it used. Never raises: the next call does."""
+
     def must_stop(self) -> bool:
         """Whether a limit has been reached, here or of a budget around this one."""
 
@@ -125,6 +131,7 @@ class CallContext:
     """
 
     __slots__ = (
+        "__weakref__",
         "budget",
         "deferred",
         "evaluated",
