@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import functools
 import inspect
+import itertools
 import os
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from secrets import token_hex
@@ -90,6 +92,11 @@ class Attached(Context):
         text = None if self.collector is None else _taken(self.collector)
         return text or ""
 
+    def _is_copy(self, copy: str) -> None:
+        """Tell chunks that share a carrier apart, unless a framework's own ids do."""
+        if self.collector is not None and not self.collector.run:
+            self.collector.run = copy
+
 
 @contextmanager
 def attach(carrier: Mapping[str, str]) -> Iterator[Attached]:
@@ -159,37 +166,45 @@ def delegate(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _R
 
 
 class _Delegated:
-    """What :func:`delegate` gives: each time it is pickled it becomes a task of its own."""
+    """What :func:`delegate` gives. It is one task, however often it is pickled: chunks of a ``map()`` share it."""
 
     def __init__(self, function: Callable[..., Any], context: Context) -> None:
         # Name and documentation only: the attributes of a callable object are its state.
         functools.update_wrapper(self, function, updated=())
         self._function = function
         self._context = context
+        self._lock = threading.Lock()
+        self._carrier: dict[str, str] | None = None
+        self._copies = itertools.count(1)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return bind(self._function, self._context)(*args, **kwargs)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _Sent, (self._function, guard("delegate()")(_written)(self._context, True) or {})
+        with self._lock:
+            if self._carrier is None:
+                self._carrier = guard("delegate()")(_written)(self._context, True) or {}
+        return _Sent, (self._function, self._carrier, str(next(self._copies)))
 
     def __dask_tokenize__(self) -> Any:
         return token_hex(16)  # Another task each time. Dask would pickle the function to see whether it is the same.
 
 
 class _Sent:
-    """A function that has arrived in a worker process, and its carrier."""
+    """A function that has arrived in a worker process, its carrier, and which copy of it this is."""
 
-    def __init__(self, function: Callable[..., Any], carrier: dict[str, str]) -> None:
+    def __init__(self, function: Callable[..., Any], carrier: dict[str, str], copy: str) -> None:
         functools.update_wrapper(self, function, updated=())
         self._function = function
         self._carrier = carrier
+        self._copy = copy
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if inspect.iscoroutinefunction(self._function):
             return self._awaited(args, kwargs)
         try:
             with attach(self._carrier) as attached:
+                attached._is_copy(self._copy)
                 result = self._function(*args, **kwargs)
         except BaseException as error:
             hide_frames(error)
@@ -199,6 +214,7 @@ class _Sent:
     async def _awaited(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         try:
             with attach(self._carrier) as attached:
+                attached._is_copy(self._copy)
                 result = await self._function(*args, **kwargs)
         except BaseException as error:
             hide_frames(error)
@@ -206,7 +222,7 @@ class _Sent:
         return _reply(result, attached)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _Sent, (self._function, self._carrier)
+        return _Sent, (self._function, self._carrier, self._copy)
 
 
 class _Reply:

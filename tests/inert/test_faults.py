@@ -423,7 +423,7 @@ MACHINERY = {
     *(f"propagation._Delegated.{method}" for method in ("__init__", "__call__", "__reduce__", "__dask_tokenize__")),
     *(f"propagation._Sent.{method}" for method in ("__init__", "__call__", "__reduce__", "_awaited")),
     *(f"propagation.{kind}.{method}" for kind in ("_Reply", "_OnError") for method in ("__init__", "__reduce__")),
-    "propagation.Attached.usage",
+    *("propagation.Attached.usage", "propagation.Attached._is_copy"),
     *("core.errors.hide_frames", "core.errors.without_our_frames"),
     *("core.internal_errors.failed", "core.internal_errors.warn_once", "core.internal_errors.reset_warnings"),
     *(f"core.internal_errors.guard.{method}" for method in ("__init__", "__enter__", "__exit__", "__call__")),

@@ -35,8 +35,9 @@ def flush(**_):
 
 @celery.task
 def answer(question, carrier):
-    with dspy_otel.attach(carrier):
-        return program(question=question).answer, os.getpid()
+    with dspy_otel.attach(carrier) as attached:
+        text = program(question=question).answer
+    return text, os.getpid(), attached.usage()
 
 
 def main():
@@ -44,10 +45,14 @@ def main():
     with trace.get_tracer("application").start_as_current_span("request"):
         here = baggage.set_baggage("session.id", "s1")
         context.attach(baggage.set_baggage("dspy.optimizer.run.id", "run7", here))
-        # At once, so that neither of the pool's two processes has all of them.
-        jobs = [answer.delay(f"q{number}", dspy_otel.inject()) for number in range(4)]
-        answers = [job.get() for job in jobs]
-    print([text for text, _ in answers], len({process for _, process in answers} - {os.getpid()}) > 0)
+        with dspy_otel.budget(tokens=10**6) as budget:
+            # At once, so that neither of the pool's two processes has all of them.
+            jobs = [answer.delay(f"q{number}", dspy_otel.inject(usage=True)) for number in range(4)]
+            answers = [job.get() for job in jobs]
+            for _, _, usage in answers:
+                dspy_otel.add_usage(usage)
+    print([text for text, _, _ in answers], len({process for _, process, _ in answers} - {os.getpid()}) > 0)
+    print(budget.spent.lm_calls, budget.spent.tokens, budget.spent.unanswered_tasks)
 
 
 if __name__ == "__main__":

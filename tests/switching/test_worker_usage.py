@@ -130,13 +130,28 @@ def test_a_task_belongs_to_the_place_it_was_sent_from(telemetry: Recorder, pool:
     }
 
 
-def test_chunks_of_a_map_are_tasks(pool: ProcessPoolExecutor) -> None:
+def test_chunks_of_a_map_are_tasks(telemetry: Recorder, pool: ProcessPoolExecutor) -> None:
+    def mapped(chunksize: int) -> str:
+        list(pool.map(dspy_otel.delegate(ask), [1, 1, 1], chunksize=chunksize))
+        return "done"
+
     with budget(tokens=10**6) as block:
         assert list(pool.map(dspy_otel.delegate(ask), [1, 2, 3], chunksize=2)) == [["blue"] * n for n in (1, 2, 3)]
         assert spent(block) == (6, 6 * CALL, 0)
         with FORK.Pool(1) as another:
             another.map(dspy_otel.delegate(ask), [1, 2, 3], chunksize=2)
         assert spent(block) == (12, 12 * CALL, 0)
+        Sends(mapped)(chunksize=2)
+        assert spent(block) == (15, 15 * CALL, 0)
+    assert telemetry.only("invoke_workflow Sends").attributes["dspy.usage.worker_tasks"] == 2
+
+
+def test_what_is_pickled_to_be_looked_at_is_no_task_of_its_own(pool: ProcessPoolExecutor) -> None:
+    with budget(tokens=10**6) as block:
+        task = dspy_otel.delegate(ask)
+        pickle.dumps(task)
+        pool.submit(task, 1).result()
+        assert spent(block) == (1, CALL, 0)
 
 
 def test_what_a_failed_task_has_used_counts(pool: ProcessPoolExecutor) -> None:
