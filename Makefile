@@ -75,7 +75,7 @@ matrix: ## the fast tests on an old DSPy and Python, and on the newest
 lowest: ## the fast tests with every package as old as pyproject.toml allows
 	@MATRIX=lowest scripts/matrix
 
-nightly: ## all DSPy versions, pre-releases, lower bounds, the wheel, a real server; and what changed since the last time
+nightly: ## all DSPy versions, pre-releases, lower bounds, the wheel, a real server, Ray; and what changed since the last time
 	@scripts/nightly
 
 dist: ## the wheel and the sdist: same bytes each time, install alone, licences known

@@ -38,6 +38,8 @@ class Usage:
         input_tokens, output_tokens: of all calls.
         cost: in USD, of the calls that have a known price.
         unpriced_calls: calls without a known price.
+        worker_tasks: tasks that were sent to worker processes.
+        unanswered_tasks: those of them that have handed nothing back; what they have used is missing here.
         by_role: the same for each role of LMs.
     """
 
@@ -47,6 +49,8 @@ class Usage:
     output_tokens: float | None = None
     cost: float | None = None
     unpriced_calls: float | None = None
+    worker_tasks: float | None = None
+    unanswered_tasks: float | None = None
     by_role: Mapping[str, Usage] = field(default_factory=dict)
 
     @classmethod

@@ -139,6 +139,9 @@ def _header(report: Optimization, source: Source, both: Sequence[Compared]) -> l
     elif usage.unpriced_calls:
         calls = f"{usage.unpriced_calls:,.0f} of {usage.lm_calls or 0:,.0f} LM calls"
         notices.append(tag("p", f"{calls} have no known price: the cost is that of the other calls.", class_="note"))
+    if usage.unanswered_tasks:
+        tasks = f"{usage.unanswered_tasks:,.0f} of {usage.worker_tasks or 0:,.0f} tasks of worker processes"
+        notices.append(tag("p", f"{tasks} have handed nothing back: what they have used is missing.", class_="warn"))
     return [
         tag("h1", title_of(report), " ", tag("span", report.outcome, class_=f"badge {outcome}")),
         tag("p", [[" · " if at else None, part] for at, part in enumerate(subtitle)], class_="soft"),
