@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from dspy_otel import budget
+from dspy_otel import BudgetExceeded, budget
 from tests.optimizers import processes
 from tests.optimizers.common import compile_span, quietly, trials
 from tests.support.spans import Recorder
@@ -75,3 +76,48 @@ def test_totals_are_those_of_one_process(telemetry: Recorder, name: str) -> None
     compiled = compile_span(telemetry, name).attributes
     assert compiled["dspy.usage.worker_tasks"] > 20
     assert "dspy.usage.unanswered_tasks" not in compiled
+
+
+def test_a_budget_ends_an_optimization_at_the_same_place(telemetry: Recorder) -> None:
+    telemetry.instrument()
+    with budget(lm_calls=50) as alone:
+        quietly(processes.run_gepa)
+    here = seen(telemetry, "GEPA")
+    telemetry.clear()
+    with processes.pool(), budget(lm_calls=50) as together:
+        quietly(processes.run_gepa)
+    assert seen(telemetry, "GEPA") == here
+    assert together.exceeded == alone.exceeded == "lm_calls"
+    assert together.spent.lm_calls == alone.spent.lm_calls >= 50
+    assert together.spent.tokens == alone.spent.tokens
+    alerts = [each for each in compile_span(telemetry, "GEPA").events if each.name == "dspy.budget.alert"]
+    assert [each.attributes["dspy.budget.percent"] for each in alerts] == [50, 80, 100]
+
+
+def test_a_budget_stops_what_does_not_end_by_itself(telemetry: Recorder) -> None:
+    telemetry.instrument()
+    with processes.pool(), budget(lm_calls=40) as block:
+        with pytest.raises(BudgetExceeded) as stopped:
+            quietly(processes.run_random_search)
+    assert 40 <= block.spent.lm_calls <= 40 + 2 * 2  # two threads, with a task of two calls each
+    assert block.spent.unanswered_tasks == 0
+    assert isinstance(stopped.value.program, processes.Anywhere)
+    trial = next(each for each in trials(telemetry, "BootstrapFewShotWithRandomSearch") if each["trial.number"] == 1)
+    assert (stopped.value.trial, stopped.value.score) == (1, trial["trial.score"])
+
+
+def test_a_lost_worker_is_said_in_its_trial(telemetry: Recorder, tmp_path: Path) -> None:
+    """The program asks once more, in another pool. What the lost one had used is not known; nothing else is lost."""
+    name = "BootstrapFewShotWithRandomSearch"
+    telemetry.instrument()
+    quietly(processes.run_random_search, threads=1)
+    here = seen(telemetry, name)
+    telemetry.clear()
+    with processes.pool(processes=1, kill_at=30, folder=tmp_path):
+        quietly(processes.run_random_search, threads=1)
+    there = seen(telemetry, name)
+    assert there == here
+    compiled = compile_span(telemetry, name).attributes
+    lost = [trial for trial in trials(telemetry, name) if "usage.unanswered_tasks" in trial]
+    assert compiled["dspy.usage.unanswered_tasks"] == 1
+    assert [trial["usage.unanswered_tasks"] for trial in lost] == [1]
