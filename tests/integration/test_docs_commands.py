@@ -57,8 +57,10 @@ PYTHON_NOT_RUN = {
     ("web.md", 0): "a service of the reader's: tests/switching/test_web.py",
     ("web.md", 1): "a service of the reader's: tests/switching/test_web.py",
     ("why.md", 0): "of an optimization whose winner has four sentences and a gain: tests/decide/test_explanation.py",
-    ("workers.md", 1): "Celery with a broker: tests/switching/test_workers.py",
+    ("workers.md", 1): "a cluster of Ray: tests/switching/test_workers.py",
     ("workers.md", 2): "a cluster of Ray: tests/switching/test_workers.py",
+    ("workers.md", 3): "Celery with a broker: tests/switching/test_workers.py",
+    ("workers.md", 4): "a cluster of Dask: tests/switching/test_workers.py",
 }
 SERVES = ("dspy-otel watch",)
 """Commands that go on until Ctrl-C: they are there when their page is."""
@@ -168,7 +170,10 @@ exporter_a, exporter_b = exporters
 """
     ],
     "configuration.md": [
-        "from concurrent.futures import ThreadPoolExecutor\npool, program = ThreadPoolExecutor(), MyProgram()\n"
+        """
+from concurrent.futures import ThreadPoolExecutor
+pool, program, work = ThreadPoolExecutor(), MyProgram(), MyProgram()
+"""
     ],
     "from-autolog.md": [""],
     "from-openinference.md": ["from opentelemetry.sdk.trace import TracerProvider\nprovider = TracerProvider()\n"],
@@ -185,8 +190,10 @@ provider = TracerProvider()
         "",
     ],
     "notebook.md": ["", "best = optimized()\n"],
-    "web.md": [None, None, "", "program, question = MyProgram(), 'one'\n"],
-    "workers.md": ["program, questions = MyProgram(), ['one', 'two', 'three']\n", None, None],
+    "web.md": [None, None, "", "program, question = MyProgram(), 'one'
+"],
+    "workers.md": ["program, questions = MyProgram(), ['one', 'two', 'three']
+", None, None, None, None],
 }
 """What the reader has before each block of a page; None for those that are not run."""
 

@@ -58,6 +58,7 @@ TABLE: tuple[tuple[str, tuple[int, ...], str], ...] = (
     ("test_roles.py::test_gepa", (3, 2), _NO_CALLBACKS),
     ("test_budgets.py::test_each_optimizer_stops[GEPA", (3, 2), _NO_CALLBACKS),
     ("test_budgets.py::test_gepa_keeps_the_callbacks_that_it_was_given", (3, 2), _NO_CALLBACKS),
+    ("test_processes.py::test_a_budget_ends_an_optimization_at_the_same_place", (3, 2), _NO_CALLBACKS),
 )
 
 
