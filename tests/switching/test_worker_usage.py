@@ -375,13 +375,19 @@ def test_attempts_of_a_framework_are_tasks(records: list[tuple[str, int]], tasks
 
 
 def test_no_more_is_kept_than_that(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(worker_tasks, "MAX_TASKS", 5)
-    monkeypatch.setattr(worker_tasks, "_tasks", {})
+    monkeypatch.setattr(worker_tasks, "MAX_UNANSWERED", 5)
+    monkeypatch.setattr(worker_tasks, "MAX_ANSWERED", 2)
+    monkeypatch.setattr(worker_tasks, "_unanswered", {})
+    monkeypatch.setattr(worker_tasks, "_answered", {})
     totals, context = in_totals()
     sent = [worker_tasks.send(context) for _ in range(8)]
-    for task in sent:
-        worker_tasks.receive(json.dumps([Record(task, "r", {None: Sums(calls=1)}).fields()]))
-    assert (totals.calls, totals.unanswered_tasks) == (5, 3)
+    assert list(worker_tasks._unanswered) == sent[3:]
+    for number in "ab":
+        for task in sent:
+            worker_tasks.receive(json.dumps([Record(task, number, {None: Sums(calls=1)}).fields()]))
+    assert (totals.calls, totals.unanswered_tasks) == (5 + 2, 3)
+    assert list(worker_tasks._answered) == sent[6:]
+    assert not worker_tasks._unanswered
     assert not worker_tasks._waiting
     task = Task(context)
     for number in range(worker_tasks.MAX_RECORDS + 10):
@@ -396,9 +402,9 @@ def test_no_more_is_kept_than_that(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_task_keeps_no_program_alive(telemetry: Recorder) -> None:
     _, context = in_totals()
     id_ = worker_tasks.send(context)
-    assert worker_tasks._tasks[id_].context() is context
+    assert worker_tasks._unanswered[id_].context() is context
     del context
-    assert worker_tasks._tasks[id_].context() is None
+    assert worker_tasks._unanswered[id_].context() is None
 
 
 anything = st.recursive(

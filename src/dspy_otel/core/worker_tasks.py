@@ -31,8 +31,10 @@ from dspy_otel.core.usage import Sums, Totals, UsageOfTask
 ROLES: Final = frozenset(
     {semconv.ROLE_TASK, semconv.ROLE_JUDGE, semconv.ROLE_PROPOSER, semconv.ROLE_REFLECTION, semconv.ROLE_TEACHER}
 )
-MAX_TASKS: Final = 20_000
-"""Most tasks that are kept. The one that was sent or has answered longest ago is forgotten first."""
+MAX_UNANSWERED: Final = 100_000
+MAX_ANSWERED: Final = 5_000
+"""Most tasks that are kept of those that have not answered, and of those that have: they may send another record. The
+oldest is forgotten first."""
 MAX_RECORDS: Final = 1000
 """Most records of one task, and most of its runs, that are known to have arrived."""
 MAX_WAITING: Final = 100
@@ -176,7 +178,8 @@ class Collector:
 _lock = threading.Lock()
 _process = random_source.token_hex(8)
 _numbers = itertools.count(1)
-_tasks: dict[str, Task] = {}
+_unanswered: dict[str, Task] = {}
+_answered: dict[str, Task] = {}
 _waiting: deque[Record] = deque(maxlen=MAX_WAITING)
 """Records that go along with the next one to the same process: they came here first, or may have been lost."""
 
@@ -185,7 +188,7 @@ def send(context: CallContext) -> str:
     """Keep where the usage of a task belongs that is being sent from ``context``, and give the task's id."""
     task = Task(context)
     with _lock:
-        _keep(_tasks, task.id, task, MAX_TASKS)
+        _keep(_unanswered, task.id, task, MAX_UNANSWERED)
     for totals in task.totals:
         totals.count_tasks(sent=1)
     return task.id
@@ -208,9 +211,9 @@ def receive(text: str) -> list[tuple[Task, Record]]:
     counted = []
     for record in map(Record.of, fields):
         with _lock:
-            task = _tasks.pop(record.task, None)
+            task = _unanswered.pop(record.task, None) or _answered.pop(record.task, None)
             if task is not None:
-                _tasks[record.task] = task  # now the last to be forgotten
+                _keep(_answered, record.task, task, MAX_ANSWERED)  # now the last to be forgotten
                 if task.add(record):
                     counted.append((task, record))
         if task is None and _sender(record.task) != _process:
@@ -295,7 +298,8 @@ def _after_fork() -> None:
     global _lock, _process  # noqa: PLW0603
     _lock = threading.Lock()  # The thread that may own the old one is not here.
     _process = random_source.token_hex(8)
-    _tasks.clear()
+    _unanswered.clear()
+    _answered.clear()
     _waiting.clear()
 
 
