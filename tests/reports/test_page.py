@@ -183,6 +183,13 @@ def test_without_content_it_says_how_to_get_the_rest() -> None:
     assert "CAPTURE_MESSAGE_CONTENT=span_only" in render(Optimization(trials=(Trial(1),)))
 
 
+def test_lost_workers_are_said() -> None:
+    lost = dataclasses.replace(hostile(), usage=Usage(lm_calls=80, worker_tasks=40, unanswered_tasks=2))
+    said = "2 of 40 tasks of worker processes have handed nothing back"
+    assert said in Page(render(lost)).text
+    assert said not in Page(render(dataclasses.replace(lost, usage=Usage(lm_calls=80, worker_tasks=40)))).text
+
+
 def test_one_trial_and_equal_scores_can_be_drawn() -> None:
     assert "<svg" in render(Optimization(trials=(Trial(1, "full", score=0.0, spent=Usage(cost=0.0)),)))
     assert "<svg" in render(Optimization(trials=tuple(Trial(n, "full", score=50.0) for n in (1, 2))))
