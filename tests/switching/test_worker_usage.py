@@ -374,6 +374,23 @@ def test_attempts_of_a_framework_are_tasks(records: list[tuple[str, int]], tasks
     assert totals.by_role()["task"].input_tokens == 5 * len(records)
 
 
+def test_celery_says_which_attempt_it_is() -> None:
+    celery = pytest.importorskip("celery")
+    seen: list[tuple[str, int]] = []
+
+    def fails_twice() -> None:
+        seen.append((worker_tasks.Collector("sender-1").run, worker_tasks.Collector("sender-1").attempt))
+        if len(seen) < 3:
+            raise ValueError("not yet")
+
+    application = celery.Celery("retries", broker="memory://", set_as_current=False)
+    retries = {"autoretry_for": (ValueError,), "default_retry_delay": 0, "retry_backoff": 0}
+    application.task(fails_twice, **retries).apply().get()
+    assert [attempt for _, attempt in seen] == [0, 1, 2]
+    assert len({run_ for run_, _ in seen} - {""}) == 1
+    assert worker_tasks.Collector("sender-1").run == ""
+
+
 def test_no_more_is_kept_than_that(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(worker_tasks, "MAX_UNANSWERED", 5)
     monkeypatch.setattr(worker_tasks, "MAX_ANSWERED", 2)
@@ -394,7 +411,8 @@ def test_no_more_is_kept_than_that(monkeypatch: pytest.MonkeyPatch) -> None:
         task.add(Record(task.id, str(number), {}, run=str(number)))
     assert len(task._records) == len(task._runs) == worker_tasks.MAX_RECORDS
     for number in range(worker_tasks.MAX_WAITING + 10):
-        worker_tasks.receive(json.dumps([Record("another-1", str(number), {}).fields()]))
+        for _ in range(2):
+            worker_tasks.receive(json.dumps([Record("another-1", str(number), {}).fields()]))
     assert len(worker_tasks._waiting) == worker_tasks.MAX_WAITING
     assert len(worker_tasks._take_waiting("another-2")) == worker_tasks.MAX_WAITING
 

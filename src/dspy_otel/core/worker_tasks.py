@@ -235,7 +235,8 @@ def _sender(task: str) -> str:
 
 def _wait(record: Record) -> None:
     with _lock:
-        _waiting.append(record)
+        if all(record.id != each.id for each in _waiting):  # a framework may try whether an exception can be pickled
+            _waiting.append(record)
 
 
 def _take_waiting(task: str) -> list[Record]:
