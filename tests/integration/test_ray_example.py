@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import sqlite3
 import sys
@@ -16,10 +15,9 @@ from tests.support.waiting import run
 from tests.switching.process import ROOT, environment
 from tests.switching.test_neighbours import needs
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.nightly]
 pytest.importorskip("mlflow")
-CHOSEN = os.environ.get("RAY_EXAMPLE", "GEPA")
-"""The nightly job runs both."""
+NAMES = ["MIPROv2", "GEPA"]
 
 
 @needs("ray", "ray")
@@ -28,12 +26,11 @@ def test_optimizations_on_a_cluster_that_loses_workers(tmp_path: Path) -> None:
     with tempfile.TemporaryDirectory(prefix="ray-") as folder:
         ray = {"RAY_TMPDIR": folder, "RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
         own = {"XDG_STATE_HOME": str(tmp_path), "DSPY_CACHEDIR": str(tmp_path), "PYTHONPATH": f"{ROOT / 'src'}"}
-        command = [sys.executable, str(ROOT / "examples/ray_optimize.py"), "--optimizer", CHOSEN]
+        command = [sys.executable, str(ROOT / "examples/ray_optimize.py"), "--optimizer", "both"]
         done = run(command, env=environment(**ray, **own), cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     tables = re.split(r"^(MIPROv2|GEPA) .*\n", done.stdout, flags=re.MULTILINE)[1:]
-    names = ["MIPROv2", "GEPA"] if CHOSEN == "both" else [CHOSEN]
-    assert tables[::2] == names
+    assert tables[::2] == NAMES
     for table in tables[1::2]:
         shown = re.findall(r"^  (\S+) +([\d,]+) +([\d,]+)$", table, re.MULTILINE)
         both = {name: (alone, together) for name, alone, together in shown}
@@ -45,7 +42,7 @@ def test_optimizations_on_a_cluster_that_loses_workers(tmp_path: Path) -> None:
     said = [line for line in done.stderr.splitlines() if line.startswith("dspy-otel: ")]
     assert len(said) == 1
     assert "have handed no usage back" in said[0]
-    assert_connected(tmp_path / "mlflow.db", names)
+    assert_connected(tmp_path / "mlflow.db", NAMES)
 
 
 def assert_connected(store: Path, names: list[str]) -> None:
