@@ -190,10 +190,8 @@ provider = TracerProvider()
         "",
     ],
     "notebook.md": ["", "best = optimized()\n"],
-    "web.md": [None, None, "", "program, question = MyProgram(), 'one'
-"],
-    "workers.md": ["program, questions = MyProgram(), ['one', 'two', 'three']
-", None, None, None, None],
+    "web.md": [None, None, "", "program, question = MyProgram(), 'one'\n"],
+    "workers.md": ["program, questions = MyProgram(), ['one', 'two', 'three']\n", None, None, None, None],
 }
 """What the reader has before each block of a page; None for those that are not run."""
 
