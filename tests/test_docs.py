@@ -83,6 +83,14 @@ def test_links_between_pages_lead_somewhere(page: Path) -> None:
     assert not wrong
 
 
+def test_every_page_is_in_the_margin_of_the_site() -> None:
+    tree = ast.parse((ROOT / "docs" / "conf.py").read_text(encoding="utf-8"))
+    known = {ast.unparse(node.targets[0]): node.value for node in tree.body if isinstance(node, ast.Assign)}
+    elsewhere = {name.removesuffix(".md") for name in ast.literal_eval(known["ELSEWHERE"]).values()}
+    listed = [page for pages in ast.literal_eval(known["PAGES"]).values() for page in pages.split()]
+    assert sorted(listed) == sorted(elsewhere | {page.stem for page in ROOT.glob("docs/*.md")} - {"index"})
+
+
 COMMAND = re.compile(r"(?:^|[`;] ?)dspy-otel ([a-z]+(?: [^`\n|#]*)?)", re.MULTILINE)
 
 
