@@ -144,5 +144,32 @@ def test_what_the_winner_changed():
 
 
 def test_the_command_that_opens_the_ui():
-    assert run.ui_command("http://me:hidden@127.0.0.1:5000") == "http://127.0.0.1:5000"
-    assert run.ui_command("sqlite:///m.db") == "dspy-otel ui --tracking-uri sqlite:///m.db"
+    assert run.where_to_look("http://me:hidden@127.0.0.1:5000") == "http://127.0.0.1:5000"
+
+
+def test_the_command_has_its_path_where_no_shell_would_find_it(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    for folder in (".venv/bin", "my programs"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "dspy-otel").touch(0o755)
+    monkeypatch.setattr("sys.executable", str(tmp_path / ".venv/bin/python"))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert run.where_to_look("sqlite:///m.db") == ".venv/bin/dspy-otel ui --tracking-uri sqlite:///m.db"
+    monkeypatch.chdir(tmp_path / "my programs")
+    assert run.where_to_look("sqlite:///m.db").split(" ui ")[0] == str(tmp_path / ".venv/bin/dspy-otel")
+    monkeypatch.setattr("sys.executable", str(tmp_path / "my programs/python"))
+    assert run.where_to_look("sqlite:///m.db").split(" ui ")[0] == f"'{tmp_path}/my programs/dspy-otel'"
+    monkeypatch.setenv("PATH", str(tmp_path / ".venv/bin"))
+    assert run.where_to_look("sqlite:///m.db").split(" ui ")[0] == "dspy-otel"
+
+
+@pytest.mark.parametrize(
+    ("trial", "text"),
+    [
+        (Trial(optimization="o", number=1, kind="baseline"), "the program as it is"),
+        (Trial(optimization="o", number=2, changes='{"describe": {}, "choose": {}}'), "describe, choose"),
+        (Trial(optimization="o", number=3, params={"iteration": 2}), "iteration=2"),
+    ],
+)
+def test_what_a_trial_changed(trial, text):
+    assert show.changed(trial) == text

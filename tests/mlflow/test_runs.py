@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
+import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -20,8 +22,9 @@ from dspy_otel.mlflow import processor, retry, runs
 from dspy_otel.mlflow.exporter import exporters_of, track_runs
 from dspy_otel.mlflow.retry import ExportError, Verdict
 from dspy_otel.mlflow.runs import Score, runs_of, safe_key
+from dspy_otel.mlflow.target import ui_command
 from dspy_otel.mlflow.worker import EXIT_ATTEMPTS
-from dspy_otel.record.addresses import Address, address_of
+from dspy_otel.record.addresses import Address, address_of, mark_shown
 from dspy_otel.record.history import History
 from dspy_otel.record.model import Candidate
 from dspy_otel.record.otlp import decode
@@ -76,8 +79,32 @@ def test_where_a_run_is_shown_is_logged_and_kept(
     monkeypatch.setattr(Memory, "url", lambda *_: None)
     program.compile("second").end()
     assert program.provider.force_flush()
-    assert "run id of second; to look at it: dspy-otel ui --tracking-uri memory" in caplog.records[-1].getMessage()
-    assert address_of("second") == Address("id of second", None, "dspy-otel ui --tracking-uri memory")
+    assert f"run id of second; to look at it: {ui_command('memory')}" in caplog.records[-1].getMessage()
+    assert address_of("second") == Address("id of second", None, ui_command("memory"))
+
+
+def test_where_a_run_is_shown_is_written_to_a_terminal_where_nobody_has_set_up_logging(
+    program: Program, store: Memory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Screen(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    screen = Screen()
+    monkeypatch.setattr(sys, "stderr", screen)
+    monkeypatch.setattr(logging.Logger, "hasHandlers", lambda _: False)
+    program.compile("plain").end()
+    assert program.provider.force_flush()
+    where = "memory/id of plain"
+    assert screen.getvalue() == f"Best QA: {where}\nBest QA: finished: {where}\n"
+    mark_shown("displayed")  # the progress display has the link in its last line
+    program.compile("displayed").end()
+    assert program.provider.force_flush()
+    assert "displayed" not in screen.getvalue()
+    monkeypatch.setattr(logging.Logger, "hasHandlers", lambda _: True)
+    program.compile("logged").end()
+    assert program.provider.force_flush()
+    assert "logged" not in screen.getvalue()
 
 
 def test_scores_are_curves_over_trials_and_examples_have_theirs(program: Program, store: Memory) -> None:

@@ -464,6 +464,21 @@ def test_a_notebook_shows_it_unasked_and_keeps_the_result(telemetry: Any, monkey
     assert handler.filters == filters
 
 
+def test_a_notebook_shows_a_warning_of_dspys_once() -> None:
+    quiet = notebook._Quiet()
+
+    def shown(message: str, *arguments: object, level: int = logging.WARNING, name: str = "dspy.predict") -> bool:
+        return quiet.filter(logging.LogRecord(name, level, "", 0, message, arguments, None))
+
+    assert shown("Input contains %s", "a")
+    assert shown("Input contains %s", "b")
+    assert not shown("Input contains %s", "a")
+    assert shown("Input contains %s", "a", level=logging.ERROR)
+    assert shown("Input contains %s", "a", level=logging.INFO)
+    assert not shown("Step 1", level=logging.INFO, name="dspy.teleprompt.mipro")
+    assert shown("no %s place", "two", "arguments")
+
+
 def test_the_table_of_a_notebook_is_safe_html() -> None:
     there = dataclasses.replace(RUNNING, name="<b>", address=Address("r", 'http://h/?a="b"&c'))
     text = notebook.html(there)

@@ -17,7 +17,8 @@ from dspy_otel.mlflow.items import ATTEMPTS_BEFORE_SPLIT, Items
 from dspy_otel.mlflow.pending import Pending, PendingRuns
 from dspy_otel.mlflow.retry import NOT_FOUND, ExportError, Verdict
 from dspy_otel.mlflow.runs import COMPILE, TAG_NAME, TAG_PARENT
-from dspy_otel.mlflow.threads import HELPERS, Helpers, log_safely
+from dspy_otel.mlflow.target import ui_command
+from dspy_otel.mlflow.threads import HELPERS, Helpers, announce, log_safely
 from dspy_otel.mlflow.versions import (
     DATASETS,
     LINKED_PROMPTS,
@@ -29,7 +30,7 @@ from dspy_otel.mlflow.versions import (
     PromptVersion,
     linked_prompts,
 )
-from dspy_otel.record.addresses import Address, add_address
+from dspy_otel.record.addresses import Address, add_address, is_shown
 
 _logger = logging.getLogger(__name__)
 
@@ -150,10 +151,10 @@ class RunWriter:
         self._account.written[RUNS] += 1
         if run.kind == COMPILE:
             url = backend.url(run.run_id, run.experiment)
-            command = None if url else f"dspy-otel ui --tracking-uri {backend.name}"
+            command = None if url else ui_command(backend.name)
             add_address(run.key, Address(run.run_id, url, command))
             if run.parent_key is None:
-                log_safely(_logger.info, "%s: %s", run.name, url or _how_to_open(backend, run.run_id))
+                _say(run, url or _how_to_open(backend, run.run_id))
         if known:  # it may have been created with other values
             run.tags.update(some)
 
@@ -209,7 +210,7 @@ class RunWriter:
             run.ended = None
             if run.kind == COMPILE and run.parent_key is None:
                 where = backend.url(run_id, run.experiment) or _how_to_open(backend, run_id)
-                log_safely(_logger.info, "%s: %s: %s", run.name, status.lower(), where)
+                _say(run, f"{status.lower()}: {where}")
 
     # --- versions ---------------------------------------------------------------------------------------------------
     def write_versions(self, backend: Backend) -> None:
@@ -292,9 +293,17 @@ class RunWriter:
         self._items.write(VALUES, f"{run.key}/{name}", call)
 
 
+def _say(run: Pending, what: str) -> None:
+    """Log something of a run; a terminal gets it too, unless a display there has the link."""
+    if is_shown(run.key):
+        log_safely(_logger.info, "%s: %s", run.name, what)
+    else:
+        announce(_logger, "%s: %s", run.name, what)
+
+
 def _how_to_open(backend: Backend, run_id: str) -> str:
     """What to do to see a run of a store without a server."""
-    return f"run {run_id}; to look at it: dspy-otel ui --tracking-uri {backend.name}"
+    return f"run {run_id}; to look at it: {ui_command(backend.name)}"
 
 
 def _some(values: Mapping[str, str], most: int) -> dict[str, str]:

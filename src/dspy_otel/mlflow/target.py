@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import shlex
+import shutil
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
@@ -17,6 +21,23 @@ DEFAULT_TIMEOUT: Final = 60.0
 DEFAULT_STORE: Final = "sqlite:///mlflow.db"
 """MLflow's own default."""
 _SQL_SCHEMES: Final = frozenset({"sqlite", "postgresql", "mysql", "mssql"})
+
+
+def ui_command(store: str) -> str:
+    """The command that opens MLflow's pages of a store.
+
+    It has its whole path where a shell would not find it: the virtual environment is not activated.
+
+    Args:
+        store: its URI, without a password.
+    """
+    program = "dspy-otel"
+    with contextlib.suppress(OSError):  # a working directory that is gone
+        here = None if shutil.which(program) else shutil.which(program, path=os.path.dirname(sys.executable))
+        if here is not None:
+            near = os.path.relpath(here)
+            program = shlex.quote(here if near.startswith(os.pardir) or os.sep not in near else near)
+    return f"{program} ui --tracking-uri {store}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import logging
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -127,6 +129,21 @@ def log_safely(log: Callable[..., object], message: str, *arguments: object) -> 
     """
     with contextlib.suppress(Exception):
         log(message, *arguments)
+
+
+def announce(logger: logging.Logger, message: str, *arguments: object) -> None:
+    """Log a message at INFO; where nobody has set up logging, which drops that, write it to a terminal.
+
+    Args:
+        logger: the caller's.
+        message: a %-format.
+        arguments: for the format.
+    """
+    with contextlib.suppress(Exception):
+        if logger.hasHandlers() or not sys.stderr.isatty():
+            logger.info(message, *arguments)
+        else:
+            print(message % arguments, file=sys.stderr)
 
 
 def start_thread(function: Callable[[], None], name: str) -> threading.Thread | None:

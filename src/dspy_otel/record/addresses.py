@@ -12,6 +12,7 @@ _MOST: Final = 4096
 _lock: Final = threading.Lock()
 _known: Final[OrderedDict[str, Address]] = OrderedDict()
 _waiting: Final[OrderedDict[str, Callable[[Address], object]]] = OrderedDict()
+_shown: Final[OrderedDict[str, None]] = OrderedDict()
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,3 +63,17 @@ def address_of(optimization: str) -> Address | None:
     """Where an optimization is shown; None when that is not known, or not yet."""
     with _lock:
         return _known.get(optimization)
+
+
+def mark_shown(optimization: str) -> None:
+    """Keep that a display shows an optimization, with its address at the end: nobody else needs to."""
+    with _lock:
+        _shown[optimization] = None
+        while len(_shown) > _MOST:
+            _shown.popitem(last=False)
+
+
+def is_shown(optimization: str) -> bool:
+    """Whether a display shows an optimization."""
+    with _lock:
+        return optimization in _shown

@@ -18,7 +18,7 @@ from dspy_otel.cli import ui
 from dspy_otel.cli.demo import show
 from dspy_otel.cli.demo.telemetry import Recorder, open_mlflow, set_up_telemetry
 from dspy_otel.mlflow.retry import ExportError
-from dspy_otel.mlflow.target import public_uri
+from dspy_otel.mlflow.target import public_uri, ui_command
 
 _RUN, _EVALUATE = "run", "evaluate"
 _OPTIMIZERS = {"mipro": ("MIPROv2",), "gepa": ("GEPA",), "both": ("MIPROv2", "GEPA")}
@@ -43,6 +43,8 @@ def run_demo(
     if tracking_uri is None:
         _STORE.mkdir(exist_ok=True)
         tracking_uri = f"sqlite:///{_STORE / 'mlflow.db'}"
+    if logging.lastResort is not None:
+        logging.getLogger("dspy_otel").addHandler(logging.lastResort)  # warnings, and no links of its own
     console = Console(file=sys.stdout)
     place = public_uri(tracking_uri)
     console.print(f"dspy-otel demo on {model or 'the embedded model'}, traces to {place}", highlight=False)
@@ -87,7 +89,7 @@ def run_demo(
                 step("store the last traces", finish)
 
     console.print(show.report(recorder, _OPTIMIZERS[optimizer], answers, _NAME), highlight=False)
-    console.print(f"\n[bold]See it all:[/] {ui_command(tracking_uri)}", highlight=False, soft_wrap=True)
+    console.print(f"\n[bold]See it all:[/] {where_to_look(tracking_uri)}", highlight=False, soft_wrap=True)
     return ui.open_ui(tracking_uri) if open_it else 0
 
 
@@ -143,8 +145,8 @@ def _gepa(task: Any, lm: Any, train: list[Any], val: list[Any], quick: bool) -> 
     return optimizer.compile(task.ColourFamily(), trainset=train, valset=val)
 
 
-def ui_command(tracking_uri: str) -> str:
+def where_to_look(tracking_uri: str) -> str:
     """The command that opens MLflow on a store, or the address of a server that has its pages already."""
     if tracking_uri.startswith("http"):
         return public_uri(tracking_uri)
-    return f"dspy-otel ui --tracking-uri {public_uri(tracking_uri)}"
+    return ui_command(public_uri(tracking_uri))

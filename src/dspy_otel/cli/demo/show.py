@@ -12,7 +12,7 @@ from rich.text import Text
 from dspy_otel.cli.demo.telemetry import Recorder
 from dspy_otel.cli.demo.trials import parameters
 from dspy_otel.record.history import optimizations
-from dspy_otel.record.model import Evaluation, Optimization, Trial
+from dspy_otel.record.model import Evaluation, Optimization, Trial, load_json
 
 _TRIALS = 5
 _LINES = 4
@@ -82,15 +82,23 @@ def result_line(optimization: Optimization) -> Text:
 def trials_table(found: Sequence[Optimization]) -> Table:
     """The five trials that matter: the start, each step up, and what did not help."""
     table = Table(box=None, padding=(0, 2, 0, 0), title="Trials that matter", title_justify="left", title_style="bold")
-    for column, width in (("", 8), ("#", 3), ("kind", 9), ("score", 5), ("", 10), ("chosen", 28)):
+    for column, width in (("", 8), ("#", 3), ("kind", 9), ("score", 5), ("", 10), ("changed", 28)):
         side = "right" if column in ("#", "score") else "left"
         table.add_column(column, justify=side, no_wrap=True, width=width)  # type: ignore[arg-type]
     for trial in trials_that_matter([trial for one in found for trial in one.trials]):
         score = "" if trial.score is None else f"{trial.score:.2f}"
         mark = "★" if trial.is_best else "✗ rejected" if trial.accepted is False else ""
         style = "green" if trial.is_best else None
-        table.add_row(trial.optimizer, str(trial.number), trial.kind, score, mark, parameters(trial), style=style)
+        table.add_row(trial.optimizer, str(trial.number), trial.kind, score, mark, changed(trial), style=style)
     return table
+
+
+def changed(trial: Trial) -> str:
+    """The predictors that set a trial's candidate apart from its parent; without content, what the optimizer chose."""
+    if trial.kind == "baseline":
+        return "the program as it is"
+    changes = load_json(trial.changes)
+    return ", ".join(changes) if isinstance(changes, dict) and changes else parameters(trial)
 
 
 def trials_that_matter(trials: Sequence[Trial], count: int = _TRIALS) -> list[Trial]:

@@ -31,13 +31,16 @@ _SECONDS: Final = 0.5
 _LINK_SECONDS: Final = 60
 """How long the link is waited for, in the background, after the end."""
 _QUIET: Final = ("dspy.teleprompt", "dspy.evaluate")
+_MOST_WARNINGS: Final = 1_000
+"""Warnings that are kept to know them again."""
 _CELL: Final = "text-align:left;padding:2px 14px 2px 0;background:none"
 
 
 class Notebook:
     """The display in a notebook: a table for each outermost optimization.
 
-    DSPy's own account of its progress, log lines below WARNING, is left out meanwhile.
+    DSPy's own account of its progress, log lines below WARNING, is left out meanwhile, and so is a warning that has
+    been shown: its optimizers give some with each proposal.
 
     Args:
         views: gives the running optimizations.
@@ -176,15 +179,26 @@ def _link(view: View) -> str:
 
 
 class _Quiet(logging.Filter):
-    """Leaves out DSPy's own account of its progress, at DSPy's own handler."""
+    """At DSPy's own handler, leaves out its account of its progress, and warnings that say the same again."""
 
     def __init__(self) -> None:
         super().__init__()
         self._handlers: list[logging.Handler] = []
+        self._warnings: set[str] = set()
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Whether a record is shown."""
-        return record.levelno >= logging.WARNING or not record.name.startswith(_QUIET)
+        if record.levelno < logging.WARNING:
+            return not record.name.startswith(_QUIET)
+        if record.levelno > logging.WARNING or record.exc_info or len(self._warnings) >= _MOST_WARNINGS:
+            return True
+        try:
+            text = f"{record.name}: {record.getMessage()}"
+        except Exception:  # the handler reports it
+            return True
+        again = text in self._warnings
+        self._warnings.add(text)
+        return not again
 
     def start(self) -> None:
         """From now on."""

@@ -13,7 +13,7 @@ from typing import Any, Final
 from dspy_otel.core.internal_errors import failed, guard, warn_once
 from dspy_otel.optimizers.progress.streams import Redirection, is_terminal
 from dspy_otel.optimizers.progress.view import View, closing, line, link
-from dspy_otel.record.addresses import Address, when_known
+from dspy_otel.record.addresses import Address, mark_shown, when_known
 
 _PER_SECOND: Final = 4
 _LINES: Final = 2
@@ -125,6 +125,7 @@ class Terminal:
 
     def begin(self, view: View) -> None:
         """An optimization begins: it is shown at once, however short it is."""
+        mark_shown(view.id)
         with self._drawing:
             self._live.refresh()
 
