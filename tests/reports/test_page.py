@@ -24,6 +24,7 @@ from dspy_otel.record.model import (
 )
 from dspy_otel.reports import Source, charts, render
 from dspy_otel.reports.examples import compare
+from dspy_otel.reports.numbers import change_text, tokens_text
 
 HOSTILE = "<script>alert(1)</script>\"'><img src=x onerror=alert(2)>&amp;]]><!-- \ud800 \x00 \u202e \N{PILE OF POO}"
 
@@ -222,3 +223,17 @@ def test_examples_are_compared_one_by_one() -> None:
     page = Page(render(Optimization(trials=trials, winner=2, examples={1: before, 2: after})))
     assert "2 improved" in page.text
     assert "1 regressed" in page.text
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(1 / 6, "+0.167"), (-0.00351, "-0.004"), (0.0000123, "+1.23e-05"), (16.6667, "+16.7"), (0.0, "+0")],
+)
+def test_a_difference_has_the_digits_that_people_read(value: float, text: str) -> None:
+    assert change_text(value) == text
+
+
+def test_a_trial_whose_calls_all_came_from_the_cache_says_so() -> None:
+    assert tokens_text(Usage(lm_calls=4, cache_hits=4)) == "cached"
+    assert tokens_text(Usage(lm_calls=4, cache_hits=3, input_tokens=7, output_tokens=1)) == "8"
+    assert tokens_text(Usage(lm_calls=4, cache_hits=3)) is None

@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 
 from dspy_otel.record.model import Candidate, Dataset, Optimization, Trial, Usage
 from dspy_otel.reports.lineage import ancestors, nodes
+from dspy_otel.reports.page import render
+from dspy_otel.reports.reasons import changes_text
 from dspy_otel.reports.why import (
     CUT_TEXTS,
     NO_TEXTS,
@@ -369,3 +371,22 @@ def brought(record: Optimization, step: Step, one: Any) -> bool:
             ):
                 return False
     return True
+
+
+def test_what_a_step_changed_is_a_sentence() -> None:
+    a, _, c = explain(LINE).steps
+    assert changes_text(a) == "1 sentence of qa added"
+    assert changes_text(c) == "all together: 2 sentences of qa added, 2 demos of qa added"
+    swapped = Step("d", (), changes=(Change("qa", "instructions", 1, 1),))
+    assert changes_text(swapped) == "1 sentence of qa added and 1 removed"
+
+
+def test_a_leaked_sentence_stands_once_for_all_its_rows() -> None:
+    rows = [{"colour": "sandstone", "family": "brown"}, {"colour": "burnt sienna", "family": "brown"}]
+    leaky = program("leaky", "Answer. Sandstone and burnt sienna are brown.")
+    trials = (scored(1, "seed", 0.2, kind="baseline"), scored(2, "leaky", 0.9, "seed"))
+    train = Dataset("train", 2, text=json.dumps(rows))
+    page = render(optimization(*trials, programs=[SEED, leaky], winner="leaky", train=train))
+    box = page[page.index("Leak: ") : page.index("came with")]
+    assert box.count("training row") == 2 + 1  # the first sentence counts them
+    assert box.count("Sandstone and burnt sienna are brown.") == 1

@@ -17,8 +17,12 @@ def score_text(value: float | None) -> str:
 
 
 def change_text(value: float) -> str:
-    """A difference of scores, with its sign."""
-    return f"{value:+.3g}"
+    """A difference of scores, with its sign: three digits, and three after the point unless it is smaller than that.
+
+    >>> change_text(0.16666667), change_text(-0.00351), change_text(0.0000123)
+    ('+0.167', '-0.004', '+1.23e-05')
+    """
+    return f"{round(value, 3) or value:+.3g}"
 
 
 def count_text(value: float) -> str:
@@ -64,3 +68,10 @@ def cost_text(usage: Usage) -> str | None:
     if not usage.cost and all_cached(usage):
         return "cached"
     return None if usage.cost is None else money_text(usage.cost)
+
+
+def tokens_text(usage: Usage) -> str | None:
+    """How many tokens calls took: ``cached`` when all came from a cache, None when it is not known."""
+    if not usage.tokens and all_cached(usage):
+        return "cached"
+    return None if usage.tokens is None else count_text(usage.tokens)

@@ -19,6 +19,7 @@ from dspy_otel.reports.numbers import (
     count_text,
     duration_text,
     score_text,
+    tokens_text,
 )
 from dspy_otel.reports.parts import MAX_VALUE, Source, candidate, chip, link, table, trace_link, value_of
 from dspy_otel.reports.programs import line_of_winner, programs, what_changed
@@ -349,12 +350,12 @@ def _trial_table(report: Optimization, names: Mapping[str, str], source: Source,
     columns = [
         "trial",
         "kind",
+        "score",  # on a phone the rest is beyond the edge
+        *(["reported"] if reported else []),
+        "best",
         *(["phase"] if phases else []),
         "candidate",
         "made from",
-        "score",
-        *(["reported"] if reported else []),
-        "best",
         "examples",
     ]
     columns += [
@@ -382,7 +383,7 @@ def _trial_table(report: Optimization, names: Mapping[str, str], source: Source,
             "best": None if trial.best is None else score_text(trial.best),
             "examples": trial.size,
             "verdict": _verdict(trial),
-            "tokens": None if trial.usage.tokens is None else count_text(trial.usage.tokens),
+            "tokens": tokens_text(trial.usage),
             "cost": cost_text(trial.usage),
             "choices": [chip(name, value) for name, value in list(trial.params.items())[:20]],
         }

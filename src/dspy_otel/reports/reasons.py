@@ -32,6 +32,8 @@ MAX_STEPS: Final = 6
 """Most steps that are shown at once, those that gained most; more are there on demand."""
 MAX_ALL_STEPS: Final = 100
 """Most steps that are there on demand, the last ones."""
+MAX_ROWS: Final = 16
+"""Most rows that are shown at once; more are there on demand."""
 MAX_GROUPS: Final = 40
 """Most rows of one predictor."""
 MAX_TEXT: Final = 4000
@@ -107,19 +109,19 @@ def gain_text(step: Step) -> str:
 
 
 def changes_text(step: Step) -> str:
-    """What a step changed: all of it where that is several things, or that nothing is new."""
+    """What a step changed, or that nothing is new; empty when that is not known."""
     if step.changes == ():
         return "no new sentence or demo"
-    return f"all together: {', '.join(_changes(step.changes or ()))}" if step.together else ""
+    return f"{'all together: ' if step.together else ''}{', '.join(_changes(step.changes or ()))}"
 
 
 def _changes(changes: Iterable[Change]) -> list[str]:
     found = []
     for one in changes:
         thing = "sentence" if one.part == "instructions" else "demo"
-        counts = [f"{sign}{count}" for sign, count in (("+", one.added), ("-", one.removed)) if count]
-        many = "s" if max(one.added, one.removed) > 1 else ""
-        found.append(f"{'/'.join(counts)} {thing}{many} of {cut(one.predictor, 60)}")
+        (first, done), *more = [item for item in ((one.added, "added"), (one.removed, "removed")) if item[0]]
+        text = f"{first} {thing}{'s' * (first > 1)} of {cut(one.predictor, 60)} {done}"
+        found.append(" and ".join([text, *(f"{count} {also}" for count, also in more)]))
     return found
 
 
@@ -182,11 +184,16 @@ def spending_text(found: Explanation) -> str:
 def _leaks(found: Explanation) -> Element | None:
     if not found.leaks:
         return None
+    sentences: dict[str, list[Leak]] = {}
+    for one in found.leaks[:MAX_LEAKS]:
+        sentences.setdefault(one.sentence, []).append(one)
     items = [
         tag(
-            "li", f"{row_text(one)}: ", tag("b", cut(one.words, 200)), tag("div", cut(one.sentence, 400), class_="soft")
+            "li",
+            [tag("div", f"{row_text(one)}: ", tag("b", cut(one.words, 200))) for one in rows],
+            tag("div", cut(sentence, 400), class_="soft"),
         )
-        for one in found.leaks[:MAX_LEAKS]
+        for sentence, rows in sentences.items()
     ]
     more = len(found.leaks) - MAX_LEAKS
     rest = tag("p", f"{more} more", class_="soft") if more > 0 else None
@@ -224,8 +231,11 @@ def _origins(found: Explanation, names: Mapping[str, str]) -> list[Child]:
             rows.append(tag("tr", tag("td", f"{len(lines) - MAX_GROUPS} more parts", colspan=2, class_="soft")))
     if rows:
         note = "The winner, sentence by sentence, with the step of its lineage that brought each first:"
-        section.append(tag("p", note, class_="note"))
-        section.append(tag("div", table(("came with", "what it says"), rows, class_="why"), class_="wide"))
+        whole = tag("div", table(("came with", "what it says"), rows, class_="why"), class_="wide")
+        if len(rows) > MAX_ROWS:
+            section.append(tag("details", tag("summary", note.rstrip(":")), whole))
+        else:
+            section += [tag("p", note, class_="note"), whole]
     return section
 
 
