@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -15,7 +12,6 @@ from opentelemetry import trace
 from dspy_otel.optimizers.lineage import optimization
 from dspy_otel.record.addresses import address_of
 
-_BARS = "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR"
 _NO_ORIGIN = (
     "No optimization that was watched in this process has made this program. For one of another process, by its run in "
     "MLflow: dspy-otel report RUN_ID"
@@ -82,22 +78,7 @@ def report(program: Any) -> Report:
     exporters = exporters_of(provider)
     uri = exporters[0].target.uri if exporters else None
     try:
-        with _without_progress_bars():
-            found = read_optimization(address.run_id, tracking_uri=uri)
+        found = read_optimization(address.run_id, tracking_uri=uri)
     except ExportError as error:
         raise LookupError(str(error)) from error
     return Report(render(found.optimization, found.source))
-
-
-@contextmanager
-def _without_progress_bars() -> Iterator[None]:
-    """Without MLflow's bars, one for each artifact. The variable is as before afterwards."""
-    before = os.environ.get(_BARS)
-    os.environ[_BARS] = "false"
-    try:
-        yield
-    finally:
-        if before is None:
-            os.environ.pop(_BARS, None)
-        else:
-            os.environ[_BARS] = before

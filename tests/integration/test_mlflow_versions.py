@@ -119,6 +119,7 @@ def test_the_winner_is_a_version_that_can_be_promoted_and_loaded(
     assert len(mine) == 1
     assert program_id(load_best(ColourFamily(), alias="production", **tracking)) == program_id(program)
     assert program_id(load_best(ColourFamily(), experiment=store.experiment, **tracking)) == program_id(program)
+    assert "Downloading" not in capsys.readouterr().err  # a bar of MLflow's for each file
     for name, text in instructions.items():
         assert mlflow.genai.load_prompt(f"prompts:/ColourFamily.{name}@production").template == text
 

@@ -13,8 +13,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without MLflow's log lines, progress bars and downloads, which are of no use in the output of a command."""
-    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    """Without MLflow's log lines and downloads, which are of no use in the output of a command."""
     os.environ.setdefault("LITELLM_LOCAL_MODEL_COST_MAP", "True")  # else an import may wait for a download
     logging.disable(logging.WARNING)
     try:

@@ -147,8 +147,8 @@ def list_runs(
             from dspy_otel.decide.stored import stored_summaries
         found = stored_summaries(experiment, tracking_uri)
     if not found:
-        where = file or "That experiment"
-        raise CannotCompareError(f"{where} has no finished optimization and no evaluation.")
+        where, hint = (file, "") if file is not None else ("That experiment", ": is it another one (--experiment)?")
+        raise CannotCompareError(f"{where} has no finished optimization and no evaluation{hint or '.'}")
 
     def results_of(run: Summary) -> Results:
         if file is not None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import tempfile
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, NamedTuple, Protocol
@@ -17,6 +19,7 @@ from dspy_otel.mlflow.retry import NOT_FOUND, ExportError, Verdict, clean
 from dspy_otel.mlflow.runs import TRACE_ID, Assessment, Dataset, Metric, StoredRun, StoredTrace
 from dspy_otel.record.model import Judgement, Usage, load_json, number
 
+_BARS: Final = "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR"
 OLDEST_MLFLOW: Final = "3.14"
 """First release whose OTLP endpoint keeps trace tags and resource attributes (compared over the wheels)."""
 MAX_LINKS: Final = 100
@@ -279,7 +282,7 @@ def read_with_client(client: Any, run_id: str, path: str) -> str | None:
     """A text artifact through MLflow's client, or None when there is none."""
     if path not in {item.path for item in client.list_artifacts(run_id)}:
         return None
-    with tempfile.TemporaryDirectory() as directory:
+    with tempfile.TemporaryDirectory() as directory, _without_progress_bars():
         return Path(client.download_artifacts(run_id, path, directory)).read_text(encoding="utf-8")
 
 
@@ -298,8 +301,22 @@ def read_below(address: str, path: str) -> str | None:
     repository = get_artifact_repository(address)
     if path not in {item.path for item in repository.list_artifacts()}:
         return None
-    with tempfile.TemporaryDirectory() as directory:
+    with tempfile.TemporaryDirectory() as directory, _without_progress_bars():
         return Path(repository.download_artifacts(path, directory)).read_text(encoding="utf-8")
+
+
+@contextmanager
+def _without_progress_bars() -> Iterator[None]:
+    """Without MLflow's bars, one for each artifact. The variable is as before afterwards."""
+    before = os.environ.get(_BARS)
+    os.environ[_BARS] = "false"
+    try:
+        yield
+    finally:
+        if before is None:
+            os.environ.pop(_BARS, None)
+        else:
+            os.environ[_BARS] = before
 
 
 def first_line(error: BaseException) -> str:
