@@ -27,8 +27,11 @@ RECORDED = (
 
 def first_model(url: str) -> str:
     """The first model that a server has."""
-    with urllib.request.urlopen(f"{url}/models", timeout=10) as answer:
-        return str(json.load(answer)["data"][0]["id"])
+    try:
+        with urllib.request.urlopen(f"{url}/models", timeout=10) as answer:
+            return str(json.load(answer)["data"][0]["id"])
+    except OSError as error:
+        raise SystemExit(f"No server answers at {url} ({error}): start one, or name another with --url.") from None
 
 
 def main() -> None:

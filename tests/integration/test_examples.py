@@ -61,6 +61,13 @@ def test_a_local_model_on_a_stand_in(tmp_path: Path) -> None:
     assert "dspy.lm.cost" not in call
 
 
+def test_without_a_server_a_local_model_is_one_sentence() -> None:
+    done = run([sys.executable, "examples/local_model.py", "--url", "http://127.0.0.1:9/v1"], cwd=ROOT)
+    assert done.returncode == 1
+    assert done.stderr.startswith("No server answers at http://127.0.0.1:9/v1 ")
+    assert done.stderr.count("\n") == 1
+
+
 def test_a_hosted_model_is_billed_once_and_its_cached_answer_not(tmp_path: Path) -> None:
     with openai_server() as server:
         printed, (first, second) = example("hosted_model", tmp_path, "--url", server.url)
