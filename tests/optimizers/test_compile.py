@@ -14,9 +14,11 @@ from typing import Any
 import dspy
 import pytest
 from dspy.teleprompt import Teleprompter
+from opentelemetry.sdk.trace import SpanProcessor
 
 import dspy_otel
 from dspy_otel import program_id
+from dspy_otel.live.feeds import SpanFeed
 from dspy_otel.optimizers import optimization
 from dspy_otel.optimizers.parameters import parameter_attributes
 from tests.optimizers import common
@@ -33,6 +35,25 @@ from tests.optimizers.common import (
 from tests.support.waiting import run
 
 OWN = "dspy.optimizer."
+
+
+@pytest.mark.parametrize("optimize", [common.run_mipro, common.run_random_search, common.run_copro])
+def test_who_follows_a_compile_knows_the_number_of_its_trials(optimize: Any, telemetry: Any) -> None:
+    feed, seen = SpanFeed(), list[int | None]()
+    telemetry.tracer_provider.add_span_processor(feed)
+
+    class Watcher(SpanProcessor):
+        def on_start(self, span: Any, parent_context: Any = None) -> None:
+            if span.name == "trial":
+                running = [one for one in feed._history.running() if one.parent is None]
+                seen.extend(one.planned for one in running)
+
+    telemetry.tracer_provider.add_span_processor(Watcher())
+    lm = scripted_lm()
+    telemetry.instrument()
+    quietly(optimize, lm)
+    (top,) = [span for span in telemetry.spans if span.name.startswith("compile ") and span.parent is None]
+    assert set(seen) == {top.attributes["dspy.optimizer.trials.planned"]}
 
 
 def params(span: Any) -> dict[str, Any]:

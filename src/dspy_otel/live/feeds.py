@@ -75,6 +75,7 @@ class SpanFeed(SpanProcessor):
         self._history = History()
         self._over: OrderedDict[str, Optimization] = OrderedDict()
         self._phases: dict[int, str] = {}
+        self._compiles: dict[int, ReadableSpan] = {}
         self._lock = threading.Lock()
         self._process = os.getpid()
         self._following = True
@@ -91,6 +92,11 @@ class SpanFeed(SpanProcessor):
                 self._history.start(span)
                 if kind is Kind.PHASE and span.context is not None:
                     self._phases[span.context.span_id] = span.name
+                elif kind is Kind.COMPILE and span.context is not None:
+                    self._compiles[span.context.span_id] = span
+                elif kind is Kind.TRIAL:
+                    for compile_ in self._compiles.values():
+                        self._history.start(compile_)  # parameters and the number of trials come after its start
 
     def on_end(self, span: ReadableSpan) -> None:
         """A span has ended."""
@@ -102,7 +108,9 @@ class SpanFeed(SpanProcessor):
                 return
             with self._lock:
                 if kind is Kind.COMPILE:
-                    self._history.start(span)  # its parameters came after its start
+                    self._history.start(span)
+                    if span.context is not None:
+                        self._compiles.pop(span.context.span_id, None)
                 changed = self._history.end(span)
                 if kind is Kind.PHASE and span.context is not None:
                     self._phases.pop(span.context.span_id, None)

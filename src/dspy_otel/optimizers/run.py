@@ -149,6 +149,7 @@ class Run:
     # --- events -----------------------------------------------------------------------------------------------------
     def next_number(self) -> int:
         """The number of the trial that begins now."""
+        self._show_planned()
         with self._lock:
             self._started_trials += 1
             number = self._started_trials
@@ -159,6 +160,13 @@ class Run:
         """Set the number of trials that the optimizer is going to make."""
         self.planned = count
         self.telemetry.metrics.optimizer_trials_planned.set(count, self.labels())
+        self._show_planned()
+
+    def _show_planned(self) -> None:
+        """Set the number of trials on the span of the compile already now: who follows it can tell the time left."""
+        span = self.context.span
+        if self.planned is not None and span is not None and span.is_recording():
+            span.set_attribute(semconv.OPTIMIZER_TRIALS_PLANNED, self.planned)
 
     def begin_phase(self, name: str) -> None:
         """A phase begins."""
