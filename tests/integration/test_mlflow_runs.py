@@ -19,7 +19,7 @@ import pytest
 
 from dspy_otel import DSPyInstrumentor, optimization, program_id, semconv
 from dspy_otel.cli.demo.task import ColourFamily, load_examples, same_family, same_family_with_feedback
-from dspy_otel.live.feeds import MLflowFeed
+from dspy_otel.live.feeds import MLflowFeed, seconds_left
 from dspy_otel.mlflow import load_best
 from dspy_otel.mlflow.read import read_optimization
 from dspy_otel.mlflow.retry import ExportError
@@ -311,6 +311,34 @@ def test_parallel_compiles_do_not_mix(store: Store) -> None:
             assert {t.info.trace_id for t in store.traces(run)} == {f"tr-{s.context.trace_id:032x}" for s in mine}
     tops = [run for run in runs.values() if "mlflow.parentRunId" not in run.data.tags]
     assert sorted(run.info.run_name.split()[0] for run in tops) == ["BootstrapFewShotWithRandomSearch", "COPRO"]
+
+
+def test_who_reads_a_running_optimization_can_tell_the_time_left(store: Store) -> None:
+    scripted_lm()
+    store.instrument()
+    scored, seen = 0, list[Any]()
+
+    def metric(example: Any, prediction: Any, trace: Any = None) -> bool:
+        nonlocal scored
+        scored += 1
+        if scored == 7:  # the first trial, of four examples, is over
+            seen.append(wait_for(running, "the first trial", pause=0.2))
+        return True
+
+    def running() -> Any:
+        if store.client.get_experiment_by_name(store.experiment) is None or not store.runs():
+            return None
+        found = read_optimization(experiment=store.experiment, tracking_uri=store.uri).optimization
+        return found if found.planned and any(trial.ended for trial in found.trials) else None
+
+    optimizer = dspy.BootstrapFewShotWithRandomSearch(metric=metric, num_candidate_programs=1, num_threads=1)
+    quietly(optimizer.compile, ColourFamily(), trainset=load_examples("train", 4), valset=load_examples("val", 4))
+    store.flush()
+    (found,) = seen
+    (span,) = [one for one in store.named("compile") if one.name.endswith("RandomSearch")]
+    assert found.planned == span.attributes["dspy.optimizer.trials.planned"] > len(found.trials)
+    assert found.outcome == "running"
+    assert (seconds_left(found) or 0) > 0
 
 
 def test_a_run_is_there_while_it_runs_and_a_failure_has_its_reason(store: Store) -> None:

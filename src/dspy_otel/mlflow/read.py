@@ -186,11 +186,11 @@ class _Reader:
         for child in self._children.values():
             trial = stored.read_trial(child.tags, child.params, child.metrics, child.status == FAILED)
             best = trial.score if trial.is_best else best
-            trials.append(dataclasses.replace(trial, best=best))
+            trials.append(self._timed(dataclasses.replace(trial, best=best)))
         return trials
 
     def _timed(self, trial: Trial) -> Trial:
-        """A trial with the times of its run, which the table has not."""
+        """A trial with the times of its run, which neither the table nor the run's values have."""
         child = self._children.get(trial.number)
         if child is None or child.ended is None:
             return trial
