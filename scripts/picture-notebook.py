@@ -1,6 +1,6 @@
 """Pictures of the example notebook in JupyterLab, for docs/images: while it optimizes, and at the end.
 
-    pip install -e '.[demo]' jupyterlab playwright
+    pip install -e '.[demo]' jupyterlab ipywidgets playwright
     python scripts/picture-notebook.py            # CHROMIUM: the browser, where `chromium` is not on the path
 
 It runs the notebook in a browser, as a person does: Run All, and wait.
@@ -76,7 +76,9 @@ def take(page: Page) -> None:
     page.click("text=Run All Cells")
     page.wait_for_selector("td:has-text('search')")
     page.wait_for_timeout(1500)
-    scroll_to(page, ".jp-OutputArea b", "MIPROv2")
+    for _ in range(2):  # what the program writes moves it
+        scroll_to(page, ".jp-OutputArea b", "MIPROv2")
+        page.wait_for_timeout(100)
     page.screenshot(path=IMAGES / "notebook-running.png", clip=SHOWN)
     page.wait_for_selector("iframe[title='dspy-otel report']")
     page.wait_for_timeout(5000)

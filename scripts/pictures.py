@@ -3,8 +3,9 @@
     make pictures                                        # the demo, then each page 1280 and 1600 pixels wide
     make pictures ARGS="--store sqlite:///mlflow.db"     # of another store that the demo has written to
 
-A page that is 1280 pixels wide is `report.png` or `mlflow-<page>.png`, one of 1600 is in `wide/`. The browser
-is the Chromium of this machine, or else Playwright's own (`playwright install chromium`).
+A page that is 1280 pixels wide is `report.png` or `mlflow-<page>.png`, one of 1600 is in `wide/`. `before/` has
+MLflow's pages as they were at commit a0d1a8c: the same script, of the store that the demo of that commit writes. The
+browser is the Chromium of this machine, or else Playwright's own (`playwright install chromium`).
 """
 
 from __future__ import annotations
