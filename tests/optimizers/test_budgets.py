@@ -507,7 +507,8 @@ def test_each_optimizer_stops_before_its_first_trial(telemetry: Recorder, name: 
     common.asked.clear()
     with budget(lm_calls=2), pytest.raises(BudgetExceeded, match="No candidate has been scored yet") as stopped:
         quietly(common.RUNS[name], scripted_lm())
-    assert len(common.asked) <= 3
+    threads = 8 if name == "BetterTogether" else 2  # of DSPy's settings, where it evaluates with those
+    assert len(common.asked) <= 2 + threads - 1  # calls in flight
     assert stopped.value.program is None
 
 
