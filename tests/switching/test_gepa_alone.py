@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 
 from dspy_otel import DSPyInstrumentor, gepa_alone
+from tests.support.older import DSPY
+from tests.switching.process import python
 
 
 @pytest.fixture
@@ -54,3 +56,45 @@ def test_a_module_without_a_specification_is_not_installed(monkeypatch: pytest.M
 
     monkeypatch.setattr(importlib.util, "find_spec", refuse)
     assert not gepa_alone.has_gepa_alone()
+
+
+_WITHOUT_GEPA = """
+import sys
+
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "gepa":
+            raise ModuleNotFoundError("No module named 'gepa'", name="gepa")
+
+sys.meta_path.insert(0, Missing())
+from tests.support.spans import Recorder
+import dspy, dspy_otel
+from dspy.utils import DummyLM
+before = [dict(vars(kind)) for kind in (dspy.GEPA, dspy.LabeledFewShot)]
+telemetry = Recorder()
+dspy_otel.instrument(tracer_provider=telemetry.tracer_provider)
+print(dspy.GEPA.__module__)
+try:
+    dspy.GEPA(metric=None)
+except ImportError as error:
+    print(str(error)[:16])
+rows = [dspy.Example(question="q", answer="a").with_inputs("question")]
+dspy.configure(lm=DummyLM([{"answer": "a"}]))
+best = dspy.LabeledFewShot(k=1).compile(dspy.Predict("question -> answer"), trainset=rows)
+print(best(question="q").answer, [span.name for span in telemetry.spans])
+dspy_otel.uninstrument()
+print([dict(vars(kind)) for kind in (dspy.GEPA, dspy.LabeledFewShot)] == before, "gepa" in sys.modules)
+"""
+
+
+@pytest.mark.skipif(DSPY < (3, 4, 1), reason="before DSPy 3.4.1, GEPA has to be there")
+def test_a_stand_in_for_dspys_gepa_is_left_alone() -> None:
+    """As on Python 3.15, for which there is no GEPA: `dspy.GEPA` says so when it is made."""
+    finished = python(_WITHOUT_GEPA)
+    assert finished.output.splitlines() == [
+        "dspy.teleprompt",
+        "gepa is required",
+        "a ['compile LabeledFewShot', 'invoke_workflow Predict', 'chat dummy']",
+        "True False",
+    ]
+    assert finished.warnings == []

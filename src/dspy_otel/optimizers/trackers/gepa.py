@@ -361,7 +361,7 @@ def patch(optimizers: Optimizers, patches: Patches) -> None:
             tracker.ends_itself = True
         return {**kwargs, **added}
 
-    if "gepa" not in sys.modules and resolve("dspy.teleprompt.gepa.gepa", "GEPA") is None:
+    if sys.modules.get("gepa") is None and resolve("dspy.teleprompt.gepa.gepa", "GEPA") is None:
         return
     optimize = resolve("gepa", "optimize")
     if optimizers.follows_gepa:  # Importing it has called this.
