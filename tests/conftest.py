@@ -19,6 +19,11 @@ os.environ.setdefault("LITELLM_LOCAL_MODEL_COST_MAP", "True")
 os.environ["XDG_STATE_HOME"] = tempfile.mkdtemp(prefix="dspy-otel-tests-")
 os.environ.setdefault("DSPY_CACHEDIR", os.environ["XDG_STATE_HOME"])
 
+from tests.support import dspy35
+
+if dspy35.WANTED:
+    dspy35.apply()
+
 from dspy_otel import DSPyInstrumentor
 from dspy_otel.content import redaction
 from dspy_otel.core import internal_errors
@@ -95,6 +100,8 @@ def telemetry() -> Iterator[Recorder]:
 
 def older_versions(version: str) -> list[str]:
     """Whose snapshots hold for this DSPy, if it is not the newest: its own, else the next newer one's."""
+    if dspy35.WANTED:
+        return ["35"]
     if version == "3.4.0":
         return ["340"]
     minors = [f"3{minor}" for minor in range(4)]
@@ -107,7 +114,7 @@ def snapshot(request: pytest.FixtureRequest) -> Callable[..., None]:
     """``snapshot(text)`` or ``snapshot(text, name)``: compare with ``snapshots/<name>.txt`` beside the test.
 
     Default name: the test's. A file ``<name>.dspy33.txt`` holds where DSPy 3.3 and older differ from the newest one,
-    unless there is one of an older version, too.
+    unless there is one of an older version, too; ``<name>.dspy35.txt`` where the shim of 3.5 differs.
     """
     update = request.config.getoption("write_snapshots")
     directory = Path(request.path).parent / "snapshots"

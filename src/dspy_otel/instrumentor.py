@@ -28,6 +28,7 @@ from dspy_otel.operations.adapter import AdapterOperation, AdapterSpanOperation
 from dspy_otel.operations.embedding import EmbeddingOperation
 from dspy_otel.operations.interpreter import InterpreterOperation
 from dspy_otel.operations.lm import LMOperation
+from dspy_otel.operations.lm_request import CONNECTION
 from dspy_otel.operations.parallel import ParallelOperation
 from dspy_otel.operations.program import Programs
 from dspy_otel.operations.retrieval import RetrievalOperation
@@ -43,6 +44,7 @@ _gepa_alone: Final = ("gepa >= 0.0.27",)
 
 _SUBCLASS: Final = guard("subclass")
 _BASE_LM: Final = "dspy.clients.base_lm"
+_LM: Final = "dspy.clients.lm"
 _STREAM: Final = "_get_stream_completion_fn"
 _THREADS: Final = "parents of spans in worker threads, and examples"
 _FALLBACKS: Final = "parse failures and adapter fallbacks"
@@ -200,7 +202,7 @@ def apply(telemetry: Telemetry, patches: Patches, optimizers: Optimizers) -> Non
         patches: the patches.
         optimizers: has operations of its own for modules, evaluations and examples.
     """
-    lm = LMOperation(telemetry)
+    lm, generate = LMOperation(telemetry), LMOperation(telemetry, kept=(*CONNECTION, "rollout_id"))
     module, evaluate = optimizers.module, optimizers.evaluate
     tool = ToolOperation(telemetry)
     adapter = AdapterOperation(telemetry)
@@ -210,10 +212,11 @@ def apply(telemetry: Telemetry, patches: Patches, optimizers: Optimizers) -> Non
     interpreter = InterpreterOperation(telemetry)
 
     # Public entry points: class, its operation, synchronous and asynchronous method, and what is lost without it.
-    # A class that only some DSPy versions have is not missed in the others.
+    # A class or method that only some DSPy versions have is not missed in the others.
     entry_points: tuple[tuple[str, str, Operation, str, str | None, str], ...] = (
         ("dspy.primitives.module", "Module", module, "__call__", "acall", "programs and modules"),
-        ("dspy.clients.base_lm", "BaseLM", lm, "__call__", "acall", "LM calls"),
+        (_BASE_LM, "BaseLM", lm, "__call__", "acall", "LM calls"),
+        (_BASE_LM, "BaseLM", generate, "generate", "agenerate", ""),  # 3.5
         ("dspy.clients.typesafe", "TypeSafe", lm, "__call__", "acall", ""),  # 3.4
         ("dspy.adapters.types.tool", "Tool", tool, "__call__", "acall", "tool calls"),
         ("dspy.adapters.base", "Adapter", adapter, "__call__", "acall", "adapter names"),
@@ -229,7 +232,7 @@ def apply(telemetry: Telemetry, patches: Patches, optimizers: Optimizers) -> Non
     )
     for place, name, operation, method, async_method, loses in entry_points:
         owner = resolve(place, name)
-        if owner is not None:
+        if owner is not None and (loses or hasattr(owner, method)):
             wrap_class_tree(patches, owner, operation, method, async_method, loses)
         elif loses:
             warn_once(("patch", place, name), "this DSPy has no %s; telemetry lacks %s", name, loses)
@@ -239,24 +242,24 @@ def apply(telemetry: Telemetry, patches: Patches, optimizers: Optimizers) -> Non
     from_34 = resolve("dspy.clients.execution") is not None
     python_310 = sys.version_info < (3, 11)
     usage, first_chunk = "usage, cost and cache hits of LM calls", "time to first chunk"
+    in_streams = "what servers report in LiteLLM's streams"
+    # Streams of `dspy.clients.lm`, which are to go with these engines, are not missed after that.
+    has_own = resolve("dspy.clients.engines.legacy_engine") is not None
     keys = "the keys of LMs, until their first call, to mask them"
     internals: tuple[tuple[bool, str, str, str, Callable[..., bool], Callable[..., Any], str], ...] = (
         (from_34, "dspy.clients.execution", "", "finalize", patches.before, lm.record_result, usage),
         (from_34, "dspy.clients.execution", "", "_engine", patches.after, lm.record_engine, "the engine of LM calls"),
         (from_34, "dspy.clients.execution", "", "_delay", patches.after, lm.record_retry, "retries of LM calls"),
         (from_34, "dspy.clients.execution", "", "stream_emitted", patches.before, lm.record_chunk, first_chunk),
-        (from_34, "dspy.clients.lm", "", "stream_emitted", patches.before, lm.record_chunk, first_chunk),
+        (from_34, _LM, "", "stream_emitted", patches.before, lm.record_chunk, first_chunk if has_own else ""),
+        (from_34, _LM, "", "aclosing_stream", patches.before, lm.record_stream, in_streams if has_own else ""),
         *(
-            (from_34, place, "", name, patches.before, lm.record_stream, "what servers report in LiteLLM's streams")
-            for place, name in (
-                ("dspy.clients.lm", "aclosing_stream"),
-                ("dspy.clients.engines.litellm_engine", "aclosing_stream"),
-                ("dspy.clients.engines.litellm_engine", "closing_stream"),
-            )
+            (from_34, "dspy.clients.engines.litellm_engine", "", name, patches.before, lm.record_stream, in_streams)
+            for name in ("aclosing_stream", "closing_stream")
         ),
         (not from_34, _BASE_LM, "BaseLM", "_process_lm_response", patches.after, older_dspy.record_response, usage),
         (not from_34, _BASE_LM, "BaseLM", "_finalize_lm_response", patches.after, older_dspy.record_typed_response, ""),
-        (not from_34, "dspy.clients.lm", "", _STREAM, patches.wrap, older_dspy.counting_stream, first_chunk),
+        (not from_34, _LM, "", _STREAM, patches.wrap, older_dspy.counting_stream, first_chunk),
         (True, _BASE_LM, "BaseLM", "__init__", patches.after, lm.remember_settings, keys),
         (True, "dspy.utils.parallelizer", "ParallelExecutor", "execute", patches.wrap, parallel.wrap_execute, _THREADS),
         (True, "dspy.adapters.base", "Adapter", "_call_postprocess", patches.wrap, adapter.watch, _FALLBACKS),
@@ -319,7 +322,7 @@ def wrap_class_tree(
 
 def _hands_on(owner: type, method: str) -> bool:
     """Whether ``owner`` is a class of DSPy whose override of ``method`` ends in another call that is watched."""
-    if method not in ("__call__", "acall") or library(owner) != "dspy":
+    if method not in ("__call__", "acall", "generate", "agenerate") or library(owner) != "dspy":
         return False
     function = members_of(owner)[method]
     if not isinstance(function, FunctionType):

@@ -97,6 +97,14 @@ class LoudLM(Oracle):
         self.seen.append("acall")
         return await super().acall(*args, **kwargs)
 
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        self.seen.append("generate")
+        return super().generate(*args, **kwargs)
+
+    async def agenerate(self, *args: Any, **kwargs: Any) -> Any:
+        self.seen.append("agenerate")
+        return await super().agenerate(*args, **kwargs)
+
 
 class Ask(dspy.Signature):
     """Answer."""

@@ -14,6 +14,7 @@ from opentelemetry import context as otel_context
 from dspy_otel.content import redaction
 from dspy_otel.content.names import VOCABULARY, is_parameter, plain_name, plain_word, without_secrets
 from dspy_otel.core.metrics import MOST_VALUES, MetricAttributes
+from tests.support.older import DSPY
 from tests.support.spans import Recorder
 
 KEY = "sk-proj-" + "aB3dE6gH9jK2mN5pQ8sT" * 2
@@ -45,7 +46,8 @@ def test_what_a_server_makes_up_is_no_way_out_for_content(telemetry: Recorder) -
         assert len(shown) <= 300
         assert shown.isprintable()
         assert " " not in shown
-    assert span.attributes["gen_ai.response.finish_reasons"] == ("other",)
+    # lm15 has words of its own for reasons.
+    assert span.attributes["gen_ai.response.finish_reasons"] == (("other",) if DSPY < (3, 5) else ("stop",))
     assert KEY not in telemetry.everything()
 
 

@@ -18,6 +18,7 @@ import dspy_otel
 from dspy_otel.content.encoder import Content, base64_size
 from dspy_otel.mlflow.translate import translate
 from dspy_otel.operations.messages import described, input_messages
+from tests.support.chat import chat
 from tests.support.spans import Recorder
 
 DATA = bytes(range(256)) * 2
@@ -33,7 +34,7 @@ def ask(telemetry: Recorder, url: str, **options: Any) -> tuple[list[Any], Any]:
     """The parts on the span, and the content that MLflow is shown."""
     telemetry.instrument(capture_content="span_only", **options)
     content = [{"type": "text", "text": "What?"}, {"type": "image_url", "image_url": {"url": url}}]
-    DummyLM([{"answer": "a"}])(messages=[{"role": "user", "content": content}])
+    chat(DummyLM([{"answer": "a"}]), [{"role": "user", "content": content}])
     span = telemetry.only("chat")
     (message,) = json.loads(span.attributes["gen_ai.input.messages"])
     (shown,) = translate([span])

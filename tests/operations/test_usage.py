@@ -10,6 +10,7 @@ import pytest
 
 from dspy_otel.core.usage import LMUsage
 from dspy_otel.operations.lm_response import LMResponse, lm_usage
+from tests.support.chat import chat
 from tests.support.spans import Recorder
 
 
@@ -42,15 +43,19 @@ class Asks(Priced):
 
     def forward(self, prompt: Any = None, messages: Any = None, **kwargs: Any) -> Any:
         for lm in self.inner:
-            lm(prompt=prompt, messages=messages)
+            lm(prompt) if messages is None else chat(lm, messages)
         return super().forward(prompt, messages)
 
 
 class Rejects(Priced):
-    """Does not like the answer, which is billed all the same."""
+    """Does not like the answer, which is billed all the same. DSPy 3.5 calls `generate`."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         super().__call__(*args, **kwargs)
+        raise ValueError("rejected")
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        super().generate(*args, **kwargs)
         raise ValueError("rejected")
 
 
@@ -58,6 +63,10 @@ class Twice(Priced):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         super().__call__(*args, **kwargs)
         return super().__call__(*args, **kwargs)
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        super().generate(*args, **kwargs)
+        return super().generate(*args, **kwargs)
 
 
 def usage_of(telemetry: Recorder, lm: dspy.BaseLM) -> dict[str, Any]:

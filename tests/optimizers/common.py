@@ -18,10 +18,11 @@ import dspy
 from dspy_otel.cli.demo.brain import BASIC_COLOURS, complete, count_tokens
 from dspy_otel.cli.demo.prompt import Message, read_prompt, write_answer
 from dspy_otel.cli.demo.task import ColourFamily, load_examples, same_family, same_family_with_feedback
+from tests.support import dspy35
 
 PRICE = 0.000_001
 asked: list[int] = []
-"""A hash of each prompt and its settings that the LMs here were asked, in order."""
+"""A hash of each prompt and its settings that the LMs here were asked, in order; once, however many answers."""
 
 
 class ScriptedLM(dspy.LM):
@@ -46,7 +47,8 @@ class ScriptedLM(dspy.LM):
         if "module_advice" in read.asked:
             advice = {"choose.predict": f"When nothing fits, answer {BASIC_COLOURS[hash_of(salt) % 11]}."}
             text = write_answer(read.style, {"discussion": "It guessed.", "module_advice": json.dumps(advice)})
-        asked.append(hash_of(f"{salt}|{settings.get('temperature')}"))
+        if not dspy35.is_further_answer():
+            asked.append(hash_of(f"{salt}|{settings.get('temperature')}"))
         count = settings.get("n") or 1
         inputs, outputs = sum(count_tokens(message.text) for message in said), count_tokens(text) * count
         choices = [SimpleNamespace(message=SimpleNamespace(content=text), finish_reason="stop")] * count

@@ -159,6 +159,7 @@ FEATURES: tuple[Feature, ...] = (
     # --- entry points -------------------------------------------------------------------------------------------------
     *_entry("dspy.primitives.module:Module", "programs and modules", f"{OPS}/module.py", "__call__", "acall"),
     *_entry("dspy.clients.base_lm:BaseLM", "LM calls", LM, "__call__", "acall"),
+    *_entry("dspy.clients.base_lm:BaseLM", "LM calls of adapters", LM, "generate", "agenerate", since=(3, 5)),
     *_entry("dspy.clients.typesafe:TypeSafe", "decisions of TypeSafe", LM, "__call__", "acall", since=(3, 4)),
     *_entry("dspy.adapters.types.tool:Tool", "tool calls", f"{OPS}/tool.py", "__call__", "acall"),
     *_entry("dspy.adapters.base:Adapter", "adapter names", f"{OPS}/adapter.py", "__call__", "acall"),
@@ -199,6 +200,15 @@ FEATURES: tuple[Feature, ...] = (
         replaces=False,
     ),
     Feature(
+        "dspy.clients.base_lm:BaseLM.generate",
+        "looks `finalize` up in `dspy.clients.execution` at each call",
+        LM,
+        USAGE,
+        calls("finalize"),
+        since=(3, 5),
+        replaces=False,
+    ),
+    Feature(
         "dspy.clients.call_result:CallResult",
         "fields responses, outputs, usage, cost, response_model, cache_hit",
         "operations/lm_response.py",
@@ -209,7 +219,7 @@ FEATURES: tuple[Feature, ...] = (
     ),
     Feature(
         "dspy.clients.execution:_engine",
-        "(lm, call, asynchronous) -> (engine, ..., provider)",
+        "(lm, call, asynchronous) -> (engine, provider), before 3.5 with the request between them",
         LM,
         "the engine of LM calls",
         lambda function: len(inspect.signature(function).parameters) == 3,
@@ -224,7 +234,14 @@ FEATURES: tuple[Feature, ...] = (
         since=(3, 4),
     ),
     Feature("dspy.clients.execution:stream_emitted", "called for each chunk", LM, "time to first chunk", since=(3, 4)),
-    Feature("dspy.clients.lm:stream_emitted", "called for each chunk", LM, "time to first chunk", since=(3, 4)),
+    Feature(
+        "dspy.clients.lm:stream_emitted",
+        "called for each chunk",
+        LM,
+        "time to first chunk",
+        since=(3, 4),
+        until=(3, 5),
+    ),
     *(
         Feature(
             f"{place}:{name}",
@@ -233,11 +250,12 @@ FEATURES: tuple[Feature, ...] = (
             "what servers report in LiteLLM's streams",
             takes("source"),
             since=(3, 4),
+            until=until,
         )
-        for place, name in (
-            ("dspy.clients.lm", "aclosing_stream"),
-            ("dspy.clients.engines.litellm_engine", "aclosing_stream"),
-            ("dspy.clients.engines.litellm_engine", "closing_stream"),
+        for place, name, until in (
+            ("dspy.clients.lm", "aclosing_stream", (3, 5)),
+            ("dspy.clients.engines.litellm_engine", "aclosing_stream", NEVER),
+            ("dspy.clients.engines.litellm_engine", "closing_stream", NEVER),
         )
     ),
     Feature(
@@ -278,7 +296,7 @@ FEATURES: tuple[Feature, ...] = (
         "parses the answers of one LM call, and raises what cannot be parsed",
         "operations/adapter.py",
         "parse failures and adapter fallbacks",
-        lambda function: "outputs" in inspect.signature(function).parameters,
+        lambda function: not {"outputs", "responses"}.isdisjoint(inspect.signature(function).parameters),
     ),
     # --- threads and evaluations --------------------------------------------------------------------------------------
     Feature(

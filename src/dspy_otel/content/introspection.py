@@ -98,6 +98,13 @@ def store_of(value: Any) -> dict[Any, Any] | None:
     return store if issubclass(type(store), dict) else None
 
 
+def fields(value: Any, *names: str) -> list[Any]:
+    """Several fields, as :func:`field` gives them. Of DSPy's own objects at once: theirs are no code of the user's."""
+    if library(type(value)) == "dspy":
+        return [getattr(value, name, None) for name in names]
+    return [field(value, name) for name in names]
+
+
 def field(value: Any, name: str, default: Any = None) -> Any:
     """A field of an object, an entry of a dictionary, or a plain attribute of a class; never a user's property."""
     if issubclass(type(value), dict):

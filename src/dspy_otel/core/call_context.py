@@ -119,6 +119,8 @@ class CallContext:
         role_after: the role once ``owner`` has answered: of an example, what the metric's own LM calls are for.
             Written by ``start()``.
         totals: all running totals that an LM call inside adds to, from any thread (each has a lock).
+        operation: what opened it; ``None`` where nothing did. Written when the call is opened, read by an operation of
+            the same kind when one entry point of ``owner`` calls another.
         override_of: the subclass whose override of the entry point opened this; ``None`` if that was no override.
             Written when the call is opened, read by the operation when the override calls what it overrides.
         deferred: what takes the place of the tracer; ``None``: spans are started right away. Written by ``start()``
@@ -139,6 +141,7 @@ class CallContext:
         "inherited",
         "kind",
         "links",
+        "operation",
         "override_of",
         "owner",
         "parent",
@@ -167,6 +170,7 @@ class CallContext:
         self.span: Span | None = None
         self.evaluated: Program | None = None
         self.role_after: str | None = None
+        self.operation: Any = None
         self.override_of: type | None = None
         self.failed: Recorded | None = None
         self.links = 0

@@ -172,11 +172,11 @@ class Operation:
     def overridden(
         self, context: CallContext, args: tuple[Any, ...], kwargs: dict[str, Any], override_of: type | None
     ) -> None:
-        """A subclass's override, whose call has ``context``, calls the method it overrides: the same call goes on.
+        """A call goes on: a subclass's override calls the method it overrides, or an entry point another one.
 
         Args:
-            context: of the call that the override has opened.
-            args: of the overridden method.
+            context: of the call that is open.
+            args: of the method that is called inside it.
             kwargs: likewise.
             override_of: as for :meth:`open`.
         """
@@ -215,13 +215,7 @@ class Operation:
                 if telemetry.discards and parent is None and not self.always:
                     return None
                 telemetry.on_outermost()
-            elif (
-                parent.owner is instance
-                and parent.kind == self.kind
-                and parent.override_of is not None
-                and parent.override_of is not override_of
-            ):
-                # A call that comes back to the override which has opened the span is recursion, and another call.
+            elif parent.owner is instance and parent.kind == self.kind and self._goes_on(parent, override_of):
                 self.overridden(parent, args, kwargs, override_of)
                 return None
             start = self.start(instance, args, kwargs, parent)
@@ -229,6 +223,16 @@ class Operation:
         except Exception as error:
             failed(f"start of {self.kind}", error)
             return None
+
+    def _goes_on(self, parent: CallContext, override_of: type | None) -> bool:
+        """Whether the call around this one, of the same kind on the same owner, goes on by it.
+
+        It does when one entry point calls another, and when an override calls what it overrides. A call that comes back
+        to what has opened the span is recursion, and another call.
+        """
+        if parent.operation is not self:
+            return parent.operation is not None
+        return parent.override_of is not None and parent.override_of is not override_of
 
     def _open(
         self,
@@ -241,6 +245,7 @@ class Operation:
     ) -> Call:
         telemetry = self.telemetry
         context = start.context
+        context.operation = self
         context.override_of = override_of
         outside = surrounding
         if start.root:

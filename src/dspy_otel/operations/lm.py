@@ -32,6 +32,7 @@ from dspy_otel.core.telemetry import Telemetry
 from dspy_otel.core.usage import LMUsage, add_usages
 from dspy_otel.operations.from_baggage import PROMPT, attributes_from_baggage
 from dspy_otel.operations.lm_request import (
+    CONNECTION,
     PROVIDERS,
     own_settings,
     request_attributes,
@@ -178,12 +179,18 @@ class LMCallState:
 
 
 class LMOperation(Operation):
-    """``BaseLM.__call__`` and ``acall``."""
+    """``BaseLM.__call__`` and ``acall``; another one is for ``generate`` and ``agenerate`` (3.5).
+
+    Args:
+        telemetry: shared state.
+        kept: which of an LM's own parameters hold beside a typed request.
+    """
 
     kind = "lm"
 
-    def __init__(self, telemetry: Telemetry) -> None:
+    def __init__(self, telemetry: Telemetry, kept: tuple[str, ...] = CONNECTION) -> None:
         super().__init__(telemetry)
+        self._kept = kept
         self._descriptions: dict[tuple[Any, ...], LMDescription] = {}
 
     def start(
@@ -202,7 +209,7 @@ class LMOperation(Operation):
                 redaction.remember_settings(kwargs)
         except Exception as error:
             failed("LM settings", error)
-        description = self._description(instance, request_settings(own, args, kwargs), context)
+        description = self._description(instance, request_settings(own, args, kwargs, self._kept), context)
         context.state = LMCallState(description)
         return SpanStart(
             description.span, context, description.attributes.copy(), SpanKind.CLIENT, repaired=True, on_closed=settle
@@ -376,15 +383,19 @@ class LMOperation(Operation):
         state = current_state(LMCallState)
         if state is not None:
             result = argument(args, kwargs, 2, "result")
-            state.response = response_of_call_result(result, state.description.model, state.stream)
+            by_litellm = state.engine == "litellm"
+            state.response = response_of_call_result(result, state.description.model, state.stream, by_litellm)
             state.stream = None
 
     def record_engine(self, _: None, args: tuple[Any, ...], kwargs: dict[str, Any], chosen: Any) -> None:
-        """After ``execution._engine(lm, call, asynchronous)`` (3.4): which engine and provider serve the call."""
+        """After ``execution._engine(lm, call, asynchronous)`` (3.4): which engine and provider serve the call.
+
+        It gives the engine, the request (before 3.5) and the provider.
+        """
         state = current_state(LMCallState)
         if state is None:
             return
-        backend, _engine, provider = chosen
+        backend, *_, provider = chosen
         name = introspection.short_name_of(type(backend))
         state.engine = _ENGINES.get(name, name)
         if isinstance(provider, str) and semconv.GEN_AI_PROVIDER_NAME not in state.description.request:

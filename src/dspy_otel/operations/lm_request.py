@@ -46,6 +46,12 @@ _READ: Final = frozenset(
     {*_REQUEST_NUMBERS, "stop", "n", "reasoning_effort", "response_format", "rollout_id", "api_base", "base_url"}
 )
 """The parameters that attributes of a request are made of."""
+CONNECTION: Final = ("api_base", "base_url", "api_key")
+"""The parameters of an LM that hold beside a typed request, whatever that says."""
+_OF_CONFIG: Final = (
+    *("temperature", "top_p", "max_tokens", "top_k", "seed", "stop", "n"),
+    *("frequency_penalty", "presence_penalty", "response_format", "reasoning"),
+)
 _COMPARABLE: Final = frozenset(map(id, (str, int, float, bool, type(None))))
 _LONGEST_COMPARED: Final = 1024
 _MOST_STOPS: Final = 16
@@ -77,17 +83,28 @@ def own_settings(lm: Any) -> dict[str, Any]:
     return dict(dict.items(own)) if is_a(own, dict) else {}
 
 
-def request_settings(own: dict[str, Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """An LM's own parameters, overridden by those of the call (a typed request brings its own config)."""
+def request_settings(
+    own: dict[str, Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], kept: tuple[str, ...] = CONNECTION
+) -> dict[str, Any]:
+    """An LM's own parameters, overridden by those of the call (a typed request brings its own config).
+
+    Args:
+        own: the LM's.
+        args: positional arguments of the call.
+        kwargs: its keyword arguments.
+        kept: which of the LM's own hold beside a typed request.
+    """
     settings = own.copy()
     request = explicit_request(args, kwargs) if args or "request" in kwargs else None
     if request is not None:
         config = field(request, "config")
-        settings = {key: settings[key] for key in ("api_base", "base_url", "api_key") if key in settings}
-        for name in ("temperature", "top_p", "max_tokens", "top_k", "seed", "stop", "n"):
-            value = field(config, name)
-            if value is not None:
+        settings = {key: settings[key] for key in kept if key in settings}
+        for name, value in zip(_OF_CONFIG, introspection.fields(config, *_OF_CONFIG), strict=True):
+            if value is not None and not (type(value) is tuple and not value):
                 settings[name] = value
+        reasoning = settings.pop("reasoning", None)
+        if reasoning is not None:
+            settings["reasoning_effort"] = field(reasoning, "effort")
     settings.update(kwargs)
     return settings
 

@@ -57,19 +57,22 @@ def usage_counters(usage: Any) -> dict[str, Any]:
     return dict(dict.items(usage)) if is_a(usage, dict) else dict(introspection.instance_dict(usage))
 
 
-def response_of_call_result(result: Any, requested: Any, stream: Any = None) -> LMResponse:
+def response_of_call_result(result: Any, requested: Any, stream: Any = None, by_litellm: bool = False) -> LMResponse:
     """From DSPy 3.4's ``CallResult``: lm15 responses, or the raw response of LiteLLM or a custom LM.
 
     Args:
         result: what ``execution.finalize`` is given.
         requested: DSPy's name of the model, with its provider.
         stream: LiteLLM's stream of chunks, if the answer came in one.
+        by_litellm: whether LiteLLM's engine has made the lm15 responses.
     """
     responses, raw = result.responses, result.raw
     usage, cost, cache_hit = usage_counters(result.usage), introspection.real(result.cost), bool(result.cache_hit)
     if responses:
         reasons = [reason for each in responses if (reason := finish_reason(each.finish_reason))]
         model, response_id = _model_of_lm15(responses[0]), _id_of_lm15(responses[0])
+        if by_litellm:
+            model, response_id = without_provider(model, requested), _not_made_up(response_id)
     else:
         litellm = is_litellm(raw)
         reasons, response_id = choice_reasons(raw), id_of_litellm(raw) if litellm else field(raw, "id")
@@ -110,7 +113,11 @@ def _id_of_lm15(response: Any) -> Any:
 
 def id_of_litellm(response: Any) -> str | None:
     """The server's id of an answer of LiteLLM, which makes one up where the server gives none."""
-    found = introspection.text(field(response, "id"), LONGEST)
+    return _not_made_up(field(response, "id"))
+
+
+def _not_made_up(response_id: Any) -> str | None:
+    found = introspection.text(response_id, LONGEST)
     return None if found is None or _MADE_BY_LITELLM.fullmatch(found) else found
 
 

@@ -46,8 +46,8 @@ def input_messages(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[list
     if request is None and first is not None and not is_a(first, str) and field(first, "messages") is not None:
         request = first
     if request is not None:
-        messages = _each(_message, field(request, "messages"))
-        system = field(request, "system")
+        asked, system = introspection.fields(request, "messages", "system")
+        messages = _each(_message, asked)
         if system is not None:
             instructions = _parts(system)
     elif introspection.length(kwargs.get("messages")):
@@ -127,6 +127,12 @@ def _message(message: Any) -> Message:
         role, content = message.get("role"), message.get("content")
         if type(role) is str and type(content) is str and role and role != "tool":
             return {"role": role[:64], "parts": [{"type": "text", "content": content}]}
+    if introspection.library(type(message)) == "dspy":  # So are most of lm15.
+        role, parts = introspection.fields(message, "role", "parts")
+        if type(role) is str and type(parts) is tuple and len(parts) == 1 and role != "tool":
+            kind, content = introspection.fields(parts[0], "type", "text")
+            if type(kind) is str and type(content) is str and kind == "text":
+                return {"role": role[:64], "parts": [{"type": "text", "content": content}]}
     role = introspection.text(field(message, "role"), 64) or "user"
     content = field(message, "parts") if not is_a(message, dict) else None
     parts = _parts(content if content is not None else field(message, "content"))
@@ -176,7 +182,12 @@ def _part(part: Any) -> Part:
 
 
 def _texts(content: Any) -> Any:
-    return content if introspection.length(content) is None else _each(_text_of, content)
+    """The texts of what a tool gave; most is one text."""
+    length = introspection.length(content)
+    if length is None:
+        return content
+    texts = _each(_text_of, content)
+    return texts[0] if length == 1 else texts
 
 
 def _text_of(part: Any) -> Any:
