@@ -6,7 +6,9 @@ import sys
 from collections.abc import Mapping
 from typing import Any, Final
 
+from dspy_otel.content.introspection import bases_of, instance_dict, library
 from dspy_otel.core.internal_errors import warn_once
+from dspy_otel.operations import native_tracing
 
 # Instrumentors of others: module, class; the package's name, and what it records that we record too.
 _INSTRUMENTORS: Final = (
@@ -91,6 +93,8 @@ def active_instrumentations() -> dict[str, str]:
     }
     if _mlflow_autolog():
         found["mlflow.dspy.autolog"] = "programs, LM calls and evaluations in MLflow"
+    if _native_tracing():
+        found["DSPy's own OpenTelemetry tracing"] = "modules, LM calls and tools"
     return found
 
 
@@ -103,6 +107,24 @@ def _instrumented(module: Any, name: str) -> bool:
 def _mlflow_autolog() -> bool:
     if "mlflow.dspy.callback" not in sys.modules:
         return False
+    return any(type(callback).__module__.startswith("mlflow.") for callback in _callbacks())
+
+
+def _native_tracing() -> bool:
+    """Whether DSPy records spans by a callback of its own, other than the one that gives way to ours.
+
+    It is a callback of DSPy's that keeps something of OpenTelemetry's.
+    """
+    known = getattr(sys.modules.get(native_tracing.PLACE), native_tracing.CALLBACK, None)
+    return any(
+        library(type(callback)) == "dspy"
+        and not (known is not None and known in bases_of(type(callback)))
+        and any(library(type(kept)) == "opentelemetry" for kept in instance_dict(callback).values())
+        for callback in _callbacks()
+    )
+
+
+def _callbacks() -> list[Any]:
+    """The callbacks that DSPy calls for everything."""
     settings = getattr(sys.modules.get("dspy"), "settings", None)
-    callbacks = getattr(settings, "callbacks", None) or []
-    return any(type(callback).__module__.startswith("mlflow.") for callback in callbacks)
+    return list(getattr(settings, "callbacks", None) or [])

@@ -29,6 +29,7 @@ from dspy_otel.operations.embedding import EmbeddingOperation
 from dspy_otel.operations.interpreter import InterpreterOperation
 from dspy_otel.operations.lm import LMOperation
 from dspy_otel.operations.lm_request import CONNECTION
+from dspy_otel.operations.native_tracing import NativeTracing
 from dspy_otel.operations.parallel import ParallelOperation
 from dspy_otel.operations.program import Programs
 from dspy_otel.operations.retrieval import RetrievalOperation
@@ -278,6 +279,7 @@ def apply(telemetry: Telemetry, patches: Patches, optimizers: Optimizers) -> Non
         patches.replace(rlm, "ThreadPoolExecutor", older_dspy.BoundPool)
 
     optimizers.patch(patches)
+    NativeTracing(telemetry).patch(patches)
 
     adapters = resolve("dspy.adapters.base", "Adapter")
     if telemetry.config.adapter_spans and adapters is not None:

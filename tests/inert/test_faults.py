@@ -48,6 +48,7 @@ from tests.inert.programs import Oracle, build, exception, freeze, metric, until
 from tests.operations.test_lm import ENGINES, on
 from tests.optimizers import common, test_inert
 from tests.support.chat import chat
+from tests.support.native import PLACE, native_tracing
 from tests.support.older import DSPY
 from tests.support.openai_server import Reply, openai_server
 from tests.support.spans import Recorder
@@ -582,6 +583,7 @@ SCENARIOS["resumed GEPA"] = lambda: resumed()
 if GEPA_ALONE:
     SCENARIOS["GEPA alone"] = lambda: alone()
     SCENARIOS["GEPA alone, several candidates at once"] = lambda: alone(at_once=True)
+SCENARIOS["DSPy's own tracing"] = lambda: natively()
 SCENARIOS["kept traces"] = lambda: optimized("BootstrapFewShotWithRandomSearch")
 SCENARIOS["dropped traces"] = lambda: optimized("BootstrapFewShotWithRandomSearch")
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -819,6 +821,20 @@ def values() -> Any:
     return said
 
 
+@pytest.fixture(autouse=True, scope="module")
+def own_tracing() -> Iterator[None]:
+    """In this file, DSPy has tracing of its own; it is on in one scenario."""
+    with native_tracing():
+        yield
+
+
+def natively() -> Any:
+    """A program with DSPy's own tracing on."""
+    random.seed(3)
+    with dspy.context(lm=Oracle(), callbacks=[sys.modules[PLACE].OtelCallback()], disable_history=True, trace=None):
+        return freeze(build(("react", "question -> answer"))(question="q"))
+
+
 def resumed() -> Any:
     """GEPA, in a folder in which another process was killed."""
     with tempfile.TemporaryDirectory() as folder:
@@ -856,6 +872,7 @@ NEVER_CALLED = re.compile(
     r"|record_(chunk|retry)|count_chunk|_suppression_keys|call_context\._runtime$|simba\._in_compile|older_dspy\.|on_merge_rejected"
     r"|formatting_without|propagation\._typed|\.DeferredSpan\.|Asking\.of|\.__init__$|\.Telemetry\.(_make|_after_fork|__)|Waiting\._after_fork"
     r"|worker_tasks\._after_fork$|UsageOfTask\.add_sums$|Sums\.as_one_call$"
+    r"|NativeTracing\.(starting|ending)$"
     r"|telemetry\._stands_alone$|DroppedTrace\.start_span$"
     r"|GEPATracker\.copied$|is_trace_id_random|parent_of_process|gepa\.(GEPAWithoutEvents|OldGEPA)Tracker|gepa\._takes"
     r"|\.((Enclosed)?Operation|Tracker|Blob|SpanFactory)\.\w+$|_Pending|_moment|moment$"

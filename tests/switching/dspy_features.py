@@ -15,10 +15,13 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
 
+from dspy_otel.operations import native_tracing
 from tests.support.older import DSPY
 
 Holds = Callable[[Any], bool]
 NEVER = (99,)
+PROPOSED = (98,)
+"""`since` of what DSPy may have one day."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,8 @@ class Feature:
     @property
     def versions(self) -> str:
         """For people: which DSPy versions."""
+        if self.since == PROPOSED:
+            return "proposed"
         first, last = ".".join(map(str, self.since)), ".".join(map(str, self.until))
         if self.since <= (3, 0, 4):
             return "all" if self.until == NEVER else f"before {last}"
@@ -297,6 +302,15 @@ FEATURES: tuple[Feature, ...] = (
         "operations/adapter.py",
         "parse failures and adapter fallbacks",
         lambda function: not {"outputs", "responses"}.isdisjoint(inspect.signature(function).parameters),
+    ),
+    Feature(
+        f"{native_tracing.PLACE}:{native_tracing.CALLBACK}",
+        "a callback that records spans of DSPy's own: its handlers are passed over for calls that have one of ours",
+        "operations/native_tracing.py",
+        "nothing; those calls would show twice",
+        lambda kind: callable(kind.on_lm_start) and callable(kind.on_lm_end),
+        since=PROPOSED,
+        replaces=False,
     ),
     # --- threads and evaluations --------------------------------------------------------------------------------------
     Feature(

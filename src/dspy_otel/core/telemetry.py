@@ -40,6 +40,7 @@ class Telemetry:
         default_parent: the context of spans that have no parent of their own.
 
     Attributes:
+        tracer_provider: the one that was given; ``None`` for the global one.
         settled_tracer: our tracer, as soon as there is a provider.
         keeps_attributes: whether no sampler can drop the attributes that a span is started with.
     """
@@ -61,7 +62,7 @@ class Telemetry:
         self._discards = False
         self.keeps_attributes = False
         self.on_outermost = on_outermost
-        self._provider = tracer_provider
+        self.tracer_provider = tracer_provider
         self.settled_tracer: Tracer | None = None
         self._settling = threading.RLock()
         if hasattr(os, "register_at_fork"):
@@ -99,7 +100,7 @@ class Telemetry:
             return self.settled_tracer
         if self._proxy is not None and _stands_alone(self._proxy):
             return self._proxy
-        tracer = trace.get_tracer(semconv.SCOPE_NAME, __version__, self._provider, schema_url=semconv.SCHEMA_URL)
+        tracer = trace.get_tracer(semconv.SCOPE_NAME, __version__, self.tracer_provider, schema_url=semconv.SCHEMA_URL)
         if isinstance(tracer, ProxyTracer):  # No provider has been set yet.
             self._proxy = tracer
             return tracer
@@ -119,7 +120,7 @@ class Telemetry:
             if self.settled_tracer is None:
                 if self._on_provider is not None:
                     with guard("tracer provider"):
-                        self._on_provider(self._provider or trace.get_tracer_provider())
+                        self._on_provider(self.tracer_provider or trace.get_tracer_provider())
                 with guard("sampler"):
                     self.keeps_attributes = keeps_attributes(tracer)
                 self.settled_tracer = self._lightened(with_system_ids(tracer))
