@@ -14,7 +14,7 @@ from dspy_otel.mlflow.read import read_optimization
 from tests.optimizers import common, gepa_runs
 from tests.support.mlflow_store import Store
 
-mlflow = pytest.importorskip("mlflow")
+pytest.importorskip("mlflow")
 pytestmark = [pytest.mark.integration, pytest.mark.parametrize("uri", ["sqlite"], indirect=True)]
 
 
@@ -54,36 +54,30 @@ def test_optimize_prompts(store: Store, monkeypatch: pytest.MonkeyPatch, tmp_pat
     optimizers = pytest.importorskip("mlflow.genai.optimize.optimizers")
     lms = pytest.importorskip("gepa.lm", reason="GEPA before 0.1.2 has no LM of its own")
     monkeypatch.setattr(lms.LM, "__call__", lambda self, prompt: gepa_runs.reflect(prompt))  # no network
-    before = mlflow.get_tracking_uri(), mlflow.get_registry_uri()
-    own = f"sqlite:///{tmp_path / 'prompts.db'}"
-    mlflow.set_tracking_uri(own)
-    mlflow.set_registry_uri(own)
-    try:
-        prompt = genai.register_prompt(name="qa", template="Answer {{question}}")
-        lm = common.HashLM("embedded/hash", cache=False)
-        dspy.configure(lm=lm)
-        predict = dspy.Predict("question -> answer")
+    # By the environment: MLflow's functions that set it have no way back, and other tests would use this registry.
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'prompts.db'}")
+    prompt = genai.register_prompt(name="qa", template="Answer {{question}}")
+    lm = common.HashLM("embedded/hash", cache=False)
+    dspy.configure(lm=lm)
+    predict = dspy.Predict("question -> answer")
 
-        def answer(question: str) -> str:
-            text = genai.load_prompt(prompt.uri).format(question=question)
-            return f"{predict(question=text).answer} {text}"
+    def answer(question: str) -> str:
+        text = genai.load_prompt(prompt.uri).format(question=question)
+        return f"{predict(question=text).answer} {text}"
 
-        @genai.scorers.scorer
-        def right(outputs: str) -> float:
-            return gepa_runs.hash_of(outputs) % 10 / 10
+    @genai.scorers.scorer
+    def right(outputs: str) -> float:
+        return gepa_runs.hash_of(outputs) % 10 / 10
 
-        store.instrument()
-        result = common.quietly(
-            genai.optimize_prompts,
-            predict_fn=answer,
-            train_data=[{"inputs": {"question": str(number)}, "outputs": str(number)} for number in range(5)],
-            prompt_uris=[prompt.uri],
-            optimizer=optimizers.GepaPromptOptimizer(reflection_model="openai:/none", max_metric_calls=30),
-            scorers=[right],
-        )
-    finally:
-        mlflow.set_tracking_uri(before[0])
-        mlflow.set_registry_uri(before[1])
+    store.instrument()
+    result = common.quietly(
+        genai.optimize_prompts,
+        predict_fn=answer,
+        train_data=[{"inputs": {"question": str(number)}, "outputs": str(number)} for number in range(5)],
+        prompt_uris=[prompt.uri],
+        optimizer=optimizers.GepaPromptOptimizer(reflection_model="openai:/none", max_metric_calls=30),
+        scorers=[right],
+    )
     span, run = run_of(store)
     assert span.attributes["dspy.optimizer.params.door"] == "mlflow.genai.optimize_prompts"
     assert span.attributes[semconv.PROGRAM_NAME] == "optimize_prompts"
