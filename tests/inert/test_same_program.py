@@ -74,7 +74,7 @@ def test_any_program_is_the_same(telemetry: Any, shape: Shape) -> None:
     assert_same(shape, telemetry)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @settings(QUIET, max_examples=400)
 @given(shape=SHAPES)
 def test_many_programs_are_the_same(telemetry: Any, shape: Shape) -> None:

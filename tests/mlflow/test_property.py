@@ -383,7 +383,7 @@ def test_a_real_store(plan: Plan, new_store: Path) -> None:
     check_store(plan, new_store)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @MANY
 @given(st.one_of(SERVERS, SERVERS, DISKS))
 def test_all_of_it_at_length(plan: Plan) -> None:

@@ -18,7 +18,7 @@ from dspy_otel.mlflow.pending import Pending, PendingRuns
 from dspy_otel.mlflow.retry import NOT_FOUND, ExportError, Verdict
 from dspy_otel.mlflow.runs import COMPILE, TAG_NAME, TAG_PARENT
 from dspy_otel.mlflow.target import ui_command
-from dspy_otel.mlflow.threads import HELPERS, Helpers, announce, log_safely
+from dspy_otel.mlflow.threads import RUN_HELPERS, Helpers, announce, log_safely
 from dspy_otel.mlflow.versions import (
     DATASETS,
     LINKED_PROMPTS,
@@ -96,7 +96,7 @@ class RunWriter:
         def write(run: Pending) -> bool:
             return self._each(run, lambda: self._write(backend, run))
 
-        for result in self._helpers.run(write, first, HELPERS if backend.parallel else 0):
+        for result in self._helpers.run(write, first, RUN_HELPERS if backend.parallel else 0):
             if isinstance(result, Exception):
                 raise result
         for run in last:
