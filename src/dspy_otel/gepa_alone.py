@@ -6,24 +6,13 @@ That loads no instrumentor of a package whose extra ``instruments`` (DSPy) is no
 
 from __future__ import annotations
 
-import importlib.util
 import os
 from typing import Final
 
+from dspy_otel.packages import has_gepa_alone
+
 NAME: Final = "gepa_otel"
 _DISABLED: Final = "OTEL_PYTHON_DISABLED_INSTRUMENTATIONS"
-
-
-def has_gepa_alone() -> bool:
-    """Whether GEPA is installed, and DSPy is not."""
-    return _installed("gepa") and not _installed("dspy")
-
-
-def _installed(name: str) -> bool:
-    try:
-        return importlib.util.find_spec(name) is not None
-    except (ImportError, ValueError):  # A stand-in without a specification is in its place.
-        return False
 
 
 def instrument() -> None:

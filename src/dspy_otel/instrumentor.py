@@ -22,7 +22,6 @@ from dspy_otel.core.id_generator import give_exporters_a_generator
 from dspy_otel.core.internal_errors import failed, guard, reset_warnings, warn_once
 from dspy_otel.core.operation import Operation
 from dspy_otel.core.telemetry import Telemetry
-from dspy_otel.gepa_alone import has_gepa_alone
 from dspy_otel.operations import older_dspy
 from dspy_otel.operations.adapter import AdapterOperation, AdapterSpanOperation
 from dspy_otel.operations.embedding import EmbeddingOperation
@@ -36,6 +35,7 @@ from dspy_otel.operations.retrieval import RetrievalOperation
 from dspy_otel.operations.tool import ToolOperation
 from dspy_otel.optimizers import Optimizers
 from dspy_otel.optimizers.trackers import gepa
+from dspy_otel.packages import has_gepa_alone
 from dspy_otel.patching import Patches, resolve
 from dspy_otel.propagation import parent_of_process
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from dspy_otel import DSPyInstrumentor, gepa_alone
+from dspy_otel import DSPyInstrumentor, gepa_alone, packages
 from tests.support.older import DSPY
 from tests.switching.process import python
 
@@ -17,7 +17,7 @@ from tests.switching.process import python
 @pytest.fixture
 def installed(monkeypatch: pytest.MonkeyPatch) -> Iterator[set[str]]:
     there = {"gepa"}
-    monkeypatch.setattr(gepa_alone, "_installed", there.__contains__)
+    monkeypatch.setattr(packages, "_installed", there.__contains__)
     yield there
     if DSPyInstrumentor().is_instrumented_by_opentelemetry:
         DSPyInstrumentor().uninstrument()
@@ -55,7 +55,7 @@ def test_a_module_without_a_specification_is_not_installed(monkeypatch: pytest.M
         raise ValueError(f"{name}.__spec__ is None")
 
     monkeypatch.setattr(importlib.util, "find_spec", refuse)
-    assert not gepa_alone.has_gepa_alone()
+    assert not packages.has_gepa_alone()
 
 
 _WITHOUT_GEPA = """
