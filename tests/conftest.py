@@ -61,6 +61,7 @@ def isolated(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) ->
 
     An internal error is raised, and fails the test, unless that is marked with ``injects_faults``.
     """
+    environment = dict(os.environ)
     monkeypatch.setattr(internal_errors, "raises", request.node.get_closest_marker("injects_faults") is None)
     for name in list(os.environ):
         if _FOREIGN_SETTINGS.search(name):
@@ -73,6 +74,10 @@ def isolated(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) ->
     if instrumentor.is_instrumented_by_opentelemetry:
         instrumentor.uninstrument()
     _reset_dspy()
+    # Code under test may set variables for good, as the demo does, and programs that later tests start would see them.
+    for name in os.environ.keys() - environment.keys():
+        del os.environ[name]
+    os.environ.update(environment)
 
 
 def _reset_dspy() -> None:
