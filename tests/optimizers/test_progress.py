@@ -41,6 +41,7 @@ if end:
     def fails(example, prediction, trace=None):
         if end == "asked":
             import time
+            time.sleep(0.6)  # DSPy's bar is in the display by now
             print("you said", input("Your verdict? "))
             time.sleep(0.6)  # the display is drawn again
             raise KeyboardInterrupt
@@ -168,6 +169,7 @@ def test_who_is_asked_sees_the_question() -> None:
     assert [text for text in after if text.startswith("BootstrapFewShot · bootstrap")]
     assert after[-2] == "done"
     assert sum("%|" in line for line in screen(stderr)) == 1  # as DSPy leaves it
+    assert screen(stderr)[:3] == ["to stdout", "Your verdict? fine", "you said fine"]
 
 
 @pytest.mark.parametrize(("end", "error"), [("interrupted", "KeyboardInterrupt"), ("exit", "SystemExit")])
