@@ -926,7 +926,7 @@ def unwatched(scenario: str) -> Any:
 
 
 def some(places: set[str]) -> list[Any]:
-    """All of them, of which every twelfth runs in the fast suite; those of optimizers take longer."""
+    """All of them, of which every twelfth runs in the fast suite, for those of optimizers take longer; see below."""
 
     def is_fast(index: int, place: str) -> bool:
         return (
@@ -936,9 +936,14 @@ def some(places: set[str]) -> list[Any]:
         )
 
     return [
-        pytest.param(place, marks=[] if is_fast(index, place) else pytest.mark.slow)
+        pytest.param(place, marks=[] if is_fast(index, place) else seldom(index))
         for index, place in enumerate(sorted(places))
     ]
+
+
+def seldom(index: int) -> pytest.MarkDecorator:
+    """Every third is among the slow tests, all others run at night: they take ten minutes of processor time."""
+    return pytest.mark.nightly if index % 3 else pytest.mark.slow
 
 
 @pytest.mark.parametrize("place", some(set(PLACES)))
@@ -967,8 +972,9 @@ def test_each_function_of_ours_fails_in_turn(
     assert not [message for message in warnings if "sk-0" in message], "a warning told content"
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("place", sorted(set(PLACES)))
+@pytest.mark.parametrize(
+    "place", [pytest.param(place, marks=seldom(index + 1)) for index, place in enumerate(sorted(set(PLACES)))]
+)
 def test_each_function_of_ours_fails_from_the_start(
     place: str, telemetry: Any, warnings: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
