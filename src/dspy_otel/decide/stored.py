@@ -213,12 +213,12 @@ class _Reader:
         scored = [one for one in calls if one.scores]
         if scored:
             return self._of_calls(program, calls, scored)
-        below = self._below_requests(program)
-        if below is not None:
-            return below
         runs = self._store.find_runs(None, f"{kind_is(EVALUATION)} AND tags.`{semconv.PROGRAM_ID}` = '{program}'")
         if runs:
             return self._of_evaluations(runs, program)
+        below = self._below_requests(program)  # the slowest question: MLflow reads all spans for it
+        if below is not None:
+            return below
         if calls:
             raise CannotCompareError(f"{self._name}: none of the {len(calls):,} answers of that program has a score.")
         raise CannotCompareError(f"{self._name}: that experiment has no answers and no evaluations of that program.")

@@ -89,7 +89,7 @@ def run_demo(
                 step("store the last traces", finish)
 
     console.print(show.report(recorder, _OPTIMIZERS[optimizer], answers, _NAME), highlight=False)
-    console.print(f"\n[bold]See it all:[/]\n{where_to_look(tracking_uri)}", highlight=False, soft_wrap=True)
+    console.print(f"[bold]See it all:[/]\n{where_to_look(tracking_uri)}", highlight=False, soft_wrap=True)
     return ui.open_ui(tracking_uri) if open_it else 0
 
 
