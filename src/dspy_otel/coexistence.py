@@ -6,7 +6,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any, Final
 
-from dspy_otel.content.introspection import bases_of, instance_dict, library
+from dspy_otel.content.introspection import bases_of, instance_dict, items, library
 from dspy_otel.core.internal_errors import warn_once
 from dspy_otel.operations import native_tracing
 
@@ -127,4 +127,4 @@ def _native_tracing() -> bool:
 def _callbacks() -> list[Any]:
     """The callbacks that DSPy calls for everything."""
     settings = getattr(sys.modules.get("dspy"), "settings", None)
-    return list(getattr(settings, "callbacks", None) or [])
+    return list(items(getattr(settings, "callbacks", None)))

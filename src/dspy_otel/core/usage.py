@@ -202,7 +202,7 @@ class Totals:
     def attributes(self) -> Attributes:
         """The totals as ``dspy.usage.*`` (and ``dspy.usage.<role>.*``); nothing at all when no LM was called.
 
-        With tasks in worker processes, their number, and how many have handed nothing back: that is said in the log.
+        With tasks in worker processes, their number, and how many have handed nothing back, which is logged too.
         """
         result = self._attributes(semconv.USAGE_PREFIX)
         if self.sent_tasks:

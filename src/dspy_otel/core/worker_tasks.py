@@ -251,7 +251,7 @@ def _take_waiting(task: str) -> list[Record]:
 def _run_and_attempt() -> tuple[str, int]:
     """What Ray or Celery runs here: its id, and how often it was begun before. Both retry without asking the sender.
 
-    Ray's number of the attempt is not public: without it, a worker that Ray has replaced is not said.
+    Ray's number of the attempt is not public: without it, a worker that Ray has replaced is not counted.
     """
     with contextlib.suppress(Exception):
         ray, celery = sys.modules.get("ray"), sys.modules.get("celery")

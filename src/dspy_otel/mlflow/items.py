@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Final
 
 from dspy_otel.mlflow.account import Account
-from dspy_otel.mlflow.retry import NOT_FOUND, Backoff, ExportError, Verdict
+from dspy_otel.mlflow.retry import Backoff, ExportError, Verdict
 
 ATTEMPTS_BEFORE_SPLIT: Final = 3
 """Failures of one item before the worker finds out, by its parts or by others, whether the item is the cause."""
@@ -76,8 +76,8 @@ class Items:
             if error.unavailable:
                 raise
             item = self.failed(kind, name, error)
-            if error.verdict is Verdict.LATER and (
-                error.cause == NOT_FOUND or not item.is_refused(self.successes[kind])
+            if error.verdict is Verdict.LOST or (
+                error.verdict is Verdict.LATER and not item.is_refused(self.successes[kind])
             ):
                 raise
             self.succeeded(kind, name)

@@ -220,9 +220,7 @@ class _Delivery:
         self._examples: set[int] = set()
         """Span ids of examples that were applied."""
         self._known: dict[str, bool] = {}
-        """Whether MLflow has a run, by key."""
-        self._there: dict[str, bool] = {}
-        """Whether it had the run of an optimization or evaluation before this."""
+        """Whether MLflow had a run, by key."""
 
     def close(self) -> None:
         """Release connections."""
@@ -312,12 +310,7 @@ class _Delivery:
 
     def _is_lost(self, spans: list[ReadableSpan]) -> bool:
         """Whether MLflow had delivered spans and has them no more: it lacks the run that they belong to."""
-        for group in {group_of(span) for span in spans if is_ours(span)} - {""}:
-            if group not in self._there:
-                self._there[group] = self.worker.find(group) is not None
-            if not self._there[group]:
-                return True
-        return False
+        return not all(map(self._had, {group_of(span) for span in spans if is_ours(span)} - {""}))
 
     def _segment(self, spans: list[ReadableSpan], *, send: bool) -> Segment | None:
         """Apply spans; return a segment of them if they are to be sent."""
@@ -400,9 +393,11 @@ class _Delivery:
             self._find(key)
 
     def _find(self, key: str) -> bool:
-        """Whether a run exists; MLflow is asked once."""
-        if key in self.worker.pending.runs:
-            return True
+        """Whether a run exists."""
+        return key in self.worker.pending.runs or self._had(key)
+
+    def _had(self, key: str) -> bool:
+        """Whether MLflow had a run before this; it is asked once."""
         if key not in self._known:
             self._known[key] = self.worker.find(key) is not None
         return self._known[key]

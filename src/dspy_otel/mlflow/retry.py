@@ -7,6 +7,8 @@ their own. Callers catch :class:`ExportError` and act on its ``verdict``:
 * *try later*: with a :class:`Backoff`, without a limit on the number of attempts. It ends with delivery, or with the
   end of the program, and then the journal has it.
 * *split*: something in the batch is refused; the parts are sent on their own.
+* *lost*: MLflow does not have the run any more that it had, as after a restart with an empty database. All of its
+  optimization is kept, for replay to write anew.
 * *refused*: this item, for good. It is set aside on disk, counted, and named in one line.
 
 An answer such as 408, 423, 500 or ``BAD_REQUEST`` may concern the item itself: its ``try later`` becomes ``split`` when
@@ -38,8 +40,6 @@ MAX_TEXT: Final = 200
 
 MAX_ADDRESS: Final = 4_096
 """Most characters of an address: people copy it."""
-NOT_FOUND: Final = "not found"
-"""Cause of an error: MLflow does not have a run that it had, as after a restart with an empty database."""
 
 _random: Final = random.SystemRandom()
 """A generator of our own: a program that seeds Python's shared one gets the same numbers with us."""
@@ -57,6 +57,7 @@ class Verdict(enum.Enum):
     DELIVERED = "delivered"
     LATER = "try later"
     SPLIT = "split"
+    LOST = "lost"
     REFUSED = "refused"
 
 

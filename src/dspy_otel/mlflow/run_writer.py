@@ -15,7 +15,7 @@ from dspy_otel.mlflow.backends.base import CreatedRun, unexpected
 from dspy_otel.mlflow.backends.registry import Registry
 from dspy_otel.mlflow.items import ATTEMPTS_BEFORE_SPLIT, Items
 from dspy_otel.mlflow.pending import Pending, PendingRuns
-from dspy_otel.mlflow.retry import NOT_FOUND, ExportError, Verdict
+from dspy_otel.mlflow.retry import ExportError, Verdict
 from dspy_otel.mlflow.runs import COMPILE, TAG_NAME, TAG_PARENT
 from dspy_otel.mlflow.target import ui_command
 from dspy_otel.mlflow.threads import RUN_HELPERS, Helpers, announce, log_safely
@@ -111,11 +111,10 @@ class RunWriter:
             if error.unavailable:
                 raise
             self._items.failed(RUNS, run.key, error)
-            if error.cause == NOT_FOUND and run.run_id is not None:
+            if error.verdict is Verdict.LOST:
                 self._lost({run.group})
-                self._report(error.cause, f"{run.name}: {error}")
-            else:
-                self._report(error.cause, f"{run.name}: {error} It is tried again.")
+            again = "" if error.verdict is Verdict.LOST else " It is tried again."
+            self._report(error.cause, f"{run.name}: {error}{again}")
             return False
         self._items.succeeded(RUNS, run.key)
         return True
@@ -138,8 +137,7 @@ class RunWriter:
         try:
             created = backend.create_run(run.key, some, run.started, run.experiment, known=known)
         except ExportError as error:
-            later = error.verdict is Verdict.LATER and error.cause != NOT_FOUND
-            if error.unavailable or later or run.experiment is None:
+            if error.unavailable or error.verdict is Verdict.LATER or run.experiment is None:
                 raise
             run.experiment = None  # that of the user's run does not exist any more
             created = backend.create_run(run.key, some, run.started, None, known=known)
@@ -273,7 +271,7 @@ class RunWriter:
             if error.unavailable:
                 raise
             backoff = self._items.failed(VALUES, run.key, error)
-            if error.cause == NOT_FOUND or (
+            if error.verdict is Verdict.LOST or (
                 error.verdict is Verdict.LATER and backoff.failures < ATTEMPTS_BEFORE_SPLIT
             ):
                 raise

@@ -30,7 +30,7 @@ from dspy_otel.mlflow.backends.base import MAX_LINKS, CreatedRun, unexpected
 from dspy_otel.mlflow.items import ATTEMPTS_BEFORE_SPLIT, Items
 from dspy_otel.mlflow.journal import Journal, JournalError, Segment
 from dspy_otel.mlflow.pending import PendingRuns, UserRun
-from dspy_otel.mlflow.retry import NOT_FOUND, Backoff, ExportError, Verdict, clean
+from dspy_otel.mlflow.retry import Backoff, ExportError, Verdict, clean
 from dspy_otel.mlflow.run_writer import RunWriter
 from dspy_otel.mlflow.runs import (
     Assessment,
@@ -350,7 +350,7 @@ class Worker:
             if error.unavailable:
                 raise
             self._retry_later(segment, error)
-            if error.cause == NOT_FOUND:
+            if error.verdict is Verdict.LOST:
                 self.journal.send_again(segment.groups)
             self.report(error.cause, f"{error} What waits for it is tried again.")
         if segment.delivered and not segment.links and not segment.scores:

@@ -183,7 +183,7 @@ class LMOperation(Operation):
 
     Args:
         telemetry: shared state.
-        kept: which of an LM's own parameters hold beside a typed request.
+        kept: which of an LM's own parameters apply beside a typed request.
     """
 
     kind = "lm"

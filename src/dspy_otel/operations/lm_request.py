@@ -47,7 +47,7 @@ _READ: Final = frozenset(
 )
 """The parameters that attributes of a request are made of."""
 CONNECTION: Final = ("api_base", "base_url", "api_key")
-"""The parameters of an LM that hold beside a typed request, whatever that says."""
+"""The parameters of an LM that apply beside a typed request, whatever that says."""
 _OF_CONFIG: Final = (
     *("temperature", "top_p", "max_tokens", "top_k", "seed", "stop", "n"),
     *("frequency_penalty", "presence_penalty", "response_format", "reasoning"),
@@ -92,7 +92,7 @@ def request_settings(
         own: the LM's.
         args: positional arguments of the call.
         kwargs: its keyword arguments.
-        kept: which of the LM's own hold beside a typed request.
+        kept: which of the LM's own apply beside a typed request.
     """
     settings = own.copy()
     request = explicit_request(args, kwargs) if args or "request" in kwargs else None

@@ -15,6 +15,7 @@ from typing import Any, Final
 
 from opentelemetry import trace
 
+from dspy_otel.content.introspection import field
 from dspy_otel.core.call_context import current_call_context
 from dspy_otel.core.internal_errors import guard
 from dspy_otel.core.telemetry import Telemetry
@@ -94,7 +95,7 @@ class NativeTracing:
 
     def _goes_where_ours_go(self, callback: Any) -> bool:
         """Whether its spans reach the same processors; also where that cannot be known."""
-        tracer = getattr(callback, "_tracer", None)
+        tracer = field(callback, "_tracer")
         theirs = getattr(getattr(tracer, "_tracer", tracer), "span_processor", None)  # behind OpenTelemetry's proxy
         ours = getattr(self.telemetry.tracer_provider or trace.get_tracer_provider(), "_active_span_processor", None)
         return theirs is None or ours is None or theirs is ours

@@ -15,7 +15,7 @@ from opentelemetry.sdk.trace import ReadableSpan
 
 from dspy_otel import semconv
 from dspy_otel.mlflow.backends.registry import Registry
-from dspy_otel.mlflow.retry import NOT_FOUND, ExportError, Verdict, clean
+from dspy_otel.mlflow.retry import ExportError, Verdict, clean
 from dspy_otel.mlflow.runs import TRACE_ID, Assessment, Dataset, Metric, StoredRun, StoredTrace
 from dspy_otel.record.model import Judgement, Usage, load_json, number
 
@@ -330,12 +330,13 @@ def unexpected(error: BaseException) -> ExportError:
     return ExportError(type(error).__name__, f"MLflow: {clean(first_line(error))}.", unavailable=True)
 
 
-def missing(name: str) -> ExportError:
-    """A run that MLflow had, and has no more. It is not refused: the journal can bring it back."""
+def lost(name: str) -> ExportError:
+    """A run that MLflow had, and has no more: the journal can bring it back."""
     return ExportError(
-        NOT_FOUND,
-        f"MLflow at {name} does not have the run or experiment any more (was its database replaced?). What belongs to "
-        "it is kept, and written anew by the next program or by `dspy-otel replay`.",
+        "lost",
+        f"MLflow at {name} does not have the run any more (was its database replaced?). What belongs to it is kept, "
+        "and written anew by the next program or by `dspy-otel replay`.",
+        Verdict.LOST,
     )
 
 

@@ -55,7 +55,7 @@ _Result = TypeVar("_Result")
 _PERMANENT: Final = ("INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "RESOURCE_ALREADY_EXISTS")
 """Codes of errors that MLflow gives again for the same call."""
 _OF_RUNS: Final = frozenset({"link", "values", "datasets", "artifact", "end"})
-"""Calls that need a run which was there before."""
+"""Calls that write to a run, which was there before."""
 _OPEN_SECONDS: Final = 300.0
 """Seconds to wait for another process that creates the store: a new one runs some fifty migrations."""
 _MAX_IDS: Final = 500
@@ -313,7 +313,7 @@ class EmbeddedBackend:
 
     def read_artifact(self, run: CreatedRun, path: str) -> str | None:
         """A text artifact."""
-        return self._call("artifact", lambda: base.read_with_client(self._client, run.run_id, path))
+        return self._call("read", lambda: base.read_with_client(self._client, run.run_id, path))
 
     # --- the store --------------------------------------------------------------------------------------------------
     def set_deadline(self, until: float) -> None:
@@ -343,7 +343,7 @@ class EmbeddedBackend:
         except Exception as error:
             code = getattr(error, "error_code", None)
             if code == "RESOURCE_DOES_NOT_EXIST" and cause in _OF_RUNS:
-                raise base.missing(self.name) from error
+                raise base.lost(self.name) from error
             permanent = code in _PERMANENT
             message = f"MLflow cannot write to {self.name}: {clean(base.first_line(error))}"
             raise ExportError(cause, message, Verdict.SPLIT if permanent else Verdict.LATER) from error

@@ -133,7 +133,7 @@ class RestBackend:
 
     def link(self, run_id: str, trace_ids: Sequence[str]) -> None:
         """Put traces on a run."""
-        self._post("traces/link-to-run", {"trace_ids": list(trace_ids), "run_id": run_id})
+        self._post_to_run("traces/link-to-run", {"trace_ids": list(trace_ids), "run_id": run_id})
 
     def assess(self, score: Assessment, run_id: str | None) -> None:
         """Put a score or an expectation on a trace."""
@@ -186,7 +186,7 @@ class RestBackend:
         """Write metrics, parameters and tags."""
         points = [{"key": m.key, "value": m.value, "timestamp": m.time, "step": m.step} for m in metrics]
         body = {"run_id": run_id, "metrics": points, "params": _pairs(params), "tags": _pairs(tags)}
-        self._post("runs/log-batch", body)
+        self._post_to_run("runs/log-batch", body)
 
     def add_datasets(self, run_id: str, datasets: Sequence[Dataset]) -> None:
         """Add dataset inputs."""
@@ -197,7 +197,7 @@ class RestBackend:
             }
             for dataset in datasets
         ]
-        self._post("runs/log-inputs", {"run_id": run_id, "datasets": inputs})
+        self._post_to_run("runs/log-inputs", {"run_id": run_id, "datasets": inputs})
 
     def put_artifact(self, run: CreatedRun, path: str, text: str) -> None:
         """Store a text artifact."""
@@ -221,7 +221,7 @@ class RestBackend:
 
     def end_run(self, run_id: str, status: str, when: int) -> None:
         """Set a run's status and end."""
-        self._post("runs/update", {"run_id": run_id, "status": status, "end_time": when}, "run_info")
+        self._post_to_run("runs/update", {"run_id": run_id, "status": status, "end_time": when}, "run_info")
 
     def find_runs(self, run_id: str | None, condition: str, experiment_id: str | None = None) -> list[StoredRun]:
         """The run with an id, or those that match."""
@@ -342,8 +342,13 @@ class RestBackend:
         answer = self._rest("POST", path, gives, empty=empty, json=body)
         if answer is None:
             self._experiment_id = None  # it is looked up again
-            raise base.missing(self.name)
+            raise base.refusal("not found", f"MLflow at {self.name} says the experiment does not exist any more.")
         return answer
+
+    def _post_to_run(self, path: str, body: dict[str, Any], gives: str | None = None) -> None:
+        if self._rest("POST", path, gives, json=body) is None:
+            self._experiment_id = None  # likewise
+            raise base.lost(self.name)
 
     def _rest(
         self, method: str, path: str, gives: str | None, *, empty: bool = False, version: str = "2.0", **kwargs: Any

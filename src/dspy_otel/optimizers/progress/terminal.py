@@ -69,12 +69,13 @@ class Terminal:
             redirect_stderr=False,
             transient=True,
         )
+        # First of all: where no thread can be started, nothing has been replaced.
+        threading.Thread(target=self._refresh, name="dspy-otel-progress", daemon=True).start()
         self._live.start()
         self._redirection = Redirection(self._above)
         # A prompt goes to the terminal past any stream, and the display would overwrite it.
         self._input, builtins.input = builtins.input, self._ask
         self._on = True
-        threading.Thread(target=self._refresh, name="dspy-otel-progress", daemon=True).start()
 
     def _refresh(self) -> None:
         """Draw it again a few times each second."""
