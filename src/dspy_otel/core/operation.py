@@ -406,12 +406,15 @@ class Operation:
             except BaseException as error:
                 self.fail(call, error)
                 raise
-            if call is None:
+            try:
+                if call is None:
+                    return result
+                if type(result) is types.CoroutineType and inspect.getcoroutinestate(result) == inspect.CORO_CREATED:
+                    return self._finish_later(call, result)
+                self.close(call, result, None)
                 return result
-            if type(result) is types.CoroutineType and inspect.getcoroutinestate(result) == inspect.CORO_CREATED:
-                return self._finish_later(call, result)
-            self.close(call, result, None)
-            return result
+            finally:
+                del result  # DSPy before 3.4 looks at the stack, which keeps this frame for a while, and all in it.
 
         return wrapper
 
@@ -443,9 +446,12 @@ class Operation:
             except BaseException as error:
                 self.fail(call, error)
                 raise
-            if call is not None:
-                self.close(call, result, None)
-            return result
+            try:
+                if call is not None:
+                    self.close(call, result, None)
+                return result
+            finally:
+                del result
 
         return wrapper
 
