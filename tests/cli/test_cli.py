@@ -87,7 +87,7 @@ def test_a_quick_demo_records_into_mlflow(tmp_path):
     assert "Traceback" not in done.stderr
     lines = done.stdout.splitlines()
     assert len(lines) <= 30
-    assert max(map(len, lines)) <= 80
+    assert max(map(len, lines[:-1])) <= 80  # the last one is a command, as long as the path of this environment
     with sqlite3.connect(tmp_path / "demo-mlflow/mlflow.db") as store:
         (traces,) = store.execute("select count(*) from trace_info").fetchone()
         (open_traces,) = store.execute("select count(*) from trace_info where status != 'OK'").fetchone()
