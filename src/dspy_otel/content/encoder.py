@@ -70,6 +70,10 @@ _ARRAY_LIBRARIES: Final = frozenset({"numpy", "pandas", "polars", "torch", "tens
 _EXAMPLES: Final = ("dspy.primitives.example", "dspy.primitives.prediction")
 _MOST_HARMLESS: Final = 2**18
 """Characters of all texts that are known to be harmless."""
+_LONG: Final = 4096
+_MOST_LONG: Final = 4
+"""So many of the texts of at least that length are looked for in others, by their first characters."""
+_HEAD: Final = 256
 _BASE64_LENGTH: Final = 256
 _LINE_LENGTH: Final = 56
 _BEGINNING: Final = 512
@@ -627,6 +631,7 @@ class _Harmless:
         self.remembered = remembered
         self.shapes: dict[tuple[str, ...], bool] = {}
         self._texts: dict[str, None] = {}
+        self._long: tuple[str, ...] = ()
         self._room = _MOST_HARMLESS
 
     def are(self, texts: list[str]) -> bool:
@@ -635,15 +640,34 @@ class _Harmless:
         new = [text for text in texts if text not in known]
         if not new:
             return True
-        together = "\n".join(new)
+        together = "\n".join([text if len(text) < _LONG else self._unseen(text) for text in new])
         if _has_media(together) or redaction.suspect(together):
             return False
-        self._room -= len(together)
+        size = sum(map(len, new))
+        self._room -= size
         if self._room < 0:
             known = self._texts = {}
-            self._room = _MOST_HARMLESS - len(together)
+            self._long = ()
+            self._room = _MOST_HARMLESS - size
         known.update(dict.fromkeys(new))
+        if long := [text for text in new if len(text) >= _LONG]:
+            self._long = (*self._long, *long)[-_MOST_LONG:]
         return True
+
+    def _unseen(self, text: str) -> str:
+        """A text without the inside of long ones that are known: a prompt has the long input of a module in it.
+
+        As far from the ends of a known text as :func:`redaction.lookahead` tells, nothing around it makes it a secret.
+        """
+        around = redaction.lookahead()
+        pieces = [text]
+        for known in self._long:
+            for place, piece in enumerate(pieces):
+                start = piece.find(known[:_HEAD])
+                if start >= 0 and piece.startswith(known, start) and len(known) > 2 * around:
+                    pieces[place : place + 1] = piece[: start + around], piece[start + len(known) - around :]
+                    break
+        return "\n".join(pieces)
 
     def add_shape(self, keys: tuple[str, ...]) -> bool | None:
         """What is to be kept in ``shapes``; ``None`` if one of the keys is long, or no harmless name."""
