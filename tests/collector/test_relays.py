@@ -17,7 +17,7 @@ from tests.collector.stack import COLLECTOR, Collector, Jaeger, Kafka, Rotel, ru
 from tests.support.otlp_receiver import OtlpReceiver
 from tests.support.waiting import STALLED, finish
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.nightly]
 
 
 def test_kafka_spreads_traces_over_gateways_and_keeps_each_whole(tmp_path: Path) -> None:

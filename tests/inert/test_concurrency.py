@@ -33,6 +33,7 @@ from dspy_otel.core.usage import Totals
 from dspy_otel.operations.embedding import ASKING
 from dspy_otel.operations.evaluation import ExampleRun
 from tests.inert.programs import Oracle, until
+from tests.support.nightly import at_night
 from tests.support.otlp_receiver import OtlpReceiver
 from tests.support.waiting import run, wait_for
 from tests.switching.process import ROOT, environment
@@ -350,7 +351,7 @@ WORKER = Path(__file__).with_name("processes.py")
 
 @pytest.mark.integration
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this platform")
-@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+@pytest.mark.parametrize("method", ["fork", *at_night("spawn", "forkserver")])
 def test_exporters_are_alive_in_child_processes(method: str, tmp_path: Path) -> None:
     """A program starts processes in its middle: their spans arrive, below its own, and so do their runs in MLflow."""
     pytest.importorskip("mlflow")

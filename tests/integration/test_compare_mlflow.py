@@ -17,6 +17,7 @@ from dspy_otel.decide.results import read_spans
 from tests.decide.test_compare import ROWS, Asking, Failing, exact
 from tests.optimizers.common import RUNS, quietly, scripted_lm
 from tests.support.mlflow_store import Store
+from tests.support.nightly import at_night
 
 pytest.importorskip("mlflow")
 pytest.importorskip("scipy")
@@ -197,6 +198,7 @@ def test_runs_and_one_of_them(store: Store, capsys: Any) -> None:
         assert f"There is no run {missing}" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("uri", ["sqlite", *at_night("server")], indirect=True)
 @pytest.mark.parametrize("optimizer", ["GEPA", "MIPROv2"])
 def test_why_it_got_better_is_the_same_from_mlflow_and_from_memory(store: Store, optimizer: str, capsys: Any) -> None:
     lm = scripted_lm()

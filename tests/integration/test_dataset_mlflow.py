@@ -19,6 +19,7 @@ from dspy_otel.dataset.selection import Reason
 from dspy_otel.mlflow import load_best
 from tests.optimizers.common import quietly
 from tests.support.mlflow_store import Store
+from tests.support.nightly import at_night
 
 pytest.importorskip("mlflow")
 pytestmark = pytest.mark.integration
@@ -61,6 +62,7 @@ class Person:
         self.client.log_assessment(trace_id, Expectation(name=field, value=value, source=self.source))
 
 
+@pytest.mark.parametrize("uri", ["server", *at_night("sqlite")], indirect=True)
 def test_run_correct_make_a_dataset_optimize_compare_promote(store: Store, tmp_path: Any, capsys: Any) -> None:
     pytest.importorskip("scipy")
     from dspy_otel.cli.demo.lm import embedded_lm

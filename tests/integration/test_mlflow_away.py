@@ -28,6 +28,7 @@ from tests.optimizers.common import RUNS, quietly, scripted_lm
 from tests.support.fault_proxy import FaultProxy
 from tests.support.mlflow_server import free_port, mlflow_server
 from tests.support.mlflow_store import Store
+from tests.support.nightly import at_night
 from tests.support.otlp_receiver import OtlpReceiver
 from tests.support.waiting import run as run_program
 from tests.support.waiting import wait_for, wait_for_exit
@@ -82,7 +83,7 @@ def well(proxy: FaultProxy) -> None:
     proxy.up()
 
 
-@pytest.mark.parametrize("fault", [broken, unavailable, refused, deaf])
+@pytest.mark.parametrize("fault", [broken, *at_night(unavailable, refused), deaf])
 def test_a_fault_in_the_middle_of_a_compile_loses_nothing_and_stores_nothing_twice(
     store: Store, proxy: FaultProxy, fault: Callable[[FaultProxy], None]
 ) -> None:
@@ -175,6 +176,7 @@ def test_a_slow_server_holds_up_no_program(store: Store, proxy: FaultProxy) -> N
     assert len(proxy.requests) > 20
 
 
+@pytest.mark.nightly
 def test_two_compiles_at_once_through_an_outage(store: Store, proxy: FaultProxy) -> None:
     lm = scripted_lm()
     store.instrument()
@@ -232,7 +234,7 @@ def test_what_is_left_at_the_end_is_delivered_later_and_only_once(
     store.check()
 
 
-@pytest.mark.parametrize("form", ["pb", "jsonl"])
+@pytest.mark.parametrize("form", ["pb", *at_night("jsonl")])
 def test_spans_from_a_file_give_the_same_runs(
     server_uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str
 ) -> None:

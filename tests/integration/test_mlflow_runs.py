@@ -32,12 +32,13 @@ from dspy_otel.reports.programs import samples
 from tests.optimizers.common import RUNS, quietly, scripted_lm
 from tests.support.mlflow_server import mlflow_server
 from tests.support.mlflow_store import Store, scores
+from tests.support.nightly import at_night
 from tests.support.waiting import wait_for, wait_for_exit
 
 pytest.importorskip("mlflow")
 pytestmark = pytest.mark.integration
 
-OPTIMIZERS = ["MIPROv2", "GEPA", "SIMBA", "COPRO", "BootstrapFewShotWithRandomSearch", "BetterTogether"]
+OPTIMIZERS = ["MIPROv2", "GEPA", "BootstrapFewShotWithRandomSearch", *at_night("SIMBA", "COPRO", "BetterTogether")]
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
@@ -259,6 +260,7 @@ def test_without_content_there_is_all_that_is_no_content(store: Store, tmp_path:
         load_best(ColourFamily(), experiment=store.experiment, tracking_uri=store.uri)
 
 
+@pytest.mark.parametrize("uri", ["server", *at_night("sqlite")], indirect=True)
 def test_every_one_of_a_thousand_scores_arrives(store: Store) -> None:
     scripted_lm()
     store.instrument(capture_content="no_content")
@@ -281,6 +283,7 @@ def test_every_one_of_a_thousand_scores_arrives(store: Store) -> None:
     assert found == 1000
 
 
+@pytest.mark.parametrize("uri", ["server", *at_night("sqlite")], indirect=True)
 def test_parallel_compiles_do_not_mix(store: Store) -> None:
     lm = scripted_lm()
     store.instrument()

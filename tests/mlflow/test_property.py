@@ -362,14 +362,14 @@ def test_a_disk_that_fails_and_a_limit(plan: Plan) -> None:
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
-@pytest.mark.slow
+@pytest.mark.nightly
 @settings_for(40, phases=[Phase.explicit, Phase.generate])
 @given(FORKS)
 def test_a_process_that_forks(plan: Plan) -> None:
     check(plan)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @settings_for(60, phases=[Phase.explicit, Phase.generate])
 @given(SLOW)
 def test_an_answer_that_does_not_end(plan: Plan) -> None:

@@ -15,6 +15,7 @@ import pytest
 
 from tests.privacy import scenario
 from tests.support.canaries import Canaries
+from tests.support.nightly import at_night
 from tests.support.openai_server import openai_server
 from tests.support.otlp_receiver import OtlpReceiver
 from tests.support.waiting import run
@@ -68,8 +69,14 @@ def test_a_program_and_its_evaluation(
 
 
 @pytest.mark.integration
-@pytest.mark.parametrize("protocol", ["http/protobuf", "grpc"])
-@pytest.mark.parametrize("content", ["no_content", "span_and_event"])
+@pytest.mark.parametrize(
+    ("content", "protocol"),
+    [
+        ("no_content", "grpc"),
+        ("span_and_event", "http/protobuf"),
+        *at_night(("no_content", "http/protobuf"), ("span_and_event", "grpc")),
+    ],
+)
 def test_everything_that_leaves_the_process(content: str, protocol: str, tmp_path: Path) -> None:
     """With MIPROv2 and GEPA, to an OTLP receiver and to MLflow in sqlite, from a process of its own."""
     pytest.importorskip("mlflow")

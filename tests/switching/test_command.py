@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.nightly import at_night
 from tests.support.otlp_receiver import OtlpReceiver, ReceivedSpan
 from tests.switching.process import installed, instrumented
 
@@ -131,7 +132,7 @@ def test_sdk_disabled(receiver: OtlpReceiver):
     assert receiver.metric_names() == set()
 
 
-@pytest.mark.parametrize("disabled", ["dspy_otel,dspy", "dspy, dspy_otel"])
+@pytest.mark.parametrize("disabled", ["dspy, dspy_otel", *at_night("dspy_otel,dspy")])
 def test_instrumentation_disabled(disabled: str):
     # `dspy` is the name of other packages' instrumentors, which may be installed here.
     done = instrumented(**{**OFF, "OTEL_TRACES_EXPORTER": "console"}, OTEL_PYTHON_DISABLED_INSTRUMENTATIONS=disabled)

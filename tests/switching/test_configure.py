@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from dspy_otel.config import Config
+from tests.support.nightly import at_night
 from tests.support.otlp_receiver import OtlpReceiver
 from tests.switching.process import Finished, python
 
@@ -91,7 +92,7 @@ def test_environment_names_only_an_endpoint(receiver: OtlpReceiver):
 
 
 @pytest.mark.integration
-@pytest.mark.parametrize("how", ["argument", "environment", "environment and endpoint"])
+@pytest.mark.parametrize("how", [*at_night("argument", "environment"), "environment and endpoint"])
 def test_mlflow_store(receiver: OtlpReceiver, tmp_path: Path, how: str):
     mlflow = pytest.importorskip("mlflow", reason="needs the extra mlflow")
     store = f"sqlite:///{tmp_path / 'mlflow.db'}"
@@ -218,7 +219,7 @@ def test_settings_of_instrument_are_left_alone():
 
 @pytest.mark.integration
 @pytest.mark.parametrize(
-    "how", ["another experiment", "set_experiment and the cell again", "set_experiment alone", "and calls"]
+    "how", ["another experiment", "set_experiment and the cell again", *at_night("set_experiment alone", "and calls")]
 )
 def test_another_experiment_of_mlflow(tmp_path: Path, how: str):
     mlflow = pytest.importorskip("mlflow", reason="needs the extra mlflow")

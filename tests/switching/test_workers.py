@@ -53,6 +53,7 @@ def ray_settings() -> Iterator[dict[str, str]]:
 
 
 @needs("ray", "ray")
+@pytest.mark.nightly
 def test_ray_task_and_actor(ray_settings: dict[str, str]):
     with OtlpReceiver() as receiver:
         done = script(_HERE / "ray_app.py", OTEL_EXPORTER_OTLP_ENDPOINT=receiver.http, **ray_settings, **_NEVER)
