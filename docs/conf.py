@@ -17,7 +17,7 @@ ELSEWHERE = {"CHANGELOG.md": "changelog.md", "CONTRIBUTING.md": "contributing.md
 # In the margin of the site; GitHub's reader of index.md would see it as code.
 PAGES = {
     "Begin": "first-ten-minutes concepts",
-    "How to": "optimizers gepa mlflow backends notebook web workers from-autolog from-openinference queries "
+    "How to": "optimizers gepa mlflow backends notebook web workers deployment from-autolog from-openinference queries "
     "coexistence security",
     "Decide": "compare why budget dataset",
     "Reference": "configuration semantic-conventions proposal-optimization-spans performance versions licences "

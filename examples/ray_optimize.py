@@ -71,7 +71,7 @@ class Worker:
     def run(self, work: Callable[..., Any], *arguments: Any) -> Any:
         """Call ``work``, which is a function that was delegated: its result has to be returned as it is."""
         result = work(*arguments)
-        trace.get_tracer_provider().force_flush()  # type: ignore[attr-defined]  # Ray ends it without exit handlers
+        dspy_otel.flush()  # Ray ends it without exit handlers
         return result
 
 

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from dspy_otel.optimizers import optimization
     from dspy_otel.propagation import add_usage, attach, bind, delegate, inject
     from dspy_otel.record.model import Origin
-    from dspy_otel.setup import configure
+    from dspy_otel.setup import configure, flush
 
 # Loaded on first use: a program that leaves instrumentation off pays for none of it.
 _PLACES: Final = {
@@ -44,6 +44,7 @@ _PLACES: Final = {
     "configure": ("setup", "configure"),
     "delegate": ("propagation", "delegate"),
     "examples": ("dataset", "examples"),
+    "flush": ("setup", "flush"),
     "inject": ("propagation", "inject"),
     "optimization": ("optimizers", "optimization"),
     "program_id": ("operations.program", "program_digest"),
@@ -105,6 +106,7 @@ __all__ = [
     "configure",
     "delegate",
     "examples",
+    "flush",
     "inject",
     "instrument",
     "optimization",

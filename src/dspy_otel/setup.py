@@ -1,10 +1,11 @@
-"""``configure()``: providers and exporters for programs that have none."""
+"""``configure()``: providers and exporters for programs that have none. ``flush()``: whoever has set them up."""
 
 from __future__ import annotations
 
 import importlib.util
 import logging
 import os
+import time
 from collections.abc import Callable, Mapping
 from importlib.metadata import entry_points
 from typing import Any, Final
@@ -85,6 +86,32 @@ def configure(
     else:
         _set_up(_destinations(otlp, mlflow, experiment, console), service_name)
     return _switch_on(options)
+
+
+def flush(timeout_millis: int = 30_000) -> bool:
+    """Send what this process has recorded so far: before it is frozen, or ends without Python's exit handlers.
+
+    Metrics and events are first, for spans on their way to MLflow may take all of the time. Those are in MLflow when it
+    returns True.
+
+    Args:
+        timeout_millis: most time to wait, as far as the SDK keeps to it.
+
+    Returns:
+        Whether the global providers have done so, as far as they say: what an exporter could not send is in the SDK's
+        log only. One that is not the SDK's has nothing to send. Never raises.
+    """
+    until = time.monotonic() + timeout_millis / 1000
+    sent = True
+    for signal in ("metrics", "logs", "traces"):
+        try:
+            force_flush = getattr(_PROVIDERS[signal][1](), "force_flush", None)
+            if force_flush is not None:
+                sent = bool(force_flush(max(0, int((until - time.monotonic()) * 1000)))) and sent
+        except Exception:
+            _LOG.debug("dspy-otel: %s are not flushed", signal, exc_info=True)
+            sent = False
+    return sent
 
 
 def _switch_on(options: Mapping[str, Any]) -> DSPyInstrumentor:

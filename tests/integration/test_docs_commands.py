@@ -50,6 +50,7 @@ NOT_RUN = {
     "dspy-otel replay --to": "the name of an option",
 }
 PYTHON_NOT_RUN = {
+    ("deployment.md", 0): "a function of the reader's: tests/switching/test_lambda.py",
     ("first-ten-minutes.md", 0): "tests/integration/test_first_ten_minutes.py",
     ("first-ten-minutes.md", 1): "tests/integration/test_first_ten_minutes.py",
     ("first-ten-minutes.md", 2): "tests/integration/test_first_ten_minutes.py",

@@ -30,7 +30,7 @@ program = App()
 
 @worker_process_shutdown.connect
 def flush(**_):
-    trace.get_tracer_provider().force_flush()
+    dspy_otel.flush()
 
 
 @celery.task

@@ -29,7 +29,7 @@ def switch_on():
 def work(program, carrier):
     with dspy.context(lm=EchoLM(model="test/echo")), dspy_otel.attach(carrier):
         answer = program(question="?").answer
-    trace.get_tracer_provider().force_flush()  # Ray ends its workers without their exit handlers.
+    dspy_otel.flush()  # Ray ends its workers without their exit handlers.
     return answer, os.getpid()
 
 

@@ -9,7 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from opentelemetry.metrics import NoOpMeterProvider
+from opentelemetry.sdk._logs import LoggerProvider
+from opentelemetry.sdk.metrics import MeterProvider
+from opentelemetry.sdk.metrics.export import InMemoryMetricReader
+from opentelemetry.sdk.resources import Resource
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import BatchSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
+from dspy_otel import flush, setup
 from dspy_otel.config import Config
 from tests.support.nightly import at_night
 from tests.support.otlp_receiver import OtlpReceiver
@@ -407,3 +416,30 @@ def test_the_documentation_has_every_setting():
     for name, parameter in inspect.signature(dspy_otel.configure).parameters.items():
         if parameter.kind is parameter.KEYWORD_ONLY:
             assert any(f"| `configure()` | `{name}` |" in row for row in rows)
+
+
+class BrokenReader(InMemoryMetricReader):
+    """A reader of a user's that fails."""
+
+    def force_flush(self, timeout_millis: float = 10_000) -> bool:
+        raise OSError("no space left on device")
+
+
+@pytest.mark.injects_faults
+def test_flush_sends_what_waits_and_never_raises(monkeypatch: pytest.MonkeyPatch) -> None:
+    spans, now = InMemorySpanExporter(), {"resource": Resource.get_empty()}
+    tracers, loggers = TracerProvider(**now), LoggerProvider(**now)
+    tracers.add_span_processor(BatchSpanProcessor(spans, schedule_delay_millis=3_600_000))
+    meters = MeterProvider([BrokenReader()], **now)
+    providers = {"tracer": tracers, "meter": meters, "logger": loggers}
+    for signal, (name, _) in setup._PROVIDERS.items():
+        monkeypatch.setitem(setup._PROVIDERS, signal, (name, lambda name=name: providers[name]))
+    try:
+        for number, sent in ((1, False), (2, True)):
+            tracers.get_tracer("test").start_span("span").end()
+            assert flush() is sent
+            assert len(spans.get_finished_spans()) == number
+            providers["meter"] = NoOpMeterProvider()  # has nothing to flush
+    finally:
+        for provider in (tracers, meters, loggers):
+            provider.shutdown()
