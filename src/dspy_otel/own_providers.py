@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import sys
@@ -134,6 +135,7 @@ def set_provider(signal: str, destinations: Sequence[Destination], service_name:
         spans.exchange(made)
         own.provider = TracerProvider(resource=resource)
         own.provider.add_span_processor(spans)
+        _follow_forks(own.provider)
         trace.set_tracer_provider(own.provider)
     elif signal == "metrics":
         readers = [item for item in made if isinstance(item, MetricReader)]
@@ -152,6 +154,25 @@ def set_provider(signal: str, destinations: Sequence[Destination], service_name:
         own.provider.add_log_record_processor(logs)
         _logs.set_logger_provider(own.provider)
     _own[signal] = own
+
+
+def _follow_forks(provider: Any) -> None:
+    """Give a provider the id of the process in a forked one too. The SDK does so from 1.44 on, with its own attributes.
+
+    Registered when the provider is made: after the SDK's own function, which replaces the provider's locks.
+    """
+    parent = os.getpid()
+    if not hasattr(os, "register_at_fork") or not hasattr(provider, "_update_resource"):
+        return
+
+    def after_fork() -> None:
+        nonlocal parent
+        with contextlib.suppress(Exception):
+            if provider.resource.attributes.get("process.pid") == parent:  # else it is what a user has set
+                parent = os.getpid()
+                provider._update_resource(Resource({"process.pid": parent}))
+
+    os.register_at_fork(after_in_child=after_fork)
 
 
 def change_provider(signal: str, destinations: Sequence[Destination], service_name: str | None) -> list[str]:

@@ -42,6 +42,7 @@ NOT_RUN = {
     "docker compose -f collector/compose.yaml up": "Docker",
     "docker run --rm -d -p 16686:16686 -p 4317:4317 jaegertracing/jaeger:latest": "Docker",
     "opentelemetry-instrument uvicorn service:app": "a service of the reader's: tests/switching/test_web.py serves one",
+    "opentelemetry-instrument gunicorn service:app": "likewise",
     "dspy-otel demo": "tests/cli/test_demo.py",
     "python examples/production_loop.py": "tests/integration/test_production_loop.py",
     "mlflow server": "runs for all of these tests, with a port and a store",
@@ -57,6 +58,7 @@ PYTHON_NOT_RUN = {
     ("gepa.md", 0): "a hosted model's key: tests/optimizers/test_doors.py",
     ("web.md", 0): "a service of the reader's: tests/switching/test_web.py",
     ("web.md", 1): "a service of the reader's: tests/switching/test_web.py",
+    ("web.md", 2): "gunicorn's settings: tests/switching/test_web.py",
     ("why.md", 0): "of an optimization whose winner has four sentences and a gain: tests/decide/test_explanation.py",
     ("workers.md", 1): "a cluster of Ray: tests/switching/test_workers.py",
     ("workers.md", 2): "a cluster of Ray: tests/switching/test_workers.py",
@@ -191,7 +193,7 @@ provider = TracerProvider()
         "",
     ],
     "notebook.md": ["", "best = optimized()\n"],
-    "web.md": [None, None, "", "program, question = MyProgram(), 'one'\n"],
+    "web.md": [None, None, None, "", "program, question = MyProgram(), 'one'\n"],
     "workers.md": ["program, questions = MyProgram(), ['one', 'two', 'three']\n", None, None, None, None],
 }
 """What the reader has before each block of a page; None for those that are not run."""

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
+import os
 import re
 import signal
 import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -22,7 +25,7 @@ from opentelemetry import baggage, context
 
 from tests.support.mlflow_server import free_port
 from tests.support.openai_server import OpenAIServer
-from tests.support.otlp_receiver import OtlpReceiver
+from tests.support.otlp_receiver import OtlpReceiver, attributes_of
 from tests.support.spans import Recorder
 from tests.support.waiting import LONGEST, wait_for, wait_for_exit
 from tests.switching.process import ROOT, environment, installed
@@ -152,42 +155,115 @@ def test_two_requests_at_once_keep_their_spans_and_names_apart(telemetry: Record
 
 
 SERVICE = """
+import os
+
 import dspy
 from dspy.utils import DummyLM
 
-lm = DummyLM([{"answer": "Paris"}] * 100)
+lm = DummyLM([{"answer": "Paris"}] * 10_000)
 program = dspy.Predict("question -> answer")
 
 
+def answer(question):
+    with dspy.context(lm=lm):
+        text = program(question=question).answer
+    with open("answered", "a") as answered:
+        answered.write(f"{os.getpid()}\\n")
+    return text
+"""
+ASGI = """
 @app.get("/ask")
 def ask(question: str):
-    with dspy.context(lm=lm):
-        return {"answer": program(question=question).answer}
+    return answer(question)
 """
+WSGI = """
+import json
+
+answer("before the workers are there")
+
+
+def app(environ, start_response):
+    start_response("200 OK", [("Content-Type", "application/json")])
+    return [json.dumps(answer("where")).encode()]
+"""
+GUNICORN = ["gunicorn", "--no-control-socket", "--preload", "--workers", "2", "--max-requests", "5"]
+
+
+def recipe(word: str) -> str:
+    """The block of docs/web.md with a word."""
+    page = (ROOT / "docs/web.md").read_text(encoding="utf-8")
+    (found,) = [block for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if word in block]
+    return found
 
 
 @installed
-def test_a_server_that_is_stopped_has_sent_all_of_it(tmp_path: Path) -> None:
-    """The application shuts down as on docs/web.md."""
-    page = (ROOT / "docs/web.md").read_text(encoding="utf-8")
-    (shutdown,) = [block for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "lifespan" in block]
-    (tmp_path / "service.py").write_text(shutdown + SERVICE)
+@pytest.mark.parametrize(
+    ("command", "options", "processes"),
+    [
+        (["opentelemetry-instrument", "uvicorn"], ["--port", "{}"], 1),
+        (["opentelemetry-instrument", "uvicorn", "--workers", "2"], ["--port", "{}"], 2),
+        pytest.param(
+            ["opentelemetry-instrument", *GUNICORN, "-k", "uvicorn_worker.UvicornWorker"],
+            ["--bind", "127.0.0.1:{}"],
+            3,
+            marks=[needs("uvicorn_worker", "uvicorn-worker"), pytest.mark.nightly],
+        ),
+        pytest.param(GUNICORN, ["--bind", "127.0.0.1:{}"], 3, marks=needs("gunicorn", "gunicorn")),
+    ],
+    ids=["uvicorn", "uvicorn's workers", "gunicorn with uvicorn's workers", "gunicorn"],
+)
+def test_a_server_that_is_stopped_has_sent_all_of_it(
+    tmp_path: Path, command: list[str], options: list[str], processes: int
+) -> None:
+    """As on docs/web.md. gunicorn's workers are forked from a process that has the service, and restart."""
+    own = command is GUNICORN
+    (tmp_path / "service.py").write_text(SERVICE + WSGI if own else recipe("lifespan") + SERVICE + ASGI)
+    if own:
+        (tmp_path / "gunicorn.conf.py").write_text(recipe("post_fork"))
     port = free_port()
-    with OtlpReceiver() as receiver:
+
+    def ask(_: int = 0) -> bool:
+        with contextlib.suppress(OSError):  # not there yet, or of a worker that has served its last request
+            with urlopen(f"http://127.0.0.1:{port}/ask?question=where", timeout=LONGEST) as response:
+                return bool(json.load(response) == "Paris")
+        return False
+
+    def answered() -> Counter[int]:
+        by_process = Counter(map(int, (tmp_path / "answered").read_text().split()))
+        if own:
+            del by_process[server.pid]  # before the workers were there
+        return by_process
+
+    with OtlpReceiver() as receiver, (tmp_path / "log").open("wb") as log:
         settings = environment(OTEL_EXPORTER_OTLP_ENDPOINT=receiver.http, OTEL_EXPORTER_OTLP_PROTOCOL="http/protobuf")
-        run = [str(Path(sys.executable).with_name("opentelemetry-instrument")), sys.executable, "-m", "uvicorn"]
-        server = subprocess.Popen([*run, "service:app", "--port", str(port)], cwd=tmp_path, env=settings)
-
-        def ask() -> bool:
-            with urlopen(f"http://127.0.0.1:{port}/ask?question=where") as answer:
-                return bool(json.load(answer)["answer"] == "Paris")
-
+        # Two of the three are scripts of this environment, also for the first one.
+        settings["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), settings["PATH"]])
+        line = [*command, *(option.format(port) for option in options), "service:app"]
+        server = subprocess.Popen(line, cwd=tmp_path, env=settings, stdout=log, stderr=subprocess.STDOUT)
         try:
-            wait_for(ask, "the service", ignored=(OSError,))
-            for _ in range(4):
-                assert ask()
+            wait_for(ask, "the service")
+            with ThreadPoolExecutor(4) as clients:
+                wait_for(lambda: any(clients.map(ask, range(8))) and len(answered()) >= processes, "enough processes")
         finally:
             server.send_signal(signal.SIGTERM)
-        wait_for_exit(server, "the service")
-        assert len(receiver.spans("invoke_workflow Predict")) == 5
-        assert "gen_ai.client.operation.duration" in receiver.metric_names()
+            wait_for_exit(server, "the service")
+        calls = receiver.spans("invoke_workflow Predict")
+        assert len({span.id for span in calls}) == len(calls) == answered().total()
+        # Each worker is an instance of the service, with metrics of its own.
+        instances = Counter(span.resource["service.instance.id"] for span in calls)
+        assert sorted(instances.values()) == sorted(answered().values())
+        assert counted(receiver) == instances
+        if own:
+            assert {span.resource["process.pid"] for span in calls} == set(answered())
+
+
+def counted(receiver: OtlpReceiver) -> dict[str, int]:
+    """How many LM calls the last metrics of each instance have."""
+    found = {}
+    for request in receiver.requests("metrics"):
+        for resource in request.message.resource_metrics:
+            instance = attributes_of(resource.resource.attributes)["service.instance.id"]
+            for metric in (metric for scope in resource.scope_metrics for metric in scope.metrics):
+                if metric.name == "gen_ai.client.operation.duration":
+                    found[instance] = sum(point.count for point in metric.histogram.data_points)
+    return found
