@@ -51,6 +51,7 @@ NOT_RUN = {
     "dspy-otel replay --to": "the name of an option",
 }
 PYTHON_NOT_RUN = {
+    ("backends.md", 0): "a workspace of Databricks: tests/switching/test_command.py has what is sent there",
     ("deployment.md", 0): "a function of the reader's: tests/switching/test_lambda.py",
     ("first-ten-minutes.md", 0): "tests/integration/test_first_ten_minutes.py",
     ("first-ten-minutes.md", 1): "tests/integration/test_first_ten_minutes.py",

@@ -331,7 +331,9 @@ def test_nobody_listens(spans: list[ReadableSpan], lines: Lines) -> None:
     [
         ("file:///tmp/x", "file store (file:///tmp/x) cannot take"),
         ("mlruns", "file store (mlruns) cannot take"),
-        ("databricks", "databricks is not supported"),
+        ("databricks", "Databricks (databricks) takes traces by OTLP"),
+        ("databricks://profile", "Databricks (databricks://profile) takes traces by OTLP"),
+        ("databricks-uc", "OTEL_TRACES_EXPORTER=otlp"),
         ("ftp://user:secret@host/x", "ftp://host/x is not supported"),
     ],
 )

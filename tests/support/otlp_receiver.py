@@ -42,12 +42,13 @@ _RESPONSES: dict[Signal, Any] = {
 
 @dataclass(frozen=True)
 class Received:
-    """One export request: its signal, how it came, its headers (lower-case names), and the decoded message."""
+    """One export request: its signal, how it came, its headers (lower-case names), the decoded message, its path."""
 
     signal: Signal
     transport: Transport
     headers: Mapping[str, str]
     message: Any
+    path: str = ""
 
 
 @dataclass(frozen=True)
@@ -162,9 +163,11 @@ class OtlpReceiver:
                         )
 
     # --- the two servers -----------------------------------------------------------------------------------------
-    def _keep(self, signal: Signal, transport: Transport, headers: Mapping[str, str], message: Any) -> Any:
+    def _keep(
+        self, signal: Signal, transport: Transport, headers: Mapping[str, str], message: Any, path: str = ""
+    ) -> Any:
         with self._arrived:
-            self.received.append(Received(signal, transport, headers, message))
+            self.received.append(Received(signal, transport, headers, message, path))
             self._arrived.notify_all()
         return _RESPONSES[signal]()
 
@@ -193,7 +196,8 @@ class OtlpReceiver:
                 elif self.headers.get("Content-Encoding") == "deflate":
                     body = zlib.decompress(body)
                 headers = {key.lower(): value for key, value in self.headers.items()}
-                answer = keep(signal, "http", headers, _REQUESTS[signal].FromString(body)).SerializeToString()
+                message = _REQUESTS[signal].FromString(body)
+                answer = keep(signal, "http", headers, message, self.path).SerializeToString()
                 self.send_response(200)
                 self.send_header("Content-Type", "application/x-protobuf")
                 self.send_header("Content-Length", str(len(answer)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 
 from tests.support.nightly import at_night
 from tests.support.otlp_receiver import OtlpReceiver, ReceivedSpan
-from tests.switching.process import installed, instrumented
+from tests.switching.process import ROOT, installed, instrumented
 
 pytestmark = [installed, pytest.mark.integration]
 
@@ -197,3 +198,36 @@ def test_wrong_values_give_one_warning_each_and_the_default(receiver: OtlpReceiv
     assert done.output == ANSWER
     assert len(done.warnings) == 2
     assert receiver.span_names() == ONE_CALL
+
+
+@pytest.mark.parametrize(
+    ("backend", "path", "headers"),
+    [
+        (
+            "Databricks",
+            "/api/2.0/otel/v1/traces",
+            {
+                "authorization": "Bearer <token>",
+                "x-databricks-uc-table-name": "<catalog>.<schema>.<prefix>_otel_spans",
+                "content-type": "application/x-protobuf",
+            },
+        ),
+        (
+            "Langfuse",
+            "/api/public/otel/v1/traces",
+            {"authorization": "Basic cGs6c2s=", "x-langfuse-ingestion-version": "4"},
+        ),
+    ],
+)
+def test_the_variables_of_a_backend(receiver: OtlpReceiver, backend: str, path: str, headers: dict[str, str]):
+    """As they stand in docs/backends.md, but for host and key: what such a service would get."""
+    page = (ROOT / "docs/backends.md").read_text(encoding="utf-8")
+    (row,) = re.findall(rf"^\| {backend} \| (.*) \|$", page, re.MULTILINE)
+    variables = dict(re.findall(r"`(\w+)=\"?(.*?)\"?`", row.replace("<base64 of public:secret>", "cGs6c2s=")))
+    settings = {name: re.sub(r"https://[^/]+", receiver.http, value) for name, value in variables.items()}
+    done = instrumented(**settings, OTEL_TRACES_EXPORTER="otlp")
+    assert done.output == ANSWER
+    assert done.warnings == []
+    assert receiver.span_names() == ONE_CALL
+    assert {request.path for request in receiver.received} == {path}
+    assert headers.items() <= receiver.received[0].headers.items()

@@ -20,6 +20,7 @@ DEFAULT_TIMEOUT: Final = 60.0
 """Seconds for one request to a server."""
 DEFAULT_STORE: Final = "sqlite:///mlflow.db"
 """MLflow's own default."""
+_DATABRICKS: Final = frozenset({"databricks", "databricks-uc", "uc"})
 _SQL_SCHEMES: Final = frozenset({"sqlite", "postgresql", "mysql", "mssql"})
 
 
@@ -88,7 +89,15 @@ class Target:
         scheme = _scheme(uri)
         if scheme in _SQL_SCHEMES:
             return absolute(uri, self.directory or os.getcwd())
-        if scheme in ("", "file") and not uri.startswith(("databricks", "uc")):
+        if uri.partition(":")[0] in _DATABRICKS:
+            raise ExportError(
+                "databricks",
+                f"Databricks ({public_uri(uri)}) takes traces by OTLP, into tables of Unity Catalog: use "
+                "OTEL_TRACES_EXPORTER=otlp with an endpoint and headers as in docs/backends.md, under 'Databricks'.",
+                unavailable=True,
+                permanent=True,
+            )
+        if scheme in ("", "file"):
             raise ExportError(
                 "file store",
                 f"MLflow's file store ({public_uri(uri)}) cannot take OpenTelemetry traces. Use a SQL store, "
