@@ -77,7 +77,7 @@ def test_statements_about_spans_and_about_events_are_in_groups_of_their_own() ->
 
 
 def test_every_backend_reads_one_stream_and_queues_on_disk_without_end() -> None:
-    for name in ("jaeger", "mlflow", "phoenix"):
+    for name in ("jaeger", "mlflow", "phoenix", "langfuse"):
         config = load(CONFIG / f"{name}.yaml")
         ((pipeline),) = config["service"]["pipelines"].values()
         assert pipeline["receivers"] in (["forward/content"], ["forward/guarded"])

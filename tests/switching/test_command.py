@@ -222,7 +222,7 @@ def test_wrong_values_give_one_warning_each_and_the_default(receiver: OtlpReceiv
 def test_the_variables_of_a_backend(receiver: OtlpReceiver, backend: str, path: str, headers: dict[str, str]):
     """As they stand in docs/backends.md, but for host and key: what such a service would get."""
     page = (ROOT / "docs/backends.md").read_text(encoding="utf-8")
-    (row,) = re.findall(rf"^\| {backend} \| (.*) \|$", page, re.MULTILINE)
+    (row,) = re.findall(rf"^\| {backend} \| (`OTEL_.*) \|$", page, re.MULTILINE)
     variables = dict(re.findall(r"`(\w+)=\"?(.*?)\"?`", row.replace("<base64 of public:secret>", "cGs6c2s=")))
     settings = {name: re.sub(r"https://[^/]+", receiver.http, value) for name, value in variables.items()}
     done = instrumented(**settings, OTEL_TRACES_EXPORTER="otlp")
