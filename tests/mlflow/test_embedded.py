@@ -1,4 +1,4 @@
-"""An embedded store that fails."""
+"""An embedded store: what it is given, and how it fails."""
 
 from __future__ import annotations
 
@@ -9,8 +9,25 @@ import pytest
 
 from dspy_otel.mlflow.retry import ExportError
 from dspy_otel.mlflow.target import Target
+from dspy_otel.mlflow.translate import translate
+from dspy_otel.record.otlp import encode
+from tests.support.spans import Recorder
 
 tracking = pytest.importorskip("mlflow.tracking")
+
+
+def test_a_text_that_is_json_is_stored_as_it_is(telemetry: Recorder) -> None:
+    """MLflow decodes a span of OTLP with one more layer of JSON. From 3.18 on its store leaves that to its endpoint."""
+    from mlflow.tracing.otel.translation import translate_span_when_storing
+
+    from dspy_otel.mlflow.backends.embedded import _to_mlflow
+
+    inputs = '{"question":"{\\"q\\": [1]}"}'
+    telemetry.tracer.start_span("Predict", attributes={"input.value": inputs, "dspy.module.class": "Predict"}).end()
+    (span,) = _to_mlflow(encode(translate(telemetry.spans)))
+    stored = translate_span_when_storing(span)["attributes"]
+    assert stored["mlflow.spanInputs"] == inputs
+    assert stored["dspy.module.class"] == '"Predict"'
 
 
 class Kept(logging.Handler):

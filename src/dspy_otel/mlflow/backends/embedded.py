@@ -2,7 +2,7 @@
 
 MLflow has no public API that takes finished OpenTelemetry spans. This module does in process what its OTLP endpoint
 does: decode each span with ``Span.from_otel_proto`` and hand the list to the store's ``log_spans`` (read in MLflow
-3.17.2, ``mlflow/server/otel_api.py``). So a trace looks the same as one that went through a server.
+3.17.2 and 3.18.0, ``mlflow/server/otel_api.py``). So a trace looks the same as one that went through a server.
 
 A batch's spans, links and scores are written in one transaction: commits cost most in sqlite. That works on
 a copy of MLflow's store object whose calls share one session; where a version of MLflow does not allow it, each call
@@ -495,8 +495,11 @@ def _import_mlflow() -> None:
 def _to_mlflow(body: bytes) -> list[Any]:
     """The spans of an OTLP request as MLflow's entities, as its own OTLP endpoint makes them."""
     from mlflow.entities import Span
+    from mlflow.tracing.otel import translation
     from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
+    # Texts that are JSON are encoded once more by `from_otel_proto`. Before 3.18, the store mends that itself.
+    decoded = getattr(translation, "strip_otlp_double_encoding", None)
     entities = [
         Span.from_otel_proto(span, resource=resource_spans.resource)
         for resource_spans in ExportTraceServiceRequest.FromString(body).resource_spans
@@ -504,18 +507,22 @@ def _to_mlflow(body: bytes) -> list[Any]:
         for span in scope_spans.spans
     ]
     for entity in entities:
-        _leave_unpriced(entity)
+        # As MLflow's endpoint sets service.name.
+        attributes = getattr(getattr(entity, "_span", None), "_attributes", None)
+        if isinstance(attributes, MutableMapping):
+            if decoded is not None:
+                entity._span._attributes = attributes = decoded(attributes)
+            _leave_unpriced(attributes)
     return entities
 
 
-def _leave_unpriced(span: Any) -> None:
+def _leave_unpriced(attributes: MutableMapping[str, Any]) -> None:
     """Keep the store from pricing a call of ours that DSPy could not price.
 
     It would import LiteLLM into the user's program, which takes seconds and asks the network for prices. An empty
     cost is read as given, and shown as none.
     """
-    attributes = getattr(getattr(span, "_span", None), "_attributes", None)  # as MLflow's endpoint sets service.name
-    if isinstance(attributes, MutableMapping) and CHAT_USAGE in attributes:
+    if CHAT_USAGE in attributes:
         attributes.setdefault(LLM_COST, "")
 
 
