@@ -212,10 +212,11 @@ def test_wrong_values_give_one_warning_each_and_the_default(receiver: OtlpReceiv
                 "content-type": "application/x-protobuf",
             },
         ),
-        (
+        pytest.param(
             "Langfuse",
             "/api/public/otel/v1/traces",
             {"authorization": "Basic cGs6c2s=", "x-langfuse-ingestion-version": "4"},
+            marks=pytest.mark.nightly,
         ),
     ],
 )

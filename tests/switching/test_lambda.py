@@ -66,7 +66,14 @@ def calls(receiver: OtlpReceiver) -> int:
     return points[-1]
 
 
-@pytest.mark.parametrize("way", ["configure", "flush alone", "opentelemetry-instrument"])
+@pytest.mark.parametrize(
+    "way",
+    [
+        "configure",
+        pytest.param("flush alone", marks=pytest.mark.nightly),
+        pytest.param("opentelemetry-instrument", marks=pytest.mark.nightly),
+    ],
+)
 def test_nothing_is_lost_when_the_sandbox_freezes(tmp_path: Path, way: str) -> None:
     (tmp_path / "service.py").write_text(service(way))
     before = [COMMAND] if way == "opentelemetry-instrument" else []

@@ -201,7 +201,12 @@ def recipe(word: str) -> str:
     ("command", "options", "processes"),
     [
         (["opentelemetry-instrument", "uvicorn"], ["--port", "{}"], 1),
-        (["opentelemetry-instrument", "uvicorn", "--workers", "2"], ["--port", "{}"], 2),
+        pytest.param(
+            ["opentelemetry-instrument", "uvicorn", "--workers", "2"],
+            ["--port", "{}"],
+            2,
+            marks=pytest.mark.nightly,
+        ),
         pytest.param(
             ["opentelemetry-instrument", *GUNICORN, "-k", "uvicorn_worker.UvicornWorker"],
             ["--bind", "127.0.0.1:{}"],
