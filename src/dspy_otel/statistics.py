@@ -11,10 +11,14 @@ POWER: Final = 0.8
 """How often a difference of the smallest detectable size would be found."""
 MCNEMAR: Final = "exact McNemar"
 WILCOXON: Final = "Wilcoxon signed-rank"
+USUAL: Final = 0.05
+"""The level of intervals where nothing is tested."""
 _EXACT: Final = 50
 """Most changed examples whose signed ranks are counted; more are close enough to normal."""
 _DIGITS: Final = 9
 """Digits of changes that count: equal ones differ in their last, for sums and differences are rounded."""
+NOISE: Final = 10.0**-_DIGITS
+"""Differences of means up to that are rounding."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,8 +33,9 @@ class Paired:
         wins, losses, ties: examples that B did better, worse and equally well.
         test: name of the test.
         p: chance of a difference at least as large where there is none, two-sided.
-        detectable: the smallest difference that so many pairs would show, four times of five.
-        alpha: level of the test and of the interval.
+        detectable: the smallest difference that so many pairs would show, four times of five; infinite where they are
+            too few to show any.
+        alpha: level of the test; 1 for none, where each difference counts.
         direction: 1 where the test points to B, -1 where it points to A, else 0.
     """
 
@@ -49,6 +54,24 @@ class Paired:
     alpha: float
     direction: int
 
+    @property
+    def level(self) -> float:
+        """Level of the interval and of the smallest detectable difference."""
+        return _level(self.alpha)
+
+    @property
+    def shown(self) -> int:
+        """1 where B is shown to be better than A, -1 where it is shown to be worse, else 0.
+
+        Ranks may move one way and the mean the other: then nothing is shown.
+        """
+        sign = (self.difference > NOISE) - (self.difference < -NOISE)
+        return sign if self.alpha >= 1 or (self.p <= self.alpha and sign == self.direction) else 0
+
+
+def _level(alpha: float) -> float:
+    return alpha if alpha < 1 else USUAL
+
 
 def needed_pairs(alpha: float) -> int:
     """The fewest pairs that could show anything: with fewer, not even a win on every example is significant."""
@@ -64,7 +87,7 @@ def paired(a: Sequence[float], b: Sequence[float], alpha: float = 0.05) -> Paire
     Args:
         a: scores of A.
         b: scores of B.
-        alpha: level of the test and of the interval.
+        alpha: level of the test and of the interval; 1 for no test, and the usual interval.
 
     Raises:
         ImportError: SciPy is missing.
@@ -75,25 +98,27 @@ def paired(a: Sequence[float], b: Sequence[float], alpha: float = 0.05) -> Paire
     of_a, of_b = np.asarray(a, float), np.asarray(b, float)
     changes = np.round(of_b - of_a, _DIGITS)
     wins, losses, pairs = int((changes > 0).sum()), int((changes < 0).sum()), len(changes)
-    difference = float(changes.mean())
+    difference, level = float(changes.mean()), _level(alpha)
     binary = bool(np.isin(of_a, (0.0, 1.0)).all() and np.isin(of_b, (0.0, 1.0)).all())
     if binary:
         test, p, towards = MCNEMAR, _mcnemar(special, wins, losses), float(wins - losses)
         # One more win and one more loss: without, no change at all would look like certainty.
         spread = _spread_of_shares((wins + 1) / (pairs + 2), (losses + 1) / (pairs + 2)) / math.sqrt(pairs + 2)
-        middle, times = (wins - losses) / (pairs + 2), float(special.ndtri(1 - alpha / 2))
+        middle, times = (wins - losses) / (pairs + 2), float(special.ndtri(1 - level / 2))
         low, high = max(-1.0, middle - times * spread), min(1.0, middle + times * spread)
         error = _spread_of_shares(wins / pairs, losses / pairs) / math.sqrt(pairs)
     else:
         test, (p, towards) = WILCOXON, _wilcoxon(special, np, changes)
         error = float(changes.std(ddof=1)) / math.sqrt(pairs) if pairs > 1 else math.inf
-        times = float(special.stdtrit(pairs - 1, 1 - alpha / 2)) if pairs > 1 else math.inf
+        times = float(special.stdtrit(pairs - 1, 1 - level / 2)) if pairs > 1 else math.inf
         low, high = difference - times * error, difference + times * error
-    largest = float(np.abs(changes).max()) or 1.0
-    detectable = max(
-        float(special.ndtri(1 - alpha / 2) + special.ndtri(POWER)) * error,
-        needed_pairs(alpha) * (1.0 if binary else largest) / pairs if wins + losses < needed_pairs(alpha) else 0.0,
-    )
+    detectable, needed = math.inf, needed_pairs(level)
+    if pairs >= needed:
+        # So many examples must change at all: the share of all that do is large enough, four times of five.
+        share = float(special.betaincinv(needed, pairs - needed + 1, POWER))
+        largest = 1.0 if binary else float(np.abs(changes).max()) or 1.0
+        few = share * largest if binary or wins + losses < needed else 0.0
+        detectable = max(float(special.ndtri(1 - level / 2) + special.ndtri(POWER)) * error, few)
     return Paired(
         pairs,
         float(of_a.mean()),

@@ -55,6 +55,32 @@ def test_a_drop_may_be_allowed() -> None:
     assert compare_results(a, b, max_drop=0.09).regression
 
 
+@pytest.mark.parametrize(("a", "b", "drop"), [(0.3, 0.27, 0.03), (0.9, 0.88, 0.02), (0.7, 0.6, 0.1)])
+def test_a_drop_that_is_allowed_is_no_regression_by_its_last_digit(a: float, b: float, drop: float) -> None:
+    low, high = results([b] * 10), results([a] * 10)
+    assert not compare_results(high, low, max_drop=drop).regression
+    assert compare_results(high, low, max_drop=drop - 0.001).regression
+
+
+def test_with_alpha_one_any_drop_of_any_metric_counts() -> None:
+    def both(exact: list[float], brief: list[float]) -> Results:
+        one, other = results(exact), results(brief, "brief")
+        return dataclasses.replace(one, rows=(*one.rows, *other.rows), metrics=("exact", "brief"))
+
+    found = compare_results(both([1.0] * 10, [1.0] * 10), both([1.0] * 9 + [0.0], [1.0] * 10), alpha=1)
+    assert [score.regression for score in found.scores] == [True, False]
+    assert "exact McNemar: p = 1.00 (each difference counts): worse" in str(found)
+    assert "share alpha" not in str(found)
+    # One pair has no interval, and JSON has no infinity.
+    found = compare_results(results([0.5]), results([0.4]), alpha=1)
+    assert found.regression
+    assert "interval" not in str(found)
+    for render in show.FORMATS.values():
+        assert "inf" not in render(found)
+    assert json.loads(show.as_json(found))["scores"][0]["low"] is None
+    assert "inf" not in found._repr_html_()
+
+
 def test_ranks_and_mean_that_disagree_show_nothing() -> None:
     # Nearly all examples lose a little, and two win so much that the mean is higher.
     found = compare_results(results([0.5] * 30), results([0.45] * 28 + [40.0] * 2))

@@ -94,6 +94,18 @@ def test_sums_that_were_rounded_are_no_change() -> None:
     assert (found.ties, found.p, found.difference) == (8, 1.0, 0.0)
 
 
+def test_at_level_one_each_difference_counts() -> None:
+    # Ranks point up, the mean down: nothing is shown, and nothing is asked to be.
+    scores = [0.5] * 10, [0.6] * 9 + [-0.5]
+    assert (paired(*scores).shown, paired(*scores, alpha=1).shown) == (0, -1)
+    tested, untested = paired(*right_or_wrong(5, 0, 5, 0)), paired(*right_or_wrong(5, 0, 5, 0), alpha=1)
+    assert (tested.shown, untested.shown) == (0, -1)
+    # The interval and the smallest difference are the usual ones, not those of no confidence at all.
+    assert (untested.low, untested.high, untested.detectable) == (tested.low, tested.high, tested.detectable)
+    assert paired([0.1, 0.2, 0.3], [0.3, 0.2, 0.1], alpha=1).shown == 0
+    assert paired([1.0] * 3, [0.0] * 3, alpha=1).detectable == math.inf
+
+
 @pytest.mark.parametrize(("alpha", "pairs"), [(0.05, 6), (0.01, 8), (1.0, 1), (0.5, 2)])
 def test_fewer_pairs_could_show_nothing(alpha: float, pairs: int) -> None:
     assert needed_pairs(alpha) == pairs
@@ -110,6 +122,21 @@ def test_the_smallest_difference_is_found_four_times_of_five() -> None:
     detectable = float(np.mean([paired(x, x + y).detectable for x, y in zip(a[:50], noise[:50], strict=True)]))
     found = sum(paired(x, x + y + detectable).p <= 0.05 for x, y in zip(a, noise, strict=True))
     assert 0.74 < found / TIMES < 0.86
+
+
+@pytest.mark.parametrize(("pairs", "wins", "losses"), [(24, 1, 1), (30, 2, 1), (50, 6, 6), (100, 0, 0), (200, 31, 18)])
+def test_what_right_or_wrong_could_show_is_found_four_times_of_five(pairs: int, wins: int, losses: int) -> None:
+    both = pairs - wins - losses
+    detectable = paired(*right_or_wrong(both, wins, losses, 0)).detectable
+    # As many examples change as did, but at least those that are the difference.
+    changing = max((wins + losses) / pairs, detectable)
+    won = (changing + detectable) / 2 / changing
+    found = 0.0
+    for changed in range(1, pairs + 1):
+        critical = stats.binom.ppf(0.025, changed, 0.5)  # most losses of a significant result, or one more
+        most = critical if 2 * stats.binom.cdf(critical, changed, 0.5) <= 0.05 else critical - 1
+        found += stats.binom.pmf(changed, pairs, changing) * stats.binom.cdf(most, changed, 1 - won)
+    assert 0.74 < found < 0.86
 
 
 def expected_counts(share: float) -> tuple[int, int]:

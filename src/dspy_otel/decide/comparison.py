@@ -13,7 +13,7 @@ from dspy_otel.decide.results import Results, Row
 from dspy_otel.record.history import preview
 from dspy_otel.record.model import Candidate, Example, Predictor
 from dspy_otel.reports.words import differences
-from dspy_otel.statistics import needed_pairs, paired
+from dspy_otel.statistics import NOISE, needed_pairs, paired
 
 MAX_CHANGES: Final = 1000
 """Most changed examples that are kept for one metric, the greatest losses first."""
@@ -70,7 +70,7 @@ def compare_results(
             f"Other metrics: A has {_listed(a.metrics)}, B has {_listed(b.metrics)}"
             + (f", and not both have {_listed(missing)}." if missing else ".")
         )
-    share = alpha / len(names)
+    share = alpha / len(names) if alpha < 1 else alpha
     known = a.program is not None and b.program is not None and bool(a.program.state and b.program.state)
     try:
         scores = tuple(_score(a, b, name, share, max_drop, failed_score) for name in names)
@@ -142,12 +142,9 @@ def _score(a: Results, b: Results, metric: str, alpha: float, max_drop: float, f
             f"least {needed_pairs(alpha)} are needed to show anything at alpha {alpha:g}."
         )
     result = paired([of_a.scores[key] for key in shared], [of_b.scores[key] for key in shared], alpha)
-    verdict = NOT_SHOWN
-    # Ranks may move one way and the mean the other: then nothing is shown.
-    if result.p <= result.alpha and result.direction * result.difference > 0:
-        verdict = BETTER if result.difference > 0 else WORSE
+    verdict = {1: BETTER, -1: WORSE}.get(result.shown, NOT_SHOWN)
     changed = sorted(
-        (key for key in shared if abs(of_b.scores[key] - of_a.scores[key]) > 1e-9),
+        (key for key in shared if abs(of_b.scores[key] - of_a.scores[key]) > NOISE),
         key=lambda key: of_b.scores[key] - of_a.scores[key],
     )
     kept = changed if len(changed) <= MAX_CHANGES else [*changed[: MAX_CHANGES // 2], *changed[-MAX_CHANGES // 2 :]]
@@ -155,7 +152,7 @@ def _score(a: Results, b: Results, metric: str, alpha: float, max_drop: float, f
         metric,
         result,
         verdict,
-        verdict == WORSE and -result.difference > max_drop,
+        verdict == WORSE and -result.difference > max_drop + NOISE,
         Count(of_a.failed, of_b.failed),
         Count(of_a.unscored, of_b.unscored),
         Count(of_a.repeated, of_b.repeated),

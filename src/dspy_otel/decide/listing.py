@@ -15,6 +15,7 @@ from dspy_otel.decide.show import (
     cut,
     decision,
     detectable_text,
+    difference_text,
     line,
     program_lines,
     score_text,
@@ -144,8 +145,7 @@ def _verdict(evidence: Evidence | None, reason: str | None) -> Iterator[str]:
     yield "Baseline (A) against winner (B)"
     for score in evidence.scores:
         result = score.result
-        interval = f"({signed(result.low)} to {signed(result.high)})"
-        scores = f"{score_text(result.a)} -> {score_text(result.b)}, {signed(result.difference)} {interval}"
+        scores = f"{score_text(result.a)} -> {score_text(result.b)}, {difference_text(score)}"
         yield cut(f"  {line(score.metric)}: {scores}", WIDTH)
         yield f"  {test_text(score)}; better {result.wins:,}, worse {result.losses:,}, same {result.ties:,}"
         yield f"  {detectable_text(score)}"

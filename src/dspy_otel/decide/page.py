@@ -75,7 +75,7 @@ def _interval(score: Score) -> Element:
 
     return tag(
         "svg",
-        tag("title", f"{show.signed(result.low)} to {show.signed(result.high)}; the line is no difference"),
+        tag("title", f"{show.interval_text(score)}; the line is no difference"),
         tag("path", d=f"M{_WIDTH / 2} 0V16", stroke="currentColor", stroke_width=1, opacity=0.4),
         tag("path", d=f"M{x(result.low)} 8H{x(result.high)}", stroke=color, stroke_width=2),
         tag("circle", cx=x(result.difference), cy=8, r=4, fill=color),
@@ -87,11 +87,10 @@ def _interval(score: Score) -> Element:
 
 def _score(score: Score) -> tuple[Child, ...]:
     result = score.result
-    difference = f"{show.signed(result.difference)} ({show.signed(result.low)} to {show.signed(result.high)})"
     counts = f"{result.wins:,} / {result.losses:,} / {result.ties:,}"
     verdict = f"{show.test_text(score)}: {score.verdict}"
-    values = (show.score_text(result.a), show.score_text(result.b), difference, _interval(score), f"{result.pairs:,}")
-    return (score.metric, *values, counts, verdict)
+    scores = (show.score_text(result.a), show.score_text(result.b), show.difference_text(score))
+    return (score.metric, *scores, _interval(score), f"{result.pairs:,}", counts, verdict)
 
 
 def _changes(score: Score) -> Element:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from textwrap import shorten, wrap
 from typing import Any, Final
@@ -12,6 +13,7 @@ from dspy_otel.decide.evidence import BETTER, Change, Cost, Evidence, PredictorC
 from dspy_otel.decide.results import Results
 from dspy_otel.record.model import Example
 from dspy_otel.reports.markup import clean
+from dspy_otel.statistics import USUAL
 
 WIDTH: Final = 80
 MAX_LOSSES: Final = 5
@@ -77,12 +79,27 @@ def known_costs(comparison: Evidence) -> list[Cost]:
 def detectable_text(score: Score) -> str:
     """What the sample could have shown."""
     result = score.result
+    if not math.isfinite(result.detectable):
+        return "So few pairs cannot show any difference"
     return f"{result.pairs:,} pairs would show a difference of {score_text(result.detectable)} four times of five"
+
+
+def interval_text(score: Score) -> str:
+    """The interval of the difference; empty where one pair says nothing about it."""
+    result = score.result
+    return f"{signed(result.low)} to {signed(result.high)}" if math.isfinite(result.low) else ""
+
+
+def difference_text(score: Score) -> str:
+    """The difference with its interval."""
+    interval = interval_text(score)
+    return signed(score.result.difference) + (f" ({interval})" if interval else "")
 
 
 def test_text(score: Score) -> str:
     """Name and outcome of the test."""
-    level = "" if score.result.alpha == 0.05 else f" (alpha {score.result.alpha:.3g})"
+    alpha = score.result.alpha
+    level = "" if alpha == USUAL else " (each difference counts)" if alpha >= 1 else f" (alpha {alpha:.3g})"
     return f"{score.result.test}: {p_text(score.result.p)}{level}"
 
 
@@ -109,7 +126,7 @@ def left_out(comparison: Evidence) -> list[str]:
             )
     if comparison.other_metrics:
         found.append(f"Metrics of one side only: {', '.join(comparison.other_metrics)}.")
-    if len(comparison.scores) > 1:
+    if len(comparison.scores) > 1 and comparison.alpha < 1:
         found.append(f"{len(comparison.scores)} metrics share alpha {comparison.alpha:g}.")
     return found
 
@@ -193,9 +210,10 @@ def _table(comparison: Evidence) -> Iterator[str]:
     yield _columns("", "A", "B", "difference")
     for score in comparison.scores:
         result = score.result
-        difference, interval = signed(result.difference), f"{signed(result.low)} to {signed(result.high)}"
+        difference, interval = signed(result.difference), interval_text(score)
         yield _columns(cut(clean(score.metric), 30), score_text(result.a), score_text(result.b), difference)
-        yield _columns(f"  {100 * (1 - result.alpha):.3g} % interval", "", "", interval)
+        if interval:
+            yield _columns(f"  {100 * (1 - result.level):.3g} % interval", "", "", interval)
         yield f"  {result.pairs:,} pairs: B better {result.wins:,}, worse {result.losses:,}, same {result.ties:,}"
         yield f"  {test_text(score)}: {score.verdict}"
         yield f"  {detectable_text(score)}"
@@ -280,8 +298,8 @@ def markdown(comparison: Evidence) -> str:
     found.append("|---|--:|--:|--:|--:|--:|---|---|")
     for score in comparison.scores:
         result = score.result
-        interval = f"{signed(result.difference)} ({signed(result.low)} to {signed(result.high)})"
-        cells = [_escaped(score.metric), score_text(result.a), score_text(result.b), interval, f"{result.pairs:,}"]
+        cells = [_escaped(score.metric), score_text(result.a), score_text(result.b)]
+        cells += [difference_text(score), f"{result.pairs:,}"]
         cells += [f"{result.wins:,} / {result.losses:,} / {result.ties:,}", test_text(score), score.verdict]
         found.append(f"| {' | '.join(cells)} |")
     found += ["", *(f"{detectable_text(score)}." for score in comparison.scores)]
@@ -369,13 +387,12 @@ def _results(results: Results) -> dict[str, Any]:
 
 def _score(score: Score) -> dict[str, Any]:
     result = score.result
-    numbers = ("pairs", "a", "b", "difference", "low", "high", "wins", "losses", "ties", "test", "p", "alpha")
+    numbers = "pairs a b difference low high wins losses ties test p alpha detectable".split()
     return {
         "metric": score.metric,
         "verdict": score.verdict,
         "regression": score.regression,
-        **{name: getattr(result, name) for name in numbers},
-        "detectable": result.detectable,
+        **{name: _finite(getattr(result, name)) for name in numbers},
         **{
             name: {"a": count.a, "b": count.b}
             for name, count in (
@@ -403,6 +420,11 @@ def _score(score: Score) -> dict[str, Any]:
     }
 
 
+def _finite(value: Any) -> Any:
+    """A value that JSON has."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def as_json(comparison: Evidence) -> str:
     """The comparison as JSON."""
     return json.dumps(to_dict(comparison), indent=2, ensure_ascii=False, default=str) + "\n"
@@ -415,8 +437,7 @@ def junit(comparison: Evidence) -> str:
     for score in comparison.scores:
         case = SubElement(suite, "testcase", classname="dspy_otel.compare", name=clean(score.metric))
         result = score.result
-        change = f"{signed(result.difference)} ({signed(result.low)} to {signed(result.high)})"
-        scores = f"{score_text(result.a)} -> {score_text(result.b)}, {change}, {result.pairs} pairs"
+        scores = f"{score_text(result.a)} -> {score_text(result.b)}, {difference_text(score)}, {result.pairs} pairs"
         summary = f"{scores}, {test_text(score)}: {score.verdict}"
         if score.regression:
             failure = SubElement(case, "failure", message=summary)

@@ -52,7 +52,7 @@ def verdict_of(report: Optimization, examples: Sequence[Compared]) -> Verdict | 
     result = _tested(examples)
     if isinstance(result, str):
         return Verdict(f"Better by {gain:.3g}: {scores}", (result, *_reported(report)), True)
-    certain = result.p <= result.alpha and result.direction > 0 and result.difference > 0
+    certain = result.shown > 0
     chance = f"p {result.p:.2g}" if result.p >= 0.001 else "p < 0.001"
     facts = (
         f"{result.wins} of {result.pairs} examples got better, {result.losses} got worse, {result.ties} stayed; the "
