@@ -24,6 +24,7 @@ from tests.reports.test_optimizations import otlp_json
 
 pytest.importorskip("scipy")
 
+RESULT = semconv.LOG_EVALUATION_RESULT
 ROWS = [dspy.Example(question=f"question {place}", answer="right").with_inputs("question") for place in range(12)]
 
 
@@ -200,13 +201,16 @@ def answers(telemetry: Any, given: Sequence[str], program: Any) -> list[Any]:
     return list(telemetry.exporter.get_finished_spans())
 
 
-def score_log(span: Any, score: float) -> str:
+def score_log(span: Any, score: float, *, of_span: bool = False) -> str:
     """As the Collector's file exporter writes the event of an evaluator in production."""
-    at = {semconv.GEN_AI_EVALUATION_NAME: {"stringValue": "thumbs"}}
-    at[semconv.GEN_AI_EVALUATION_SCORE_VALUE] = {"doubleValue": score}
+    at: dict[str, Any] = {semconv.GEN_AI_EVALUATION_NAME: {"stringValue": "thumbs"}}
+    at[semconv.GEN_AI_EVALUATION_SCORE_VALUE] = (
+        {"intValue": str(score)} if type(score) is int else {"doubleValue": score}
+    )
     record = {
-        "eventName": semconv.LOG_EVALUATION_RESULT,
+        "eventName": RESULT,
         "traceId": f"{span.context.trace_id:032x}",
+        "spanId": f"{span.context.span_id:016x}" if of_span else "",
         "attributes": [{"key": key, "value": value} for key, value in at.items()],
     }
     return json.dumps({"resourceLogs": [{"scopeLogs": [{"logRecords": [record]}]}]}) + "\n"
@@ -231,6 +235,82 @@ def test_answers_in_production_are_paired_by_their_inputs(telemetry: Any, tmp_pa
     other.write_text(otlp_json(answers(telemetry, ["right"], old)))
     with pytest.raises(CannotCompareError, match="none of the 1 answers of that program has a score"):
         find_results(f"{other}#{program_id(old)}")
+
+
+def test_whole_numbers_are_scores_too(telemetry: Any, tmp_path: Path) -> None:
+    telemetry.instrument(capture_content="span_only")
+    spans = answers(telemetry, ["right"] * 8, Asking())
+    path = tmp_path / "production.jsonl"
+    path.write_text(otlp_json(spans) + "".join(score_log(span, 1) for span in spans if span.parent is None))
+    found = find_results(f"{path}#{program_id(Asking())}")
+    assert [row.scores for row in found.rows] == [{"thumbs": 1.0}] * 8
+    assert all(row.score == 1.0 for row in dspy_otel.examples(path).rows)
+
+
+def test_a_score_is_of_its_own_answer(telemetry: Any, tmp_path: Path) -> None:
+    telemetry.instrument(capture_content="span_only")
+    first, second = Asking("Ask back."), Asking("Answer.")
+    with dspy.context(lm=DummyLM([{"answer": "right"}] * 40)):
+        for place in range(8):
+            with telemetry.tracer.start_as_current_span("request"):
+                first(question=f"question {place}")
+                second(question=f"question {place}")
+    spans = telemetry.exporter.get_finished_spans()
+    scored = [span for span in spans if span.attributes.get(semconv.PROGRAM_ID) == program_id(first)]
+    scored = [span for span in scored if span.name.startswith("invoke_workflow")]
+    path = tmp_path / "production.jsonl"
+    path.write_text(otlp_json(spans) + "".join(score_log(span, 1.0, of_span=True) for span in scored))
+    assert len(find_results(f"{path}#{program_id(first)}").rows) == 8
+    # That of a request with two answers is of neither.
+    with pytest.raises(CannotCompareError, match="none of the 8 answers of that program has a score"):
+        find_results(f"{path}#{program_id(second)}")
+    path.write_text(otlp_json(spans) + "".join(score_log(span, 1.0) for span in scored))
+    with pytest.raises(CannotCompareError, match="none of the 8 answers of that program has a score"):
+        find_results(f"{path}#{program_id(first)}")
+
+
+def test_answers_without_inputs_are_paired_with_nothing(telemetry: Any, tmp_path: Path) -> None:
+    telemetry.instrument()
+    old, new = Asking("Answer."), Asking("Answer in one word.")
+    text = ""
+    for program, score in ((old, 1.0), (new, 0.0)):
+        spans = answers(telemetry, ["right"] * 8, program)
+        text += otlp_json(spans) + "".join(score_log(span, score) for span in spans if span.parent is None)
+    path = tmp_path / "production.jsonl"
+    path.write_text(text)
+    with pytest.raises(CannotCompareError, match="of A, 8 scored answers, of B, 8 have inputs that were not recorded"):
+        dspy_otel.compare(f"{path}#{program_id(old)}", f"{path}#{program_id(new)}")
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        '{"resourceLogs": 1}',
+        f'{{"resourceLogs": [{{"scopeLogs": [{{"logRecords": [{{"eventName": "{RESULT}", "traceId": "z"}}]}}]}}]}}',
+        '{"resourceSpans": [{"scopeSp',
+    ],
+)
+def test_a_broken_line_is_one_sentence(files: tuple[str, str], line: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with Path(files[0]).open("a") as file:
+        file.write(line + "\n")
+    for command in (["compare", *files], ["runs", files[0]], ["show", files[0]], ["dataset", files[0]]):
+        assert cli.main(command) == 2
+        assert re.fullmatch(
+            r"dspy-otel: .*a\.jsonl cannot be read: line \d+ is no OTLP JSON .*\n", capsys.readouterr().err
+        )
+
+
+def test_lines_of_other_signals_and_empty_values_are_passed_over(files: tuple[str, str]) -> None:
+    empty = {"logRecords": [{"eventName": RESULT, "traceId": "01"}, {"body": {}}]}
+    empty["logRecords"][0]["attributes"] = [{"key": "gen_ai.evaluation.score.value", "value": {}}]
+    lines = [
+        {"resourceMetrics": []},
+        {"resourceSpans": None, "resourceLogs": None},
+        {"resourceLogs": [{"scopeLogs": [empty]}]},
+    ]
+    with Path(files[0]).open("a") as file:
+        file.writelines(json.dumps(line) + "\n" for line in lines)
+    assert cli.main(["compare", *files, "--fail-on-regression"]) == 1
 
 
 # --- the command ----------------------------------------------------------------------------------------------------

@@ -156,6 +156,48 @@ def test_several_metrics_share_alpha() -> None:
     assert "Metrics of one side only: brief" in str(other)
 
 
+def test_what_people_said_of_few_answers_stops_no_comparison() -> None:
+    def side(score: float, said: int, judged: tuple[str, ...]) -> Results:
+        found = results([score] * 12)
+        rows = [
+            dataclasses.replace(row, scores={**row.scores, **dict.fromkeys(("thumbs", "tone"), 1.0)})
+            if place < said
+            else row
+            for place, row in enumerate(found.rows)
+        ]
+        return dataclasses.replace(found, rows=tuple(rows), metrics=("exact", "thumbs", "tone"), judged=judged)
+
+    both = ("thumbs", "tone")
+    found = compare_results(side(1.0, 3, both), side(0.0, 3, both))
+    assert ([score.metric for score in found.scores], found.few_pairs) == (["exact"], both)
+    assert found.scores[0].result.alpha == 0.05
+    assert "Not compared, for too few examples of both have it: thumbs, tone." in str(found)
+    # What was asked for, and what an evaluation was made with, is compared or nothing is.
+    for options, judged in (({"metrics": ["exact", "thumbs"]}, both), ({}, ("tone",))):
+        with pytest.raises(CannotCompareError, match="Too few: 3"):
+            compare_results(side(1.0, 3, judged), side(0.0, 3, judged), **options)
+    # Answers that nobody judged are counted.
+    found = compare_results(side(1.0, 8, both), side(0.0, 12, both))
+    assert [(score.metric, score.unscored) for score in found.scores] == [
+        ("exact", Count(0, 0)),
+        ("thumbs", Count(4, 0)),
+        ("tone", Count(4, 0)),
+    ]
+    assert "Answers without a score (tone): 4 of A, 0 of B" in str(found)
+
+
+def test_an_answer_to_an_unknown_example_is_paired_with_nothing() -> None:
+    a = results([1.0] * 8)
+    unknown = rows_of([Example(score=0.0)] * 3, "exact")
+    found = compare_results(a, dataclasses.replace(a, rows=(*a.rows, *unknown)))
+    assert (found.scores[0].nameless, found.scores[0].result.pairs) == (Count(0, 3), 8)
+    text = " ".join(str(found).split())
+    assert "whose example is not known, for their inputs were not recorded whole: 0 of A, 3 of B." in text
+    alone = dataclasses.replace(a, rows=tuple(unknown))
+    with pytest.raises(CannotCompareError, match="Other rows: of A, 3 scored answers"):
+        compare_results(alone, alone)
+
+
 @pytest.mark.parametrize(
     ("a", "b", "options", "reason"),
     [

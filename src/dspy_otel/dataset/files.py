@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -175,19 +175,13 @@ def read_file(path: Path) -> list[Answer]:
         NoExamplesError: it cannot be read.
     """
     with needs("dataset"):
-        from dspy_otel.record.answers import judgements_of_logs, read_answers
+        from dspy_otel.record.answers import read_answers
         from dspy_otel.record.otlp import decode, decode_lines
     judgements: list[Judgement] = []
-
-    def lines(file: Iterable[str]) -> Iterable[str]:
-        for line in file:
-            judgements.extend(judgements_of_logs(line))
-            yield line
-
     try:
         if path.suffix == ".pb":
             return read_answers(decode(path.read_bytes()))
         with path.open(encoding="utf-8") as file:
-            return read_answers((span for spans in decode_lines(lines(file)) for span in spans), judgements)
+            return read_answers((span for spans in decode_lines(file, judgements) for span in spans), judgements)
     except (OSError, ValueError) as error:
         raise NoExamplesError(f"{path} cannot be read: {error}.") from error

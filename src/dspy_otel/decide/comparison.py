@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Container, Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 from dspy_otel.decide import page, show
@@ -70,10 +70,12 @@ def compare_results(
             f"Other metrics: A has {_listed(a.metrics)}, B has {_listed(b.metrics)}"
             + (f", and not both have {_listed(missing)}." if missing else ".")
         )
-    share = alpha / len(names) if alpha < 1 else alpha
+    sides = {name: (_side(a.rows, name, failed_score), _side(b.rows, name, failed_score)) for name in names}
+    few = [] if metrics is not None else _without_few(sides, {*a.judged, *b.judged}, alpha)
+    share = _share(alpha, len(sides))
     known = a.program is not None and b.program is not None and bool(a.program.state and b.program.state)
     try:
-        scores = tuple(_score(a, b, name, share, max_drop, failed_score) for name in names)
+        scores = tuple(_score(name, *both, share, max_drop) for name, both in sides.items())
     except ImportError as error:
         raise CannotCompareError(f"Comparing needs {error.name}: pip install 'dspy-otel[decide]'.") from error
     return Comparison(
@@ -86,11 +88,17 @@ def compare_results(
         _predictor_changes(a.program, b.program) if known else (),
         known,
         tuple(name for name in dict.fromkeys((*a.metrics, *b.metrics)) if name not in both),
+        tuple(few),
     )
 
 
 def _listed(names: Iterable[str]) -> str:
     return ", ".join(names) or "none"
+
+
+def _share(alpha: float, metrics: int) -> float:
+    """The level of each of several metrics; with level 1 nothing is tested."""
+    return alpha / metrics if alpha < 1 else alpha
 
 
 # --- one metric -----------------------------------------------------------------------------------------------------
@@ -100,15 +108,16 @@ def _listed(names: Iterable[str]) -> str:
 class _Side:
     """The examples of one side, with their scores in one metric; those of repeats are averaged."""
 
-    scores: dict[str | int, float]
-    first: dict[str | int, Example]
+    scores: dict[str | int, float] = field(default_factory=dict)
+    first: dict[str | int, Example] = field(default_factory=dict)
     failed: int = 0
     unscored: int = 0
+    nameless: int = 0
     repeated: int = 0
 
 
-def _side(rows: Iterable[Row], metric: str, failed_score: float | None) -> _Side:
-    found = _Side({}, {})
+def _side(rows: Sequence[Row], metric: str, failed_score: float | None) -> _Side:
+    found = _Side()
     values: dict[str | int, list[float]] = {}
     for row in rows:
         if metric not in row.scores:
@@ -119,18 +128,43 @@ def _side(rows: Iterable[Row], metric: str, failed_score: float | None) -> _Side
             score = failed_score
         elif score is None:
             found.unscored += 1
-        if score is not None:
+        if score is not None and row.key is None:
+            found.nameless += 1
+        elif score is not None and row.key is not None:
             values.setdefault(row.key, []).append(score)
             found.first.setdefault(row.key, row.example)
     found.repeated = sum(len(scores) > 1 for scores in values.values())
     found.scores = {key: sum(scores) / len(scores) for key, scores in values.items()}
+    # What is scored by several metrics has a row for each, or one for all.
+    known = {row.key for row in rows if row.key is None or metric in row.scores}
+    found.unscored += len({row.key for row in rows} - known)
     return found
 
 
-def _score(a: Results, b: Results, metric: str, alpha: float, max_drop: float, failed_score: float | None) -> Score:
-    of_a, of_b = _side(a.rows, metric, failed_score), _side(b.rows, metric, failed_score)
-    shared = [key for key in of_a.scores if key in of_b.scores]
+def _shared(of_a: _Side, of_b: _Side) -> list[str | int]:
+    return [key for key in of_a.scores if key in of_b.scores]
+
+
+def _without_few(sides: dict[str, tuple[_Side, _Side]], judged: Container[str], alpha: float) -> list[str]:
+    """Take away what people and evaluators gave to too few of the same examples, as long as something stays."""
+    taken = []
+    pairs = {name: len(_shared(*both)) for name, both in sides.items() if name in judged}
+    for name in sorted(pairs, key=lambda name: pairs[name]):
+        if len(sides) > 1 and pairs[name] < needed_pairs(_share(alpha, len(sides))):
+            taken.append(name)
+            del sides[name]
+    return taken
+
+
+def _score(metric: str, of_a: _Side, of_b: _Side, alpha: float, max_drop: float) -> Score:
+    shared = _shared(of_a, of_b)
     only = Count(len(of_a.scores) - len(shared), len(of_b.scores) - len(shared))
+    nameless = Count(of_a.nameless, of_b.nameless)
+    if not shared and nameless:
+        raise CannotCompareError(
+            f"Other rows: of A, {nameless.a:,} scored answers, of B, {nameless.b:,} have inputs that were not recorded "
+            "whole, so that nothing says which are to the same question. Record content."
+        )
     if not shared:
         raise CannotCompareError(
             f"Other rows: A has {len(of_a.scores)} scored examples, B has {len(of_b.scores)}, and none is the same. "
@@ -155,6 +189,7 @@ def _score(a: Results, b: Results, metric: str, alpha: float, max_drop: float, f
         verdict == WORSE and -result.difference > max_drop + NOISE,
         Count(of_a.failed, of_b.failed),
         Count(of_a.unscored, of_b.unscored),
+        nameless,
         Count(of_a.repeated, of_b.repeated),
         only,
         tuple(

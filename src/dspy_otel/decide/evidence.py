@@ -57,6 +57,7 @@ class Score:
         regression: it is worse by more than the greatest drop that was allowed.
         failed: examples that raised; they count as a score, or not, as the comparison says.
         unscored: examples without a score that did not fail.
+        nameless: answers that are paired with nothing, for nothing says to which example they are.
         repeated: examples that were answered more than once.
         only: examples that the other side does not have.
         changes: examples with another score, greatest losses first.
@@ -68,6 +69,7 @@ class Score:
     regression: bool
     failed: Count
     unscored: Count
+    nameless: Count
     repeated: Count
     only: Count
     changes: tuple[Change, ...]
@@ -101,6 +103,7 @@ class Evidence:
         predictors: what differs in the programs, where both are recorded.
         programs_known: whether they are.
         other_metrics: names of metrics that only one side has.
+        few_pairs: names of metrics that people and evaluators gave to too few of the same examples.
     """
 
     a: Results
@@ -112,6 +115,7 @@ class Evidence:
     predictors: tuple[PredictorChange, ...]
     programs_known: bool
     other_metrics: tuple[str, ...]
+    few_pairs: tuple[str, ...] = ()
 
     @property
     def regression(self) -> bool:

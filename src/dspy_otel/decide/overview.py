@@ -193,7 +193,7 @@ def _scores(results: Results, metric: str) -> tuple[dict[str | int, float], dict
         score = row.scores.get(metric)
         if score is None and row.example.error is not None:
             score = 0.0
-        if score is not None:
+        if score is not None and row.key is not None:
             values.setdefault(row.key, []).append(score)
             examples.setdefault(row.key, row.example)
     return {key: sum(scores) / len(scores) for key, scores in values.items()}, examples

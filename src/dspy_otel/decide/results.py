@@ -15,9 +15,11 @@ from opentelemetry.sdk.trace import ReadableSpan
 
 from dspy_otel import semconv
 from dspy_otel.decide.errors import CannotCompareError
-from dspy_otel.record.answers import is_answer, judgements_of_logs
+from dspy_otel.record.answers import judged, judgement_of, newest_scores, read_answer
+from dspy_otel.record.history import preview
 from dspy_otel.record.history import results as records_of
 from dspy_otel.record.model import (
+    Answer,
     Candidate,
     Evaluation,
     Example,
@@ -45,12 +47,12 @@ class Row:
     """One answer of a program.
 
     Attributes:
-        key: id of the example, or its place in the dataset where it has no id.
+        key: id of the example, or its place in the dataset where it has no id; None where nothing says which it is.
         scores: by metric; None where it has none, because it failed or because the metric gave none.
         example: the answer.
     """
 
-    key: str | int
+    key: str | int | None
     scores: Mapping[str, float | None]
     example: Example
 
@@ -64,6 +66,7 @@ class Results:
         what: what was found under that name.
         rows: the answers; several of the same example are repeats.
         metrics: names of the metrics that it was scored with.
+        judged: those of them that people and evaluators gave to single answers, beside the metric of an evaluation.
         size: how many rows there should be.
         program: the program, with its state where that was recorded.
         models: names of the models that answered, by role.
@@ -78,6 +81,7 @@ class Results:
     what: str
     rows: tuple[Row, ...] = ()
     metrics: tuple[str, ...] = ()
+    judged: tuple[str, ...] = ()
     size: int | None = None
     program: Candidate | None = None
     models: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
@@ -99,13 +103,12 @@ class Results:
 
 
 def rows_of(examples: Iterable[Example], metric: str | None) -> list[Row]:
-    """The rows of an evaluation; an example without an id and a place is compared with nothing."""
+    """The rows of an evaluation."""
     name = metric or UNNAMED
     found: list[Row] = []
     for example in examples:
-        key: str | int | None = example.index if example.id is None else example.id
         score = None if example.error is not None else number(example.score)
-        found.append(Row(f"?{len(found)}" if key is None else key, {name: score}, example))
+        found.append(Row(example.index if example.id is None else example.id, {name: score}, example))
     return found
 
 
@@ -118,15 +121,13 @@ class Recorded:
 
     Attributes:
         optimizations, evaluations: in the order in which they started.
-        calls: answers outside of evaluations, by program.
-        scores: of traces, by trace and metric, as evaluators in production give them.
+        calls: answers outside of evaluations, with scores as people and evaluators in production give them, by program.
         instructions: of predictors that answered outside of optimizations, by program and path.
     """
 
     optimizations: Sequence[Optimization]
     evaluations: Sequence[Evaluation]
-    calls: Mapping[str, Sequence[tuple[Example, Usage]]]
-    scores: Mapping[int, Mapping[str, float]]
+    calls: Mapping[str, Sequence[tuple[Row, Usage]]]
     instructions: Mapping[str, Mapping[str, str]]
 
     @property
@@ -152,15 +153,9 @@ def read_file(path: Path) -> Recorded:
     from dspy_otel.record.otlp import decode_lines
 
     judgements: list[Judgement] = []
-
-    def lines(file: Iterable[str]) -> Iterable[str]:
-        for line in file:
-            judgements.extend(judgements_of_logs(line))
-            yield line
-
     try:
         with path.open(encoding="utf-8") as file:
-            return read_spans((span for spans in decode_lines(lines(file)) for span in spans), judgements)
+            return read_spans((span for spans in decode_lines(file, judgements) for span in spans), judgements)
     except (OSError, ValueError) as error:
         raise CannotCompareError(f"{path} cannot be read: {error}.") from error
 
@@ -170,18 +165,18 @@ def read_spans(spans: Iterable[ReadableSpan], judgements: Iterable[Judgement] = 
 
     Args:
         spans: in any order.
-        judgements: scores of traces; read when the spans have been.
+        judgements: beside the ``gen_ai.evaluation.result`` events on the spans; read when the spans have been.
     """
-    of_traces: dict[int, dict[str, float]] = {}
-    calls: dict[str, list[tuple[Example, Usage]]] = {}
+    said: list[Judgement] = []
+    calls: list[tuple[Answer, Example, Usage]] = []
     instructions: dict[str, dict[str, str]] = {}
     alike: set[tuple[Any, ...]] = set()
 
     def needed() -> Iterable[ReadableSpan]:
         for span in spans:
             for event in span.events:
-                if event.name == semconv.LOG_EVALUATION_RESULT and span.context is not None:
-                    _put_score(of_traces, span.context.trace_id, event.attributes or {})
+                if event.name == semconv.LOG_EVALUATION_RESULT and (at := span.context) is not None:
+                    said.extend(judgement_of(at.trace_id, at.span_id, event.attributes or {}, event.timestamp / 1e9))
             kind = kind_of(span)
             if kind in _LM_CALLS:
                 at = span.attributes or {}
@@ -193,15 +188,18 @@ def read_spans(spans: Iterable[ReadableSpan], judgements: Iterable[Judgement] = 
                 yield span
             if kind is Kind.OTHER:
                 _put_instructions(instructions, span.attributes or {})
-            if kind is Kind.OTHER and is_answer(span):
-                at = span.attributes or {}
-                calls.setdefault(str(at[semconv.PROGRAM_ID]), []).append((_call(span), read_usage(at)))
+            if kind is Kind.OTHER and (answer := read_answer(span)) is not None:
+                example = _example(answer, seconds_of(span))
+                answer = dataclasses.replace(answer, inputs=None, outputs=None)
+                calls.append((answer, example, read_usage(span.attributes or {})))
 
     optimizations, evaluations = records_of(list(needed()))
-    for one in judgements:
-        if (score := one.score) is not None:
-            of_traces.setdefault(one.trace_id, {})[one.name] = score
-    return Recorded(optimizations, evaluations, calls, of_traces, instructions)
+    said.extend(judgements)
+    of_programs: dict[str, list[tuple[Row, Usage]]] = {}
+    for answer, (_, example, usage) in zip(judged([one for one, _, _ in calls], said), calls, strict=True):
+        row = Row(example.id, newest_scores(answer.judgements), example)
+        of_programs.setdefault(str(answer.program), []).append((row, usage))
+    return Recorded(optimizations, evaluations, of_programs, instructions)
 
 
 _LM_CALLS: Final = frozenset({Kind.LM_CALL, Kind.EMBEDDING})
@@ -241,17 +239,18 @@ def _put_instructions(found: dict[str, dict[str, str]], at: Mapping[str, Any]) -
             of_program.setdefault(path, text)
 
 
-def _call(span: ReadableSpan) -> Example:
-    at = span.attributes or {}
-    inputs = at.get(semconv.MODULE_INPUTS, at.get(semconv.INPUT_VALUE))
-    error = at.get(semconv.ERROR_TYPE)
-    return Example(
-        id=None if inputs is None else id_of_inputs(str(inputs)),
-        inputs=load_json(inputs),
-        prediction=load_json(at.get(semconv.MODULE_OUTPUTS, at.get(semconv.OUTPUT_VALUE))),
-        error=None if error is None else str(error),
-        trace_id=None if span.context is None else span.context.trace_id,
-        seconds=seconds_of(span),
+def _example(answer: Answer, seconds: float | None) -> Example:
+    """An answer as an example, small enough to keep."""
+    inputs = None if answer.inputs is None else str(answer.inputs)
+    return preview(
+        Example(
+            id=None if inputs is None else id_of_inputs(inputs),
+            inputs=load_json(inputs),
+            prediction=load_json(answer.outputs),
+            error=answer.error,
+            trace_id=answer.trace_id,
+            seconds=seconds,
+        )
     )
 
 
@@ -259,12 +258,6 @@ def id_of_inputs(text: str) -> str:
     """What pairs answers in production, where no dataset gives an example its id: the same inputs are the same row."""
     loaded = load_json(text)
     return hashlib.sha256(json.dumps(loaded, sort_keys=True).encode("ascii")).hexdigest()[:16]
-
-
-def _put_score(found: dict[int, dict[str, float]], trace_id: int, at: Mapping[str, Any]) -> None:
-    score = number(at.get(semconv.GEN_AI_EVALUATION_SCORE_VALUE))
-    if score is not None:
-        found.setdefault(trace_id, {})[str(at.get(semconv.GEN_AI_EVALUATION_NAME, UNNAMED))] = score
 
 
 # --- what is meant --------------------------------------------------------------------------------------------------
@@ -306,7 +299,7 @@ def find(recorded: Recorded, name: str, part: str | None = None) -> Results:
             return _of_trial(recorded, name, optimization, trial if chosen else BEST)
     if evaluations := [one for one in scored if one.id == part]:
         return _of_evaluations(recorded, name, evaluations)
-    calls = [(example, usage) for example, usage in recorded.calls.get(part, ()) if example.trace_id in recorded.scores]
+    calls = [(row, usage) for row, usage in recorded.calls.get(part, ()) if row.scores]
     if calls:
         return _of_calls(recorded, name, part, calls)
     if evaluations := [one for one in own if one.program_id == part]:
@@ -389,20 +382,18 @@ def trial_title(optimization: Optimization, trial: Trial) -> str:
     return f"trial {trial.number}" + ("" if kind is None else f" ({kind})")
 
 
-def _of_calls(recorded: Recorded, name: str, program: str, calls: Sequence[tuple[Example, Usage]]) -> Results:
+def _of_calls(recorded: Recorded, name: str, program: str, calls: Sequence[tuple[Row, Usage]]) -> Results:
     usage = Usage()
     for _, used in calls:
         usage = usage.plus(used)
-    rows = [
-        Row(example.id or f"?{place}", recorded.scores.get(example.trace_id or 0, {}), example)
-        for place, (example, _) in enumerate(calls)
-    ]
+    rows = [row for row, _ in calls]
     metrics = Counter(metric for row in rows for metric in row.scores)
-    what = f"{len(recorded.calls[program])} answers of program {program}, {len(rows)} with a score"
+    what = f"{len(recorded.calls[program]):,} answers of program {program}, {len(rows):,} with a score"
     return Results(
         name,
         what,
         tuple(rows),
+        tuple(metrics),
         tuple(metrics),
         program=recorded.programs.get(program, Candidate(program)),
         usage=usage,

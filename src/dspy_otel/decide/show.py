@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict
 from textwrap import shorten, wrap
 from typing import Any, Final
 from xml.etree.ElementTree import Element, SubElement, tostring
@@ -118,12 +119,19 @@ def left_out(comparison: Evidence) -> list[str]:
             found.append(f"Failed answers {counted}{of}: {score.failed.a:,} of A, {score.failed.b:,} of B.")
         if score.unscored:
             found.append(f"Answers without a score{of}: {score.unscored.a:,} of A, {score.unscored.b:,} of B.")
+        if score.nameless:
+            found.append(
+                f"Answers whose example is not known, for their inputs were not recorded whole{of}: "
+                f"{score.nameless.a:,} of A, {score.nameless.b:,} of B."
+            )
         if score.only:
             found.append(f"Examples of one side only{of}: {score.only.a:,} of A, {score.only.b:,} of B.")
         if score.repeated:
             found.append(
                 f"Examples with repeats, averaged first{of}: {score.repeated.a:,} of A, {score.repeated.b:,} of B."
             )
+    if comparison.few_pairs:
+        found.append(f"Not compared, for too few examples of both have it: {', '.join(comparison.few_pairs)}.")
     if comparison.other_metrics:
         found.append(f"Metrics of one side only: {', '.join(comparison.other_metrics)}.")
     if len(comparison.scores) > 1 and comparison.alpha < 1:
@@ -386,18 +394,18 @@ def _results(results: Results) -> dict[str, Any]:
 
 
 def _score(score: Score) -> dict[str, Any]:
-    result = score.result
-    numbers = "pairs a b difference low high wins losses ties test p alpha detectable".split()
+    numbers = {name: _finite(value) for name, value in asdict(score.result).items() if name != "direction"}
     return {
         "metric": score.metric,
         "verdict": score.verdict,
         "regression": score.regression,
-        **{name: _finite(getattr(result, name)) for name in numbers},
+        **numbers,
         **{
             name: {"a": count.a, "b": count.b}
             for name, count in (
                 ("failed", score.failed),
                 ("unscored", score.unscored),
+                ("nameless", score.nameless),
                 ("repeated", score.repeated),
                 ("only", score.only),
             )

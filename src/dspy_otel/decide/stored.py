@@ -308,9 +308,15 @@ class _Reader:
         program = results.program
         if program is not None:
             program = self._program(program.id, runs)
-        metrics = dict.fromkeys((*results.metrics, *(metric for row in rows for metric in row.scores)))
-        run_id = runs[0].run_id if len(runs) == 1 else None
-        return dataclasses.replace(results, rows=tuple(rows), metrics=tuple(metrics), program=program, run_id=run_id)
+        judged = dict.fromkeys(metric for row in rows for metric in row.scores if metric not in results.metrics)
+        return dataclasses.replace(
+            results,
+            rows=tuple(rows),
+            metrics=(*results.metrics, *judged),
+            judged=tuple(judged),
+            program=program,
+            run_id=runs[0].run_id if len(runs) == 1 else None,
+        )
 
     def _of_calls(self, program: str, calls: Sequence[StoredTrace], scored: Sequence[StoredTrace]) -> Results:
         usage, rows = Usage(), []
@@ -324,11 +330,11 @@ class _Reader:
                 error="error" if trace.failed else None,
                 seconds=trace.seconds,
             )
-            rows.append(Row(example.id or trace.trace_id, trace.scores, example))
-        metrics = dict.fromkeys(metric for row in rows for metric in row.scores)
+            rows.append(Row(example.id, trace.scores, example))
+        metrics = tuple(dict.fromkeys(metric for row in rows for metric in row.scores))
         what = f"{len(calls):,} answers of program {program}, {len(rows):,} with a score"
         found = self._program(program, ())
-        return Results(self._name, what, tuple(rows), tuple(metrics) or (UNNAMED,), program=found, usage=usage)
+        return Results(self._name, what, tuple(rows), metrics, metrics, program=found, usage=usage)
 
     def _below_requests(self, program: str) -> Results | None:
         """Scored answers in traces that begin with something else, as with a request, and so have no tags of ours."""

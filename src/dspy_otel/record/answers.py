@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final
 
 from opentelemetry.sdk.trace import ReadableSpan
 
 from dspy_otel import semconv
-from dspy_otel.record.model import Answer, Judgement, load_json, number, score_of
+from dspy_otel.record.model import Answer, Judgement, number, score_of
 from dspy_otel.record.spans import Kind, is_ours, kind_of
 
 _UNNAMED: Final = "metric"
@@ -91,7 +91,7 @@ def read_answers(spans: Iterable[ReadableSpan], judgements: Iterable[Judgement] 
         if answer is not None:
             found.append(answer)
     said += judgements
-    return _judged(found, said)
+    return judged(found, said)
 
 
 def judgement_of(trace_id: int, span_id: int | None, at: Mapping[str, Any], when: float = 0) -> list[Judgement]:
@@ -104,22 +104,13 @@ def judgement_of(trace_id: int, span_id: int | None, at: Mapping[str, Any], when
     return [Judgement(trace_id, span_id, name, score, text=None if text is None else str(text), when=when)]
 
 
-def judgements_of_logs(line: str) -> Iterator[Judgement]:
-    """Scores in a request of OTLP logs, a line of JSON; nothing from any other line."""
-    request = load_json(line) if "resourceLogs" in line else None
-    if not isinstance(request, dict):
-        return
-    for of_resource in request.get("resourceLogs", ()):
-        for of_scope in of_resource.get("scopeLogs", ()):
-            for entry in of_scope.get("logRecords", ()):
-                if entry.get("eventName") == semconv.LOG_EVALUATION_RESULT and entry.get("traceId"):
-                    pairs = {pair["key"]: next(iter(pair["value"].values())) for pair in entry["attributes"]}
-                    span_id = int(entry["spanId"], 16) if entry.get("spanId") else None
-                    when = int(entry.get("timeUnixNano") or 0) / 1e9
-                    yield from judgement_of(int(entry["traceId"], 16), span_id, pairs, when)
+def newest_scores(judgements: Iterable[Judgement]) -> dict[str, float]:
+    """The numbers that were given to an answer, by name: the newest of people, or else of programs."""
+    ordered = sorted((one for one in judgements if not one.expectation), key=lambda one: (one.human, one.when))
+    return {one.name: score for one in ordered if (score := one.score) is not None}
 
 
-def _judged(answers: Sequence[Answer], judgements: Iterable[Judgement]) -> list[Answer]:
+def judged(answers: Sequence[Answer], judgements: Iterable[Judgement]) -> list[Answer]:
     """Answers with what was said of them or, where each trace has one answer only, of their traces."""
     places = {(answer.trace_id, answer.span_id) for answer in answers}
     counts = Counter(answer.trace_id for answer in answers)

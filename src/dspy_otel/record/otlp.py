@@ -15,6 +15,10 @@ from opentelemetry.sdk.trace import Event, ReadableSpan
 from opentelemetry.sdk.util.instrumentation import InstrumentationScope
 from opentelemetry.trace import Link, SpanContext, SpanKind, Status, StatusCode, TraceFlags, TraceState
 
+from dspy_otel import semconv
+from dspy_otel.record.answers import judgement_of
+from dspy_otel.record.model import Judgement
+
 _REMOTE = 0x200
 """Flag of a span whose parent is in another process."""
 
@@ -36,8 +40,12 @@ def decode(body: bytes) -> list[ReadableSpan]:
         raise ValueError(f"no OTLP request ({type(error).__name__})") from error
 
 
-def decode_lines(lines: Iterable[str]) -> Iterator[list[ReadableSpan]]:
+def decode_lines(lines: Iterable[str], judgements: list[Judgement] | None = None) -> Iterator[list[ReadableSpan]]:
     """The spans of each line of OTLP JSON; empty lines are left out.
+
+    Args:
+        lines: each a request of spans, of logs or of metrics.
+        judgements: scores of answers that are in the logs are added to it.
 
     Raises:
         ValueError: a line is no OTLP request.
@@ -49,6 +57,8 @@ def decode_lines(lines: Iterable[str]) -> Iterator[list[ReadableSpan]]:
                 if not isinstance(loaded, dict):
                     raise TypeError("no object")
                 spans = list(_json_spans(loaded))
+                if judgements is not None:
+                    judgements += _json_judgements(loaded)
             except Exception as error:
                 raise ValueError(f"line {place} is no OTLP JSON ({type(error).__name__})") from error
             yield spans
@@ -122,7 +132,7 @@ def _value(value: Any) -> Any:
 
 
 def _json_spans(request: Mapping[str, Any]) -> Iterator[ReadableSpan]:
-    for of_resource in request.get("resourceSpans", ()):
+    for of_resource in request.get("resourceSpans") or ():
         described = of_resource.get("resource", {})
         resource = Resource(_json_attributes(described), of_resource.get("schemaUrl") or None)
         for of_scope in of_resource.get("scopeSpans", ()):
@@ -135,6 +145,17 @@ def _json_spans(request: Mapping[str, Any]) -> Iterator[ReadableSpan]:
             )
             for span in of_scope.get("spans", ()):
                 yield _json_span(span, resource, scope)
+
+
+def _json_judgements(request: Mapping[str, Any]) -> Iterator[Judgement]:
+    """Scores as evaluators write them into logs."""
+    for of_resource in request.get("resourceLogs") or ():
+        for of_scope in of_resource.get("scopeLogs", ()):
+            for entry in of_scope.get("logRecords", ()):
+                if entry.get("eventName") == semconv.LOG_EVALUATION_RESULT and entry.get("traceId"):
+                    trace_id, span_id = int(entry["traceId"], 16), int(entry.get("spanId") or "0", 16) or None
+                    when = int(entry.get("timeUnixNano") or 0) / 1e9
+                    yield from judgement_of(trace_id, span_id, _json_attributes(entry), when)
 
 
 def read_span(span: Mapping[str, Any], scope: str) -> ReadableSpan:

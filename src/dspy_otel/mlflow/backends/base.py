@@ -17,7 +17,7 @@ from dspy_otel import semconv
 from dspy_otel.mlflow.backends.registry import Registry
 from dspy_otel.mlflow.retry import ExportError, Verdict, clean
 from dspy_otel.mlflow.runs import TRACE_ID, Assessment, Dataset, Metric, StoredRun, StoredTrace
-from dspy_otel.record.model import Judgement, Usage, load_json, number
+from dspy_otel.record.model import Usage, load_json, number
 
 _BARS: Final = "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR"
 OLDEST_MLFLOW: Final = "3.14"
@@ -251,12 +251,6 @@ def stored_usage(metadata: Mapping[str, str]) -> Usage:
         output_tokens=number(found.get("output_tokens")),
         cost=number(cost.get("total_cost")) if isinstance(cost, dict) else None,
     )
-
-
-def newest_scores(judgements: Iterable[Judgement]) -> dict[str, float]:
-    """The numbers that were given to a trace, by name: the newest of people, or else of programs."""
-    ordered = sorted((one for one in judgements if not one.expectation), key=lambda one: (one.human, one.when))
-    return {one.name: score for one in ordered if (score := one.score) is not None}
 
 
 def trace_number(trace_id: str) -> int:

@@ -47,6 +47,7 @@ from dspy_otel.mlflow.runs import (
 )
 from dspy_otel.mlflow.target import Target, public_uri, sqlite_path
 from dspy_otel.mlflow.translate import CHAT_USAGE, LLM_COST, restore
+from dspy_otel.record.answers import newest_scores
 from dspy_otel.record.model import Judgement
 
 _logger = logging.getLogger(__name__)
@@ -594,7 +595,7 @@ def _stored_trace(trace: Any) -> StoredTrace:
         getattr(trace.state, "value", None) == "ERROR",
         trace.request_preview,
         trace.response_preview,
-        base.newest_scores(judgements),
+        newest_scores(judgements),
         judgements,
         base.stored_usage(trace.trace_metadata),
     )

@@ -48,6 +48,7 @@ from dspy_otel.mlflow.runs import (
 from dspy_otel.mlflow.target import Target, public_uri, run_page
 from dspy_otel.mlflow.translate import restore
 from dspy_otel.mlflow.versions import StoredModel
+from dspy_otel.record.answers import newest_scores
 from dspy_otel.record.model import Judgement, load_json
 from dspy_otel.record.otlp import read_span
 
@@ -650,7 +651,7 @@ def _stored_trace(trace: Mapping[str, Any]) -> StoredTrace:
         trace.get("state") == "ERROR",
         trace.get("request_preview"),
         trace.get("response_preview"),
-        base.newest_scores(judgements),
+        newest_scores(judgements),
         judgements,
         base.stored_usage(trace.get("trace_metadata", {})),
     )
