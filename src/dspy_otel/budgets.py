@@ -98,21 +98,8 @@ class BudgetAlert:
         return f"{self.percent} % of a budget is used: {spent} of {allowed}"
 
 
-class BudgetExceeded(BaseException):
-    """A budget is used up, and DSPy was about to make another LM call.
-
-    It is no ``Exception``, for the same reason as ``asyncio.CancelledError``: DSPy's ``Evaluate``, ``Parallel`` and
-    most optimizers catch each ``Exception``, count it as a wrong answer, and go on.
-
-    Attributes:
-        limit: the limit that was reached: ``cost``, ``tokens``, ``lm_calls`` or ``seconds``.
-        spent: what was spent; ``None`` for an exception that somebody else has made.
-        program: the best program so far of the optimization that was stopped, a copy; ``None`` outside of one, or when
-            no candidate had been scored.
-        trial: the number of the trial that scored it.
-        score: its score, the mean of the metric.
-        optimizer: class name of the optimizer whose trial that was.
-    """
+class _Stopped(BaseException):
+    """What ends a block, with what the optimization in it has reached."""
 
     def __init__(
         self,
@@ -134,10 +121,32 @@ class BudgetExceeded(BaseException):
         self.optimizer = optimizer
 
 
-class BudgetRefused(BaseException):
+class BudgetExceeded(_Stopped):
+    """A budget is used up, and DSPy was about to make another LM call.
+
+    It is no ``Exception``, for the same reason as ``asyncio.CancelledError``: DSPy's ``Evaluate``, ``Parallel`` and
+    most optimizers catch each ``Exception``, count it as a wrong answer, and go on.
+
+    Attributes:
+        limit: the limit that was reached: ``cost``, ``tokens``, ``lm_calls`` or ``seconds``.
+        spent: what was spent; ``None`` for an exception that somebody else has made.
+        program: the best program so far of the optimization that was stopped, a copy; ``None`` outside of one, or when
+            no candidate had been scored.
+        trial: the number of the trial that scored it.
+        score: its score, the mean of the metric.
+        optimizer: class name of the optimizer whose trial that was.
+    """
+
+
+class BudgetRefused(_Stopped):
     """A budget cannot hold, for what it limits is not known of an LM call: its price, or its tokens.
 
     It is raised as soon as the first such call has ended, and is no ``Exception``, as :class:`BudgetExceeded` is none.
+
+    Attributes:
+        limit: ``cost`` or ``tokens``.
+        spent: as far as it is known.
+        program, trial, score, optimizer: as of :class:`BudgetExceeded`.
     """
 
 
@@ -205,7 +214,7 @@ class Budget:
         self._totals = _Totals()
         self._alerting = threading.RLock()
         self._alerted = dict.fromkeys(limits, 0)
-        self._refused: str | None = None
+        self._refused: tuple[str, str] | None = None
         self._stopped = False
         self._outer: Budget | None = None
         self._started: float | None = None
@@ -298,12 +307,11 @@ class Budget:
             return
         self._alert(call, telemetry)  # Time passes between calls, too.
         if self._refused is not None:
-            self._stopped = True
-            raise BudgetRefused(self._refused)
+            raise self._stop(BudgetRefused, *self._refused, call)
         limit = self.exceeded
         if limit is not None and self._ends_itself(call) is None:
-            self._stopped = True
-            raise self._exception(limit, call)
+            allowed, used = _amount(limit, self._limits[limit]), _amount(limit, self.spent.of(limit))
+            raise self._stop(BudgetExceeded, limit, f"A budget of {allowed} is used up: {used}.", call)
 
     def settle(self, call: CallContext, telemetry: Telemetry, error: BaseException | None) -> None:
         """An LM call has ended, and the totals have what it used.
@@ -324,8 +332,7 @@ class Budget:
         if self._refused is None:
             self._refused = self._unknown(call)
         if self._refused is not None and error is None:
-            self._stopped = True
-            raise BudgetRefused(self._refused)
+            raise self._stop(BudgetRefused, *self._refused, call)
 
     # --- tasks in worker processes, where no budget holds -------------------------------------------------------------
     def admit_task(self, call: CallContext) -> None:
@@ -359,18 +366,18 @@ class Budget:
         """The block has ended. Calls that were waiting when it was stopped are stopped all the same."""
         return self._ended is not None and not self._stopped
 
-    def _unknown(self, call: CallContext) -> str | None:
-        """Why the budget cannot hold, if it cannot."""
+    def _unknown(self, call: CallContext) -> tuple[str, str] | None:
+        """The limit that cannot hold, and why."""
         state = call.state
         model = plain_name(state.description.model or "") if isinstance(state, LMCallState) else ""
         spent = self.spent
         if COST in self._limits and spent.unpriced_calls:
-            return (
+            return COST, (
                 f"A budget of {_amount(COST, self._limits[COST])} cannot hold: DSPy knows no price of an LM call"
                 f"{f' ({model})' if model else ''}. Limit tokens or lm_calls instead."
             )
         if TOKENS in self._limits and spent.uncounted_calls:
-            return (
+            return TOKENS, (
                 f"A budget of {_amount(TOKENS, self._limits[TOKENS])} cannot hold: an LM call"
                 f"{f' ({model})' if model else ''} reports no tokens. Limit lm_calls instead."
             )
@@ -443,22 +450,20 @@ class Budget:
                 return tracker
         return None
 
-    def _exception(self, limit: str, call: CallContext) -> BudgetExceeded:
-        spent = self.spent
-        allowed, used = _amount(limit, self._limits[limit]), _amount(limit, spent.of(limit))
-        message = f"A budget of {allowed} is used up: {used}."
+    def _stop(self, kind: type[_Stopped], limit: str, message: str, call: CallContext) -> _Stopped:
+        """What ends the block here, with the best program of the optimization that ``call`` is inside of."""
+        self._stopped = True
         trackers = self._trackers(call)
         best = next((kept for tracker in reversed(trackers) if (kept := tracker.run.kept) is not None), None)
         if best is None:
-            if trackers:
-                message += " No candidate has been scored yet."
-            return BudgetExceeded(message, limit=limit, spent=spent)
+            nothing = " No candidate has been scored yet." if trackers else ""
+            return kind(message + nothing, limit=limit, spent=self.spent)
         trial = best.trial
-        message += f" The program of this exception is the best so far: trial {trial.number}, score {trial.score:.4g}."
-        return BudgetExceeded(
-            message,
+        return kind(
+            f"{message} The program of this exception is the best so far: "
+            f"trial {trial.number}, score {trial.score:.4g}.",
             limit=limit,
-            spent=spent,
+            spent=self.spent,
             program=best.program,
             trial=trial.number,
             score=trial.score,
@@ -496,4 +501,5 @@ def _amount(limit: str, amount: float) -> str:
         return f"${amount:,.2f}" if amount >= 0.1 else f"${amount:.4g}"
     if limit == SECONDS:
         return f"{amount:.4g} s"
-    return f"{amount:,.0f} {'tokens' if limit == TOKENS else 'LM calls'}"
+    unit = "token" if limit == TOKENS else "LM call"
+    return f"{amount:,.0f} {unit}{'' if amount == 1 else 's'}"

@@ -88,6 +88,7 @@ ROWS = [dspy.Example(question=f"q{number}", answer="42").with_inputs("question")
 @pytest.mark.parametrize(
     ("limits", "calls", "words"),
     [
+        ({"lm_calls": 1}, 1, "1 LM call is used up: 1 LM call"),
         ({"lm_calls": 3}, 3, "3 LM calls is used up: 3 LM calls"),
         ({"cost": 1.0}, 10, "$1.00 is used up: $1.00"),  # ten times 0.1 is less than 1
         ({"cost": 0.25}, 3, "$0.25 is used up: $0.30"),
@@ -324,6 +325,33 @@ def test_a_refused_budget_stops_an_evaluation_and_an_optimizer(telemetry: Record
         with budget(cost=5), pytest.raises(BudgetRefused):
             quietly(search.compile, program, trainset=ROWS)
     assert lm.asked <= 4
+
+
+def test_what_was_reached_before_a_refusal_is_not_lost(telemetry: Recorder) -> None:
+    """As with a model that one step has made, and that has no price."""
+    telemetry.instrument()
+    lm = Priced()
+    student = dspy.Predict("question -> answer")
+
+    class Twice(dspy.teleprompt.Teleprompter):
+        def compile(self, student: Any, **kwargs: Any) -> Any:
+            evaluate = dspy.Evaluate(devset=ROWS[:3], metric=lambda *_: 1.0, display_progress=False, num_threads=1)
+            evaluate(student)
+            lm.cost = None
+            evaluate(student)
+
+    with (
+        dspy.context(lm=lm),
+        budget(cost=5),
+        pytest.raises(BudgetRefused, match=r"cannot hold.*trial 1, score 1\.") as error,
+    ):
+        Twice().compile(student)
+    refused = error.value
+    assert (program_id(refused.program), refused.trial, refused.score) == (program_id(student), 1, 1.0)
+    assert refused.spent is not None
+    assert (refused.limit, refused.spent.lm_calls, refused.spent.unpriced_calls) == ("cost", 4, 1)
+    copied = pickle.loads(pickle.dumps(BudgetRefused("text", limit="cost", trial=1)))
+    assert (str(copied), copied.limit, copied.trial) == ("text", "cost", 1)
 
 
 # --- what it says on the way ----------------------------------------------------------------------------------------
