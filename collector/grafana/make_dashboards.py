@@ -61,8 +61,9 @@ VERSION = f"{NAME}, dspy_program_id"
 PARSE_ERRORS = 'sum by (job, dspy_adapter_name) (rate(dspy_adapter_parse_errors_total{job=~"$job"}[$__rate_interval]))'
 LAST_SCORE = (
     f"max by ({VERSION}, dspy_evaluation_metric_name)"
-    f' (last_over_time(dspy_program_evaluation_score{{job=~"$job", {NAME}=~"$program"}}[1d]))'
+    f' (last_over_time(dspy_program_evaluation_score{{{NAME}=~"$program"}}[1d]))'
 )
+"""Of any job: programs are evaluated in other places than they serve in."""
 
 PRODUCTION = (
     Panel("Calls", "reqps", 4, ((rate(CALLS), ""),), "Without evaluations and optimizations.", "stat"),
@@ -194,12 +195,12 @@ SIDES = (("old", 'dspy_program_id=~"$old"'), ("new", 'dspy_program_id=~"$new"'))
 
 def last_score(version: str) -> str:
     """The score of the last evaluation of a chosen version."""
-    return f'max (last_over_time(dspy_program_evaluation_score{{job=~"$job", {NAME}=~"$program", {version}}}[1d]))'
+    return f'max (last_over_time(dspy_program_evaluation_score{{{NAME}=~"$program", {version}}}[1d]))'
 
 
 def mean_score(by: str) -> str:
     """The mean over all examples on which a version was evaluated."""
-    picked = f'job=~"$job", {NAME}=~"$program"'
+    picked = f'{NAME}=~"$program"'
     return share(f"sum by ({by}) ({EXAMPLES}_sum{{{picked}}})", f"sum by ({by}) ({EXAMPLES}_count{{{picked}}})")
 
 
@@ -384,7 +385,11 @@ def panel(number: int, about: Panel, x: int, y: int) -> dict[str, Any]:
         "description": about.about,
         "datasource": DATASOURCE,
         "gridPos": {"x": x, "y": y, "w": about.width, "h": HEIGHT // 2 if about.kind == "stat" else HEIGHT},
-        "fieldConfig": {"defaults": {"unit": about.unit, "min": 0}, "overrides": []},
+        # Scores may be below zero.
+        "fieldConfig": {
+            "defaults": {"unit": about.unit} | ({} if about.unit == "none" else {"min": 0}),
+            "overrides": [],
+        },
         "options": options,
         "targets": [
             {

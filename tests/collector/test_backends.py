@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -315,3 +316,46 @@ def test_content_reaches_only_who_may_see_it_and_secrets_reach_nobody(
     users = {tags(span)["user.id"] for t in jaeger.values() for span in t["spans"] if "user.id" in tags(span)}
     assert len(users) == 1
     assert re.fullmatch(r"[0-9a-f]{64}", users.pop())
+
+
+VERSION_SERIES = """
+dspy_program_calls_total{job="shop", dspy_program_name="RAG", dspy_program_id="aaaa"} 0+60x20
+dspy_program_calls_total{job="shop", dspy_program_name="RAG", dspy_program_id="bbbb"} 0+30x20
+dspy_program_calls_total{job="shop", dspy_program_name="RAG", dspy_program_id="bbbb", error_type="E"} 0+30x20
+dspy_program_calls_total{job="shop", dspy_program_name="Other", dspy_program_id="cccc"} 0+600x20
+dspy_program_cost_total{job="shop", dspy_program_name="RAG", dspy_program_id="aaaa"} 0+6x20
+dspy_program_cost_total{job="shop", dspy_program_name="RAG", dspy_program_id="bbbb"} 0+12x20
+dspy_program_duration_seconds_bucket{job="shop", dspy_program_name="RAG", dspy_program_id="aaaa", le="1"} 0+60x20
+dspy_program_duration_seconds_bucket{job="shop", dspy_program_name="RAG", dspy_program_id="aaaa", le="+Inf"} 0+60x20
+dspy_program_duration_seconds_bucket{job="shop", dspy_program_name="RAG", dspy_program_id="bbbb", le="1"} 0+0x20
+dspy_program_duration_seconds_bucket{job="shop", dspy_program_name="RAG", dspy_program_id="bbbb", le="2"} 0+60x20
+dspy_program_duration_seconds_bucket{job="shop", dspy_program_name="RAG", dspy_program_id="bbbb", le="+Inf"} 0+60x20
+dspy_program_evaluation_score{job="ci", dspy_program_name="RAG", dspy_program_id="aaaa"} 0.5x20
+dspy_program_evaluation_score{job="ci", dspy_program_name="RAG", dspy_program_id="bbbb"} -0.25x20
+"""
+
+
+def test_the_dashboard_of_versions_sets_the_new_one_beside_the_old_one(tmp_path: Path) -> None:
+    """With a job, a program and both versions chosen, each number at the top is that of its version."""
+    expected = {
+        "Calls": (1, 1),
+        "Failed": (0, 0.5),
+        "Cost of one call": (0.1, 0.2),
+        "95 % answer within": (0.95, 1.95),
+        "Score of the last evaluation": (0.5, -0.25),
+    }
+    chosen = {"$job": "shop", "$program": "RAG", "$old": "aaaa", "$new": "bbbb", "$__rate_interval": "5m"}
+    cases = []
+    for panel in dashboards()["versions.json"]["panels"]:
+        for target, value in zip(panel["targets"], expected.get(panel["title"], ()), strict=panel["type"] == "stat"):
+            query = target["expr"]
+            for name, choice in chosen.items():
+                query = query.replace(name, choice)
+            cases.append({"expr": query, "eval_time": "15m", "exp_samples": [{"labels": "{}", "value": value}]})
+    series = [line.rpartition("} ") for line in VERSION_SERIES.strip().splitlines()]
+    given = [{"series": name + "}", "values": values} for name, _, values in series]
+    test = {"interval": "1m", "input_series": given, "promql_expr_test": cases}
+    path = tmp_path / "versions.json"  # JSON is YAML
+    path.write_text(json.dumps({"rule_files": [], "tests": [test]}))
+    done = subprocess.run([program("promtool"), "test", "rules", path], capture_output=True, text=True)
+    assert (len(cases), done.returncode) == (10, 0), done.stdout + done.stderr
