@@ -235,6 +235,7 @@ WRONG: list[tuple[list[str], str]] = [
     (["{tmp}/none.jsonl", "--since", "1d", "--until", "2d"], "since is not before until: no answer is between."),
     (["{tmp}/none.jsonl", "--min-score", "1", "--max-score", "0"], "min_score is 1 and max_score 0"),
     (["{tmp}/none.jsonl", "--min-score", "nan"], "min_score is nan: choose a number."),
+    (["{tmp}/none.jsonl", "--passing", "nan"], "passing is nan: choose a number."),
     (["{tmp}/none.jsonl", "--limit", "0"], "limit is 0: choose 1 or more."),
 ]
 
@@ -262,6 +263,16 @@ def test_a_file_of_something_else_is_one_sentence(tmp_path: Path, content: str) 
         load_examples(path)
     with pytest.raises(NoExamplesError, match="cannot be read"):
         load_examples(tmp_path / "nothing.jsonl")
+
+
+def test_a_field_may_have_the_name_of_an_argument(telemetry: Any, tmp_path: Path) -> None:
+    telemetry.instrument(capture_content="span_only")
+    with dspy.context(lm=DummyLM([{"answer": "11"}])):
+        dspy.Predict("base, other -> answer")(base="2", other="3")
+    found = dspy_otel.examples(telemetry.exporter.get_finished_spans())
+    found.save(tmp_path / "train.jsonl")
+    for (example,) in (found, load_examples(tmp_path / "train.jsonl")):
+        assert example.toDict() == {"base": "2", "other": "3", "answer": "11"}
 
 
 def test_answers_are_read_one_by_one(spans: list[Any]) -> None:

@@ -44,7 +44,8 @@ class Examples(list):  # type: ignore[type-arg]  # of dspy.Example, which is unt
         with needs("instruments"):
             import dspy
 
-        super().__init__(dspy.Example(**row.inputs, **row.labels).with_inputs(*row.inputs) for row in selection.rows)
+        # As one dictionary: a field may have the name of an argument.
+        super().__init__(dspy.Example({**row.inputs, **row.labels}).with_inputs(*row.inputs) for row in selection.rows)
         self._selection = selection
 
     @property
@@ -203,7 +204,8 @@ def select_examples(
     Raises:
         NoExamplesError: as there.
     """
-    for name, value in (("min_score", criteria.min_score), ("max_score", criteria.max_score)):
+    for name in ("min_score", "max_score", "passing"):
+        value = getattr(criteria, name)
         if value is not None and not math.isfinite(value):
             raise NoExamplesError(f"{name} is {value:g}: choose a number.")
     least, most = criteria.min_score, criteria.max_score
