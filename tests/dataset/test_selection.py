@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from dspy_otel.content.digest import digest
 from dspy_otel.content.encoder import Content
+from dspy_otel.content.losses import Loss, loss_of
 from dspy_otel.dataset import NoExamplesError
-from dspy_otel.dataset.losses import Loss, loss_of
 from dspy_otel.dataset.selection import Criteria, Reason, Row, select, split
 from dspy_otel.record.model import Answer, Judgement
 

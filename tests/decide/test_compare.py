@@ -229,7 +229,7 @@ def test_answers_in_production_are_paired_by_their_inputs(telemetry: Any, tmp_pa
     found = dspy_otel.compare(f"{path}#{program_id(old)}", f"{path}#{program_id(new)}")
     (score,) = found.scores
     assert (score.metric, score.result.pairs, score.result.losses) == ("thumbs", 7, 7)
-    assert found.a.what == f"8 answers of program {program_id(old)}, 7 with a score"
+    assert found.a.what == "7 answers with a score, of 8"
     assert found.a.usage.lm_calls == 7
     other = tmp_path / "unscored.jsonl"
     other.write_text(otlp_json(answers(telemetry, ["right"], old)))
@@ -280,6 +280,23 @@ def test_answers_without_inputs_are_paired_with_nothing(telemetry: Any, tmp_path
     path.write_text(text)
     with pytest.raises(CannotCompareError, match="of A, 8 scored answers, of B, 8 have inputs that were not recorded"):
         dspy_otel.compare(f"{path}#{program_id(old)}", f"{path}#{program_id(new)}")
+
+
+def test_inputs_that_were_cut_or_masked_name_no_example(telemetry: Any, tmp_path: Path) -> None:
+    telemetry.instrument(capture_content="span_only", content_limit=200)
+    questions = ["short", "shorter", *("x" * 300 + str(place) for place in range(3)), "sk-" + "a1B2" * 12]
+    text = ""
+    for program in (Asking("Answer."), Asking("Answer in one word.")):
+        telemetry.clear()
+        with dspy.context(lm=DummyLM([{"answer": "right"}] * len(questions))):
+            for question in questions:
+                program(question=question)
+        spans = telemetry.exporter.get_finished_spans()
+        text += otlp_json(spans) + "".join(score_log(span, 1.0) for span in spans if span.parent is None)
+    path = tmp_path / "production.jsonl"
+    path.write_text(text)
+    found = find_results(f"{path}#{program_id(Asking('Answer.'))}")
+    assert [row.key is None for row in found.rows] == [False, False, True, True, True, True]
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from xml.etree import ElementTree
 import pytest
 
 from dspy_otel.decide import show
-from dspy_otel.decide.comparison import Comparison, compare_results
+from dspy_otel.decide.comparison import Comparison, compare_results, matching
 from dspy_otel.decide.errors import CannotCompareError
 from dspy_otel.decide.evidence import BETTER, NOT_SHOWN, WORSE, Count
 from dspy_otel.decide.results import Results, rows_of
@@ -44,6 +44,25 @@ def test_better_worse_and_neither() -> None:
     assert not compare_results(high, half).regression
     assert compare_results(high, half, alpha=1).regression
     assert not compare_results(high, high, alpha=1).regression
+
+
+def test_of_a_program_what_both_have_of_the_same_examples_is_compared() -> None:
+    def asked(places: Iterable[int], metric: str = "thumbs") -> Results:
+        rows = rows_of([Example(None, f"asked {place}", score=1.0) for place in places], metric)
+        return Results("x", "answers", tuple(rows), (metric,), (metric,), production=True)
+
+    evaluated, old, new = results([1.0] * 20), asked(range(10)), asked(range(4, 20))
+    assert [side.what for side in matching([old, evaluated], [new, evaluated])] == [
+        "answers (and not: evaluation of QA)"
+    ] * 2
+    # The new one is not asked the same, or not judged, or not in production at all.
+    for other in ([asked(range(8, 20)), evaluated], [asked(range(10), "other"), evaluated], [evaluated]):
+        a, b = matching([old, evaluated], other)
+        assert (a.what, b.rows) == ("evaluation of QA (and not: answers)", evaluated.rows)
+    a, _ = matching([old, evaluated], [new, evaluated], ["exact"])
+    assert a.rows == evaluated.rows
+    # A row of a dataset is no answer in production, whatever its name; and what has nothing in common stays as it is.
+    assert matching([old], [evaluated]) == (old, evaluated)
 
 
 def test_a_drop_may_be_allowed() -> None:

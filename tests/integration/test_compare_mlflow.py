@@ -102,7 +102,7 @@ def test_answers_in_production_with_feedback(store: Store) -> None:
     for program in programs:
         with dspy.context(lm=DummyLM([{"answer": "right"}] * 9)):
             for place in range(9):
-                program(question=f"question {place}")
+                program(question=f"question {place}{' is long' * 1000}")  # MLflow's preview has the beginning
     store.flush()
     ids = [program_id(program) for program in programs]
     with pytest.raises(CannotCompareError, match="none of the 9 answers of that program has a score"):
@@ -115,8 +115,10 @@ def test_answers_in_production_with_feedback(store: Store) -> None:
     found = dspy_otel.compare(*ids, experiment=store.experiment)
     (score,) = found.scores
     assert (score.metric, score.result.pairs, score.result.losses) == ("thumbs", 9, 9)
-    assert found.a.what == f"9 answers of program {ids[0]}, 9 with a score"
+    assert found.a.what == "9 answers with a score, of 9"
     assert len(found.a.seconds) == 9
+    assert found.a.usage.lm_calls == 9
+    assert [change.name for change in found.predictors] == ["ask"]
 
 
 def test_answers_below_requests(store: Store) -> None:
@@ -127,21 +129,36 @@ def test_answers_below_requests(store: Store) -> None:
     programs = Asking("Answer."), Asking("Answer in a word.")
     tracer = store.provider.get_tracer("a web framework")
     for version, program in enumerate(programs):
+        # They were evaluated, too, before they went there; and what people say goes before that.
+        with dspy.context(lm=DummyLM([{"answer": "right"}] * 12)):
+            dspy.Evaluate(devset=ROWS, metric=exact, num_threads=1, display_progress=False)(program)
         with dspy.context(lm=DummyLM([{"answer": "right"}] * 9)):
             for place in range(9):
                 with tracer.start_as_current_span(f"POST /v{version}"):
                     program(question=f"question {place}")
     store.flush()
     client = TracingClient(store.uri)
+    found = dspy_otel.compare(*map(program_id, programs), experiment=store.experiment)
+    assert found.a.what == "evaluation of Asking"  # as long as nobody has said anything
     for trace in store.client.search_traces(locations=[store.experiment_id], include_spans=False, max_results=100):
+        if not trace.info.tags["mlflow.traceName"].startswith("POST"):
+            continue
         value = "yes" if trace.info.tags["mlflow.traceName"] == "POST /v0" else "no"
         feedback = Feedback(name="thumbs", value=value, source=AssessmentSource("HUMAN", "somebody"))
         client.log_assessment(trace.info.trace_id, feedback)
     found = dspy_otel.compare(*map(program_id, programs), experiment=store.experiment)
     (score,) = found.scores
     assert (score.metric, score.result.pairs, score.result.losses) == ("thumbs", 9, 9)
-    assert found.a.what == f"9 answers of program {program_id(programs[0])}, 9 with a score"
+    assert found.a.what == "9 answers with a score (and not: evaluation of Asking)"
     assert len(found.a.seconds) == 9
+    # A version that has served nobody yet is compared by what both have: their evaluations.
+    third = Asking("Answer as a rhyme.")
+    with dspy.context(lm=DummyLM([{"answer": "right"}] * 12)):
+        dspy.Evaluate(devset=ROWS, metric=exact, num_threads=1, display_progress=False)(third)
+    store.flush()
+    found = dspy_otel.compare(program_id(programs[0]), program_id(third), experiment=store.experiment)
+    assert found.a.what == "evaluation of Asking (and not: 9 answers with a score)"
+    assert [score.metric for score in found.scores] == ["exact"]
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,5 @@
 """From traces to a dataset: answers of programs as examples to optimize and evaluate on.
 
-* :mod:`.losses` - what of a value was not recorded, or not as it was;
 * :mod:`.selection` - which answers become examples, with what labels, in which order; and why others do not;
 * :mod:`.stored` - answers from MLflow; :mod:`.files` - from files of OTLP, and examples to files and back;
 * :mod:`.collect` - all of that in one call.

@@ -33,7 +33,7 @@ _PART: Final = "#"
 Reference: TypeAlias = "str | os.PathLike[str] | Iterable[ReadableSpan]"
 """What can be compared; :func:`compare` says how it is named."""
 
-__all__ = ["CannotCompareError", "Reference", "compare", "find_results", "find_run", "list_runs", "why"]
+__all__ = ["CannotCompareError", "Reference", "compare", "find_all", "find_results", "find_run", "list_runs", "why"]
 
 
 def compare(
@@ -55,7 +55,8 @@ def compare(
             * the id of an MLflow run: of an optimization (its best trial), a trial or an evaluation; with ``#baseline``
               or ``#4`` behind it, another trial of the optimization;
             * the name of an MLflow experiment: its best optimization, or evaluation;
-            * a ``dspy.program.id``: answers in production that have scores, or else evaluations, in MLflow;
+            * a ``dspy.program.id``, in MLflow: answers in production that have scores, or evaluations, whichever
+              both have of the same examples, production first;
             * the path of a file of OTLP JSON: the newest evaluation or optimization in it; with ``#`` and
               ``baseline``, ``best``, the number of a trial, or the id of an optimization, an evaluation or a program
               behind it, that part;
@@ -76,11 +77,13 @@ def compare(
     """
     place = None if experiment is None else str(experiment)
     with _needs("decide"):
-        from dspy_otel.decide.comparison import compare_results
+        from dspy_otel.decide.comparison import compare_results, matching
+    names = [metric] if isinstance(metric, str) else metric
+    of_a = find_all(a, "A", experiment=place, tracking_uri=tracking_uri)
+    of_b = find_all(b, "B", experiment=place, tracking_uri=tracking_uri)
     return compare_results(
-        find_results(a, "A", experiment=place, tracking_uri=tracking_uri),
-        find_results(b, "B", experiment=place, tracking_uri=tracking_uri),
-        metrics=[metric] if isinstance(metric, str) else metric,
+        *matching(of_a, of_b, names),
+        metrics=names,
         alpha=alpha,
         max_drop=max_drop,
         failed_score=failed_score,
@@ -90,7 +93,14 @@ def compare(
 def find_results(
     reference: Reference, name: str = "spans", *, experiment: str | None = None, tracking_uri: str | None = None
 ) -> Results:
-    """Find what :func:`compare` would compare.
+    """Find what :func:`compare` would compare first; the arguments are those of :func:`find_all`."""
+    return find_all(reference, name, experiment=experiment, tracking_uri=tracking_uri)[0]
+
+
+def find_all(
+    reference: Reference, name: str = "spans", *, experiment: str | None = None, tracking_uri: str | None = None
+) -> list[Results]:
+    """Find all that :func:`compare` could compare: of a program, answers in production, and evaluations.
 
     Args:
         reference: as for :func:`compare`.
@@ -152,7 +162,7 @@ def list_runs(
 
     def results_of(run: Summary) -> Results:
         if file is not None:
-            return find(recorded, str(file), run.id)
+            return find(recorded, str(file), run.id)[0]
         return find_results(run.id, experiment=experiment, tracking_uri=tracking_uri)
 
     groups = grouped(found)

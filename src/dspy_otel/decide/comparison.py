@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -13,7 +14,7 @@ from dspy_otel.decide.results import Results, Row
 from dspy_otel.record.history import preview
 from dspy_otel.record.model import Candidate, Example, Predictor
 from dspy_otel.reports.words import differences
-from dspy_otel.statistics import NOISE, needed_pairs, paired
+from dspy_otel.statistics import NOISE, USUAL, needed_pairs, paired
 
 MAX_CHANGES: Final = 1000
 """Most changed examples that are kept for one metric, the greatest losses first."""
@@ -34,6 +35,34 @@ class Comparison(Evidence):
 
     def _repr_html_(self) -> str:
         return page.fragment(self)
+
+
+def matching(
+    of_a: Sequence[Results], of_b: Sequence[Results], metrics: Sequence[str] | None = None
+) -> tuple[Results, Results]:
+    """Which results of two programs to compare: the first that have a metric and examples in common, or else the first.
+
+    Args:
+        of_a: results of A.
+        of_b: results of B.
+        metrics: names of those that are to be compared; None for any.
+    """
+
+    def pairs(a: Results, b: Results) -> int:
+        names = {*a.metrics} & {*b.metrics}
+        if a.production is not b.production or not names or not names.issuperset(metrics or ()):
+            return 0
+        return len({row.key for row in a.rows} & {row.key for row in b.rows} - {None})
+
+    found = [(pairs(a, b), a, b) for a in of_a for b in of_b]
+    enough = [both for both in found if both[0] >= needed_pairs(USUAL)]
+    _, a, b = enough[0] if enough else max(found, key=lambda both: both[0])
+    return _instead(a, of_a), _instead(b, of_b)
+
+
+def _instead(chosen: Results, of_side: Sequence[Results]) -> Results:
+    others = "; ".join(one.what for one in of_side if one is not chosen)
+    return dataclasses.replace(chosen, what=f"{chosen.what} (and not: {others})") if others else chosen
 
 
 def compare_results(

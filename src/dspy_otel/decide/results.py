@@ -14,6 +14,7 @@ from typing import Any, Final
 from opentelemetry.sdk.trace import ReadableSpan
 
 from dspy_otel import semconv
+from dspy_otel.content.losses import loss_of
 from dspy_otel.decide.errors import CannotCompareError
 from dspy_otel.record.answers import judged, judgement_of, newest_scores, read_answer
 from dspy_otel.record.history import preview
@@ -73,6 +74,7 @@ class Results:
         usage: of all LM calls.
         parse_failures: answers of a model that an adapter could not read.
         unfinished: an evaluation failed, was interrupted or still runs.
+        production: these are answers in production, and no evaluation.
         run_id: MLflow's run.
         started: nanoseconds since 1970.
     """
@@ -88,6 +90,7 @@ class Results:
     usage: Usage = Usage()
     parse_failures: int | None = None
     unfinished: bool = False
+    production: bool = False
     run_id: str | None = None
     started: int | None = None
 
@@ -241,11 +244,13 @@ def _put_instructions(found: dict[str, dict[str, str]], at: Mapping[str, Any]) -
 
 def _example(answer: Answer, seconds: float | None) -> Example:
     """An answer as an example, small enough to keep."""
-    inputs = None if answer.inputs is None else str(answer.inputs)
+    inputs = load_json(answer.inputs)
+    # What was cut or masked looks the same for other inputs. An SDK's limit leaves no mark, but no JSON either.
+    whole = isinstance(inputs, Mapping) and loss_of(inputs) is None
     return preview(
         Example(
-            id=None if inputs is None else id_of_inputs(inputs),
-            inputs=load_json(inputs),
+            id=_id_of_inputs(inputs) if whole else None,
+            inputs=inputs,
             prediction=load_json(answer.outputs),
             error=answer.error,
             trace_id=answer.trace_id,
@@ -254,17 +259,16 @@ def _example(answer: Answer, seconds: float | None) -> Example:
     )
 
 
-def id_of_inputs(text: str) -> str:
+def _id_of_inputs(inputs: Any) -> str:
     """What pairs answers in production, where no dataset gives an example its id: the same inputs are the same row."""
-    loaded = load_json(text)
-    return hashlib.sha256(json.dumps(loaded, sort_keys=True).encode("ascii")).hexdigest()[:16]
+    return hashlib.sha256(json.dumps(inputs, sort_keys=True, default=str).encode("ascii")).hexdigest()[:16]
 
 
 # --- what is meant --------------------------------------------------------------------------------------------------
 
 
-def find(recorded: Recorded, name: str, part: str | None = None) -> Results:
-    """The results that are meant by the part of a file.
+def find(recorded: Recorded, name: str, part: str | None = None) -> list[Results]:
+    """The results that are meant by the part of a file; of a program, those in production and those of evaluations.
 
     Args:
         recorded: what the file has.
@@ -283,27 +287,27 @@ def find(recorded: Recorded, name: str, part: str | None = None) -> Results:
         newest = max(last, key=lambda one: one.started or 0, default=None)
         if isinstance(newest, Evaluation):
             program = newest.program_id
-            return _of_evaluations(
-                recorded, name, [one for one in own if one is newest or (program and one.program_id == program)]
-            )
+            of_program = [one for one in own if one is newest or (program and one.program_id == program)]
+            return [_of_evaluations(recorded, name, of_program)]
         if newest is not None:
-            return _of_trial(recorded, name, newest, BEST)
+            return [_of_trial(recorded, name, newest, BEST)]
         raise CannotCompareError(f"{name} has no evaluation and no optimization with recorded examples.")
     chosen, _, trial = part.rpartition("/")
     if not chosen and (part in (BASELINE, BEST) or (part.isdigit() and len(part) < 8)):
         if not recorded.optimizations:
             raise CannotCompareError(f"{name}: there is no finished optimization.")
-        return _of_trial(recorded, name, recorded.optimizations[-1], part)
+        return [_of_trial(recorded, name, recorded.optimizations[-1], part)]
     for optimization in reversed(recorded.optimizations):
         if optimization.id in (chosen, part):
-            return _of_trial(recorded, name, optimization, trial if chosen else BEST)
+            return [_of_trial(recorded, name, optimization, trial if chosen else BEST)]
     if evaluations := [one for one in scored if one.id == part]:
-        return _of_evaluations(recorded, name, evaluations)
-    calls = [(row, usage) for row, usage in recorded.calls.get(part, ()) if row.scores]
-    if calls:
-        return _of_calls(recorded, name, part, calls)
+        return [_of_evaluations(recorded, name, evaluations)]
+    answers = of_calls(recorded, name, part, len(recorded.calls.get(part, ())))
+    found = [] if answers is None else [answers]
     if evaluations := [one for one in own if one.program_id == part]:
-        return _of_evaluations(recorded, name, evaluations)
+        found.append(_of_evaluations(recorded, name, evaluations))
+    if found:
+        return found
     if part in recorded.calls:
         raise CannotCompareError(
             f"{name}: none of the {len(recorded.calls[part])} answers of that program has a score."
@@ -382,19 +386,29 @@ def trial_title(optimization: Optimization, trial: Trial) -> str:
     return f"trial {trial.number}" + ("" if kind is None else f" ({kind})")
 
 
-def _of_calls(recorded: Recorded, name: str, program: str, calls: Sequence[tuple[Row, Usage]]) -> Results:
+def of_calls(recorded: Recorded, name: str, program: str, total: int | None) -> Results | None:
+    """The answers of a program outside of evaluations that have a score; None without any.
+
+    Args:
+        recorded: where they are.
+        name: of the results.
+        program: ``dspy.program.id``.
+        total: how many answers there are; None where that is not known.
+    """
+    scored = [(row, usage) for row, usage in recorded.calls.get(program, ()) if row.scores]
+    if not scored:
+        return None
     usage = Usage()
-    for _, used in calls:
+    for _, used in scored:
         usage = usage.plus(used)
-    rows = [row for row, _ in calls]
-    metrics = Counter(metric for row in rows for metric in row.scores)
-    what = f"{len(recorded.calls[program]):,} answers of program {program}, {len(rows):,} with a score"
+    metrics = tuple(Counter(metric for row, _ in scored for metric in row.scores))
     return Results(
         name,
-        what,
-        tuple(rows),
-        tuple(metrics),
-        tuple(metrics),
+        f"{len(scored):,} answers with a score" + ("" if total is None else f", of {total:,}"),
+        tuple(row for row, _ in scored),
+        metrics,
+        metrics,
         program=recorded.programs.get(program, Candidate(program)),
         usage=usage,
+        production=True,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,9 +21,8 @@ from dspy_otel.decide.results import (
     UNNAMED,
     Results,
     Row,
-    find,
-    id_of_inputs,
     merged,
+    of_calls,
     read_spans,
     title_of,
 )
@@ -49,7 +49,7 @@ from dspy_otel.mlflow.runs import (
 )
 from dspy_otel.mlflow.target import Target
 from dspy_otel.record import model, stored
-from dspy_otel.record.model import Candidate, Evaluation, Example, Failure, Usage, load_json
+from dspy_otel.record.model import Candidate, Evaluation, Failure, Usage
 
 _RUN: Final = re.compile(r"[0-9a-f]{32}")
 _PROGRAM: Final = re.compile(r"[0-9a-f]{16}")
@@ -57,12 +57,12 @@ _OUTCOMES: Final = {"FINISHED": model.FINISHED, "FAILED": model.FAILED, "KILLED"
 _MODEL: Final = ".model"
 _MODELS: Final = tuple(f"{role}{_MODEL}" for role in (semconv.ROLE_TASK, semconv.ROLE_JUDGE))
 """Parameters with the models that answer in an evaluation; other roles are the optimizer's."""
-_PREVIEW: Final = 1000
-"""Length at which MLflow cuts the inputs of a trace; those that are cut name no row."""
 
 
-def find_stored(name: str, place: str, part: str | None, experiment: str | None, tracking_uri: str | None) -> Results:
-    """Find results in MLflow.
+def find_stored(
+    name: str, place: str, part: str | None, experiment: str | None, tracking_uri: str | None
+) -> list[Results]:
+    """Find results in MLflow; of a program, those in production and those of evaluations.
 
     Args:
         name: as the user named them.
@@ -76,7 +76,7 @@ def find_stored(name: str, place: str, part: str | None, experiment: str | None,
     """
     if _RUN.fullmatch(place):
         with opened(tracking_uri, "0") as store:
-            return _Reader(store, name).of_run(place, part)
+            return [_Reader(store, name).of_run(place, part)]
     if part is None and _PROGRAM.fullmatch(place):
         with opened(tracking_uri, experiment) as store:
             return _Reader(store, name).of_program(place)
@@ -84,7 +84,7 @@ def find_stored(name: str, place: str, part: str | None, experiment: str | None,
         reader = _Reader(store, name)
         if part is not None and _PROGRAM.fullmatch(part):
             return reader.of_program(part)
-        return reader.best(part)
+        return [reader.best(part)]
 
 
 def stored_summaries(experiment: str | None, tracking_uri: str | None, run_id: str | None = None) -> list[Summary]:
@@ -205,20 +205,26 @@ class _Reader:
         runs = self._store.find_runs(None, kind_is(EVALUATION))
         if not runs:
             raise CannotCompareError(f"{self._name}: that experiment has no optimization and no evaluation.")
-        return self._of_evaluations([max(runs, key=lambda run: (run.metrics.get("score", 0.0), run.started))], None)
+        best = max(runs, key=lambda run: (run.metrics.get("score", -math.inf), run.started))
+        return self._of_evaluations([best], None)
 
-    def of_program(self, program: str) -> Results:
-        traces = self._store.find_traces(f"tags.`{semconv.PROGRAM_ID}` = '{program}'")
-        calls = [one for one in traces if not {semconv.EVALUATION_ID, semconv.OPTIMIZER_RUN_ID} & one.tags.keys()]
-        scored = [one for one in calls if one.scores]
-        if scored:
-            return self._of_calls(program, calls, scored)
+    def of_program(self, program: str) -> list[Results]:
+        tagged = self._store.find_traces(f"tags.`{semconv.PROGRAM_ID}` = '{program}'")
+        calls = [one for one in tagged if not {semconv.EVALUATION_ID, semconv.OPTIMIZER_RUN_ID} & one.tags.keys()]
+        answers = self._of_calls(program, calls, len(calls))
+        if answers is None:
+            # A trace that begins with a request has no tags of ours. To list all is far cheaper than to search spans.
+            others = [one for one in self._store.find_traces("") if semconv.PROGRAM_ID not in one.tags]
+            answers = self._of_calls(program, others, None)
+        found = [] if answers is None else [answers]
         runs = self._store.find_runs(None, f"{kind_is(EVALUATION)} AND tags.`{semconv.PROGRAM_ID}` = '{program}'")
-        if runs:
-            return self._of_evaluations(runs, program)
-        below = self._below_requests(program)  # the slowest question: MLflow reads all spans for it
-        if below is not None:
-            return below
+        try:
+            found += [self._of_evaluations(runs, program)] if runs else []
+        except CannotCompareError:
+            if not found:
+                raise
+        if found:
+            return found
         if calls:
             raise CannotCompareError(f"{self._name}: none of the {len(calls):,} answers of that program has a score.")
         raise CannotCompareError(f"{self._name}: that experiment has no answers and no evaluations of that program.")
@@ -318,31 +324,16 @@ class _Reader:
             run_id=runs[0].run_id if len(runs) == 1 else None,
         )
 
-    def _of_calls(self, program: str, calls: Sequence[StoredTrace], scored: Sequence[StoredTrace]) -> Results:
-        usage, rows = Usage(), []
-        for trace in scored:
-            usage = usage.plus(trace.usage)
-            whole = trace.inputs is not None and len(trace.inputs) < _PREVIEW
-            example = Example(
-                id=id_of_inputs(trace.inputs) if whole and trace.inputs is not None else None,
-                inputs=load_json(trace.inputs),
-                prediction=load_json(trace.outputs),
-                error="error" if trace.failed else None,
-                seconds=trace.seconds,
-            )
-            rows.append(Row(example.id, trace.scores, example))
-        metrics = tuple(dict.fromkeys(metric for row in rows for metric in row.scores))
-        what = f"{len(calls):,} answers of program {program}, {len(rows):,} with a score"
-        found = self._program(program, ())
-        return Results(self._name, what, tuple(rows), metrics, metrics, program=found, usage=usage)
-
-    def _below_requests(self, program: str) -> Results | None:
-        """Scored answers in traces that begin with something else, as with a request, and so have no tags of ours."""
-        traces = self._store.find_traces(f"span.attributes.{semconv.PROGRAM_ID} LIKE '%{program}%'")
-        judged = [trace for trace in traces if trace.judgements and semconv.PROGRAM_ID not in trace.tags]
+    def _of_calls(self, program: str, traces: Sequence[StoredTrace], total: int | None) -> Results | None:
+        """Answers in production that have a score, of so many; None without any."""
+        judged = [trace for trace in traces if trace.scores]
         judgements = [one for trace in judged for one in trace.judgements]
         recorded = read_spans((span for _, spans in spans_of(self._store, judged) for span in spans), judgements)
-        return find(recorded, self._name, program) if recorded.calls.get(program) else None
+        found = of_calls(recorded, self._name, program, total)
+        known = None if found is None else self._program(program, ())
+        if found is None or known is None or known.state is None:
+            return found
+        return dataclasses.replace(found, program=known)
 
     def _program(self, program: str, runs: Sequence[StoredRun]) -> Candidate:
         """A program, with its state if some run has that."""
