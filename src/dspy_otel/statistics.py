@@ -81,8 +81,9 @@ def needed_pairs(alpha: float) -> int:
 def paired(a: Sequence[float], b: Sequence[float], alpha: float = 0.05) -> Paired:
     """Compare scores of the same examples, in the same order.
 
-    Right or wrong (every score is 0 or 1) is tested exactly, by McNemar, and its interval is Bonett and Price's.
-    Graded scores are tested by Wilcoxon's signed ranks, and the interval is Student's for the mean difference.
+    Right or wrong (every score is 0 or 1) is tested exactly, by McNemar, and its interval is Bonett and Price's, or
+    Clopper and Pearson's for the examples that changed where that is wider. Graded scores are tested by Wilcoxon's
+    signed ranks, and the interval is Student's for the mean difference.
 
     Args:
         a: scores of A.
@@ -105,7 +106,10 @@ def paired(a: Sequence[float], b: Sequence[float], alpha: float = 0.05) -> Paire
         # One more win and one more loss: without, no change at all would look like certainty.
         spread = _spread_of_shares((wins + 1) / (pairs + 2), (losses + 1) / (pairs + 2)) / math.sqrt(pairs + 2)
         middle, times = (wins - losses) / (pairs + 2), float(special.ndtri(1 - level / 2))
-        low, high = max(-1.0, middle - times * spread), min(1.0, middle + times * spread)
+        # At least as wide as the exact interval for the examples that changed: it has zero when the test shows nothing.
+        least, most = _signs(special, wins, losses, level)
+        low = max(-1.0, min(middle - times * spread, least / pairs))
+        high = min(1.0, max(middle + times * spread, most / pairs))
         error = _spread_of_shares(wins / pairs, losses / pairs) / math.sqrt(pairs)
     else:
         test, (p, towards) = WILCOXON, _wilcoxon(special, np, changes)
@@ -144,6 +148,13 @@ def _spread_of_shares(wins: float, losses: float) -> float:
 def _mcnemar(special: Any, wins: int, losses: int) -> float:
     """Both tails of a coin thrown as often as an example changed."""
     return min(1.0, 2 * float(special.bdtr(min(wins, losses), wins + losses, 0.5))) if wins + losses else 1.0
+
+
+def _signs(special: Any, wins: int, losses: int, level: float) -> tuple[float, float]:
+    """Clopper and Pearson's interval for ``wins - losses``, of as many changes."""
+    low = float(special.betaincinv(wins, losses + 1, level / 2)) if wins else 0.0
+    high = float(special.betaincinv(wins + 1, losses, 1 - level / 2)) if losses else 1.0
+    return (2 * low - 1) * (wins + losses), (2 * high - 1) * (wins + losses)
 
 
 def _wilcoxon(special: Any, np: Any, changes: Any) -> tuple[float, float]:

@@ -41,14 +41,27 @@ def test_mcnemar_is_exact(wins: int, losses: int, p: float) -> None:
     assert found.direction == (wins > losses) - (wins < losses)
 
 
-def test_the_interval_of_shares_is_bonett_and_prices() -> None:
+def test_the_interval_of_shares_is_the_wider_of_two() -> None:
     # Bonett and Price (2012), by hand: 100 pairs, 20 won, 10 lost, one more of each.
     found = paired(*right_or_wrong(50, 20, 10, 20))
     won, lost = 21 / 102, 11 / 102
     half = 1.959964 * math.sqrt((won + lost - (won - lost) ** 2) / 102)
-    assert (found.low, found.high) == pytest.approx((won - lost - half, won - lost + half), abs=1e-6)
+    exact = stats.binomtest(20, 30).proportion_ci(0.95, "exact")
+    assert found.high == pytest.approx(won - lost + half, abs=1e-6)
+    assert found.high > (2 * exact.high - 1) * 0.3
+    assert found.low == pytest.approx((2 * exact.low - 1) * 0.3)
+    assert found.low < won - lost - half
     nothing = paired(*right_or_wrong(10, 0, 0, 10))
     assert nothing.low < -0.1 < 0.1 < nothing.high
+
+
+@pytest.mark.parametrize("alpha", [0.05, 0.01])
+def test_the_interval_has_zero_when_the_test_shows_nothing(alpha: float) -> None:
+    for pairs in (10, 30, 200):
+        for wins in range(min(pairs, 25) + 1):
+            for losses in range(min(wins, pairs - wins) + 1):
+                found = paired(*right_or_wrong(pairs - wins - losses, wins, losses, 0), alpha)
+                assert found.shown or found.low <= 0 <= found.high
 
 
 def test_graded_scores_are_tested_as_scipy_does() -> None:
