@@ -9,6 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from dspy_otel.decide.explanation import why_of
 from dspy_otel.record.model import Candidate, Dataset, Optimization, Trial, Usage
 from dspy_otel.reports.lineage import ancestors, nodes
 from dspy_otel.reports.page import render
@@ -374,11 +375,30 @@ def brought(record: Optimization, step: Step, one: Any) -> bool:
 
 
 def test_what_a_step_changed_is_a_sentence() -> None:
-    a, _, c = explain(LINE).steps
-    assert changes_text(a) == "1 sentence of qa added"
-    assert changes_text(c) == "all together: 2 sentences of qa added, 2 demos of qa added"
-    swapped = Step("d", (), changes=(Change("qa", "instructions", 1, 1),))
-    assert changes_text(swapped) == "1 sentence of qa added and 1 removed"
+    found = explain(LINE)
+    a, _, c = found.steps
+    assert changes_text(found, a) == "1 sentence of qa added"
+    assert changes_text(found, c) == "all together: 2 sentences of qa added, 2 demos of qa added"
+    swapped = Step("c", changes=(Change("qa", "instructions", 1, 1),))
+    assert changes_text(found, swapped) == "1 sentence of qa added and 1 removed"
+
+
+def test_a_step_whose_words_were_replaced_is_shown_with_what_it_gained() -> None:
+    record = optimization(
+        scored(1, "seed", 0.2, kind="baseline"),
+        scored(2, "a", 0.6, "seed"),
+        scored(3, "b", 0.5, "a"),
+        scored(4, "c", 0.9, "b"),
+        programs=[SEED, program("a", "Answer. Be brief."), program("b", "Answer."), program("c", "Answer. One word.")],
+        winner="c",
+    )
+    found = why_of(record)
+    gains = [step.gain for step in found.steps]
+    assert sum(filter(None, gains)) == pytest.approx(0.9 - 0.2)
+    text = " ".join(str(found).split())
+    assert "trial 2: 0.2 → 0.6 (+0.4); 1 sentence of qa added; nothing in the winner comes from it" in text
+    assert "trial 3: 0.6 → 0.5 (-0.1); 1 sentence of qa removed trial 4" in text
+    assert "0.2 → 0.6; 1 sentence of qa added; nothing in the winner comes from it" in found._repr_html_()
 
 
 def test_a_leaked_sentence_stands_once_for_all_its_rows() -> None:

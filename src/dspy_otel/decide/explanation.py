@@ -154,10 +154,8 @@ def _lines(found: Explanation) -> Iterator[str]:
             "  No candidate was better than the initial program." if found.winner == found.initial else "  Nothing yet."
         )
     things: list[Sentence | Demo] = [*found.sentences, *found.demos]
-    brought = {one.step for one in things}
     for step in found.steps:
-        if step.candidate in brought or not brought - {None}:
-            yield from _step(step)
+        yield from _step(found, step)
     for predictor in dict.fromkeys(one.predictor for one in things):
         yield cut(f"  {line(predictor)}", WIDTH)
         own = [one for one in things if one.predictor == predictor]
@@ -173,9 +171,10 @@ def _lines(found: Explanation) -> Iterator[str]:
         yield from wrapped(f"  {text}", "    ")
 
 
-def _step(step: Step) -> Iterator[str]:
+def _step(found: Explanation, step: Step) -> Iterator[str]:
     gain = "" if step.gain is None else f" ({step.gain:+.3g})"
-    together = f"; {changes_text(step)}" if changes_text(step) else ""
+    changes = changes_text(found, step)
+    together = f"; {changes}" if changes else ""
     yield from wrapped(f"  {step_text(step)}: {gain_text(step)}{gain}{together}", "    ")
 
 

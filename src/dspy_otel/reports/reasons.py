@@ -108,11 +108,12 @@ def gain_text(step: Step) -> str:
     return "not known: not both were scored on all examples"
 
 
-def changes_text(step: Step) -> str:
+def changes_text(found: Explanation, step: Step) -> str:
     """What a step changed, or that nothing is new; empty when that is not known."""
     if step.changes == ():
         return "no new sentence or demo"
-    return f"{'all together: ' if step.together else ''}{', '.join(_changes(step.changes or ()))}"
+    replaced = "" if found.is_left(step) else "; nothing in the winner comes from it"
+    return f"{'all together: ' if step.together else ''}{', '.join(_changes(step.changes or ()))}{replaced}"
 
 
 def _changes(changes: Iterable[Change]) -> list[str]:
@@ -210,13 +211,12 @@ def _origins(found: Explanation, names: Mapping[str, str]) -> list[Child]:
     """The winner's instructions and demos in their order, each beside the step that brought it."""
     steps = found.step_of
     things: list[Sentence | Demo] = [*found.sentences, *found.demos]
-    brought = {one.step for one in things}
-    shown = [one for one in found.steps if one.candidate in brought] or list(found.steps)
+    shown = found.steps
     largest = sorted(shown, key=lambda one: -math.inf if one.gain is None else one.gain)[-MAX_STEPS:]
-    section: list[Child] = [tag("ul", [_step(one, names) for one in shown if one in largest])]
+    section: list[Child] = [tag("ul", [_step(found, one, names) for one in shown if one in largest])]
     if len(shown) > MAX_STEPS:
         summary = tag("summary", f"These gained most. All {len(shown)} steps")
-        section.append(tag("details", summary, tag("ul", [_step(one, names) for one in shown[-MAX_ALL_STEPS:]])))
+        section.append(tag("details", summary, tag("ul", [_step(found, one, names) for one in shown[-MAX_ALL_STEPS:]])))
     rows: list[Element] = []
     predictors = dict.fromkeys(one.predictor for one in things)
     for predictor in predictors:
@@ -239,8 +239,9 @@ def _origins(found: Explanation, names: Mapping[str, str]) -> list[Child]:
     return section
 
 
-def _step(step: Step, names: Mapping[str, str]) -> Element:
-    changed = f"; {changes_text(step)}" if changes_text(step) else ""
+def _step(found: Explanation, step: Step, names: Mapping[str, str]) -> Element:
+    changes = changes_text(found, step)
+    changed = f"; {changes}" if changes else ""
     return tag("li", _name(step, names), ": ", _gain(step), f"{gain_text(step)}{changed}")
 
 

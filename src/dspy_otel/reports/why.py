@@ -288,6 +288,11 @@ class Explanation:
     elsewhere: float | None = None
     missing: tuple[str, ...] = ()
 
+    def is_left(self, step: Step) -> bool:
+        """Whether something in the winner comes from a step; also where that is not known, or nothing was added."""
+        brought = {one.step for one in self.sentences} | {one.step for one in self.demos}
+        return not brought or step.candidate in brought or not any(one.added for one in step.changes or ())
+
     @property
     def step_of(self) -> dict[str, Step]:
         """Steps by their candidate."""
