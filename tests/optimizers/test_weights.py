@@ -10,6 +10,7 @@ import dspy
 import pytest
 from dspy.clients.provider import Provider, TrainingJob
 
+import dspy_otel
 from dspy_otel import program_id
 from dspy_otel.cli.demo.prompt import Message, read_prompt, write_answer
 from tests.optimizers import common
@@ -91,12 +92,28 @@ def test_bootstrap_finetune(telemetry: Any) -> None:
     assert len(lm_calls(telemetry)) == span.attributes["dspy.usage.teacher.lm_calls"] == 12
 
 
-def test_grpo(telemetry: Any) -> None:
-    from dspy.teleprompt.grpo import GRPO
-
+@pytest.mark.parametrize(("optimizer", "limit", "trial"), [("BootstrapFinetune", 5, None), ("GRPO", 8, 1)])
+def test_a_budget_stops_before_anything_more_is_trained(
+    telemetry: Any, monkeypatch: pytest.MonkeyPatch, optimizer: str, limit: int, trial: int | None
+) -> None:
+    trained: list[Any] = []
+    monkeypatch.setattr(Trainer, "finetune", staticmethod(lambda **given: trained.append(given)))
     program, _ = trainable()
     telemetry.instrument()
-    optimizer = GRPO(
+    rows = load_examples("train", 6)
+    with dspy_otel.budget(lm_calls=limit) as spending, pytest.raises(dspy_otel.BudgetExceeded) as stopped:
+        if optimizer == "GRPO":
+            quietly(grpo().compile, program, trainset=rows[:4], valset=load_examples("val", 3))
+        quietly(dspy.BootstrapFinetune(metric=same_family, num_threads=2).compile, program, trainset=rows)
+    assert limit <= spending.spent.lm_calls <= limit + 1
+    assert (stopped.value.trial, trained) == (trial, [])
+    assert compile_span(telemetry, optimizer).attributes["dspy.optimizer.outcome"] == "interrupted"
+
+
+def grpo() -> Any:
+    from dspy.teleprompt.grpo import GRPO
+
+    return GRPO(
         metric=same_family,
         num_train_steps=2,
         num_steps_for_val=1,
@@ -105,7 +122,12 @@ def test_grpo(telemetry: Any) -> None:
         exclude_demos=True,
         num_threads=2,
     )
-    quietly(optimizer.compile, program, trainset=load_examples("train", 4), valset=load_examples("val", 3))
+
+
+def test_grpo(telemetry: Any) -> None:
+    program, _ = trainable()
+    telemetry.instrument()
+    quietly(grpo().compile, program, trainset=load_examples("train", 4), valset=load_examples("val", 3))
     found = trials(telemetry, "GRPO")
     assert [(trial["trial.kind"], trial["trial.params.step"], trial["trial.size"]) for trial in found] == [
         ("baseline", -1, 3),

@@ -30,7 +30,7 @@ def needs(extra: str) -> Iterator[None]:
     """
     try:
         yield
-    except ImportError as error:
+    except ModuleNotFoundError as error:
         raise NoExamplesError(f"A dataset needs {error.name}: pip install 'dspy-otel[{extra}]'.") from error
 
 

@@ -157,8 +157,11 @@ def list_runs(
             from dspy_otel.decide.stored import stored_summaries
         found = stored_summaries(experiment, tracking_uri)
     if not found:
-        where, hint = (file, "") if file is not None else ("That experiment", ": is it another one (--experiment)?")
-        raise CannotCompareError(f"{where} has no finished optimization and no evaluation{hint or '.'}")
+        nothing = "has no finished optimization and no evaluation"
+        if file is not None:
+            raise CannotCompareError(f"{file} {nothing}.")
+        named = experiment or os.environ.get("MLFLOW_EXPERIMENT_ID") or os.environ.get("MLFLOW_EXPERIMENT_NAME")
+        raise CannotCompareError(f"The experiment {named or 'Default'} {nothing}: is it another one (--experiment)?")
 
     def results_of(run: Summary) -> Results:
         if file is not None:
@@ -233,5 +236,5 @@ def _needs(extra: str) -> Iterator[None]:
     """Imports that need an extra."""
     try:
         yield
-    except ImportError as error:
+    except ModuleNotFoundError as error:
         raise CannotCompareError(f"Comparing needs {error.name}: pip install 'dspy-otel[{extra}]'.") from error

@@ -105,7 +105,7 @@ def compare_results(
     known = a.program is not None and b.program is not None and bool(a.program.state and b.program.state)
     try:
         scores = tuple(_score(name, *both, share, max_drop) for name, both in sides.items())
-    except ImportError as error:
+    except ModuleNotFoundError as error:
         raise CannotCompareError(f"Comparing needs {error.name}: pip install 'dspy-otel[decide]'.") from error
     return Comparison(
         a,

@@ -75,7 +75,7 @@ def _interval(score: Score) -> Element:
 
     return tag(
         "svg",
-        tag("title", f"{show.interval_text(score)}; the line is no difference"),
+        tag("title", f"{show.level_text(score)} interval: {show.interval_text(score)}; the line is no difference"),
         tag("path", d=f"M{_WIDTH / 2} 0V16", stroke="currentColor", stroke_width=1, opacity=0.4),
         tag("path", d=f"M{x(result.low)} 8H{x(result.high)}", stroke=color, stroke_width=2),
         tag("circle", cx=x(result.difference), cy=8, r=4, fill=color),

@@ -91,10 +91,15 @@ def interval_text(score: Score) -> str:
     return f"{signed(result.low)} to {signed(result.high)}" if math.isfinite(result.low) else ""
 
 
+def level_text(score: Score) -> str:
+    """The level of the interval, as ``95 %``."""
+    return f"{100 * (1 - score.result.level):.3g} %"
+
+
 def difference_text(score: Score) -> str:
     """The difference with its interval."""
     interval = interval_text(score)
-    return signed(score.result.difference) + (f" ({interval})" if interval else "")
+    return signed(score.result.difference) + (f" ({level_text(score)}: {interval})" if interval else "")
 
 
 def test_text(score: Score) -> str:
@@ -221,7 +226,7 @@ def _table(comparison: Evidence) -> Iterator[str]:
         difference, interval = signed(result.difference), interval_text(score)
         yield _columns(cut(clean(score.metric), 30), score_text(result.a), score_text(result.b), difference)
         if interval:
-            yield _columns(f"  {100 * (1 - result.level):.3g} % interval", "", "", interval)
+            yield _columns(f"  {level_text(score)} interval", "", "", interval)
         yield f"  {result.pairs:,} pairs: B better {result.wins:,}, worse {result.losses:,}, same {result.ties:,}"
         yield f"  {test_text(score)}: {score.verdict}"
         yield f"  {detectable_text(score)}"

@@ -87,7 +87,7 @@ def _tested(examples: Sequence[Compared]) -> Paired | str:
     before, after = ([_FAILED if pair[side] is None else float(pair[side] or 0.0) for pair in sides] for side in (0, 1))
     try:
         return paired(before, after, ALPHA)
-    except ImportError as error:
+    except ModuleNotFoundError as error:
         return f"To see whether that is certain, install {error.name}: pip install 'dspy-otel[decide]'."
 
 
