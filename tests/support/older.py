@@ -81,6 +81,7 @@ UNTIL: tuple[tuple[str, tuple[int, ...], str], ...] = (
     ),
     ("test_usage_that_the_lm_itself_asks_for_is_usage", (3, 5), "DSPy 3.5 asks for the usage of every stream"),
     ("test_grpo", (3, 5), _GRPO),
+    ("more_is_trained[GRPO", (3, 5), _GRPO),
     ("test_the_optimizer_itself[GRPO]", (3, 5), _GRPO),
     ("test_efforts_and_rollouts_are_no_way_out_either", (3, 5), _REFUSED),
 )
