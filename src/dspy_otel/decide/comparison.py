@@ -194,6 +194,11 @@ def _score(metric: str, of_a: _Side, of_b: _Side, alpha: float, max_drop: float)
             f"Other rows: of A, {nameless.a:,} scored answers, of B, {nameless.b:,} have inputs that were not recorded "
             "whole, so that nothing says which are to the same question. Record content."
         )
+    if not (of_a.scores and of_b.scores):
+        raise CannotCompareError(
+            f"No scores ({metric}): A has {len(of_a.scores):,} scored examples and {of_a.unscored:,} answers without a "
+            f"score, B has {len(of_b.scores):,} and {of_b.unscored:,}."
+        )
     if not shared:
         raise CannotCompareError(
             f"Other rows: A has {len(of_a.scores)} scored examples, B has {len(of_b.scores)}, and none is the same. "
