@@ -352,6 +352,14 @@ def test_the_exit_status_is_a_gate(files: tuple[str, str], capsys: pytest.Captur
     assert capsys.readouterr().err.startswith("dspy-otel: Too few: 12 examples are scored by both")
 
 
+@pytest.mark.parametrize("alpha", ["0", "1.1", "nan", "many"])
+def test_a_level_is_a_share(alpha: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as error:
+        cli.main(["compare", "a", "b", "--alpha", alpha])
+    assert error.value.code == 2
+    assert f"use a number above 0 and at most 1, not {alpha}" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("form", ["table", "markdown", "json", "junit"])
 def test_every_format(files: tuple[str, str], form: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["compare", *files, "--format", form]) == 0
@@ -376,12 +384,12 @@ def test_what_is_not_there_is_one_sentence(
     (tmp_path / "broken.jsonl").write_text("nonsense\n")
     (tmp_path / "empty.jsonl").write_text("{}\n")
     given = reference.replace("{a}", files[0]).replace("{tmp}", str(tmp_path))
-    for form in ("table", "json", "junit"):
+    for form in ("table", "markdown", "json", "junit"):
         assert cli.main(["compare", files[0], given, "--format", form]) == 2
         found = capsys.readouterr()
         assert reason in found.err
         assert found.err.count("\n") == 1
-        assert (reason in found.out.replace("&quot;", '"')) is (form != "table")
+        assert (reason in found.out.replace("&quot;", '"').replace("\\", "")) is (form != "table")
 
 
 def test_it_runs_without_dspy_and_mlflow(files: tuple[str, str]) -> None:

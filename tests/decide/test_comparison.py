@@ -321,7 +321,7 @@ def test_junit_fails_a_metric_that_is_worse() -> None:
     same = results([1.0] * 6)
     suite = ElementTree.fromstring(show.junit(compare_results(same, same)))
     assert (suite.get("failures"), suite.find("testcase/failure")) == ("0", None)
-    suite = ElementTree.fromstring(show.junit_error("Other rows."))
+    suite = ElementTree.fromstring(show.ERRORS["junit"]("Other rows."))
     assert (suite.get("errors"), suite.find("testcase/error").get("message")) == ("1", "Other rows.")  # type: ignore[union-attr]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import math
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -53,7 +54,10 @@ def add_command(commands: Any) -> None:
 
 
 def _share(text: str) -> float:
-    value = float(text)
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
     if not 0 < value <= 1:
         raise argparse.ArgumentTypeError(f"use a number above 0 and at most 1, not {text}")
     return value
@@ -68,8 +72,8 @@ def add_place(command: Any) -> None:
 def run(options: argparse.Namespace) -> int:
     """Compare, and print the result. Returns the exit status."""
     from dspy_otel.decide import CannotCompareError, compare
+    from dspy_otel.decide.show import ERRORS
     from dspy_otel.decide.show import FORMATS as RENDERERS
-    from dspy_otel.decide.show import json_error, junit_error
 
     try:
         for operand in (options.a, options.b):
@@ -88,8 +92,8 @@ def run(options: argparse.Namespace) -> int:
             )
     except CannotCompareError as error:
         print(f"dspy-otel: {error}", file=sys.stderr)
-        if options.format in ("json", "junit"):
-            print((json_error if options.format == "json" else junit_error)(str(error)), end="")
+        if options.format in ERRORS:
+            print(ERRORS[options.format](str(error)), end="")
         return 2
     print(RENDERERS[options.format](found), end="")
     return 1 if options.fail_on_regression and found.regression else 0

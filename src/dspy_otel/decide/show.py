@@ -460,13 +460,15 @@ def junit(comparison: Evidence) -> str:
     return '<?xml version="1.0" encoding="utf-8"?>\n' + tostring(suite, encoding="unicode") + "\n"
 
 
-def json_error(reason: str) -> str:
-    """JSON for what cannot be compared."""
+def _markdown_error(reason: str) -> str:
+    return f"**Cannot be compared.** {_escaped(reason)}\n"
+
+
+def _json_error(reason: str) -> str:
     return json.dumps({"verdict": None, "error": reason}, indent=2, ensure_ascii=False) + "\n"
 
 
-def junit_error(reason: str) -> str:
-    """JUnit's XML for what cannot be compared."""
+def _junit_error(reason: str) -> str:
     suite = Element("testsuite", name="dspy-otel compare", tests="1", errors="1")
     case = SubElement(suite, "testcase", classname="dspy_otel.compare", name="compare")
     SubElement(case, "error", message=clean(reason))
@@ -479,3 +481,9 @@ FORMATS: Final[Mapping[str, Callable[[Evidence], str]]] = {
     "json": as_json,
     "junit": junit,
 }
+ERRORS: Final[Mapping[str, Callable[[str], str]]] = {
+    "markdown": _markdown_error,
+    "json": _json_error,
+    "junit": _junit_error,
+}
+"""What cannot be compared, and why; a terminal has that on stderr."""
