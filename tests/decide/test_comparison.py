@@ -285,6 +285,11 @@ def test_a_table_fits_eighty_columns() -> None:
     assert "\nB is worse than A" in text
 
 
+@pytest.mark.parametrize(("text", "kept"), [("ab" * 40, 80), ("ab" * 41, 77), ("\u6f22" * 40, 40), ("\u6f22" * 41, 38)])
+def test_a_line_is_cut_at_the_columns_that_it_takes(text: str, kept: int) -> None:
+    assert show.cut(text, 80) == text[:kept] + ("..." if kept < len(text) else "")
+
+
 def test_markdown_and_html_show_texts_as_they_are() -> None:
     found = hostile()
     html = found._repr_html_()

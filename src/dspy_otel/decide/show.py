@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict
 from textwrap import shorten, wrap
@@ -283,8 +284,17 @@ def line(text: str) -> str:
 
 
 def cut(text: str, width: int) -> str:
-    """A text of at most so many characters."""
-    return text if len(text) <= width else text[: width - 3] + "..."
+    """A text that takes at most so many columns; signs of East Asia and pictures take two."""
+    if len(text) <= width and (text.isascii() or _columns_of(text) <= width):
+        return text
+    found = text[: width - 3]
+    while _columns_of(found) > width - 3:
+        found = found[:-1]
+    return found + "..."
+
+
+def _columns_of(text: str) -> int:
+    return sum(2 if unicodedata.east_asian_width(sign) in "WF" else 1 for sign in text)
 
 
 def _columns(name: str, *values: str) -> str:
