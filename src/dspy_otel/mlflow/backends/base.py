@@ -30,6 +30,8 @@ MAX_ARTIFACT: Final = 256 * 1024 * 1024
 """Most bytes of an artifact that is read back."""
 DATASET_CONTEXT: Final = "mlflow.data.context"
 """MLflow's tag of a dataset input that says what it was used for."""
+MAX_RUNS: Final = 20_000
+"""Most runs that one search gives."""
 MAX_TRACES: Final = 100_000
 """Most traces that one search gives."""
 MAX_READ: Final = 25
@@ -134,7 +136,7 @@ class Backend(Protocol):
         """Set a run's status and end (milliseconds since 1970)."""
 
     def find_runs(self, run_id: str | None, condition: str, experiment_id: str | None = None) -> list[StoredRun]:
-        """The run with an id, or those of an experiment that match a search condition (the newest 1,000)."""
+        """The run with an id, or those of an experiment that match a search condition (the newest ``MAX_RUNS``)."""
 
     def find_traces(self, condition: str, experiment_id: str | None = None) -> list[StoredTrace]:
         """The traces of an experiment that match a search condition (the newest ``MAX_TRACES``)."""

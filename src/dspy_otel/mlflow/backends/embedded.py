@@ -255,7 +255,7 @@ class EmbeddedBackend:
         """The run with an id, or those that match."""
         if run_id is None:
             place, search = experiment_id or self._experiment_id, self._client.search_runs
-            found = self._call("runs", lambda: search([place], condition, max_results=1000))
+            found = self._call("runs", lambda: search([place], condition, max_results=base.MAX_RUNS))
         else:
             try:
                 found = [self._call("run", lambda: self._client.get_run(run_id))]

@@ -63,6 +63,8 @@ _CONNECT_SECONDS: Final = 5.0
 _SLOWEST: Final = 50_000
 """Bytes a second. A new connection sends its first body within the time for connecting."""
 _MAX_ANSWER: Final = 32 * 1024 * 1024
+_RUNS: Final = 1000
+"""Most runs of one answer."""
 _TRACES: Final = 500
 """Most traces that MLflow gives in one answer."""
 _MAX_REFUSAL: Final = 64 * 1024
@@ -230,8 +232,15 @@ class RestBackend:
             answer = self._rest("GET", "runs/get", "run", params={"run_id": run_id})
             return [] if answer is None else [_stored(answer["run"])]
         place = experiment_id or self.experiment_id()
-        body = {"experiment_ids": [place], "filter": condition, "max_results": 1000}
-        return [_stored(run) for run in self._post("runs/search", body, "runs", empty=True).get("runs") or []]
+        body: dict[str, Any] = {"experiment_ids": [place], "filter": condition, "max_results": _RUNS}
+        found: list[StoredRun] = []
+        while len(found) < base.MAX_RUNS:
+            answer = self._post("runs/search", body, "runs", empty=True)
+            found += map(_stored, answer.get("runs") or ())
+            if not answer.get("next_page_token"):
+                break
+            body["page_token"] = answer["next_page_token"]
+        return found
 
     def find_traces(self, condition: str, experiment_id: str | None = None) -> list[StoredTrace]:
         """Traces that match."""
