@@ -24,6 +24,11 @@ def test_json_and_protobuf_give_the_same_spans() -> None:
     spans = memory.get_finished_spans()
     from_json = [one for found in decode_lines(otlp_json(spans).splitlines()) for one in found]
     assert [one.to_json() for one in from_json] == [one.to_json() for one in decode(encode(spans))]
+    # As the Collector's file exporter has it with `format: proto`.
+    framed = b"".join(len(body).to_bytes(4, "big") + body for body in map(encode, ([one] for one in spans)))
+    assert [one.to_json() for one in decode(framed)] == [one.to_json() for one in decode(encode(spans))]
+    with pytest.raises(ValueError, match=r"no OTLP request \(EOFError\)"):
+        decode(framed[:-1])
 
 
 def test_fields_of_a_newer_otlp_do_no_harm() -> None:

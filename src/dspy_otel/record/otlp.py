@@ -29,15 +29,28 @@ def encode(spans: Sequence[ReadableSpan]) -> bytes:
 
 
 def decode(body: bytes) -> list[ReadableSpan]:
-    """The spans of an OTLP request in protobuf.
+    """The spans of an OTLP request in protobuf, or of several as the Collector's file exporter writes them.
 
     Raises:
         ValueError: it is none.
     """
     try:
-        return list(_spans(ExportTraceServiceRequest.FromString(body)))
+        # No request begins with a zero, and a length below 16 MB does.
+        requests = _framed(body) if body[:1] == b"\0" else [body]
+        return [span for one in requests for span in _spans(ExportTraceServiceRequest.FromString(one))]
     except Exception as error:
         raise ValueError(f"no OTLP request ({type(error).__name__})") from error
+
+
+def _framed(body: bytes) -> Iterator[bytes]:
+    """Messages, each behind its length in four bytes."""
+    at = 0
+    while at < len(body):
+        size = int.from_bytes(body[at : at + 4], "big")
+        if len(body) < at + 4 + size:
+            raise EOFError
+        yield body[at + 4 : at + 4 + size]
+        at += 4 + size
 
 
 def decode_lines(lines: Iterable[str], judgements: list[Judgement] | None = None) -> Iterator[list[ReadableSpan]]:
