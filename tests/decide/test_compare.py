@@ -19,6 +19,7 @@ from dspy_otel import cli, program_id, semconv
 from dspy_otel.decide import CannotCompareError, find_results
 from dspy_otel.decide.evidence import BETTER, WORSE
 from dspy_otel.record.history import optimizations
+from dspy_otel.record.otlp import encode
 from tests.optimizers.common import RUNS, quietly, scripted_lm
 from tests.reports.test_optimizations import otlp_json
 
@@ -96,6 +97,12 @@ def test_a_file_says_the_same_as_memory(telemetry: Any, tmp_path: Path) -> None:
     of_memory = dspy_otel.compare(a, b)
     assert of_files.scores == of_memory.scores
     assert of_files.a.rows == of_memory.a.rows
+    for name, spans in (("a", a), ("b", b)):
+        (tmp_path / f"{name}.pb").write_bytes(b"".join(len(one).to_bytes(4, "big") + one for one in [encode(spans)]))
+    in_protobuf = [str(tmp_path / name) for name in ("a.pb", "b.pb")]
+    assert dspy_otel.compare(*in_protobuf).scores == of_memory.scores
+    assert cli.main(["compare", *in_protobuf, "--fail-on-regression"]) == 1
+    assert [cli.main([command, in_protobuf[0]]) for command in ("runs", "show")] == [0, 0]
 
 
 def test_without_content_rows_are_paired_all_the_same(telemetry: Any) -> None:

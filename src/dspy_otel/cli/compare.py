@@ -16,7 +16,7 @@ from dspy_otel.cli.working import quiet
 _DESCRIPTION: Final = """Compares two programs by the examples that both were scored on: scores with a paired test and
 an interval, cost, tokens, latency, failures, the examples that changed, and what differs in the programs. A and B are:
 an MLflow run (of an optimization, a trial or an evaluation), an MLflow experiment (its best), a dspy.program.id
-(answers in production that have scores), or a file of OTLP JSON. `#` and `baseline`, `best` or a trial's number behind
+(answers in production that have scores), or a file of OTLP. `#` and `baseline`, `best` or a trial's number behind
 an optimization name one of its trials; `#` and an id behind a file or an experiment, what has that id in there."""
 _EPILOG: Final = """exit status: 0 compared, and with --fail-on-regression not worse; 1 worse; 2 cannot be compared"""
 FORMATS: Final = ("table", "markdown", "json", "junit")

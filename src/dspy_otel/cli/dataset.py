@@ -78,7 +78,7 @@ def run(options: argparse.Namespace) -> int:
     try:
         problem = None if output is None else problem_of_output(output)
         if problem is None and options.source is not None:
-            problem = problem_of_operand(options.source, protobuf=True)
+            problem = problem_of_operand(options.source)
         if problem is None and options.split is not None and output is None:
             problem = "--split needs a file to write to: name one with -o"
         if problem is not None:

@@ -7,7 +7,8 @@ import os
 from pathlib import Path
 from typing import Final
 
-_ENDINGS: Final = (".json", ".jsonl", ".pb", ".otlp")
+PROTOBUF: Final = ".pb"
+_ENDINGS: Final = (".json", ".jsonl", PROTOBUF, ".otlp")
 _FIRST: Final = 1 << 20
 """Characters of the first line that are looked at."""
 
@@ -17,7 +18,7 @@ def problem_of(path: Path, *, protobuf: bool = False, directory: bool = False) -
 
     Args:
         path: of the file.
-        protobuf: it may be in protobuf.
+        protobuf: it may be in protobuf, whatever its name is.
         directory: it may be a directory.
     """
     if not path.exists():
@@ -29,7 +30,9 @@ def problem_of(path: Path, *, protobuf: bool = False, directory: bool = False) -
     if path.stat().st_size == 0:
         return f"{path} is empty: nothing has been written to it yet"
     return (
-        None if _is_otlp(path, protobuf) else f"{path} is no file of OTLP JSON: name one that a Collector has written"
+        None
+        if _is_otlp(path, protobuf or path.suffix == PROTOBUF)
+        else f"{path} is no file of OTLP JSON: name one that a Collector has written"
     )
 
 
@@ -48,7 +51,7 @@ def _is_otlp(path: Path, protobuf: bool) -> bool:
     return isinstance(found, dict) and (not found or any(str(key).startswith("resource") for key in found))
 
 
-def problem_of_operand(operand: str, *, protobuf: bool = False) -> str | None:
+def problem_of_operand(operand: str) -> str | None:
     """The same for FILE#ID, or for what names a run, an experiment or a program: with that, nothing is wrong here."""
     name = operand.partition("#")[0]
-    return problem_of(Path(name), protobuf=protobuf) if name.endswith(_ENDINGS) or os.path.exists(name) else None
+    return problem_of(Path(name)) if name.endswith(_ENDINGS) or os.path.exists(name) else None

@@ -21,7 +21,7 @@ def add_command(commands: Any) -> None:
         help="write the report of an optimization as one HTML file",
         description="Makes the report of an optimization from what MLflow has of it, also while it runs, and writes it "
         "as one HTML file that needs nothing else. Without a run: of the newest optimization in the experiment. With "
-        "--spans, from a file of OTLP JSON instead, as the Collector's file exporter writes it.",
+        "--spans, from a file of OTLP instead, as the Collector's file exporter writes it.",
     )
     command.add_argument(
         "run", nargs="?", metavar="RUN_ID", help="MLflow's run of the optimization, or of one of its trials"
@@ -68,10 +68,9 @@ def _of_mlflow(options: argparse.Namespace) -> tuple[str, Optimization, Source |
 
 def _of_spans(options: argparse.Namespace) -> tuple[str, Optimization, Source | None]:
     from dspy_otel.record.history import optimizations
-    from dspy_otel.record.otlp import decode_lines
+    from dspy_otel.record.otlp import read_file
 
-    with options.spans.open(encoding="utf-8") as lines:
-        found = optimizations(span for spans in decode_lines(lines) for span in spans)
+    found = optimizations(read_file(options.spans))
     chosen = [one for one in found if options.run in (None, one.id)]
     if not chosen:
         known = f": it has {', '.join(one.id for one in found)}" if found else ""

@@ -20,7 +20,7 @@ def add_commands(commands: Any) -> None:
         description="Lists optimizations and evaluations, grouped by dataset and metric, so that only what can be "
         "compared stands together; the best of each group first.",
     )
-    runs.add_argument("file", nargs="?", metavar="FILE", type=Path, help="a file of OTLP JSON in place of MLflow")
+    runs.add_argument("file", nargs="?", metavar="FILE", type=Path, help="a file of OTLP in place of MLflow")
     runs.add_argument("--examples", action="store_true", help="also which examples fail in every run, or in some")
     show = commands.add_parser(
         "show",
@@ -29,7 +29,7 @@ def add_commands(commands: Any) -> None:
         "for an optimization whether its winner is better than its baseline, tested example by example.",
     )
     show.add_argument(
-        "run", metavar="RUN", help="MLflow's run, or FILE#ID (or FILE, for the newest in it) for a file of OTLP JSON"
+        "run", metavar="RUN", help="MLflow's run, or FILE#ID (or FILE, for the newest in it) for a file of OTLP"
     )
     show.add_argument(
         "--why",

@@ -175,13 +175,10 @@ def read_file(path: Path) -> list[Answer]:
         NoExamplesError: it cannot be read.
     """
     with needs("dataset"):
+        from dspy_otel.record import otlp
         from dspy_otel.record.answers import read_answers
-        from dspy_otel.record.otlp import decode, decode_lines
     judgements: list[Judgement] = []
     try:
-        if path.suffix == ".pb":
-            return read_answers(decode(path.read_bytes()))
-        with path.open(encoding="utf-8") as file:
-            return read_answers((span for spans in decode_lines(file, judgements) for span in spans), judgements)
+        return read_answers(otlp.read_file(path, judgements), judgements)
     except (OSError, ValueError) as error:
         raise NoExamplesError(f"{path} cannot be read: {error}.") from error

@@ -57,9 +57,9 @@ def compare(
             * the name of an MLflow experiment: its best optimization, or evaluation;
             * a ``dspy.program.id``, in MLflow: answers in production that have scores, or evaluations, whichever
               both have of the same examples, production first;
-            * the path of a file of OTLP JSON: the newest evaluation or optimization in it; with ``#`` and
-              ``baseline``, ``best``, the number of a trial, or the id of an optimization, an evaluation or a program
-              behind it, that part;
+            * the path of a file of OTLP, JSON or protobuf (``.pb``): the newest evaluation or optimization in it; with
+              ``#`` and ``baseline``, ``best``, the number of a trial, or the id of an optimization, an evaluation or a
+              program behind it, that part;
             * ended spans, as an ``InMemorySpanExporter`` has them.
         b: likewise.
         metric: name of a metric, or several. None for all that both have.
@@ -121,7 +121,7 @@ def find_all(
     place, _, part = text.rpartition(_PART)
     if place and Path(place).is_file():
         return find(read_file(Path(place)), text, part)
-    if Path(text).suffix in (".json", ".jsonl") or os.sep in text:
+    if Path(text).suffix in (".json", ".jsonl", ".pb") or os.sep in text:
         raise CannotCompareError(f"There is no file {place or text}.")
     with _needs("mlflow"):
         from dspy_otel.decide.stored import find_stored
@@ -138,7 +138,7 @@ def list_runs(
     """What was optimized and evaluated, by dataset and metric.
 
     Args:
-        file: of OTLP JSON; None for MLflow.
+        file: of OTLP; None for MLflow.
         examples: also read which examples fail in every run, or in some.
         experiment: as for :func:`compare`.
         tracking_uri: likewise.
@@ -176,7 +176,7 @@ def find_run(reference: str, *, experiment: str | None = None, tracking_uri: str
     """One optimization or evaluation, and the beginning of the names of its parts, for :func:`compare`.
 
     Args:
-        reference: MLflow's run, of a trial too; or a file of OTLP JSON, with ``#`` and an id or without, for the
+        reference: MLflow's run, of a trial too; or a file of OTLP, with ``#`` and an id or without, for the
             newest in it.
         experiment: as for :func:`compare`.
         tracking_uri: likewise.
@@ -209,7 +209,7 @@ def why(run: Reference | Origin, *, experiment: str | int | None = None, trackin
 
             * the id of an MLflow run, of an optimization or of one of its trials;
             * what :func:`dspy_otel.optimization` gives, of an optimization that is in MLflow;
-            * the path of a file of OTLP JSON: the newest optimization in it, or with ``#`` and an id behind it, that;
+            * the path of a file of OTLP: the newest optimization in it, or with ``#`` and an id behind it, that;
             * ended spans, as an ``InMemorySpanExporter`` has them.
         experiment: MLflow's experiment, name or id; default as for :class:`~dspy_otel.mlflow.MLflowSpanExporter`.
         tracking_uri: likewise.

@@ -110,7 +110,7 @@ def find_optimization(
     place, _, part = text.rpartition(_PART)
     if place and Path(place).is_file():
         return _chosen(read_file(Path(place)).optimizations, place, part.partition("/")[0])
-    if Path(text).suffix in (".json", ".jsonl") or os.sep in text:
+    if Path(text).suffix in (".json", ".jsonl", ".pb") or os.sep in text:
         raise CannotCompareError(f"There is no file {place or text}.")
     from dspy_otel.mlflow.read import read_optimization
     from dspy_otel.mlflow.retry import ExportError

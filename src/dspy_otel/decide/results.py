@@ -148,17 +148,16 @@ class Recorded:
 
 
 def read_file(path: Path) -> Recorded:
-    """Read a file of OTLP JSON, as the Collector's file exporter writes it: of spans, with logs of scores or without.
+    """Read a file of OTLP, as the Collector's file exporter writes it: of spans, in JSON also with logs of scores.
 
     Raises:
         CannotCompareError: it cannot be read.
     """
-    from dspy_otel.record.otlp import decode_lines
+    from dspy_otel.record import otlp
 
     judgements: list[Judgement] = []
     try:
-        with path.open(encoding="utf-8") as file:
-            return read_spans((span for spans in decode_lines(file, judgements) for span in spans), judgements)
+        return read_spans(otlp.read_file(path, judgements), judgements)
     except (OSError, ValueError) as error:
         raise CannotCompareError(f"{path} cannot be read: {error}.") from error
 

@@ -6,6 +6,7 @@ import base64
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Final
 
 from opentelemetry.exporter.otlp.proto.common.trace_encoder import encode_spans
@@ -51,6 +52,25 @@ def _framed(body: bytes) -> Iterator[bytes]:
             raise EOFError
         yield body[at + 4 : at + 4 + size]
         at += 4 + size
+
+
+def read_file(path: Path, judgements: list[Judgement] | None = None) -> Iterator[ReadableSpan]:
+    """The spans of a file: in protobuf if its name ends in ``.pb``, else in JSON, line by line.
+
+    Args:
+        path: of the file.
+        judgements: as for :func:`decode_lines`; of protobuf, spans alone are read.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it has something else.
+    """
+    if path.suffix == ".pb":
+        yield from decode(path.read_bytes())
+        return
+    with path.open(encoding="utf-8") as lines:
+        for spans in decode_lines(lines, judgements):
+            yield from spans
 
 
 def decode_lines(lines: Iterable[str], judgements: list[Judgement] | None = None) -> Iterator[list[ReadableSpan]]:
