@@ -22,6 +22,7 @@ SemconvOptIn = Literal["default", "gen_ai", "gen_ai/dup"]
 Redact = Callable[[str], str]
 
 ENV_CAPTURE_CONTENT: Final = "OTEL_INSTRUMENTATION_GENAI_CAPTURE_MESSAGE_CONTENT"
+ENV_COMPLETION_HOOK: Final = "OTEL_INSTRUMENTATION_GENAI_COMPLETION_HOOK"
 ENV_CONTENT_LIMIT: Final = "OTEL_DSPY_CONTENT_LIMIT"
 ENV_CAPTURE_MEDIA: Final = "OTEL_DSPY_CAPTURE_MEDIA"
 ENV_ID_KEY: Final = "OTEL_DSPY_ID_KEY"
@@ -35,6 +36,11 @@ ENV_METRICS: Final = "OTEL_DSPY_METRICS"
 ENV_SEMCONV_OPT_IN: Final = "OTEL_SEMCONV_STABILITY_OPT_IN"
 ENV_LIGHT_METRICS: Final = "OTEL_DSPY_LIGHT_METRICS"
 ENV_LIGHT_SPANS: Final = "OTEL_DSPY_LIGHT_SPANS"
+
+COMPLETION_HOOKS: Final = "opentelemetry_genai_completion_hook"
+"""The group of entry points that completion hooks of OpenTelemetry's GenAI package have."""
+UPLOAD: Final = "upload"
+"""The name of that package's own one."""
 
 _CONTENT_MODES: Final[Mapping[str, CaptureContent]] = {
     "no_content": "no_content",
@@ -125,6 +131,18 @@ def _function(value: Any) -> Redact | None:
     return cast("Redact", found)
 
 
+def _completion_hook(value: Any) -> Any:
+    if callable(getattr(type(value), "on_completion", None)):
+        return value
+    from importlib.metadata import entry_points  # takes its time
+
+    found = entry_points(group=COMPLETION_HOOKS).names
+    if type(value) is str and value in found:
+        return value
+    names = ", ".join(sorted(found)) or f"{UPLOAD} (pip install 'dspy-otel[upload]')"
+    raise _Unusable(f"use one of {names}, or an object with on_completion")
+
+
 def _setting(default: Any, env: str, parse: Callable[[Any], Any], secret: bool = False) -> Any:
     return dataclasses.field(default=default, metadata={"env": env, "parse": parse}, repr=not secret)
 
@@ -138,6 +156,9 @@ class Config:
 
     capture_content: CaptureContent = _setting("no_content", ENV_CAPTURE_CONTENT, _choice(_CONTENT_MODES))
     """Where prompts, completions, inputs, outputs, tool arguments and exception messages go. Default: nowhere."""
+
+    completion_hook: Any = _setting(None, ENV_COMPLETION_HOOK, _completion_hook)
+    """What content of programs, agents and LM calls is handed to, to be kept elsewhere: a name, or an object."""
 
     content_limit: int = _setting(65536, ENV_CONTENT_LIMIT, _positive_integer)
     """Most bytes (UTF-8) of one content attribute. Longer content is cut inside its JSON, which stays valid."""
@@ -190,8 +211,8 @@ class Config:
 
     @property
     def content(self) -> bool:
-        """Whether any content may be recorded at all."""
-        return self.capture_content != "no_content"
+        """Whether any content may leave the process at all."""
+        return self.capture_content != "no_content" or self.completion_hook is not None
 
     @classmethod
     def check(cls, arguments: Iterable[str]) -> None:
@@ -223,6 +244,7 @@ class Config:
         cls.check(arguments)
         fields = {field.name: field for field in dataclasses.fields(cls)}
         values: dict[str, Any] = {}
+        redacts = True
         for name, field in fields.items():
             source, value = name, arguments.get(name)
             if value is None:
@@ -235,10 +257,12 @@ class Config:
             except _Unusable as problem:
                 if name == "redact":
                     # Content that was to be redacted must not leave as it is.
-                    values["capture_content"] = "no_content"
+                    redacts = False
                     _LOG.warning("dspy-otel: %s: %s; no content is recorded until it can be used", source, problem)
                 else:
                     _LOG.warning("dspy-otel: %s: %s; using %r", source, problem, field.default)
+        if not redacts:
+            values.update(capture_content="no_content", completion_hook=None)
         return cls(**values)
 
 

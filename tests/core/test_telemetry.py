@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 import time
 from typing import Any
@@ -86,3 +87,18 @@ def test_nothing_is_followed_before_there_is_a_provider(monkeypatch: pytest.Monk
     monkeypatch.setattr(trace, "_TRACER_PROVIDER", TracerProvider(shutdown_on_exit=False))
     assert (telemetry.discards, measuring.discards) == (False, False)
     assert telemetry.tracer.start_span("recorded").is_recording()
+
+
+def test_a_completion_hook_without_the_package_that_has_its_types_is_not_used(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Hook:
+        def on_completion(self, **_: Any) -> None:
+            raise AssertionError
+
+    monkeypatch.setitem(sys.modules, "opentelemetry.util.genai.types", None)
+    config = Config.load(completion_hook=Hook())
+    assert config.content  # secrets are looked for as if content were captured
+    assert Telemetry(config, TracerProvider(shutdown_on_exit=False)).completions is None
+    (warning,) = [record.getMessage() for record in caplog.records]
+    assert "pip install 'dspy-otel[upload]'" in warning

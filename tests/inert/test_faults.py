@@ -27,6 +27,7 @@ import dspy
 import pytest
 from opentelemetry import baggage
 from opentelemetry import context as otel_context
+from opentelemetry.metrics import NoOpMeter
 from opentelemetry.sdk._logs import LoggerProvider, LogRecordProcessor
 from opentelemetry.sdk.metrics import MeterProvider
 from opentelemetry.sdk.metrics.export import InMemoryMetricReader
@@ -43,6 +44,7 @@ from opentelemetry.sdk.trace.sampling import Sampler
 import dspy_otel
 from dspy_otel.content import encoder
 from dspy_otel.core import internal_errors, operation, worker_tasks
+from dspy_otel.core.metrics import WithoutExemplars
 from tests.inert import hostile
 from tests.inert.programs import Oracle, build, exception, freeze, metric, until
 from tests.operations.test_lm import ENGINES, on
@@ -456,12 +458,16 @@ AT_TIMES = re.compile(
     r"|\.module_tree\._kind$|\.digest\.(_has_functions|_is_known)$|\.measurements\.(_collected|_shown|BoundSeries\._made)$"
     r"|\.spans\.(_(Witness|Ids)\.\w+|_seen|_view|_is_the_sdks|LightTracer\.look|_acting|_decisions|_static)$"
     r"|LightSpan\.(_attributes|_events|_links|dropped_attributes)$"
-    r"|is_secret_name$|_kept_encoder$|give_exporters_a_generator$|given_ids"
+    r"|is_secret_name$|_kept_encoder$|give_exporters_a_generator$|given_ids|\.uploads\.Writers\._(run|next|count)$"
 )
 """Called when something has changed since the last time, or once in a process: which may not be so at the next."""
 
 AT_INSTRUMENT = ("wrap", "watch", "patch", "guarded", "__init_subclass__", "with_system_ids", "hook")
 """What makes the wrappers; what is made there is tested."""
+
+
+GENAI = find_spec("opentelemetry.util.genai") is not None
+"""Whether there is what the extra `upload` brings."""
 
 
 def functions() -> dict[str, tuple[Any, str]]:
@@ -470,6 +476,8 @@ def functions() -> dict[str, tuple[Any, str]]:
     for package in ("core", "content", "operations", "optimizers", "propagation"):
         root = importlib.import_module(f"dspy_otel.{package}")
         names = [found.name for found in pkgutil.walk_packages(getattr(root, "__path__", ()), f"{root.__name__}.")]
+        if not GENAI and "dspy_otel.core.uploads" in names:
+            names.remove("dspy_otel.core.uploads")
         for module in (root, *map(importlib.import_module, names)):
             short = module.__name__.removeprefix("dspy_otel.")
             for name, value in vars(module).items():
@@ -586,6 +594,8 @@ if GEPA_ALONE:
 SCENARIOS["DSPy's own tracing"] = lambda: natively()
 SCENARIOS["kept traces"] = lambda: optimized("BootstrapFewShotWithRandomSearch")
 SCENARIOS["dropped traces"] = lambda: optimized("BootstrapFewShotWithRandomSearch")
+if GENAI:
+    SCENARIOS["handed over"] = lambda: pictures()
 OPTIONS: dict[str, dict[str, Any]] = {
     "kept traces": {"optimization_traces": "failed_and_best"},
     "dropped traces": {"optimization_traces": "none"},
@@ -593,6 +603,13 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "served": {"semconv_opt_in": "gen_ai/dup"},
 }
 """How each is instrumented, beside what all are."""
+if GENAI:
+    from dspy_otel.core.uploads import Uploads
+
+    _uploads = Uploads(
+        WithoutExemplars(NoOpMeter("none").create_counter("files")), base_path="memory://faults", max_queue_size=20
+    )
+    OPTIONS["handed over"] = {"completion_hook": _uploads, "capture_media": True}
 
 
 @contextlib.contextmanager
@@ -880,6 +897,11 @@ NEVER_CALLED = re.compile(
     r"|\.id_key\.|_row_id$|introspection\._looks_up_itself$"
     r"|\.Walker\.(text|integer|real|other|entry|cut|stop)$|_Canonical\.cut"
     + ("" if GEPA_ALONE else r"|\.doors\.|\.texts\.")
+    + (
+        r"|completion_hook\._?load(_uploads)?$|uploads\.(make|reason_of|_named|Writers\.(close|_begin))$"
+        if GENAI
+        else r"|completion_hook\."
+    )
     + (
         r"|introspection\.fields$"
         if DSPY < (3, 5)

@@ -438,3 +438,38 @@ def test_a_lone_surrogate_costs_no_content(mapped: Any, recorder: Recorder) -> N
 def test_content_too_deep_to_parse_is_sent_as_it_is(recorder: Recorder) -> None:
     span = recorder.child("chat m", {**CHAT, semconv.GEN_AI_INPUT_MESSAGES: "[" * 200_000 + "]" * 200_000})
     assert len(tr.translate([span])) == 1
+
+
+# --- content by reference -------------------------------------------------------------------------------------------
+
+WHERE = {"gen_ai.input.messages_ref": "gs://prompts/in.json", "gen_ai.output.messages_ref": "gs://prompts/out.json"}
+ASKED = {"gen_ai.operation.name": "invoke_workflow", "dspy.program.id": "0123456789abcdef"}
+
+
+@pytest.mark.parametrize("read", [str, json.loads], ids=["as text", "as an embedded store gives it"])
+def test_references_stand_where_content_would_and_are_read_as_none(recorder: Recorder, read: Any) -> None:
+    span = recorder.span("invoke_workflow App", {**ASKED, **WHERE})
+    translated = tr.translate_span(span)
+    attributes = dict(translated.attributes or {})
+    assert json.loads(attributes[tr.SPAN_INPUTS]) == {"gen_ai.input.messages_ref": "gs://prompts/in.json"}
+    assert json.loads(attributes[tr.SPAN_OUTPUTS]) == {"gen_ai.output.messages_ref": "gs://prompts/out.json"}
+    stored: Any = {**attributes, **{key: read(attributes[key]) for key in (tr.SPAN_INPUTS, tr.SPAN_OUTPUTS)}}
+    restored = tr.restore(tr._copy(span, stored)).attributes or {}
+    assert semconv.MODULE_INPUTS not in restored
+    assert semconv.MODULE_OUTPUTS not in restored
+
+
+def test_content_beside_references_stands_where_it_would(recorder: Recorder) -> None:
+    content = {semconv.INPUT_VALUE: '{"question": "sky?"}', semconv.OUTPUT_VALUE: '{"answer": "blue"}'}
+    span = tr.translate_span(recorder.span("invoke_workflow App", {**ASKED, **WHERE, **content}))
+    assert (span.attributes or {})[tr.SPAN_INPUTS] == content[semconv.INPUT_VALUE]
+    restored = tr.restore(span).attributes or {}
+    assert restored[semconv.MODULE_OUTPUTS] == content[semconv.OUTPUT_VALUE]
+
+
+def test_the_score_of_a_failed_example_is_not_its_output_in_an_embedded_store(recorder: Recorder) -> None:
+    failed = {semconv.EVALUATION_ID: "e1", semconv.INPUT_VALUE: "{}", semconv.EXAMPLE_SCORE: 0.0, "error.type": "E"}
+    attributes: Any = dict(tr.translate_span(recorder.span("example App", failed)).attributes or {})
+    assert json.loads(attributes[tr.SPAN_OUTPUTS]) == {"score": 0.0}
+    attributes[tr.SPAN_OUTPUTS] = {"score": 0.0}
+    assert semconv.MODULE_OUTPUTS not in (tr.restore(recorder.span("example App", attributes)).attributes or {})

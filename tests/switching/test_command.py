@@ -232,3 +232,38 @@ def test_the_variables_of_a_backend(receiver: OtlpReceiver, backend: str, path: 
     assert receiver.span_names() == ONE_CALL
     assert {request.path for request in receiver.received} == {path}
     assert headers.items() <= receiver.received[0].headers.items()
+
+
+def test_content_by_reference(receiver: OtlpReceiver, tmp_path: Path):
+    pytest.importorskip("opentelemetry.util.genai", reason="needs the extra upload")
+    store = tmp_path / "prompts"
+    store.mkdir()
+    done = instrumented(
+        **{**OFF, "OTEL_TRACES_EXPORTER": "otlp"},
+        OTEL_EXPORTER_OTLP_PROTOCOL="http/protobuf",
+        OTEL_EXPORTER_OTLP_ENDPOINT=receiver.http,
+        OTEL_INSTRUMENTATION_GENAI_COMPLETION_HOOK="upload",
+        OTEL_INSTRUMENTATION_GENAI_UPLOAD_BASE_PATH=f"file://{store}",
+    )
+    assert (done.output, done.warnings) == (ANSWER, [])
+    spans = {span.name: span for span in receiver.spans()}
+    assert "Which colour" not in str([span.attributes for span in spans.values()])
+    key = "gen_ai.input.messages_ref"
+    assert {name for name, span in spans.items() if key in span.attributes} == {"chat echo", "invoke_workflow App"}
+    reference = spans["invoke_workflow App"].attributes[key]
+    (message,) = json.loads(Path(reference.removeprefix("file://")).read_text("utf-8"))
+    assert json.loads(message["parts"][0]["content"]) == {"question": "Which colour is the sky?"}
+    assert len(list(store.iterdir())) == 4
+
+
+def test_a_store_of_content_that_is_not_there_changes_nothing(tmp_path: Path):
+    pytest.importorskip("opentelemetry.util.genai", reason="needs the extra upload")
+    done = instrumented(
+        **{**OFF, "OTEL_TRACES_EXPORTER": "console"},
+        OTEL_INSTRUMENTATION_GENAI_COMPLETION_HOOK="upload",
+        OTEL_INSTRUMENTATION_GENAI_UPLOAD_BASE_PATH=f"file://{tmp_path / 'gone'}",
+    )
+    assert done.output.startswith(ANSWER)
+    assert "_ref" not in done.output
+    (warning,) = done.warnings
+    assert "nothing can be written to the store of content (FileNotFoundError" in warning

@@ -334,6 +334,7 @@ WRONG = {
     "OTEL_DSPY_LIGHT_METRICS": ("light_metrics", "heavy", True),
     "OTEL_DSPY_LIGHT_SPANS": ("light_spans", "some", True),
     "OTEL_SEMCONV_STABILITY_OPT_IN": ("semconv_opt_in", "gen_ai/dub", "default"),
+    "OTEL_INSTRUMENTATION_GENAI_COMPLETION_HOOK": ("completion_hook", "attic", None),
 }
 RIGHT = {
     "OTEL_INSTRUMENTATION_GENAI_CAPTURE_MESSAGE_CONTENT": ("capture_content", "SPAN_AND_EVENT", "span_and_event"),
@@ -350,6 +351,7 @@ RIGHT = {
     "OTEL_DSPY_LIGHT_METRICS": ("light_metrics", "no", False),
     "OTEL_DSPY_LIGHT_SPANS": ("light_spans", "0", False),
     "OTEL_SEMCONV_STABILITY_OPT_IN": ("semconv_opt_in", "http/dup, gen_ai, gen_ai/dup", "gen_ai/dup"),
+    "OTEL_INSTRUMENTATION_GENAI_COMPLETION_HOOK": ("completion_hook", "a-hook", "a-hook"),
 }
 
 
@@ -378,7 +380,18 @@ def test_nothing_leaves_unredacted_because_of_a_typing_mistake(monkeypatch: pyte
     assert Config.load(capture_content="span_only").capture_content == "no_content"
 
 
+@pytest.fixture
+def installed_hook(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A package with a completion hook."""
+    package = tmp_path / "hook-1.dist-info"
+    package.mkdir()
+    (package / "METADATA").write_text("Name: hook\nVersion: 1\n")
+    (package / "entry_points.txt").write_text("[opentelemetry_genai_completion_hook]\na-hook = hook:make\n")
+    monkeypatch.syspath_prepend(tmp_path)
+
+
 @pytest.mark.parametrize("variable", RIGHT)
+@pytest.mark.usefixtures("installed_hook")
 def test_right_value_by_environment_and_by_argument(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, variable: str
 ):

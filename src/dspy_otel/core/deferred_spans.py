@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
 from opentelemetry.context import Context
@@ -28,8 +28,10 @@ from opentelemetry.trace import (
 from dspy_otel.core.attributes import restore_dropped
 from dspy_otel.core.call_context import without_call_context
 from dspy_otel.core.id_generator import SystemIds
+from dspy_otel.core.internal_errors import guard
 
 _IDS: Final = SystemIds()
+_ONCE_REAL: Final = guard("deferred span")
 _NOT_SAMPLED: Final = TraceFlags(TraceFlags.DEFAULT)
 
 
@@ -132,6 +134,7 @@ class DeferredSpan(Span):
         self._options = options
         self._context = _unsampled(deferred.trace_id)
         self._events: list[tuple[str, Any, int]] = []
+        self._once_real: list[Callable[[Span], None]] = []
         self._status: Status | StatusCode | None = None
         self._description: str | None = None
         self._started = time.time_ns()
@@ -155,8 +158,18 @@ class DeferredSpan(Span):
         if self._status is not None:
             real.set_status(self._status, self._description)
         self.real = real
+        for action in self._once_real:
+            with _ONCE_REAL:
+                action(real)
         if self._ended is not None:
             real.end(self._ended)
+
+    def once_real(self, action: Callable[[Span], None]) -> None:
+        """Have something done with the real span before it ends: when there is one, if at all."""
+        if self.real is not None:
+            action(self.real)
+        else:
+            self._once_real.append(action)
 
     # --- the interface of a span ------------------------------------------------------------------------------------
     def get_span_context(self) -> SpanContext:

@@ -275,3 +275,6 @@ class Metrics:
             semconv.SECONDS_OF_A_RUN,
         )
         self.budget_alerts = count(semconv.METRIC_BUDGET_ALERTS, "{alert}", "Limits used to 50, 80 or 100 percent")
+        self.content_files = count(
+            semconv.METRIC_CONTENT_FILES, "{file}", "Files of content that were stored, or lost (with error.type)"
+        )

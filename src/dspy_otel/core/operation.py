@@ -192,6 +192,10 @@ class Operation:
     def measure(self, call: Call, result: Any, error: BaseException | None, seconds: float) -> None:
         """Metrics, totals and log events; called whether or not the span is recorded."""
 
+    def content(self, call: Call, result: Any, error: BaseException | None) -> Attributes:
+        """What a completion hook is to have of this call: JSON by the names of the attributes that it would be."""
+        return {}
+
     # --- opening and closing: twice for each call, so with `try`, which costs nothing, and not with guards ----------
     def open(
         self, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any], override_of: type | None = None
@@ -343,6 +347,11 @@ class Operation:
                 call.span.set_attributes({key: started[key] for key in call.identity if key in started})
         except Exception as problem:
             failed("attributes of span", problem)
+        if call.recording and self.telemetry.completions is not None:
+            try:
+                self.telemetry.completions.hand_over(call.span, self.content(call, result, error))
+            except Exception as problem:
+                failed("completion hook", problem)
         try:
             call.span.end()
         except Exception as problem:

@@ -8,7 +8,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from opentelemetry import _logs, metrics, trace
 from opentelemetry._logs import NoOpLogger
@@ -26,6 +26,9 @@ from dspy_otel.core.internal_errors import failed, guard
 from dspy_otel.core.metrics import Metrics
 from dspy_otel.version import __version__
 
+if TYPE_CHECKING:
+    from dspy_otel.core.completion_hook import Completions
+
 
 class Telemetry:
     """Tracer, instruments, event logger and settings.
@@ -41,6 +44,7 @@ class Telemetry:
 
     Attributes:
         tracer_provider: the one that was given; ``None`` for the global one.
+        completions: hands content to a completion hook, if there is one.
         settled_tracer: our tracer, as soon as there is a provider.
         keeps_attributes: whether no sampler can drop the attributes that a span is started with.
     """
@@ -78,6 +82,12 @@ class Telemetry:
         with guard("logger provider"):
             self.logger = self._make_logger(logger_provider)
         self.content = Content(config.content_limit, config.capture_media, config.redact)
+        self.completions: Completions | None = None
+        if config.completion_hook is not None:
+            with guard("completion hook"):
+                from dspy_otel.core.completion_hook import load  # not needed by many
+
+                self.completions = load(config.completion_hook, self.metrics.content_files)
         self.default_parent = default_parent
         self.default_call_context = None if default_parent is None else current_call_context(default_parent)
 

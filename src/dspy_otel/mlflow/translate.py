@@ -106,6 +106,12 @@ _OUTPUT_KEYS: Final = (
     semconv.MODULE_OUTPUTS,
     semconv.OUTPUT_VALUE,
 )
+_INPUT_REFS: Final = (
+    semconv.GEN_AI_SYSTEM_INSTRUCTIONS_REF,
+    semconv.GEN_AI_INPUT_MESSAGES_REF,
+    semconv.GEN_AI_TOOL_DEFINITIONS_REF,
+)
+_OUTPUT_REFS: Final = (semconv.GEN_AI_OUTPUT_MESSAGES_REF,)
 _SCORE_KEYS: Final[Mapping[str, str]] = {
     semconv.EVALUATION_SCORE: "score",
     semconv.EXAMPLE_SCORE: "score",
@@ -145,11 +151,15 @@ def restore(span: ReadableSpan) -> ReadableSpan:
     if kind_of(span) is not Kind.EXAMPLE and not is_answer(span):
         return span
     at = dict(span.attributes or {})
-    inputs, outputs = at.get(SPAN_INPUTS), at.get(SPAN_OUTPUTS)
+    # A reference to content is no content.
+    inputs, outputs = (
+        None if _is_same(at.get(key), reference) else at.get(key)
+        for key, reference in zip((SPAN_INPUTS, SPAN_OUTPUTS), _references(at), strict=True)
+    )
     if inputs is not None:
         at.setdefault(semconv.MODULE_INPUTS, inputs)
     # A score alone stands for the outputs of an example whose outputs are not there.
-    if outputs is not None and not ((inputs is None or semconv.ERROR_TYPE in at) and outputs == _scores(at)):
+    if outputs is not None and not ((inputs is None or semconv.ERROR_TYPE in at) and _is_same(outputs, _scores(at))):
         at.setdefault(semconv.MODULE_OUTPUTS, outputs)
     return _copy(span, at)
 
@@ -343,6 +353,10 @@ def _move_content(attributes: dict[str, AttributeValue]) -> None:
             attributes[semconv.GEN_AI_RETRIEVAL_DOCUMENTS] = _dump([_document(item) for item in documents])
         _move_first(attributes, _OUTPUT_KEYS, SPAN_OUTPUTS, semconv.OUTPUT_VALUE, semconv.OUTPUT_MIME_TYPE)
 
+    for target, references in zip((SPAN_INPUTS, SPAN_OUTPUTS), _references(attributes), strict=True):
+        if references is not None:
+            attributes.setdefault(target, references)
+
     if SPAN_OUTPUTS not in attributes:
         # Without content an evaluation still has a result; a score is no content.
         scores = _scores(attributes)
@@ -353,6 +367,18 @@ def _move_content(attributes: dict[str, AttributeValue]) -> None:
     if tools is not None:
         attributes[CHAT_TOOLS] = _dump([_tool(item) for item in tools])
         del attributes[semconv.GEN_AI_TOOL_DEFINITIONS]
+
+
+def _is_same(stored: Any, text: str | None) -> bool:
+    """Whether a value of MLflow's, as text or as an embedded store gives it, is what a text of ours says."""
+    return text is not None and (stored == text or stored == json.loads(text))
+
+
+def _references(attributes: Mapping[str, AttributeValue]) -> tuple[str | None, str | None]:
+    """What stands for inputs and outputs whose content a completion hook has stored: where it is."""
+    found = ({key: attributes[key] for key in keys if key in attributes} for keys in (_INPUT_REFS, _OUTPUT_REFS))
+    inputs, outputs = (_dump(references) if references else None for references in found)
+    return inputs, outputs
 
 
 def _scores(attributes: Mapping[str, AttributeValue]) -> str | None:

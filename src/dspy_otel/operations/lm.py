@@ -139,6 +139,7 @@ class LMCallState:
 
     Attributes:
         description: what is known of it before it begins.
+        asked: its messages, instructions and tools as JSON, for a completion hook; they may change during the call.
         response: of the last request that has come back.
         earlier: of the requests before, when a subclass's override calls the method it overrides several times.
         usage: what the call used, once it has ended.
@@ -153,6 +154,7 @@ class LMCallState:
     """
 
     description: LMDescription
+    asked: Attributes | None = None
     response: LMResponse | None = None
     earlier: LMResponse | None = None
     usage: LMUsage | None = None
@@ -260,10 +262,16 @@ class LMOperation(Operation):
         attributes: Attributes = {}
         if BAGGAGE_KEY in call.otel_context:
             attributes = attributes_from_baggage(PROMPT, call.otel_context)
-        if not self.telemetry.config.content_on_spans:
+        on_span, handed_over = self.telemetry.config.content_on_spans, self.telemetry.completions is not None
+        if on_span or handed_over:
+            with _INPUT:
+                asked = self._input_content(call)
+                if handed_over:
+                    call.context.state.asked = asked
+                if on_span:
+                    attributes.update(asked)
+        if not on_span:
             return attributes
-        with _INPUT:
-            attributes.update(self._input_content(call))
         stop = call.context.state.description.stop
         if stop:
             with _CONTENT:
@@ -312,6 +320,16 @@ class LMOperation(Operation):
                 messages = output_messages(response.outputs, response.finish_reasons)
                 self.telemetry.put_content(attributes, semconv.GEN_AI_OUTPUT_MESSAGES, messages)
         return attributes
+
+    def content(self, call: Call, result: Any, error: BaseException | None) -> Attributes:
+        state: LMCallState = call.context.state
+        content = dict(state.asked or ())
+        response, key = state.response, semconv.GEN_AI_OUTPUT_MESSAGES
+        if key in call.attributes:
+            content[key] = call.attributes[key]
+        elif response is not None:
+            content.update(self._rendered([(key, output_messages(response.outputs, response.finish_reasons))]))
+        return content
 
     def measure(self, call: Call, result: Any, error: BaseException | None, seconds: float) -> None:
         context = call.context

@@ -257,6 +257,14 @@ def described(messages: list[Message], most: int) -> list[Message]:
     return messages
 
 
+def as_message(role: str, text: str) -> str:
+    """A JSON text that is not made of messages, as JSON of one."""
+    message: dict[str, Any] = {"role": role, "parts": [{"type": "text", "content": text}]}
+    if role == "assistant":
+        message["finish_reason"] = "stop"
+    return json.dumps([message])
+
+
 def _tool_call(call: Any) -> Part:
     function = field(call, "function") or call
     arguments = field(function, "arguments")

@@ -13,13 +13,16 @@ from dspy_otel.content.names import class_name
 from dspy_otel.core.attributes import Attributes, Labels, repair, sendable_name
 from dspy_otel.core.call_context import BAGGAGE_KEY, CallContext, Program, current_context
 from dspy_otel.core.errors import error_type
+from dspy_otel.core.internal_errors import guard
 from dspy_otel.core.operation import Call, Operation, SpanStart, openinference
 from dspy_otel.core.telemetry import Telemetry
 from dspy_otel.core.usage import Totals
 from dspy_otel.operations import module_tree
 from dspy_otel.operations.from_baggage import CALLER, attributes_from_baggage
+from dspy_otel.operations.messages import as_message
 from dspy_otel.operations.program import Programs
 
+_CONTENT: Final = guard("content")
 _SUBSCRIPT: Final = re.compile(r"\[[^\]]*\]")
 AGENT_CLASSES: Final = frozenset({"ReAct", "ReActV2", "CodeAct", "RLM"})
 """DSPy modules in which an LM chooses what to do next."""
@@ -35,6 +38,7 @@ class ModuleState:
         adapter: class of the adapter that served it first.
         fallback_adapter: class of the adapter that answered after the first one had failed.
         failed_adapter: class of the adapter whose parsing has failed last, until another one takes over.
+        asked: inputs of a program or agent as JSON, for a completion hook; they may change during the call.
     """
 
     description: ModuleDescription
@@ -42,6 +46,7 @@ class ModuleState:
     adapter: str | None = None
     fallback_adapter: str | None = None
     failed_adapter: str | None = None
+    asked: str | None = None
 
 
 class ModuleOperation(Operation):
@@ -108,8 +113,10 @@ class ModuleOperation(Operation):
         if telemetry.config.content_on_spans:
             if signature is not None:
                 telemetry.put_text(attributes, semconv.SIGNATURE_INSTRUCTIONS, signature.instructions)
-            inputs: Any = call.kwargs if not call.args else {"args": call.args, **call.kwargs}
-            put_inputs(telemetry, attributes, inputs)
+            put_inputs(telemetry, attributes, _inputs(call))
+        if telemetry.completions is not None and _is_completion(call):
+            with _CONTENT:
+                call.context.state.asked = telemetry.content.json(_inputs(call))
         return attributes
 
     def _signature_attributes(self, description: ModuleDescription, signature: Any) -> Attributes:
@@ -132,10 +139,19 @@ class ModuleOperation(Operation):
         if state.totals is not None:
             attributes.update(state.totals.attributes())
         if error is None and self.telemetry.config.content_on_spans:
-            # Optimizers let a program return (prediction, trace); the trace is not the program's output.
-            traced = type(result) is tuple and len(result) == 2 and type(result[1]) is list
-            put_outputs(self.telemetry, attributes, result[0] if traced else result)
+            put_outputs(self.telemetry, attributes, _output(result))
         return attributes
+
+    def content(self, call: Call, result: Any, error: BaseException | None) -> Attributes:
+        content: Attributes = {}
+        asked = call.context.state.asked
+        if asked is not None:
+            content[semconv.GEN_AI_INPUT_MESSAGES] = as_message("user", asked)
+        if error is None and _is_completion(call):
+            with _CONTENT:
+                answered = self.telemetry.content.json(_output(result))
+                content[semconv.GEN_AI_OUTPUT_MESSAGES] = as_message("assistant", answered)
+        return content
 
     def measure(self, call: Call, result: Any, error: BaseException | None, seconds: float) -> None:
         telemetry = self.telemetry
@@ -148,6 +164,21 @@ class ModuleOperation(Operation):
         parent = call.context.parent
         if parent is not None and parent.role_after is not None:
             parent.module_answered(call.instance)
+
+
+def _is_completion(call: Call) -> bool:
+    """Whether a completion hook is called for it: it is a program or an agent, which the GenAI conventions know."""
+    return semconv.GEN_AI_OPERATION_NAME in call.context.state.description.attributes
+
+
+def _inputs(call: Call) -> Any:
+    return call.kwargs if not call.args else {"args": call.args, **call.kwargs}
+
+
+def _output(result: Any) -> Any:
+    """What a module gave. Optimizers let a program return (prediction, trace); the trace is not its output."""
+    traced = type(result) is tuple and len(result) == 2 and type(result[1]) is list
+    return result[0] if traced else result
 
 
 def is_agent(instance: Any) -> bool:

@@ -36,7 +36,8 @@ MAX_EXAMPLES: Final = 60
 
 NO_CONTENT: Final = (
     "Instructions, demos, inputs and answers were not recorded. Set "
-    'OTEL_INSTRUMENTATION_GENAI_CAPTURE_MESSAGE_CONTENT=span_only, or capture_content="span_only", to have them here.'
+    'OTEL_INSTRUMENTATION_GENAI_CAPTURE_MESSAGE_CONTENT=span_only, or capture_content="span_only", to have them here. '
+    "What a completion hook has stored is not read: the spans of programs and LM calls say where it is."
 )
 POLICY: Final = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
 """The page needs nothing but its style. If a text ever became markup, it could load and run nothing."""
