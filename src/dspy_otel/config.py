@@ -19,6 +19,7 @@ EvaluationTraces = Literal["linked", "nested"]
 OptimizationTraces = Literal["all", "failed_and_best", "none"]
 Progress = Literal["auto", "on", "off"]
 SemconvOptIn = Literal["default", "gen_ai", "gen_ai/dup"]
+EventSignal = Literal["default", "logs", "logs/dup"]
 Redact = Callable[[str], str]
 
 ENV_CAPTURE_CONTENT: Final = "OTEL_INSTRUMENTATION_GENAI_CAPTURE_MESSAGE_CONTENT"
@@ -34,6 +35,8 @@ ENV_OPENINFERENCE: Final = "OTEL_DSPY_OPENINFERENCE"
 ENV_PROGRESS: Final = "OTEL_DSPY_PROGRESS"
 ENV_METRICS: Final = "OTEL_DSPY_METRICS"
 ENV_SEMCONV_OPT_IN: Final = "OTEL_SEMCONV_STABILITY_OPT_IN"
+ENV_EXCEPTION_SIGNAL: Final = "OTEL_SEMCONV_EXCEPTION_SIGNAL_OPT_IN"
+ENV_EVENT_SIGNAL: Final = "OTEL_DSPY_EVENT_SIGNAL_OPT_IN"
 ENV_LIGHT_METRICS: Final = "OTEL_DSPY_LIGHT_METRICS"
 ENV_LIGHT_SPANS: Final = "OTEL_DSPY_LIGHT_SPANS"
 
@@ -57,6 +60,7 @@ _OPTIMIZATION_TRACES: Final[Mapping[str, OptimizationTraces]] = {
     "failed_and_best": "failed_and_best",
     "none": "none",
 }
+_EVENT_SIGNALS: Final[Mapping[str, EventSignal]] = {"logs": "logs", "logs/dup": "logs/dup", "default": "default"}
 _BOOLEANS: Final = {
     "true": True,
     "1": True,
@@ -189,6 +193,12 @@ class Config:
 
     semconv_opt_in: SemconvOptIn = _setting("default", ENV_SEMCONV_OPT_IN, _opt_in)
     """Names of metrics that OpenTelemetry has renamed: the old ones, with ``gen_ai`` the new ones, or both."""
+
+    exception_signal_opt_in: EventSignal = _setting("default", ENV_EXCEPTION_SIGNAL, _choice(_EVENT_SIGNALS))
+    """Exceptions are events of spans by default, with ``logs`` log records, with ``logs/dup`` both."""
+
+    event_signal_opt_in: EventSignal = _setting("default", ENV_EVENT_SIGNAL, _choice(_EVENT_SIGNALS))
+    """The same for the other events of spans, for which OpenTelemetry has no variable."""
 
     light_metrics: bool = _setting(True, ENV_LIGHT_METRICS, _boolean)
     """Find the SDK's aggregation of a series once. Off, or with an SDK that is not known: for each measurement."""

@@ -288,10 +288,13 @@ PARETO_FRONT: Final = "dspy.optimizer.pareto_front.candidates"
 PARETO_DISPLACED: Final = "dspy.optimizer.pareto_front.displaced"
 ADAPTER_FALLBACK_FROM: Final = "dspy.adapter.fallback.from"
 ADAPTER_COMPLETION: Final = "dspy.adapter.completion"
+ADAPTER_PARSE_ERRORS: Final = "dspy.adapter.parse_errors"
 
 # --- Log events (logs signal) -----------------------------------------------------------------------------------
 LOG_INFERENCE_DETAILS: Final = "gen_ai.client.inference.operation.details"
 LOG_EVALUATION_RESULT: Final = "gen_ai.evaluation.result"
+LOG_CLIENT_EXCEPTION: Final = "gen_ai.client.operation.exception"
+LOG_EXCEPTION: Final = "dspy.operation.exception"
 
 # --- Metrics ----------------------------------------------------------------------------------------------------
 METRIC_OPERATION_DURATION: Final = "gen_ai.client.operation.duration"

@@ -334,6 +334,8 @@ WRONG = {
     "OTEL_DSPY_LIGHT_METRICS": ("light_metrics", "heavy", True),
     "OTEL_DSPY_LIGHT_SPANS": ("light_spans", "some", True),
     "OTEL_SEMCONV_STABILITY_OPT_IN": ("semconv_opt_in", "gen_ai/dub", "default"),
+    "OTEL_SEMCONV_EXCEPTION_SIGNAL_OPT_IN": ("exception_signal_opt_in", "log", "default"),
+    "OTEL_DSPY_EVENT_SIGNAL_OPT_IN": ("event_signal_opt_in", "dup", "default"),
     "OTEL_INSTRUMENTATION_GENAI_COMPLETION_HOOK": ("completion_hook", "attic", None),
 }
 RIGHT = {
@@ -351,6 +353,8 @@ RIGHT = {
     "OTEL_DSPY_LIGHT_METRICS": ("light_metrics", "no", False),
     "OTEL_DSPY_LIGHT_SPANS": ("light_spans", "0", False),
     "OTEL_SEMCONV_STABILITY_OPT_IN": ("semconv_opt_in", "http/dup, gen_ai, gen_ai/dup", "gen_ai/dup"),
+    "OTEL_SEMCONV_EXCEPTION_SIGNAL_OPT_IN": ("exception_signal_opt_in", "logs/dup", "logs/dup"),
+    "OTEL_DSPY_EVENT_SIGNAL_OPT_IN": ("event_signal_opt_in", "LOGS", "logs"),
     "OTEL_INSTRUMENTATION_GENAI_COMPLETION_HOOK": ("completion_hook", "a-hook", "a-hook"),
 }
 

@@ -143,6 +143,8 @@ class Operation:
     """
 
     kind: str = ""
+    exception_event: str = semconv.LOG_EXCEPTION
+    """The name of an exception that ends it, where exceptions are log events."""
     always: bool = False
     """Whether it is followed also where nothing is recorded: an optimization shows its progress."""
 
@@ -385,13 +387,12 @@ class Operation:
         recorded = call.context.failed
         known = recorded is not None and recorded.is_(error, self.kind)
         attributes: Attributes = {} if known else exception_attributes(error, self.telemetry.span_content)
-        repair(attributes)
         found = recorded.message if recorded is not None and known else attributes.get(semconv.EXCEPTION_MESSAGE)
         message = found if isinstance(found, str) else None
         if message is not None:
             span.set_status(Status(StatusCode.ERROR, message))
         if not known:
-            span.add_event(semconv.EVENT_EXCEPTION, attributes)
+            self.telemetry.add_exception(span, error, attributes, self.exception_event)
         return message
 
     # --- wrapping ------------------------------------------------------------------------------------------------

@@ -7,20 +7,22 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from opentelemetry import _logs, metrics, trace
-from opentelemetry._logs import NoOpLogger
+from opentelemetry._logs import NoOpLogger, SeverityNumber
 from opentelemetry.context import Context, get_current
 from opentelemetry.metrics import Meter, MeterProvider, NoOpMeter, NoOpMeterProvider
-from opentelemetry.trace import NoOpTracer, ProxyTracer, Span, Tracer, TracerProvider
+from opentelemetry.trace import NoOpTracer, ProxyTracer, Span, Tracer, TracerProvider, set_span_in_context
 
 from dspy_otel import semconv
-from dspy_otel.config import Config
+from dspy_otel.config import Config, EventSignal
 from dspy_otel.content.encoder import Content
-from dspy_otel.core.attributes import Attributes, keeps_attributes, repair
+from dspy_otel.core.attributes import EMPTY, Attributes, keeps_attributes, repair
 from dspy_otel.core.call_context import current_call_context, suppressed, without_call_context
+from dspy_otel.core.deferred_spans import DeferredSpan
+from dspy_otel.core.errors import exception_attributes
 from dspy_otel.core.id_generator import with_system_ids
 from dspy_otel.core.internal_errors import failed, guard
 from dspy_otel.core.metrics import Metrics
@@ -28,6 +30,10 @@ from dspy_otel.version import __version__
 
 if TYPE_CHECKING:
     from dspy_otel.core.completion_hook import Completions
+
+
+_WARNINGS: Final = frozenset({semconv.EVENT_LM_RETRY, semconv.EVENT_ADAPTER_PARSE_ERROR, semconv.EVENT_BUDGET_ALERT})
+"""Events of spans that are warnings where they are log records; the others are for information."""
 
 
 class Telemetry:
@@ -180,20 +186,104 @@ class Telemetry:
             logger = getattr(logger, "_logger", logger)  # what stands behind OpenTelemetry's proxy
         return not isinstance(logger, NoOpLogger)
 
-    def emit_event(self, name: str, attributes: Attributes, context: Context) -> None:
-        """Emit a log event that belongs to the span in ``context``."""
+    def emit_event(
+        self,
+        name: str,
+        attributes: Attributes,
+        context: Context,
+        severity: SeverityNumber | None = None,
+        when: int | None = None,
+    ) -> None:
+        """Emit a log event that belongs to the span in ``context``.
+
+        Args:
+            name: of the event.
+            attributes: its attributes.
+            context: has its span.
+            severity: how bad it is, if anything says so.
+            when: nanoseconds since 1970; default, now.
+        """
         repair(attributes)
         # As a record: SDKs before 1.38 do not take its parts as arguments.
         kept = without_call_context(context)  # until the record is exported
         self.logger.emit(
-            _logs.LogRecord(timestamp=time.time_ns(), event_name=name, attributes=attributes, context=kept)
+            _logs.LogRecord(
+                timestamp=when or time.time_ns(),
+                event_name=name,
+                attributes=attributes,
+                context=kept,
+                severity_number=severity,
+            )
         )
 
-    def add_event(self, span: Span | None, name: str, attributes: Attributes) -> None:
-        """Add a span event, if the span is still open and recorded."""
-        if span is not None and span.is_recording():
-            repair(attributes)
-            span.add_event(name, attributes)
+    def add_event(
+        self, span: Span | None, name: str, attributes: Attributes, content: Mapping[str, Any] = EMPTY
+    ) -> None:
+        """Record an event of a span, if that is still open and recorded: on it, as a log event, or as both.
+
+        Args:
+            span: the span, if there is one.
+            name: of the event.
+            attributes: its attributes.
+            content: further values, which are content: each where content may be.
+        """
+        if span is None or not span.is_recording():
+            return
+        severity = SeverityNumber.WARN if name in _WARNINGS else SeverityNumber.INFO
+        places = self.config.content_on_spans, self.config.content_on_events
+        rendered = self._rendered(content) if content and any(places) else EMPTY
+        on_span, in_log = ({**attributes, **rendered} if place else attributes for place in places)
+        self._add_event(span, self.config.event_signal_opt_in, _Event(name, on_span), _Event(name, in_log), severity)
+
+    def add_exception(self, span: Span, error: BaseException, attributes: Attributes, event: str) -> None:
+        """Record an exception of a span that is recorded: on it, as a log event, or as both.
+
+        The exception itself is not handed to the Logs API, as OpenTelemetry would have it: the SDK would take its
+        message as it is.
+
+        Args:
+            span: the span.
+            error: the exception. One that is no ``Exception`` cancels, or ends the program, and is no fault.
+            attributes: what may be said of it on the span.
+            event: the name of the log event.
+        """
+        severity = SeverityNumber.WARN if isinstance(error, Exception) else SeverityNumber.DEBUG
+        signal, in_log = self.config.exception_signal_opt_in, attributes
+        if signal != "default" and self.config.content_on_events != self.config.content_on_spans:
+            in_log = exception_attributes(error, self.content if self.config.content_on_events else None)
+        self._add_event(span, signal, _Event(semconv.EVENT_EXCEPTION, attributes), _Event(event, in_log), severity)
+
+    def _add_event(
+        self, span: Span, signal: EventSignal, on_span: _Event, in_log: _Event, severity: SeverityNumber
+    ) -> None:
+        logged = signal != "default" and self.keeps_events
+        if signal != "logs" or not logged:  # What nobody would keep in a log stays on its span.
+            repair(on_span.attributes)
+            span.add_event(on_span.name, on_span.attributes)
+        if logged:
+            around, when = get_current(), time.time_ns()
+
+            def emit(real: Span) -> None:
+                if real.get_span_context().trace_flags.sampled:
+                    context = set_span_in_context(real, around)
+                    self.emit_event(in_log.name, dict(in_log.attributes), context, severity, when)
+
+            if isinstance(span, DeferredSpan):
+                span.once_real(emit)  # Until then its ids are others.
+            else:
+                emit(span)
+
+    def _rendered(self, content: Mapping[str, Any]) -> Attributes:
+        with guard("content"):
+            return {name: self.content.text(value) for name, value in content.items()}
+        return EMPTY
+
+
+class _Event(NamedTuple):
+    """An event, as a span or a log has it."""
+
+    name: str
+    attributes: Attributes
 
 
 def _stands_alone(proxy: Any) -> bool:

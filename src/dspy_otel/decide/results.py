@@ -31,7 +31,7 @@ from dspy_otel.record.model import (
     load_json,
     number,
 )
-from dspy_otel.record.spans import Kind, kind_of, read_usage, seconds_of
+from dspy_otel.record.spans import Kind, kind_of, parse_failures_of, read_usage, seconds_of
 
 BASELINE: Final = "baseline"
 BEST: Final = "best"
@@ -186,7 +186,7 @@ def read_spans(spans: Iterable[ReadableSpan], judgements: Iterable[Judgement] = 
                 if at.get(semconv.EVALUATION_ID) is None or call not in alike:
                     alike.add(call)
                     yield _without_messages(span)
-            elif kind is not Kind.OTHER or span.events:
+            elif kind is not Kind.OTHER or parse_failures_of(span):
                 yield span
             if kind is Kind.OTHER:
                 _put_instructions(instructions, span.attributes or {})

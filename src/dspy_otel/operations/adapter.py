@@ -109,12 +109,11 @@ class AdapterOperation(Operation):
             return
         name = class_name(type(adapter))
         context.state.failed_adapter = name
+        context.state.parse_errors += 1
         attributes: Attributes = {semconv.ADAPTER_NAME: name, semconv.ERROR_TYPE: error_type(error)}
         completion = introspection.field(error, "lm_response")
-        if completion is not None:
-            put = self.telemetry.put_text if introspection.is_a(completion, str) else self.telemetry.put_content
-            put(attributes, semconv.ADAPTER_COMPLETION, completion)
-        self.telemetry.add_event(context.span, semconv.EVENT_ADAPTER_PARSE_ERROR, attributes)
+        content = {} if completion is None else {semconv.ADAPTER_COMPLETION: completion}
+        self.telemetry.add_event(context.span, semconv.EVENT_ADAPTER_PARSE_ERROR, attributes, content)
 
 
 class AdapterSpanOperation(Operation):

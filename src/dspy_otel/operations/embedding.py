@@ -86,6 +86,7 @@ class EmbeddingOperation(Operation):
     """``Embedder.__call__`` and ``acall``. DSPy drops the provider's usage, so tokens and cost are not known here."""
 
     kind = "embedding"
+    exception_event = semconv.LOG_CLIENT_EXCEPTION
 
     def open(
         self, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any], override_of: type | None = None

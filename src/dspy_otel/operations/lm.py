@@ -189,6 +189,7 @@ class LMOperation(Operation):
     """
 
     kind = "lm"
+    exception_event = semconv.LOG_CLIENT_EXCEPTION
 
     def __init__(self, telemetry: Telemetry, kept: tuple[str, ...] = CONNECTION) -> None:
         super().__init__(telemetry)

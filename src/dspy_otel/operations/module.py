@@ -38,6 +38,7 @@ class ModuleState:
         adapter: class of the adapter that served it first.
         fallback_adapter: class of the adapter that answered after the first one had failed.
         failed_adapter: class of the adapter whose parsing has failed last, until another one takes over.
+        parse_errors: how often parsing has failed.
         asked: inputs of a program or agent as JSON, for a completion hook; they may change during the call.
     """
 
@@ -46,6 +47,7 @@ class ModuleState:
     adapter: str | None = None
     fallback_adapter: str | None = None
     failed_adapter: str | None = None
+    parse_errors: int = 0
     asked: str | None = None
 
 
@@ -136,6 +138,8 @@ class ModuleOperation(Operation):
             attributes[semconv.ADAPTER_NAME] = state.fallback_adapter or state.adapter
             if state.fallback_adapter is not None:
                 attributes[semconv.ADAPTER_FALLBACK_FROM] = state.adapter
+        if state.parse_errors and self.telemetry.config.event_signal_opt_in == "logs":
+            attributes[semconv.ADAPTER_PARSE_ERRORS] = state.parse_errors
         if state.totals is not None:
             attributes.update(state.totals.attributes())
         if error is None and self.telemetry.config.content_on_spans:

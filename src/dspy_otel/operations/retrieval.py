@@ -32,6 +32,8 @@ class RetrievalOperation(Operation):
     def __init__(self, telemetry: Any, remote: bool = False) -> None:
         super().__init__(telemetry)
         self.span_kind = SpanKind.CLIENT if remote else SpanKind.INTERNAL
+        if remote:
+            self.exception_event = semconv.LOG_CLIENT_EXCEPTION
 
     def open(
         self, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any], override_of: type | None = None

@@ -117,8 +117,8 @@ class History:
             return self._end_evaluation(part)
         elif isinstance(part, Optimization):
             return self._end_optimization(part, span)
-        elif span.events and (evaluation := self._evaluation_of(span)) is not None:
-            evaluation.parse_failures += parse_failures_of(span)
+        elif (failures := parse_failures_of(span)) and (evaluation := self._evaluation_of(span)) is not None:
+            evaluation.parse_failures += failures
         return []
 
     def stop(self, when: int) -> list[Record]:

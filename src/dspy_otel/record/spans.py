@@ -259,8 +259,13 @@ def read_usage(at: Attributes) -> Usage:
 
 
 def parse_failures_of(span: ReadableSpan) -> int:
-    """How many answers of a model an adapter could not read, in the call of a predictor."""
-    return sum(event.name == semconv.EVENT_ADAPTER_PARSE_ERROR for event in span.events)
+    """How many answers of a model an adapter could not read, in the call of a predictor.
+
+    They are events of the span; where those are in a log alone, the span has their number.
+    """
+    logged = (span.attributes or {}).get(semconv.ADAPTER_PARSE_ERRORS)
+    events = sum(event.name == semconv.EVENT_ADAPTER_PARSE_ERROR for event in span.events)
+    return max(events, logged if type(logged) is int else 0)
 
 
 def failure_of(span: ReadableSpan) -> Failure | None:
