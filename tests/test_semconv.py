@@ -25,10 +25,10 @@ OURS = {key: attribute for key, attribute in KNOWN.attributes.items() if key not
 _SECTIONS = {
     "attributes": ({"key", "type", "brief", "stability"}, {"note", "examples", "annotations"}),
     "attribute_groups": ({"id", "visibility", "attributes"}, set()),
-    "spans": ({"type", "kind", "name", "brief", "stability", "attributes"}, {"requirement_level"}),
-    "events": ({"name", "brief", "stability", "attributes"}, set()),
+    "spans": ({"type", "kind", "name", "brief", "stability", "requirement_level", "attributes"}, set()),
+    "events": ({"name", "brief", "stability", "requirement_level", "attributes"}, set()),
     "event_refinements": ({"id", "ref", "brief"}, {"attributes"}),
-    "metrics": ({"name", "brief", "instrument", "unit", "stability", "attributes"}, set()),
+    "metrics": ({"name", "brief", "instrument", "unit", "stability", "requirement_level", "attributes"}, set()),
     "metric_refinements": ({"id", "ref", "brief", "attributes", "annotations"}, set()),
 }
 _LEVELS = {"required", "conditionally_required", "recommended", "opt_in"}
