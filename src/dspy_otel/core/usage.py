@@ -184,8 +184,12 @@ class Totals:
 
     @property
     def unanswered_tasks(self) -> int:
-        """How many tasks that went to worker processes have handed nothing back, so far."""
-        return self.sent_tasks - self.answered_tasks
+        """How many tasks that went to worker processes have handed nothing back, so far.
+
+        Never below zero: a worker says in one record that it has sent a task, and in another, which may arrive alone,
+        that this task has answered.
+        """
+        return max(self.sent_tasks - self.answered_tasks, 0)
 
     def _new_role(self, role: str) -> Totals:
         """The sums of a role that shows for the first time. Called with the lock, which they share."""
