@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from dspy_otel.content.digest import digest
 from dspy_otel.content.encoder import Content
-from dspy_otel.content.losses import Loss, loss_of
 from dspy_otel.dataset import NoExamplesError
 from dspy_otel.dataset.selection import Criteria, Reason, Row, select, split
+from dspy_otel.record.losses import Loss, loss_of
 from dspy_otel.record.model import Answer, Judgement
 
 TRACE = 0xABC

@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 from typing import Any, Final, Literal, TypeAlias
 
 from dspy_otel.content.digest import digest
-from dspy_otel.content.losses import Loss, loss_of
 from dspy_otel.dataset.errors import NoExamplesError
+from dspy_otel.record.losses import Loss, loss_of
 from dspy_otel.record.model import Answer, Judgement
 
 PASSING: Final = 0.5

@@ -14,11 +14,11 @@ from typing import Any, Final
 from opentelemetry.sdk.trace import ReadableSpan
 
 from dspy_otel import semconv
-from dspy_otel.content.losses import loss_of
 from dspy_otel.decide.errors import CannotCompareError
 from dspy_otel.record.answers import judged, judgement_of, newest_scores, read_answer
 from dspy_otel.record.history import preview
 from dspy_otel.record.history import results as records_of
+from dspy_otel.record.losses import loss_of
 from dspy_otel.record.model import (
     Answer,
     Candidate,
