@@ -119,8 +119,8 @@ class Stack:
 class Settled:
     """Whether Prometheus knows of all spans, or has not heard of another one for long.
 
-    A count is lost when the clock steps back between two. The test of it says so then; all others need no wait for it,
-    while servers that are busy with other things seem to make progress.
+    Where a count was lost, the test of it says so; no other needs to wait for it, while servers that are busy with
+    other things seem to make progress.
     """
 
     def __init__(self, stack: Stack) -> None:

@@ -187,3 +187,20 @@ def test_spans_that_arrive_at_once_are_all_counted(tmp_path: Path) -> None:
             thread.join()
         counted = functools.partial(own_metric, collector.prometheus, "dspy_collector_spans_total")
         wait_for(lambda: counted() == programs * each, "the count of all spans")
+
+
+def test_a_span_that_ends_long_after_others_is_counted(tmp_path: Path) -> None:
+    """A count has the times of its spans: what began before the first one would be dropped, with all around it."""
+    with running(Collector(tmp_path, ("base", "metrics"))) as collector:
+        assert isinstance(collector, Collector)
+        provider = TracerProvider(shutdown_on_exit=False)
+        exporter = OTLPSpanExporter(collector.grpc, insecure=True, timeout=STALLED)
+        provider.add_span_processor(SimpleSpanProcessor(exporter))
+        tracer = provider.get_tracer("counting")
+        counted = functools.partial(own_metric, collector.prometheus, "dspy_collector_spans_total")
+        compiling = tracer.start_span("compile MIPROv2")
+        tracer.start_span("chat m").end()
+        wait_for(lambda: counted() == 1, "the count of the first span")
+        compiling.end()
+        wait_for(lambda: counted() == 2, "the count of the second span")
+        provider.shutdown()
