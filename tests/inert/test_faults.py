@@ -895,12 +895,12 @@ NEVER_CALLED = re.compile(
     r"|\.((Enclosed)?Operation|Tracker|Blob|SpanFactory)\.\w+$|_Pending|_moment|moment$"
     r"|secret_rules\._with_digit|redaction\._inner|lineage\.optimization$"
     r"|\.id_key\.|_row_id$|introspection\._looks_up_itself$"
-    r"|\.Walker\.(text|integer|real|other|entry|cut|stop)$|_Canonical\.cut"
+    r"|\.Walker\.(text|integer|real|other|entry|cut|stop)$|_Canonical\.cut|_Harmless\._unseen$"
     + ("" if GEPA_ALONE else r"|\.doors\.|\.texts\.")
     + (
         r"|completion_hook\._?load(_uploads)?$|uploads\.(make|reason_of|_named|Writers\.(close|_begin))$"
         if GENAI
-        else r"|completion_hook\."
+        else r"|completion_hook\.|\.as_message$|\.(LM|Module)Operation\.content$|_is_completion$"
     )
     + (
         r"|introspection\.fields$"
