@@ -139,7 +139,7 @@ class BudgetExceeded(_Stopped):
 
 
 class BudgetRefused(_Stopped):
-    """A budget cannot hold, for what it limits is not known of an LM call: its price, or its tokens.
+    """A budget cannot be enforced, for what it limits is not known of an LM call: its price, or its tokens.
 
     It is raised as soon as the first such call has ended, and is no ``Exception``, as :class:`BudgetExceeded` is none.
 
@@ -299,7 +299,7 @@ class Budget:
         Raises:
             BudgetExceeded: if a limit has been reached, here or of a budget around this one, and no optimization
                 inside ends by itself.
-            BudgetRefused: if an earlier call has shown that the budget cannot hold.
+            BudgetRefused: if an earlier call has shown that the budget cannot be enforced.
         """
         if self._outer is not None:
             self._outer.admit(call, telemetry)
@@ -367,18 +367,18 @@ class Budget:
         return self._ended is not None and not self._stopped
 
     def _unknown(self, call: CallContext) -> tuple[str, str] | None:
-        """The limit that cannot hold, and why."""
+        """The limit that cannot be enforced, and why."""
         state = call.state
         model = plain_name(state.description.model or "") if isinstance(state, LMCallState) else ""
         spent = self.spent
         if COST in self._limits and spent.unpriced_calls:
             return COST, (
-                f"A budget of {_amount(COST, self._limits[COST])} cannot hold: DSPy knows no price of an LM call"
+                f"A budget of {_amount(COST, self._limits[COST])} cannot be enforced: DSPy knows no price of an LM call"
                 f"{f' ({model})' if model else ''}. Limit tokens or lm_calls instead."
             )
         if TOKENS in self._limits and spent.uncounted_calls:
             return TOKENS, (
-                f"A budget of {_amount(TOKENS, self._limits[TOKENS])} cannot hold: an LM call"
+                f"A budget of {_amount(TOKENS, self._limits[TOKENS])} cannot be enforced: an LM call"
                 f"{f' ({model})' if model else ''} reports no tokens. Limit lm_calls instead."
             )
         return None

@@ -296,7 +296,7 @@ def test_a_limit_in_dollars_is_refused_at_the_first_call_without_a_price(telemet
         predict(lm)()
     assert lm.asked == 1
     assert str(refused.value) == (
-        "A budget of $5.00 cannot hold: DSPy knows no price of an LM call (test/priced). "
+        "A budget of $5.00 cannot be enforced: DSPy knows no price of an LM call (test/priced). "
         "Limit tokens or lm_calls instead."
     )
     with budget(tokens=1000) as spending:
@@ -343,7 +343,7 @@ def test_what_was_reached_before_a_refusal_is_not_lost(telemetry: Recorder) -> N
     with (
         dspy.context(lm=lm),
         budget(cost=5),
-        pytest.raises(BudgetRefused, match=r"cannot hold.*trial 1, score 1\.") as error,
+        pytest.raises(BudgetRefused, match=r"cannot be enforced.*trial 1, score 1\.") as error,
     ):
         Twice().compile(student)
     refused = error.value

@@ -74,7 +74,7 @@ class BudgetAround(Protocol):
         """An LM call is about to begin; raises if it must not."""
 
     def settle(self, call: CallContext, telemetry: Any, error: BaseException | None) -> None:
-        """An LM call has ended; raises if the budget cannot hold."""
+        """An LM call has ended; raises if the budget cannot be enforced."""
 
     def admit_task(self, call: CallContext) -> None:
         """A task is about to go to a worker process, where no budget holds; raises if it must not."""

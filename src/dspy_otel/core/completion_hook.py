@@ -138,7 +138,7 @@ def _load_uploads(files: WithoutExemplars) -> Completions | None:
     thread.start()
     thread.join(_SECONDS)
     if thread.is_alive():
-        warn_once("store", "the store of content does not answer: what is said until it does is not kept there")
+        warn_once("store", "the store of content does not answer: content is not stored until it does")
         return completions
     for error in problems:
         if isinstance(error, ImportError):

@@ -244,7 +244,7 @@ class Telemetry:
         Args:
             span: the span.
             error: the exception. One that is no ``Exception`` cancels, or ends the program, and is no fault.
-            attributes: what may be said of it on the span.
+            attributes: those that the span may have of it.
             event: the name of the log event.
         """
         severity = SeverityNumber.WARN if isinstance(error, Exception) else SeverityNumber.DEBUG

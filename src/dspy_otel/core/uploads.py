@@ -2,7 +2,7 @@
 
 The hook decides on the names of files, their form and the references. Its own threads would keep a program from
 ending while a store hangs, and it logs each file that it cannot write. Here, daemon threads write; what is lost is
-counted, and said once.
+counted, and logged once.
 
 Of ``opentelemetry-util-genai``, this overrides ``UploadCompletionHook._submit_all``, which takes the files of a call,
 and calls its ``_do_upload``, which writes one. In a version that has neither, that hook does everything by itself.
@@ -211,7 +211,7 @@ class Writers:
 
 
 def _named(error: Exception) -> str:
-    """The type of error that a store has answered with, of which the first is said."""
+    """The type of an error of the store, for the count of what is lost. The first of each type is logged."""
     kind = type(error).__name__
     warn_once(
         ("store of content", kind),
