@@ -29,7 +29,7 @@ from dspy_otel.content import redaction
 from dspy_otel.core import internal_errors
 from tests.support.older import skip_what_is_newer
 from tests.support.openai_server import OpenAIServer, openai_server
-from tests.support.spans import Recorder
+from tests.support.spans import Recorder, forget_harmless_texts
 
 _MADE = os.environ["XDG_STATE_HOME"]
 _FOREIGN_SETTINGS = re.compile(
@@ -68,6 +68,7 @@ def isolated(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) ->
             monkeypatch.delenv(name)
     internal_errors.reset_warnings()
     redaction._known.clear()
+    forget_harmless_texts()
     _reset_dspy()
     yield
     instrumentor = DSPyInstrumentor()

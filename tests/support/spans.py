@@ -17,6 +17,7 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 import dspy_otel
+from dspy_otel.content import encoder
 
 try:
     from opentelemetry.sdk._logs.export import InMemoryLogRecordExporter
@@ -29,6 +30,11 @@ _IDS = frozenset({"dspy.program.id", "dspy.example.id", "dspy.evaluation.id", "d
 # are on loopback; tests that are about them say so themselves.
 _LEFT_OUT = frozenset({"dspy.lm.engine", "dspy.lm.cost.loopback"})
 _SECONDS = frozenset({"gen_ai.response.time_to_first_chunk", "dspy.lm.retry.delay"})
+
+
+def forget_harmless_texts() -> None:
+    """From now on each text is searched for secrets again, also one that was searched before in this process."""
+    encoder._harmless = encoder._Harmless()
 
 
 class Recorder:
