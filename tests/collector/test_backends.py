@@ -118,9 +118,11 @@ def test_prometheus_knows_tokens_cost_and_calls_to_the_last_one(stack: Stack) ->
     production = Counter(
         (span.attributes["dspy.program.name"], span.attributes["dspy.program.id"], span.attributes.get("error.type"))
         for span in stack.spans
-        if "gen_ai.workflow.name" in span.attributes
+        if "dspy.module.class" in span.attributes
+        and "dspy.module.path" not in span.attributes
         and not {"dspy.evaluation.id", "dspy.optimizer.run.id"} & span.attributes.keys()
     )
+    assert ("ReAct",) in {name[:1] for name in production}
     labels = ("dspy_program_name", "dspy_program_id", "error_type")
     assert (
         stack.last("sum by (dspy_program_name, dspy_program_id, error_type) (dspy_program_calls_total)", *labels)

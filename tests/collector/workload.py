@@ -68,8 +68,9 @@ def conversation(session: str, user: str) -> Any:
 
 
 def production(seconds: float = 6.0) -> None:
-    """Calls of two programs, some of which go wrong, for some seconds: rates need time."""
+    """Calls of three programs, some of which go wrong, for some seconds: rates need time."""
     program, dictionary, until = ColourFamily(), Dictionary(), time.monotonic() + seconds
+    agent = dspy.ReAct("word -> meaning", tools=[look_up], max_iters=2)
     number = 0
     names = [
         CANARIES["input"],
@@ -84,6 +85,8 @@ def production(seconds: float = 6.0) -> None:
             if number % 7 == 0:
                 with contextlib.suppress(Exception):
                     dictionary(word="unreadable always")
+                with trace.get_tracer("web").start_as_current_span("POST /ask"):
+                    agent(word=f"plum {number}")
         number += 1
         time.sleep(0.2)
     asyncio.run(streamed(program))
