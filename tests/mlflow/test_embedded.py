@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import sqlite3
 from pathlib import Path
 
 import pytest
 
+from dspy_otel.mlflow.backends.base import Batch
 from dspy_otel.mlflow.retry import ExportError
 from dspy_otel.mlflow.target import Target
 from dspy_otel.mlflow.translate import translate
@@ -61,3 +64,20 @@ def test_mlflow_logs_errors_of_the_users_calls_and_not_of_ours(tmp_path: Path) -
         assert len(kept.lines) == 1
     finally:
         logger.removeHandler(kept)
+
+
+@pytest.mark.slow
+def test_a_store_that_another_program_holds_is_waited_for_once(telemetry: Recorder, tmp_path: Path) -> None:
+    """MLflow waits for 20 s itself: a second call, span by span, would wait as long and find the same."""
+    from dspy_otel.mlflow.backends.embedded import EmbeddedBackend
+
+    file = tmp_path / "mlflow.db"
+    backend = EmbeddedBackend(Target(f"sqlite:///{file}"))
+    telemetry.tracer.start_span("Predict").end()
+    batch = Batch(encode(translate(telemetry.spans)), {}, [])
+    with contextlib.closing(sqlite3.connect(file, isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        with pytest.raises(ExportError, match="locked by another program") as caught:
+            backend.deliver(batch)
+        assert caught.value.unavailable
+    assert backend.deliver(batch)

@@ -32,7 +32,7 @@ from dspy_otel.mlflow.backends import open_backend
 from dspy_otel.mlflow.journal import ENV_SPOOL, Journal, spool_directory, spool_limit
 from dspy_otel.mlflow.pending import UserRun
 from dspy_otel.mlflow.replay import recover
-from dspy_otel.mlflow.retry import clean
+from dspy_otel.mlflow.retry import LOCKED, clean
 from dspy_otel.mlflow.runs import count_assessments, key_of_start
 from dspy_otel.mlflow.source import source_tags
 from dspy_otel.mlflow.target import Target
@@ -502,8 +502,9 @@ class MLflowProcessor(SpanProcessor):
 
         def stop() -> None:
             worker.stop(time.time_ns())
-            worker.retry_now()
-            worker.backoff.restart()
+            if worker.backoff.error is None or worker.backoff.error.cause != LOCKED:  # which was waited for just now
+                worker.retry_now()
+                worker.backoff.restart()
             self._stop.set()
             self._wake.set()
 
@@ -526,8 +527,10 @@ class MLflowProcessor(SpanProcessor):
             if now != progress:
                 progress, since = now, time.monotonic()
             hangs = self._target.is_server and not now
+            failed = self.worker.backoff.error
+            locked = failed is not None and failed.cause == LOCKED
             stuck = any(segment.failures for segment in self.journal.segments)
-            if (hangs or stuck) and time.monotonic() - since > HANGS_AFTER:
+            if (hangs or locked or stuck) and time.monotonic() - since > HANGS_AFTER:
                 return
 
     def _close(self) -> None:

@@ -41,6 +41,9 @@ MAX_TEXT: Final = 200
 MAX_ADDRESS: Final = 4_096
 """Most characters of an address: people copy it."""
 
+LOCKED: Final = "locked"
+"""The cause of errors of a store that another program holds."""
+
 _random: Final = random.SystemRandom()
 """A generator of our own: a program that seeds Python's shared one gets the same numbers with us."""
 _LATER: Final = frozenset({408, 421, 423, 425, 429})

@@ -32,7 +32,7 @@ from dspy_otel.mlflow.backends.base import OLDEST_MLFLOW, Batch, CreatedRun, Fou
 from dspy_otel.mlflow.backends.embedded_registry import EmbeddedRegistry
 from dspy_otel.mlflow.backends.registry import Registry
 from dspy_otel.mlflow.locks import importing, lock_for
-from dspy_otel.mlflow.retry import MAX_ADDRESS, ExportError, Verdict, clean
+from dspy_otel.mlflow.retry import LOCKED, MAX_ADDRESS, ExportError, Verdict, clean
 from dspy_otel.mlflow.runs import (
     TAG_KEY,
     TAG_NAME,
@@ -129,7 +129,7 @@ class EmbeddedBackend:
 
     # --- spans ------------------------------------------------------------------------------------------------------
     def deliver(self, batch: Batch) -> bool:
-        """Write all in one transaction."""
+        """Write all in one transaction, unless another program holds the store."""
         store = self._traces.store
         if not hasattr(store, "ManagedSessionMaker"):
             return False
@@ -145,6 +145,8 @@ class EmbeddedBackend:
                         shared.link_traces_to_run(list(trace_ids[start : start + base.MAX_LINKS]), run_id)
                 self._add_scores(session, batch.scores)
         except Exception as error:
+            if _is_locked(error):
+                raise self._locked() from error
             _logger.debug("not in one transaction: %s", base.first_line(error))
             return False
         self.answered += 1
@@ -342,6 +344,8 @@ class EmbeddedBackend:
         except ExportError:
             raise
         except Exception as error:
+            if _is_locked(error):
+                raise self._locked() from error
             code = getattr(error, "error_code", None)
             if code == "RESOURCE_DOES_NOT_EXIST" and cause in _OF_RUNS:
                 raise base.lost(self.name) from error
@@ -350,6 +354,9 @@ class EmbeddedBackend:
             raise ExportError(cause, message, Verdict.SPLIT if permanent else Verdict.LATER) from error
         self.answered += 1
         return result
+
+    def _locked(self) -> ExportError:
+        return ExportError(LOCKED, f"MLflow's store {self.name} is locked by another program.", unavailable=True)
 
     def _by_id(self, experiment_id: str) -> FoundExperiment | None:
         from mlflow.exceptions import MlflowException
@@ -372,6 +379,11 @@ class EmbeddedBackend:
         except Exception as error:
             message = f"MLflow did not create {name!r}: {clean(base.first_line(error))}"
             raise ExportError("experiment", message) from error
+
+
+def _is_locked(error: Exception) -> bool:
+    """Whether another program writes to the sqlite store, for longer than MLflow waits (20 s)."""
+    return getattr(error, "error_code", None) == "TEMPORARILY_UNAVAILABLE" and "database is locked" in str(error)
 
 
 def _sharing(session: Any) -> Callable[..., Any]:
