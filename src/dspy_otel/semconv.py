@@ -306,6 +306,7 @@ METRIC_OPERATION_INPUT_TOKENS: Final = "gen_ai.client.inference.operation.input_
 METRIC_OPERATION_OUTPUT_TOKENS: Final = "gen_ai.client.inference.operation.output_tokens"
 METRIC_USAGE_INPUT_TOKENS: Final = "gen_ai.client.inference.usage.input_tokens"
 METRIC_USAGE_OUTPUT_TOKENS: Final = "gen_ai.client.inference.usage.output_tokens"
+METRIC_INVOKE_AGENT_DURATION: Final = "gen_ai.invoke_agent.duration"
 METRIC_TOOL_DURATION: Final = "gen_ai.execute_tool.duration"
 METRIC_MODULE_DURATION: Final = "dspy.module.duration"
 METRIC_LM_COST: Final = "dspy.lm.cost"

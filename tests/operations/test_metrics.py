@@ -11,6 +11,7 @@ from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.id_generator import IdGenerator
 from opentelemetry.sdk.trace.sampling import ALWAYS_OFF
 
+from tests.operations.common import dummy
 from tests.operations.test_evaluation import ROWS, Program, evaluate
 from tests.support.openai_server import Reply
 from tests.support.registry import broken_rules
@@ -138,6 +139,37 @@ async def test_renamed_metrics(telemetry, server, monkeypatch, opt_in, expected,
         if expected >= NEW:
             for name in ("operation", "usage"):
                 assert amount(telemetry, f"gen_ai.client.inference.{name}.{direction}_tokens") == tokens
+    assert not broken_rules(telemetry)
+
+
+WORKFLOW_NAMES = {"gen_ai.workflow.name", "gen_ai.agent.name"}
+
+
+@pytest.mark.parametrize(
+    ("opt_in", "named"),
+    [
+        ("default", {"gen_ai.workflow.name"}),
+        ("gen_ai", {"gen_ai.agent.name"}),
+        ("gen_ai/dup", WORKFLOW_NAMES),
+    ],
+)
+def test_a_workflow_is_an_agent_by_option(telemetry, opt_in, named):
+    telemetry.instrument(semconv_opt_in=opt_in)
+    program = Program()
+    with dspy.context(lm=dummy({"answer": "Paris"})):
+        program(question="Where?")
+        with pytest.raises(TypeError):
+            program(place="Bern")
+    for span in telemetry.named("invoke_workflow Program"):
+        names = {name: value for name, value in span.attributes.items() if name in WORKFLOW_NAMES}
+        assert names == dict.fromkeys(named, "Program")
+    metric = telemetry.metrics().get("gen_ai.invoke_agent.duration")
+    assert (metric is None) == (opt_in == "default")
+    if metric is not None:
+        good, failed = (dict(point.attributes) for point in metric.data.data_points)
+        operation = {"gen_ai.operation.name": "invoke_workflow", "dspy.program.name": "Program"}
+        assert good == {**operation, "gen_ai.agent.name": "Program"}
+        assert failed == {**good, "error.type": "TypeError"}
     assert not broken_rules(telemetry)
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
 
 from dspy_otel import semconv
+from dspy_otel.config import SemconvOptIn
 from dspy_otel.content import introspection
 from dspy_otel.content.names import class_name
 from dspy_otel.core.attributes import Attributes, Labels, repair, sendable_name
@@ -95,7 +96,7 @@ class ModuleOperation(Operation):
         placed = outermost or id(instance) in program.paths
         description: ModuleDescription | None = program.descriptions.get(id(instance)) if placed else None
         if description is None or description.outermost is not outermost:
-            description = describe(instance, program, path, outermost)
+            description = describe(instance, program, path, outermost, self.telemetry.config.semconv_opt_in)
             openinference(
                 description.attributes, self.telemetry, semconv.KIND_AGENT if is_agent(instance) else semconv.KIND_CHAIN
             )
@@ -165,6 +166,11 @@ class ModuleOperation(Operation):
             if error is not None:
                 labels = {**labels, semconv.ERROR_TYPE: error_type(error)}
             telemetry.metrics.module_duration.record(seconds, labels, call.otel_context)
+            agent: Attributes | None = state.description.agent
+            if agent is not None and (duration := telemetry.metrics.agent_duration) is not None:
+                if error is not None:
+                    agent = {**agent, semconv.ERROR_TYPE: error_type(error)}
+                duration.record(seconds, agent, call.otel_context)
         parent = call.context.parent
         if parent is not None and parent.role_after is not None:
             parent.module_answered(call.instance)
@@ -205,6 +211,7 @@ class ModuleDescription(NamedTuple):
         span: span name.
         attributes: identifying attributes of the span.
         labels: attributes of its metrics.
+        agent: those of the conventions' own metric, where that is asked for and the module is a workflow or an agent.
         outermost: whether the module was the program itself.
         signatures: the signature of its last call, and its attributes.
     """
@@ -212,11 +219,14 @@ class ModuleDescription(NamedTuple):
     span: str
     attributes: Attributes
     labels: Labels
+    agent: Labels | None
     outermost: bool
     signatures: list[tuple[weakref.ref[type], Attributes]]
 
 
-def describe(instance: Any, program: Program, path: str | None, outermost: bool) -> ModuleDescription:
+def describe(
+    instance: Any, program: Program, path: str | None, outermost: bool, opt_in: SemconvOptIn = "default"
+) -> ModuleDescription:
     """Span name and identifying attributes of a module's calls.
 
     Args:
@@ -224,6 +234,7 @@ def describe(instance: Any, program: Program, path: str | None, outermost: bool)
         program: the program it is called in.
         path: where the module sits in the program, if it does.
         outermost: whether the module is the program itself.
+        opt_in: whether a workflow's name is that of a workflow, as it was first, that of an agent, or both.
     """
     shown = class_name(type(instance))
     labels: Attributes = {semconv.MODULE_CLASS: shown, semconv.PROGRAM_NAME: program.name}
@@ -240,11 +251,18 @@ def describe(instance: Any, program: Program, path: str | None, outermost: bool)
         span = f"{semconv.OPERATION_INVOKE_AGENT} {agent}"
     elif outermost:
         attributes[semconv.GEN_AI_OPERATION_NAME] = semconv.OPERATION_INVOKE_WORKFLOW
-        attributes[semconv.GEN_AI_WORKFLOW_NAME] = shown
+        if opt_in != "gen_ai":
+            attributes[semconv.GEN_AI_WORKFLOW_NAME] = shown
+        if opt_in != "default":
+            attributes[semconv.GEN_AI_AGENT_NAME] = shown
         span = f"{semconv.OPERATION_INVOKE_WORKFLOW} {shown}"
     else:
         span = f"{shown} {path}" if path else shown
-    return ModuleDescription(sendable_name(span), attributes, Labels(labels), outermost, [])
+    invoked: Labels | None = None
+    if opt_in != "default" and semconv.GEN_AI_OPERATION_NAME in attributes:
+        named = (semconv.GEN_AI_OPERATION_NAME, semconv.GEN_AI_AGENT_NAME, semconv.PROGRAM_NAME)
+        invoked = Labels({name: attributes[name] for name in named})
+    return ModuleDescription(sendable_name(span), attributes, Labels(labels), invoked, outermost, [])
 
 
 def call_signature(stored: dict[str, Any], kwargs: dict[str, Any]) -> Any:
