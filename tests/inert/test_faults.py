@@ -948,19 +948,19 @@ def unwatched(scenario: str) -> Any:
 
 
 def some(places: set[str]) -> list[Any]:
-    """All of them, of which every twelfth runs in the fast suite, for those of optimizers take longer; see below."""
+    """All of them, of which every twelfth runs in the fast suite, for those of optimizers take longer; see below.
 
-    def is_fast(index: int, place: str) -> bool:
+    Where no scenario comes by, or only a late one, all scenarios run before that is known: that takes a minute.
+    """
+
+    def mark(index: int, place: str) -> Any:
+        if NEVER_CALLED.search(place) or AT_TIMES.search(place):
+            return pytest.mark.nightly
         return (
-            index % 12 == 0
-            and not place.startswith(("optimizers.", "core.deferred_spans."))
-            and not NEVER_CALLED.search(place)
+            [] if index % 12 == 0 and not place.startswith(("optimizers.", "core.deferred_spans.")) else seldom(index)
         )
 
-    return [
-        pytest.param(place, marks=[] if is_fast(index, place) else seldom(index))
-        for index, place in enumerate(sorted(places))
-    ]
+    return [pytest.param(place, marks=mark(index, place)) for index, place in enumerate(sorted(places))]
 
 
 def seldom(index: int) -> pytest.MarkDecorator:
