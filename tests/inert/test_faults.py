@@ -569,6 +569,8 @@ def calls_of(run: Callable[[], Any]) -> set[str]:
 
 GEPA_ALONE = find_spec("gepa") is not None and find_spec("gepa.strategies.proposal_sampling") is not None
 """Whether this GEPA has callbacks for all of its doors, and proposes several candidates at once."""
+GEPA_ENGINES = GEPA_ALONE and find_spec("gepa.gepa_launcher") is not None
+"""Whether its ``optimize_anything`` runs any engine: after 0.1.4."""
 
 
 # --- what exercises them -------------------------------------------------------------------------------------------
@@ -590,6 +592,8 @@ SCENARIOS["resumed GEPA"] = lambda: resumed()
 if GEPA_ALONE:
     SCENARIOS["GEPA alone"] = lambda: alone()
     SCENARIOS["GEPA alone, several candidates at once"] = lambda: alone(at_once=True)
+if GEPA_ENGINES:
+    SCENARIOS["GEPA's engines"] = lambda: engines()
 SCENARIOS["DSPy's own tracing"] = lambda: natively()
 SCENARIOS["kept traces"] = lambda: optimized("BootstrapFewShotWithRandomSearch")
 SCENARIOS["dropped traces"] = lambda: optimized("BootstrapFewShotWithRandomSearch")
@@ -882,6 +886,22 @@ def anything(**options: Any) -> Any:
     return gepa_runs.outcome(gepa_runs.optimize_anything(**options))
 
 
+def engines() -> Any:
+    """``optimize_anything`` with GEPA's own engine, row by row and grouped, and with one that asks over HTTP."""
+    from tests.optimizers import engine_runs
+
+    with tempfile.TemporaryDirectory() as folder:
+        config = engine_runs.by_gepa(25)
+        config.output_dir = folder
+        own = engine_runs.outcome(engine_runs.run(config=config, test_set=engine_runs.ROWS[5:6]))
+        asks = engine_runs.Asks(*engine_runs.ALL_REQUESTS)
+        engine_runs.run(config=engine_runs.oa.OptimizeAnythingConfig(engine=asks, output_dir=folder))
+        few = engine_runs.by_gepa(10)
+        few.output_dir = folder
+        together = engine_runs.outcome(engine_runs.run(None, few, batch_evaluator=engine_runs.together))
+    return own, asks.scores, together
+
+
 NEVER_CALLED = re.compile(
     r"LightSpan\.__repr__|LightTracer\.start_as_current_span|"
     r"optimizers\.(trackers\.)?(finetune|reanchor|progress)\.|interpreter|typed|_CountedStream|_counted_stream"
@@ -890,12 +910,13 @@ NEVER_CALLED = re.compile(
     r"|worker_tasks\._after_fork$|UsageOfTask\.add_sums$|Sums\.as_one_call$"
     r"|NativeTracing\.(starting|ending)$"
     r"|telemetry\._stands_alone$|DroppedTrace\.start_span$"
-    r"|GEPATracker\.copied$|is_trace_id_random|parent_of_process|gepa\.(GEPAWithoutEvents|OldGEPA)Tracker|gepa\._takes"
+    r"|(GEPA|Engine)Tracker\.copied$|is_trace_id_random|parent_of_process|gepa\.(GEPAWithoutEvents|OldGEPA)Tracker|gepa\._takes"
     r"|\.((Enclosed)?Operation|Tracker|Blob|SpanFactory)\.\w+$|_Pending|_moment|moment$"
     r"|secret_rules\._with_digit|redaction\._inner|lineage\.optimization$"
     r"|\.id_key\.|_row_id$|introspection\._looks_up_itself$"
     r"|\.Walker\.(text|integer|real|other|entry|cut|stop)$|_Canonical\.cut|_Harmless\._unseen$"
     + ("" if GEPA_ALONE else r"|\.doors\.|\.texts\.")
+    + ("" if GEPA_ENGINES else r"|\.engines\.")
     + (
         r"|completion_hook\._?load(_uploads)?$|uploads\.(make|reason_of|_named|Writers\.(close|_begin))$"
         if GENAI

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib
 import io
 import re
 from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
 
 gepa: Any = pytest.importorskip("gepa")
 module: Any = pytest.importorskip("gepa.optimize_anything", reason="GEPA before 0.1.0 has no optimize_anything")
+if find_spec("gepa.gepa_launcher") is not None:  # after 0.1.4: what runs behind a front, and can be called as before
+    module = importlib.import_module("gepa.gepa_launcher")
 if "callbacks" not in module.GEPAConfig.__dataclass_fields__:
     pytest.skip("before GEPA 0.1.2 optimize_anything has no callbacks", allow_module_level=True)
 
@@ -32,6 +36,20 @@ def score(texts: Any, row: Any) -> float:
 def reflect(prompt: Any) -> str:
     """A function of the prompt alone."""
     return f"```\nVersion {hash_of(str(prompt)) % 10_000}\n```"
+
+
+class AtOnce:
+    """A reflection LM that answers the prompts of several proposals in one call, in threads of its own."""
+
+    def __init__(self, reflection: Any = reflect) -> None:
+        self.reflection = reflection
+
+    def __call__(self, prompt: Any) -> str:
+        return str(self.reflection(prompt))
+
+    def batch_complete(self, prompts: list[Any]) -> list[str]:
+        with ThreadPoolExecutor(3) as pool:
+            return list(pool.map(self, prompts))
 
 
 class Adapter:
@@ -69,9 +87,9 @@ class Adapter:
 class Batched(Adapter):
     """Evaluates several candidates in one call, side by side."""
 
-    def batch_evaluate(self, items: Any) -> Any:
+    def batch_evaluate(self, items: Any, capture_traces: bool = True) -> Any:
         with ThreadPoolExecutor(4) as pool:
-            return list(pool.map(lambda item: self.evaluate(item[1], item[0], capture_traces=True), items))
+            return list(pool.map(lambda item: self.evaluate(item[1], item[0], capture_traces), items))
 
 
 def optimize(adapter: Any = None, calls: int = 60, reflection: Any = reflect, **options: Any) -> Any:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
+from importlib.util import find_spec
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,10 +19,12 @@ from dspy_otel.optimizers.doors import Batch
 from dspy_otel.record.history import optimizations
 from dspy_otel.reports import render
 from tests.optimizers import common, gepa_runs
-from tests.optimizers.gepa_runs import Adapter, module, optimize, optimize_anything, outcome, rate
+from tests.optimizers.gepa_runs import Adapter, Batched, module, optimize, optimize_anything, outcome, rate, reflect
 
 GEPA = tuple(map(int, version("gepa").split(".")[:3]))
-whole = pytest.mark.skipif(GEPA < (0, 1, 4), reason="other GEPA versions have other parameters")
+whole = pytest.mark.skipif(
+    GEPA < (0, 1, 4) or find_spec("gepa.gepa_launcher") is not None, reason="other GEPA versions have other parameters"
+)
 
 RUNS: dict[str, Callable[[], Any]] = {
     "optimize": lambda: optimize(use_merge=True, calls=45),
@@ -28,6 +32,14 @@ RUNS: dict[str, Callable[[], Any]] = {
     "optimize_anything": lambda: optimize_anything(parallel=False),
     "optimize_anything in threads": optimize_anything,
 }
+if find_spec("gepa.strategies.proposal_sampling") is not None:
+    RUNS["optimize with several proposals at once"] = lambda: optimize_many(reflect)
+
+
+def optimize_many(reflection: Any, calls: int = 60) -> Any:
+    """Proposals by one call of the reflection LM, evaluated by one call of the adapter."""
+    sampling = importlib.import_module("gepa.strategies.proposal_sampling").IndependentSampling(3)
+    return optimize(Batched(), calls, gepa_runs.AtOnce(reflection), sampling_strategy=sampling)
 
 
 @whole
@@ -103,10 +115,21 @@ def _of(span: Any, run: str) -> bool:
     return bool(span.attributes["dspy.optimizer.run.id"] == run)
 
 
-def test_reflection_by_dspy_is_reflection(telemetry: Any) -> None:
+@pytest.mark.parametrize("at_once", [False, True])
+def test_reflection_by_dspy_is_reflection(telemetry: Any, at_once: bool) -> None:
+    """Also where it is asked for several proposals in one call."""
+    if at_once and "optimize with several proposals at once" not in RUNS:
+        pytest.skip("this GEPA makes one proposal at a time")
     lm = common.HashLM("embedded/hash", cache=False)
+
+    def reflection(prompt: Any) -> str:
+        return str((lm(messages=prompt) if isinstance(prompt, list) else lm(prompt))[0])
+
     telemetry.instrument()
-    optimize(calls=20, reflection=lambda prompt: lm(prompt)[0])
+    if at_once:
+        optimize_many(reflection, 30)
+    else:
+        optimize(calls=20, reflection=reflection)
     span = telemetry.only("compile GEPA")
     assert span.attributes["dspy.usage.reflection.lm_calls"] == len(telemetry.named("chat")) > 0
     assert {call.attributes["dspy.optimizer.phase"] for call in telemetry.named("chat")} == {"reflect"}
@@ -197,6 +220,28 @@ def test_callbacks_and_configuration_of_the_user_stay(telemetry: Any) -> None:
     assert config.callbacks is given
     assert given[0].seen
     assert len(telemetry.named("compile GEPA")) == 2
+
+
+def test_gepa_gets_what_it_gets_unwatched(telemetry: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Callbacks, in a copy of its settings, are all that is added. A default that is not GEPA's own stays GEPA's."""
+    seen: list[Any] = []
+
+    def anything(seed_candidate: Any, *, evaluator: Any, dataset: Any = None, valset: Any = None, config: Any = None):
+        seen.append((seed_candidate, dataset, valset, config))
+
+    anything.__annotations__["config"] = "GEPAConfig | None"
+    monkeypatch.setattr(module, "optimize_anything", anything)
+    telemetry.instrument()
+    module.optimize_anything("Answer.", evaluator=rate, dataset=gepa_runs.ROWS)
+    *given, config = seen.pop()
+    assert given == ["Answer.", gepa_runs.ROWS, None]
+    assert vars(config).keys() == vars(module.GEPAConfig()).keys()
+    assert len(config.callbacks) == 1
+    for name, value in vars(module.GEPAConfig()).items():
+        assert name == "callbacks" or getattr(config, name) == value
+    anything.__annotations__["config"] = "OptimizeAnythingConfig | None"
+    module.optimize_anything("Answer.", evaluator=rate, dataset=gepa_runs.ROWS)
+    assert seen == [("Answer.", gepa_runs.ROWS, None, None)]
 
 
 def test_a_task_without_rows(telemetry: Any) -> None:

@@ -82,6 +82,8 @@ def test_same_with_and_without(name: str, seed: int, content: str, traces: str) 
         assert watched[part] == value, part
 
 
+ANYTHING = ("gepa.gepa_launcher", "gepa.optimize_anything")
+"""Where GEPA has its own function of that name; after 0.1.4 in the first one."""
 PATCHED = [
     ("dspy.teleprompt.mipro_optimizer_v2", "MIPROv2._select_and_insert_instructions_and_demos"),
     ("dspy.teleprompt.mipro_optimizer_v2", "MIPROv2.compile"),
@@ -93,7 +95,8 @@ PATCHED = [
     ("dspy.predict.parallel", "Parallel.__call__"),
     ("dspy.teleprompt.grpo", "GRPO.report_validation_metrics"),
     ("gepa", "optimize"),
-    *([("gepa.optimize_anything", "optimize_anything")] if find_spec("gepa.optimize_anything") else []),
+    *next(([(module, "optimize_anything")] for module in ANYTHING if find_spec(module)), []),
+    *([("gepa.oa.eval_server", "EvalServer.evaluate")] if find_spec(ANYTHING[0]) else []),
 ]
 
 

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
+from importlib.util import find_spec
 from typing import Any
 
 from dspy_otel.operations import native_tracing
@@ -22,6 +23,8 @@ Holds = Callable[[Any], bool]
 NEVER = (99,)
 PROPOSED = (98,)
 """`since` of what DSPy may have one day."""
+ENGINES = find_spec("gepa") is not None and find_spec("gepa.gepa_launcher") is not None
+"""Whether this GEPA's `optimize_anything` runs any engine."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,7 @@ class Feature:
         since: first DSPy version that has it.
         until: first DSPy version that has it no more.
         replaces: we put a wrapper there.
+        with_engines: only GEPA after 0.1.4 has it, whose `optimize_anything` runs any engine.
     """
 
     place: str
@@ -47,17 +51,20 @@ class Feature:
     since: tuple[int, ...] = (3, 0, 4)
     until: tuple[int, ...] = NEVER
     replaces: bool = True
+    with_engines: bool = False
 
     @property
     def here(self) -> bool:
-        """Whether the DSPy that is installed should have it."""
-        return self.since <= DSPY < self.until
+        """Whether the DSPy, or the GEPA, that is installed should have it."""
+        return self.since <= DSPY < self.until and (ENGINES or not self.with_engines)
 
     @property
     def versions(self) -> str:
         """For people: which DSPy versions."""
         if self.since == PROPOSED:
             return "proposed"
+        if self.with_engines:
+            return "with GEPA after 0.1.4"
         first, last = ".".join(map(str, self.since)), ".".join(map(str, self.until))
         if self.since <= (3, 0, 4):
             return "all" if self.until == NEVER else f"before {last}"
@@ -131,6 +138,7 @@ LM, OLDER, OPS = "operations/lm.py", "operations/older_dspy.py", "operations"
 USAGE = "usage, cost and cache hits of LM calls"
 SIMBA = "SIMBA's trials"
 GEPA = "GEPA's verdicts, parents and reflections"
+SERVER = "evaluations by GEPA's engines, and their parents behind HTTP"
 EVENTS = {
     "on_iteration_start": ("iteration", "state"),
     "on_candidate_selected": ("candidate_idx",),
@@ -469,6 +477,61 @@ FEATURES: tuple[Feature, ...] = (
         lambda function: has("evaluator", "dataset", "valset", "config")(function)
         and declares("callbacks")(sys.modules[function.__module__].GEPAConfig),
         since=(3, 3, 1),
+    ),
+    Feature(
+        "gepa.gepa_launcher:optimize_anything",
+        "the one before; GEPA's own engine looks it up at each run, and gives it a `GEPAConfig`",
+        "optimizers/doors.py",
+        "GEPA's trials in optimizations by `optimize_anything`",
+        has("evaluator", "dataset", "valset", "config"),
+        with_engines=True,
+    ),
+    Feature(
+        "gepa.optimize_anything:_run_engine",
+        "(server, engine, ...): the run of any engine; the server has task, budget and eval_fn",
+        "optimizers/engines.py",
+        "optimizations by GEPA's engines",
+        takes("server", "engine"),
+        with_engines=True,
+    ),
+    Feature(
+        "gepa.optimize_anything:_score_test",
+        "scores a candidate on the test set",
+        "optimizers/engines.py",
+        "the role of LM calls on the test set",
+        with_engines=True,
+    ),
+    Feature(
+        "gepa.oa.eval_server:EvalServer.evaluate",
+        "(self, candidate, example)",
+        "optimizers/engines.py",
+        SERVER,
+        takes("self", "candidate", "example"),
+        with_engines=True,
+    ),
+    Feature(
+        "gepa.oa.eval_server:EvalServer.evaluate_examples",
+        "(self, candidate, example_ids, split), of the rows of iter_split()",
+        "optimizers/engines.py",
+        SERVER,
+        takes("self", "candidate", "example_ids", "split"),
+        with_engines=True,
+    ),
+    Feature(
+        "gepa.oa.eval_server:EvalServer.evaluate_batch",
+        "evaluates pairs by one call of the evaluator",
+        "optimizers/engines.py",
+        SERVER,
+        with_engines=True,
+    ),
+    Feature(
+        "gepa.oa.engines.gepa:GepaEngine",
+        "the engine that calls `gepa.gepa_launcher.optimize_anything`",
+        "optimizers/engines.py",
+        "GEPA's trials in optimizations by `optimize_anything`",
+        lambda kind: calls("optimize_anything")(kind.run),
+        with_engines=True,
+        replaces=False,
     ),
     Feature(
         "gepa.core.callbacks:GEPACallback",

@@ -44,9 +44,9 @@ Observing: TypeAlias = Callable[[Any, dict[str, Any]], "dict[str, Any]"]
 """Given the tracker and GEPA's keyword arguments, gives these with our callbacks beside the user's."""
 
 _OPTIMIZE: Final = "gepa.optimize"
-_ANYTHING: Final = "gepa.optimize_anything"
+ANYTHING: Final = "gepa.optimize_anything"
 _PROMPTS: Final = "mlflow.genai.optimize_prompts"
-_SINGLE_TEXT: Final = "current_candidate"
+SINGLE_TEXT: Final = "current_candidate"
 """The name that ``optimize_anything`` gives a candidate that is one text."""
 _NOT_PARAMETERS: Final = frozenset(
     {"seed_candidate", "trainset", "valset", "dataset", "config", "callbacks", "stop_callbacks", "logger"}
@@ -61,7 +61,12 @@ class GEPA:
 
     Args:
         log_dir: the folder of GEPA's saved state, from which it can continue.
+
+    Attributes:
+        awaited: an engine runs it, which has yet to call the ``optimize_anything`` that is GEPA.
     """
+
+    awaited = False
 
     def __init__(self, log_dir: Any) -> None:
         self.log_dir = log_dir
@@ -121,7 +126,7 @@ class Group:
 
         Two may be of one candidate: the first counts that has such a row which is not evaluated yet.
         """
-        texts = _texts(candidate)
+        texts = texts_of(candidate)
         own = [call for call in self.calls if call.instance.program.texts == texts]
         return next((call for call in own if call.instance.awaits(rows)), own[0] if own else None)
 
@@ -155,12 +160,22 @@ class Doors:
 
         @functools.wraps(original)
         def optimize_anything(*args: Any, **kwargs: Any) -> Any:
-            call = guard(_ANYTHING)(self._open_anything)(original, args, kwargs)
-            if call is not None:
-                kwargs = guard(_ANYTHING)(self._watched)(call, kwargs) or kwargs
+            begun = guard(ANYTHING)(self._begun)()
+            call = guard(ANYTHING)(self._open_anything)(begun, original, args, kwargs)
+            tracker = begun if call is None else call.context.state.tracker
+            if tracker is not None:
+                kwargs = guard(ANYTHING)(self._watched)(tracker, kwargs) or kwargs
             return self._run(call, original, args, kwargs)
 
         return optimize_anything
+
+    def _begun(self) -> Tracker | None:
+        """The tracker of an optimization whose engine now calls GEPA, if this is such a call."""
+        tracker, context = self.tracker(), current_call_context()
+        if tracker is None or context is None or context.owner is not tracker.instance or not tracker.instance.awaited:
+            return None
+        tracker.instance.awaited = False
+        return tracker
 
     def _run(self, call: Call | None, original: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
         try:
@@ -180,49 +195,61 @@ class Doors:
         name, door = introspection.short_name_of(kind), _OPTIMIZE
         if introspection.library(kind) == "mlflow":
             name, door = "optimize_prompts", _PROMPTS
-        return self._open(given, kind, door, name, given.get("trainset"), given.get("run_dir"))
+        self._adapters.of(kind)
+        return self.open(GEPA(given.get("run_dir")), given, door, name)
 
-    def _open_anything(self, original: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
+    def _open_anything(
+        self, begun: Tracker | None, original: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Call | None:
         given = _bound(original, args, kwargs)
-        if not _takes_callbacks(given.get("config")):
+        if not _takes_callbacks(original, given.get("config")):
             return None
         for part in _SETTINGS:
             given.update(introspection.instance_dict(introspection.field(given.get("config"), part)))
         evaluator = given.get("evaluator") if given.get("evaluator") is not None else given.get("batch_evaluator")
-        kind = resolve(_ADAPTER, "OptimizeAnythingAdapter")
-        seed = given.get("seed_candidate")
-        given["seed_candidate"] = {_SINGLE_TEXT: seed} if type(seed) is str else seed
-        return self._open(given, kind, _ANYTHING, callable_name(evaluator), given.get("dataset"), given.get("run_dir"))
+        given["trainset"] = given.get("dataset")
+        self._adapters.of(resolve(_ADAPTER, "OptimizeAnythingAdapter"))
+        # Of an optimization that has begun, these are more arguments.
+        instance = GEPA(given.get("run_dir")) if begun is None else begun.instance
+        return self.open(instance, given, ANYTHING, callable_name(evaluator))
 
-    def _open(self, given: dict[str, Any], kind: type, door: str, name: str, rows: Any, run_dir: Any) -> Call | None:
-        self._adapters.of(kind)
+    def open(self, instance: GEPA, given: dict[str, Any], door: str, name: str) -> Call | None:
+        """Open an optimization of texts.
+
+        Args:
+            instance: the optimizer.
+            given: ``seed_candidate``, ``trainset``, ``valset``, and what else is a parameter.
+            door: which call began it.
+            name: of the program.
+        """
         if not self._carries:
             self._carries = True
             self.patches.wrap(ThreadPoolExecutor, "submit", self._wrap_submit)
         arguments: dict[str, Any] = {key: value for key, value in given.items() if key not in _NOT_PARAMETERS}
         arguments["door"] = door
-        if type(given.get("seed_candidate")) is dict:
-            arguments["student"] = Texts(name, given["seed_candidate"])
-        arguments["trainset"] = _rows(rows)
+        seed = given.get("seed_candidate")
+        if type(seed) is dict or type(seed) is str:
+            arguments["student"] = Texts(name, {SINGLE_TEXT: seed} if type(seed) is str else seed)
+        arguments["trainset"] = _rows(given.get("trainset"))
         arguments["valset"] = _rows(given.get("valset"))
-        return self.optimizers.compile.open(GEPA(run_dir), (), arguments)
+        return self.optimizers.compile.open(instance, (), arguments)
 
-    def _watched(self, call: Call, kwargs: dict[str, Any]) -> dict[str, Any]:
+    def _watched(self, tracker: Tracker, kwargs: dict[str, Any]) -> dict[str, Any]:
         """The arguments of ``optimize_anything`` with our callbacks, and with the evaluator watched.
 
         GEPA takes callbacks in the user's own configuration: it gets a copy of that.
         """
         config = kwargs.get("config")
-        ours: Any = resolve(_MODULE, "GEPAConfig")() if config is None else object.__new__(type(config))
+        ours: Any = resolve(MODULE, "GEPAConfig")() if config is None else object.__new__(type(config))
         if config is not None:
             vars(ours).update(introspection.instance_dict(config))
         names = ("callbacks", "stop_callbacks")
         budget = introspection.field(introspection.field(ours, "engine"), "max_metric_calls")
         given = {"max_metric_calls": budget, **{name: introspection.field(ours, name) for name in names}}
-        observed = self.observing(call.context.state.tracker, given)
+        observed = self.observing(tracker, given)
         vars(ours).update({name: observed[name] for name in names})
         evaluator = kwargs.get("evaluator")
-        watched = {} if evaluator is None else {"evaluator": hooked(evaluator, self._example)}
+        watched = {} if evaluator is None else {"evaluator": hooked(evaluator, self._evaluator)}
         return {**kwargs, **watched, "config": ours}
 
     # --- evaluations ------------------------------------------------------------------------------------------------
@@ -232,10 +259,10 @@ class Doors:
             if any(name in introspection.members_of(base) for base in introspection.bases_of(adapter)):
                 self.patches.around(adapter, name, hook, loses=_LOSES)
 
-    def _tracker(self) -> Tracker | None:
+    def tracker(self) -> Tracker | None:
         """The tracker of the innermost optimization here, if one of these calls began it."""
         tracker = self.optimizers.running(Tracker) if Run.live else None
-        return tracker if tracker is not None and type(tracker.instance) is GEPA else None
+        return tracker if tracker is not None and isinstance(tracker.instance, GEPA) else None
 
     def _evaluate(self, adapter: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Leave | None:
         candidate, rows = argument(args, kwargs, 1, "candidate"), argument(args, kwargs, 0, "batch")
@@ -246,8 +273,8 @@ class Doors:
         if len(items) == 1:
             candidate, rows = items[0]
             return self._evaluation(candidate, rows, lambda returned: next(introspection.items(returned), None))
-        tracker = self._tracker()
-        if tracker is None or not items or self._evaluating():
+        tracker = self.tracker()
+        if tracker is None or not items or self.evaluating():
             return None
         opened = [self.optimizers.evaluate.open_apart(_batch(tracker, *item)) for item in items]
         calls = [call for call in opened if call is not None]
@@ -260,12 +287,13 @@ class Doors:
             for place, call in enumerate(opened):
                 if call is not None:
                     token_of_call = attach(call.otel_context)
-                    self._end(call, answers[place] if place < len(answers) else None, error)
+                    self.end(call, answers[place] if place < len(answers) else None, error)
                     detach(token_of_call)
 
         return leave
 
-    def _evaluating(self) -> bool:
+    def evaluating(self) -> bool:
+        """Whether this is inside an evaluation of the innermost optimization."""
         context = current_call_context()
         return (
             isinstance(None if context is None else context.state, Group)
@@ -273,8 +301,7 @@ class Doors:
         )
 
     def _evaluation(self, candidate: Any, rows: Any, answer: Callable[[Any], Any]) -> Leave | None:
-        tracker = self._tracker()
-        if tracker is None:
+        if self.tracker() is None:
             return None
         context = current_call_context()
         if context is not None and isinstance(context.state, Group):
@@ -284,12 +311,21 @@ class Doors:
                 return None
             token = attach(inner.otel_context)
             return lambda returned, error: detach(token)
-        if self._evaluating():
+        if self.evaluating():
             return None
-        call = self.optimizers.evaluate.open(_batch(tracker, candidate, rows), (), {})
-        return None if call is None else lambda returned, error: self._end(call, answer(returned), error)
+        call = self.open_evaluation(candidate, rows)
+        return None if call is None else lambda returned, error: self.end(call, answer(returned), error)
 
-    def _end(self, call: Call, returned: Any, error: BaseException | None) -> None:
+    def open_evaluation(self, candidate: Any, rows: Any, apart: bool = False) -> Call | None:
+        """Open the evaluation of a candidate on some rows; ``apart``: make nothing current."""
+        tracker = self.tracker()
+        if tracker is None:
+            return None
+        batch, evaluate = _batch(tracker, candidate, rows), self.optimizers.evaluate
+        return evaluate.open_apart(batch) if apart else evaluate.open(batch, (), {})
+
+    def end(self, call: Call, returned: Any, error: BaseException | None) -> None:
+        """Close it; ``returned`` has ``scores`` and ``outputs``, and maybe ``trajectories``, of the rows."""
         results: Any = None
         if error is None:
             results = guard("GEPA's evaluation")(results_of)(call.instance, returned)
@@ -313,20 +349,24 @@ class Doors:
             if example is not None:
                 self.optimizers.example.close(example, answer, None)
 
-    def _example(self, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Leave | None:
-        """One call of the evaluator of ``optimize_anything``, in whichever thread."""
-        tracker = self._tracker()
+    def _evaluator(self, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Leave | None:
+        """One call of the evaluator of ``optimize_anything``."""
+        return self.example(argument(args, kwargs, 0, "candidate"), kwargs.get("example"))
+
+    def example(self, candidate: Any, given: Any) -> Leave | None:
+        """Open the span of one row, with a candidate, of the evaluation here; in whichever thread."""
+        tracker = self.tracker()
         context = current_call_context()
         if tracker is None or context is None:
             return None
         if isinstance(context.state, Group):
-            found = context.state.call_of(argument(args, kwargs, 0, "candidate"), [kwargs.get("example")])
+            found = context.state.call_of(candidate, [given])
             context = None if found is None else found.context
         if context is None or type(context.owner) is not Batch:
             return None
         batch: Batch = context.owner
-        place, repeated = batch.place(kwargs.get("example"))
-        row = batch.devset[place] if place >= 0 else Row(kwargs.get("example"))
+        place, repeated = batch.place(given)
+        row = batch.devset[place] if place >= 0 else Row(given)
         call = self.optimizers.example.open(ExampleRun(row, place, repeated, context), (), {})
         if call is None:
             return None
@@ -353,10 +393,10 @@ class Doors:
         return submit
 
     def _bound(self, function: Callable[..., Any]) -> Callable[..., Any] | None:
-        return None if self._tracker() is None else bind(function)
+        return None if self.tracker() is None else bind(function)
 
 
-_MODULE: Final = "gepa.optimize_anything"
+MODULE: Final = "gepa.optimize_anything"
 _ADAPTER: Final = "gepa.adapters.optimize_anything_adapter.optimize_anything_adapter"
 _DEFAULT: Final = "gepa.adapters.default_adapter.default_adapter"
 
@@ -370,14 +410,17 @@ def _bound(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict
     return dict(bound.arguments)
 
 
-def _takes_callbacks(config: Any) -> bool:
-    """Whether this GEPA's configuration has callbacks: from 0.1.2 on."""
-    kind: Any = resolve(_MODULE, "GEPAConfig") if config is None else type(config)
+def _takes_callbacks(function: Any, config: Any) -> bool:
+    """Whether this GEPA's configuration has callbacks: from 0.1.2 on. Without one, what stands for it must be known."""
+    if config is None and "GEPAConfig" not in str(inspect.signature(function).parameters["config"].annotation):
+        return False
+    kind: Any = resolve(MODULE, "GEPAConfig") if config is None else type(config)
     return kind is not None and "callbacks" in getattr(kind, "__dataclass_fields__", ())
 
 
-def _texts(candidate: Any) -> dict[str, str]:
-    return Texts("", {_SINGLE_TEXT: candidate} if type(candidate) is str else candidate).texts
+def texts_of(candidate: Any) -> dict[str, str]:
+    """A candidate's texts by name."""
+    return Texts("", {SINGLE_TEXT: candidate} if type(candidate) is str else candidate).texts
 
 
 def _rows(rows: Any) -> list[Row] | None:
@@ -387,7 +430,7 @@ def _rows(rows: Any) -> list[Row] | None:
 
 def _batch(tracker: Tracker, candidate: Any, rows: Any) -> Batch:
     given = list(introspection.items(rows))
-    program = Texts(tracker.run.program_name or "", candidate)
+    program = Texts(tracker.run.program_name or "", texts_of(candidate))
     return Batch(program, tracker.arguments.get("evaluator"), [Row(row) for row in given], given)
 
 

@@ -23,6 +23,7 @@ from dspy_otel.operations.evaluation import score_of
 from dspy_otel.operations.module_tree import attributes, named_predictors
 from dspy_otel.operations.texts import Texts
 from dspy_otel.optimizers.doors import Doors
+from dspy_otel.optimizers.engines import Engines
 from dspy_otel.optimizers.phases import PhaseOperation
 from dspy_otel.optimizers.run import MEAN, Run
 from dspy_otel.optimizers.tracker import Evaluation, Phase, Tracker, Trial, hooks, mean_of, tracks
@@ -373,7 +374,10 @@ def patch(optimizers: Optimizers, patches: Patches) -> None:
         optimizers.trackers["GEPA"] = GEPAWithoutEventsTracker
     else:
         optimizers.follows_gepa = True
-        patches.wrap(resolve("gepa.optimize_anything"), "optimize_anything", doors.wrap_anything)
+        launcher = resolve("gepa.gepa_launcher")  # Where GEPA has one, `optimize_anything` runs any engine.
+        patches.wrap(launcher or resolve("gepa.optimize_anything"), "optimize_anything", doors.wrap_anything)
+        if launcher is not None:
+            Engines(doors).patch(patches)
 
 
 def _takes(function: Any, name: str) -> bool:
