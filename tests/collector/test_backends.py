@@ -103,6 +103,22 @@ def chats(stack: Stack) -> list[Span]:
     return [span for span in stack.spans if span.attributes.get("gen_ai.operation.name") == "chat"]
 
 
+def outermost(stack: Stack) -> list[Span]:
+    """Calls of programs in production: spans of modules below no other module's."""
+    spans = {(span.trace, span.id): span for span in stack.spans}
+
+    def inside(span: Span) -> bool:
+        above = spans.get((span.trace, span.parent))
+        return above is not None and ("dspy.module.class" in above.attributes or inside(above))
+
+    elsewhere = {"dspy.evaluation.id", "dspy.optimizer.run.id"}
+    return [
+        span
+        for span in stack.spans
+        if "dspy.module.class" in span.attributes and not elsewhere & span.attributes.keys() and not inside(span)
+    ]
+
+
 def test_prometheus_knows_tokens_cost_and_calls_to_the_last_one(stack: Stack) -> None:
     tokens: Counter[tuple[str]] = Counter()
     cost: Counter[tuple[str]] = Counter()
@@ -115,15 +131,16 @@ def test_prometheus_knows_tokens_cost_and_calls_to_the_last_one(stack: Stack) ->
     spent = stack.last("sum by (dspy_program_name) (dspy_lm_cost_total)", "dspy_program_name")
     assert spent == pytest.approx({key: value for key, value in cost.items() if value})
 
-    production = Counter(
-        (span.attributes["dspy.program.name"], span.attributes["dspy.program.id"], span.attributes.get("error.type"))
-        for span in stack.spans
-        if "dspy.module.class" in span.attributes
-        and "dspy.module.path" not in span.attributes
-        and not {"dspy.evaluation.id", "dspy.optimizer.run.id"} & span.attributes.keys()
-    )
-    assert ("ReAct",) in {name[:1] for name in production}
     labels = ("dspy_program_name", "dspy_program_id", "error_type")
+    production = Counter(
+        tuple(span.attributes.get(name) for name in ("dspy.program.name", "dspy.program.id", "error.type"))
+        for span in outermost(stack)
+    )
+    assert {(name, id_ is not None, error is not None) for name, id_, error in production} >= {
+        ("ReAct", True, False),
+        ("ReAct", True, True),
+        ("Greeter", False, False),
+    }
     assert (
         stack.last("sum by (dspy_program_name, dspy_program_id, error_type) (dspy_program_calls_total)", *labels)
         == production
@@ -136,6 +153,17 @@ def test_prometheus_knows_tokens_cost_and_calls_to_the_last_one(stack: Stack) ->
     )
     assert stack.last("sum by (dspy_adapter_name) (dspy_adapter_parse_errors_total)", "dspy_adapter_name") == events
     assert stack.last("sum(dspy_collector_spans_total)") == {(): len(stack.spans)}
+
+
+def test_prometheus_knows_how_long_calls_in_production_took_and_what_they_cost(stack: Stack) -> None:
+    calls = Counter((span.attributes["dspy.program.name"],) for span in outermost(stack))
+    took = "sum by (dspy_program_name) (dspy_program_duration_seconds_count)"
+    assert stack.last(took, "dspy_program_name") == calls
+    cost: Counter[tuple[str]] = Counter()
+    for span in outermost(stack):
+        cost[span.attributes["dspy.program.name"],] += span.attributes.get("dspy.usage.cost", 0)
+    spent = stack.last("sum by (dspy_program_name) (dspy_program_cost_total)", "dspy_program_name")
+    assert spent == pytest.approx({name: value for name, value in cost.items() if value})
 
 
 def test_prometheus_knows_latency_percentiles(stack: Stack) -> None:

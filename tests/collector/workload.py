@@ -57,6 +57,14 @@ class Dictionary(dspy.Module):
         return self.answer(word=word, entry=self.tool(word=word))
 
 
+class Greeter(dspy.Module):
+    """Has no predictors, so no version; asks an LM, and an agent that it makes on its way."""
+
+    def forward(self, word: str) -> Any:
+        dspy.ReAct("word -> meaning", tools=[look_up], max_iters=1)(word=word)
+        return dspy.Prediction(meaning=dspy.settings.lm(f"Greet {word}.")[0])
+
+
 @contextlib.contextmanager
 def conversation(session: str, user: str) -> Any:
     here = baggage.set_baggage("user.id", user, baggage.set_baggage("session.id", session))
@@ -68,7 +76,7 @@ def conversation(session: str, user: str) -> Any:
 
 
 def production(seconds: float = 6.0) -> None:
-    """Calls of three programs, some of which go wrong, for some seconds: rates need time."""
+    """Calls of four programs, some of which go wrong, for some seconds: rates need time."""
     program, dictionary, until = ColourFamily(), Dictionary(), time.monotonic() + seconds
     agent = dspy.ReAct("word -> meaning", tools=[look_up], max_iters=2)
     number = 0
@@ -87,6 +95,9 @@ def production(seconds: float = 6.0) -> None:
                     dictionary(word="unreadable always")
                 with trace.get_tracer("web").start_as_current_span("POST /ask"):
                     agent(word=f"plum {number}")
+                    Greeter()(word=f"plum {number}")
+                    with contextlib.suppress(Exception):  # no LM answers it
+                        agent(word=f"fails always {number}")
         number += 1
         time.sleep(0.2)
     asyncio.run(streamed(program))

@@ -107,7 +107,7 @@ def _read(store: Backend, traces: Sequence[StoredTrace]) -> list[Answer]:
 def _has_answer(trace: StoredTrace) -> bool:
     """Whether a trace is that of one answer, by its tags."""
     tags = trace.tags
-    return semconv.PROGRAM_ID in tags and (semconv.EVALUATION_ID not in tags or semconv.EXAMPLE_INDEX in tags)
+    return semconv.PROGRAM_NAME in tags and (semconv.EVALUATION_ID not in tags or semconv.EXAMPLE_INDEX in tags)
 
 
 def _unread(trace: StoredTrace) -> Answer:

@@ -142,6 +142,8 @@ class ModuleOperation(Operation):
         if state.parse_errors and self.telemetry.config.event_signal_opt_in == "logs":
             attributes[semconv.ADAPTER_PARSE_ERRORS] = state.parse_errors
         if state.totals is not None:
+            # Always, for it tells a program's call from those inside: an agent that no LM has answered is one, too.
+            attributes[semconv.USAGE_LM_CALLS] = 0
             attributes.update(state.totals.attributes())
         if error is None and self.telemetry.config.content_on_spans:
             put_outputs(self.telemetry, attributes, _output(result))

@@ -23,13 +23,12 @@ _UNNAMED: Final = "metric"
 def is_answer(span: ReadableSpan) -> bool:
     """Whether a span is a program's whole answer, outside of evaluations and optimizations."""
     at = span.attributes or {}
-    if semconv.PROGRAM_ID not in at or semconv.EVALUATION_ID in at or semconv.OPTIMIZER_RUN_ID in at:
+    if semconv.EVALUATION_ID in at or semconv.OPTIMIZER_RUN_ID in at or not is_ours(span):
         return False
     operation = at.get(semconv.GEN_AI_OPERATION_NAME)
-    if operation == semconv.OPERATION_INVOKE_WORKFLOW or span.parent is None:
-        return is_ours(span)
-    # An agent below a request: inside of a program it would have no totals.
-    return operation == semconv.OPERATION_INVOKE_AGENT and semconv.USAGE_LM_CALLS in at and is_ours(span)
+    # An agent inside of a program has no totals.
+    agent = operation == semconv.OPERATION_INVOKE_AGENT and semconv.USAGE_LM_CALLS in at
+    return agent or operation == semconv.OPERATION_INVOKE_WORKFLOW
 
 
 def read_answer(span: ReadableSpan) -> Answer | None:

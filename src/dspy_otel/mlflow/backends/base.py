@@ -265,13 +265,13 @@ def trace_number(trace_id: str) -> int:
 
 def is_of_program(names: Collection[str], events: Iterable[str]) -> bool:
     """Whether a span may be an answer of a program or have a score on it, by its attributes' and events' names."""
-    program = semconv.PROGRAM_ID in names and semconv.GEN_AI_REQUEST_MODEL not in names
+    program = semconv.PROGRAM_NAME in names and semconv.GEN_AI_REQUEST_MODEL not in names
     return program or semconv.LOG_EVALUATION_RESULT in events
 
 
 def scope_of(names: Collection[str]) -> str:
     """The instrumentation scope of a span, of which MLflow keeps nothing."""
-    return semconv.SCOPE_NAME if semconv.PROGRAM_ID in names else ""
+    return semconv.SCOPE_NAME if semconv.PROGRAM_NAME in names else ""
 
 
 def read_with_client(client: Any, run_id: str, path: str) -> str | None:
