@@ -52,10 +52,11 @@ def quantile(share: float, metric: str, by: str = "", labels: str = "") -> str:
 
 
 CALLS, COST = "dspy_program_calls_total", "dspy_lm_cost_total"
+SPENT_ON, TAKEN = "dspy_program_cost_total", "dspy_program_duration_seconds"
 LM, TOKENS = "gen_ai_client_operation_duration_seconds", "gen_ai_client_token_usage_sum"
 MODULE, TOOL = "dspy_module_duration_seconds", "gen_ai_execute_tool_duration_seconds"
 FIRST_CHUNK, HITS = "gen_ai_client_operation_time_to_first_chunk_seconds", "dspy_lm_cache_hits_total"
-OUTERMOST, INSIDE, FAILED = 'dspy_module_path=""', 'dspy_module_path!=""', 'error_type!=""'
+INSIDE, FAILED = 'dspy_module_path!=""', 'error_type!=""'
 NAME, PATH, ERROR, MODEL = "dspy_program_name", "dspy_module_path", "error_type", "gen_ai_request_model"
 VERSION = f"{NAME}, dspy_program_id"
 PARSE_ERRORS = 'sum by (job, dspy_adapter_name) (rate(dspy_adapter_parse_errors_total{job=~"$job"}[$__rate_interval]))'
@@ -68,7 +69,7 @@ LAST_SCORE = (
 PRODUCTION = (
     Panel("Calls", "reqps", 4, ((rate(CALLS), ""),), "Without evaluations and optimizations.", "stat"),
     Panel("Failed", "percentunit", 4, ((share(f"({rate(CALLS, FAILED)} or vector(0))", rate(CALLS)), ""),), "", "stat"),
-    Panel("95 % answer within", "s", 4, ((quantile(0.95, MODULE, labels=OUTERMOST), ""),), "", "stat"),
+    Panel("95 % answer within", "s", 4, ((quantile(0.95, TAKEN), ""),), "", "stat"),
     Panel("Cost per hour", "currencyUSD", 4, ((f"{rate(COST)} * 3600", ""),), "", "stat"),
     Panel("Tokens per second", "short", 4, ((rate(TOKENS), ""),), "", "stat"),
     Panel(
@@ -94,7 +95,7 @@ PRODUCTION = (
         "Duration by program",
         "s",
         12,
-        tuple((quantile(q, MODULE, NAME, OUTERMOST), f"{legend(NAME)} {q:.0%}") for q in (0.5, 0.95, 0.99)),
+        tuple((quantile(q, TAKEN, NAME), f"{legend(NAME)} {q:.0%}") for q in (0.5, 0.95, 0.99)),
     ),
     Panel(
         "Slowest predictors (95 %)",
@@ -166,7 +167,7 @@ PRODUCTION = (
         8,
         (
             (
-                share(rate("dspy_program_cost_total", by=VERSION), rate(CALLS, by=VERSION)),
+                share(rate(SPENT_ON, by=VERSION), rate(CALLS, by=VERSION)),
                 legend(NAME, "dspy_program_id"),
             ),
         ),
@@ -187,7 +188,6 @@ PRODUCTION = (
 )
 
 PER_VERSION = legend(NAME, "dspy_program_id")
-SPENT_ON, TAKEN = "dspy_program_cost_total", "dspy_program_duration_seconds"
 EXAMPLES = "dspy_program_example_score"
 SIDES = (("old", 'dspy_program_id=~"$old"'), ("new", 'dspy_program_id=~"$new"'))
 """The two versions that are chosen at the top of the dashboard."""
