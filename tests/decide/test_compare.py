@@ -18,6 +18,7 @@ import dspy_otel
 from dspy_otel import cli, program_id, semconv
 from dspy_otel.decide import CannotCompareError, find_results
 from dspy_otel.decide.evidence import BETTER, WORSE
+from dspy_otel.decide.results import read_spans
 from dspy_otel.record.history import optimizations
 from dspy_otel.record.otlp import encode
 from tests.optimizers.common import RUNS, quietly, scripted_lm
@@ -195,6 +196,24 @@ def test_the_baseline_and_the_winner_of_an_optimization(telemetry: Any, optimize
     assert find_results(f"{path}#{record.winner}").rows == found.b.rows
     assert find_results(f"{path}#{record.id}/best").rows == found.b.rows
     assert find_results(f"{path}#{record.id}").rows == found.b.rows
+
+
+def test_instructions_are_those_of_predictors_also_of_one_that_is_the_program(telemetry: Any) -> None:
+    telemetry.instrument(capture_content="span_only")
+    texts = "Answer.", "Answer in a word."
+    a, b = (dspy.Predict(dspy.Signature("question -> answer", text)) for text in texts)
+    found = dspy_otel.compare(evaluate(telemetry, ["right"] * 12, a), evaluate(telemetry, ["right"] * 12, b))
+    assert ([change.name for change in found.predictors], found.programs_known) == (["self"], True)
+    # An agent has a signature and is no predictor.
+    agent = dspy.ReAct("question -> answer", tools=[], max_iters=1)
+    telemetry.clear()
+    thought = {"next_thought": "t", "next_tool_name": "finish", "next_tool_args": "{}"}
+    with dspy.context(lm=DummyLM([thought, {"reasoning": "r", "answer": "so"}])):
+        agent(question="why")
+    recorded = read_spans(telemetry.exporter.get_finished_spans())
+    assert {id_: set(texts) for id_, texts in recorded.instructions.items()} == {
+        program_id(agent): {name for name, _ in agent.named_predictors()}
+    }
 
 
 # --- production -----------------------------------------------------------------------------------------------------

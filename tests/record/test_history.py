@@ -6,6 +6,7 @@ import json
 import random
 from typing import Any
 
+import dspy
 import pytest
 from opentelemetry import trace
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
@@ -235,6 +236,24 @@ def test_states_of_candidates_come_once_and_are_known_to_trials_that_score_them_
     assert [trial.program for trial in record.trials] == [None, None]
     assert record.candidates == {"c": Candidate("c", STATE)}
     assert record.content
+
+
+class Odd(dspy.Module):
+    """Has a predictor with the name of a part of a predictor's state."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.signature = dspy.Predict("q -> a")
+
+
+@pytest.mark.parametrize("program", [dspy.Predict("q -> a"), dspy.ChainOfThought("q -> a"), Odd()])
+def test_predictors_have_dspys_names_also_one_that_is_a_program_itself(program: Any) -> None:
+    program = program.deepcopy()
+    ((name, predictor),) = program.named_predictors()
+    predictor.demos = [dspy.Example(q="1", a="2")]
+    found = Candidate("c", json.dumps(program.dump_state())).predictors
+    assert list(found) == [name]
+    assert (found[name].instructions, found[name].demos) == (predictor.signature.instructions, ({"q": "1", "a": "2"},))
 
 
 @pytest.mark.parametrize(("state", "complete"), [(STATE, True), (STATE[:20], False)], ids=["whole", "the SDK cut it"])

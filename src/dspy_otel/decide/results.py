@@ -20,6 +20,7 @@ from dspy_otel.record.history import preview
 from dspy_otel.record.history import results as records_of
 from dspy_otel.record.losses import loss_of
 from dspy_otel.record.model import (
+    WHOLE_PROGRAM,
     Answer,
     Candidate,
     Evaluation,
@@ -231,14 +232,19 @@ def _without_messages(span: ReadableSpan) -> ReadableSpan:
 
 def _put_instructions(found: dict[str, dict[str, str]], at: Mapping[str, Any]) -> None:
     """Keep those of a predictor's call; in an optimization, candidates have their whole states."""
-    needed = (semconv.SIGNATURE_INSTRUCTIONS, semconv.PROGRAM_ID, semconv.MODULE_PATH)
+    # An agent has a signature, too, and is no predictor: it has no demos.
+    needed = (semconv.SIGNATURE_INSTRUCTIONS, semconv.PROGRAM_ID, semconv.DEMOS_COUNT)
     if any(name not in at for name in needed) or semconv.OPTIMIZER_RUN_ID in at:
         return
-    text, program, path = (str(at[name]) for name in needed)
+    text, program = str(at[semconv.SIGNATURE_INSTRUCTIONS]), str(at[semconv.PROGRAM_ID])
+    whole = at.get(semconv.GEN_AI_OPERATION_NAME) == semconv.OPERATION_INVOKE_WORKFLOW
+    path = WHOLE_PROGRAM if whole else at.get(semconv.MODULE_PATH)
+    if path is None:
+        return
     if program in found or len(found) < MAX_PROGRAMS:
         of_program = found.setdefault(program, {})
         if path in of_program or len(of_program) < MAX_PREDICTORS:
-            of_program.setdefault(path, text)
+            of_program.setdefault(str(path), text)
 
 
 def _example(answer: Answer, seconds: float | None) -> Example:

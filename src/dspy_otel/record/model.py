@@ -126,6 +126,10 @@ class Predictor:
     demos: tuple[Any, ...] | None = None
 
 
+WHOLE_PROGRAM: Final = "self"
+"""DSPy's name of a predictor that is a program itself; the state of such a program has no names."""
+
+
 @dataclass(frozen=True, slots=True)
 class Candidate:
     """A program with a certain state.
@@ -150,7 +154,12 @@ class Candidate:
         """Predictors by name, from the state: none when it is not known, or cut. Parsed at each call."""
         loaded = load_json(self.state)
         found: dict[str, Predictor] = {}
-        for name, part in loaded.items() if isinstance(loaded, dict) else ():
+        if not isinstance(loaded, dict):
+            return found
+        signature = loaded.get("signature")
+        if isinstance(signature, dict) and "instructions" in signature:
+            loaded = {WHOLE_PROGRAM: loaded}
+        for name, part in loaded.items():
             if not isinstance(part, dict) or not isinstance(part.get("signature"), dict):
                 continue
             instructions, demos = part["signature"].get("instructions"), part.get("demos")
