@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import dspy
@@ -134,16 +135,19 @@ def test_answers_below_requests(store: Store) -> None:
             dspy.Evaluate(devset=ROWS, metric=exact, num_threads=1, display_progress=False)(program)
         with dspy.context(lm=DummyLM([{"answer": "right"}] * 9)):
             for place in range(9):
-                with tracer.start_as_current_span(f"POST /v{version}"):
+                # Some are called without a request, and count as well.
+                with tracer.start_as_current_span(f"POST /v{version}") if place % 3 else contextlib.nullcontext():
                     program(question=f"question {place}")
     store.flush()
     client = TracingClient(store.uri)
     found = dspy_otel.compare(*map(program_id, programs), experiment=store.experiment)
     assert found.a.what == "evaluation of Asking"  # as long as nobody has said anything
     for trace in store.client.search_traces(locations=[store.experiment_id], include_spans=False, max_results=100):
-        if not trace.info.tags["mlflow.traceName"].startswith("POST"):
+        tags = trace.info.tags
+        if semconv.EVALUATION_ID in tags:
             continue
-        value = "yes" if trace.info.tags["mlflow.traceName"] == "POST /v0" else "no"
+        first = tags["mlflow.traceName"] == "POST /v0" or tags.get(semconv.PROGRAM_ID) == program_id(programs[0])
+        value = "yes" if first else "no"
         feedback = Feedback(name="thumbs", value=value, source=AssessmentSource("HUMAN", "somebody"))
         client.log_assessment(trace.info.trace_id, feedback)
     found = dspy_otel.compare(*map(program_id, programs), experiment=store.experiment)
@@ -159,6 +163,28 @@ def test_answers_below_requests(store: Store) -> None:
     found = dspy_otel.compare(program_id(programs[0]), program_id(third), experiment=store.experiment)
     assert found.a.what == "evaluation of Asking (and not: 9 answers with a score)"
     assert [score.metric for score in found.scores] == ["exact"]
+
+
+@pytest.mark.parametrize("uri", ["sqlite", *at_night("server")], indirect=True)
+def test_what_a_metric_evaluates_is_part_of_the_optimization(store: Store) -> None:
+    judge = Asking("Judge.")
+
+    def judged(example: Any, prediction: Any, trace: Any = None) -> bool:
+        dspy.Evaluate(devset=ROWS[:1], metric=exact, num_threads=1, display_progress=False)(judge)
+        return exact(example, prediction)
+
+    store.instrument()
+    optimizer = dspy.BootstrapFewShotWithRandomSearch(
+        metric=judged, num_candidate_programs=1, max_bootstrapped_demos=1, max_labeled_demos=1, num_threads=1
+    )
+    with dspy.context(lm=DummyLM([{"answer": "right"}] * 40)):
+        optimizer.compile(Asking(), trainset=ROWS[:2], valset=ROWS[:2])
+    store.flush()
+    (of_spans,) = summaries(read_spans(store.spans.get_finished_spans()))
+    ((found,),) = (group.runs for group in list_runs(experiment=store.experiment))
+    assert (found.title, found.best, found.usage.lm_calls) == (of_spans.title, 1, of_spans.usage.lm_calls)
+    with pytest.raises(CannotCompareError, match="no answers and no evaluations of that program"):
+        find_results(program_id(judge), experiment=store.experiment)
 
 
 @pytest.mark.parametrize(

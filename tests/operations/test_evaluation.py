@@ -140,6 +140,22 @@ def test_judge_and_task_roles(telemetry, server):
     assert telemetry.only("evaluate").attributes["dspy.usage.lm_calls"] == 6
 
 
+def test_what_a_metric_evaluates_is_judging(telemetry, server):
+    telemetry.instrument()
+    judge = dspy.Predict("question -> answer")
+
+    def judged(example, prediction, trace=None):
+        return evaluate(judge).score
+
+    with dspy.context(lm=server.lm()):
+        evaluate(Program(), judged, ROWS[:1])
+    calls = [span.attributes for span in telemetry.named("chat")]
+    assert [(at["dspy.program.name"], at["dspy.lm.role"]) for at in calls] == [
+        ("Program", "task"),
+        *[("Predict", "judge")] * 3,
+    ]
+
+
 def test_program_that_is_a_function(telemetry, server):
     telemetry.instrument()
     ask = dspy.Predict("question -> answer")

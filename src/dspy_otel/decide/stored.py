@@ -99,9 +99,13 @@ def stored_summaries(experiment: str | None, tracking_uri: str | None, run_id: s
             run = reader.top(run_id)
             return [_summary(run)]
         compiles = [run for run in store.find_runs(None, kind_is(COMPILE)) if not _is_step(run)]
-        evaluations = store.find_runs(None, kind_is(EVALUATION))
-    inside = {run.run_id for run in compiles}
-    return [_summary(run) for run in (*compiles, *evaluations) if run.tags.get(TAG_PARENT) not in inside]
+        return [_summary(run) for run in (*compiles, *_evaluations(store))]
+
+
+def _evaluations(store: Backend, condition: str = "") -> list[StoredRun]:
+    """The runs of evaluations, without those that an optimization makes, as its metric may."""
+    found = store.find_runs(None, " AND ".join(filter(None, (kind_is(EVALUATION), condition))))
+    return [run for run in found if semconv.OPTIMIZER_RUN_ID not in run.tags]
 
 
 def _summary(run: StoredRun) -> Summary:
@@ -202,7 +206,7 @@ class _Reader:
             return self._of_optimization(max(runs, key=rank), part or BEST)
         if part is not None:
             raise CannotCompareError(f"{self._name}: that experiment has no finished optimization.")
-        runs = self._store.find_runs(None, kind_is(EVALUATION))
+        runs = _evaluations(self._store)
         if not runs:
             raise CannotCompareError(f"{self._name}: that experiment has no optimization and no evaluation.")
         best = max(runs, key=lambda run: (run.metrics.get("score", -math.inf), run.started))
@@ -211,13 +215,11 @@ class _Reader:
     def of_program(self, program: str) -> list[Results]:
         tagged = self._store.find_traces(f"tags.`{semconv.PROGRAM_ID}` = '{program}'")
         calls = [one for one in tagged if not {semconv.EVALUATION_ID, semconv.OPTIMIZER_RUN_ID} & one.tags.keys()]
-        answers = self._of_calls(program, calls, len(calls))
-        if answers is None:
-            # A trace that begins with a request has no tags of ours. To list all is far cheaper than to search spans.
-            others = [one for one in self._store.find_traces("") if semconv.PROGRAM_ID not in one.tags]
-            answers = self._of_calls(program, others, None)
+        # A trace that begins with a request has no tags of ours. To list all is far cheaper than to search spans.
+        others = [one for one in self._store.find_traces("") if semconv.PROGRAM_NAME not in one.tags]
+        answers = self._of_calls(program, [*calls, *others], None if others else len(calls))
         found = [] if answers is None else [answers]
-        runs = self._store.find_runs(None, f"{kind_is(EVALUATION)} AND tags.`{semconv.PROGRAM_ID}` = '{program}'")
+        runs = _evaluations(self._store, f"tags.`{semconv.PROGRAM_ID}` = '{program}'")
         try:
             found += [self._of_evaluations(runs, program)] if runs else []
         except CannotCompareError:

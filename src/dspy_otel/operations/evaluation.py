@@ -150,6 +150,8 @@ class EvaluateOperation(Operation):
         context.program = None
         # Where a program that is no module ends and the metric begins is unknown.
         context.role = None if program is None else semconv.ROLE_TASK
+        if in_metric(parent):
+            context.role = semconv.ROLE_JUDGE
         context.totals = (*context.totals, state.totals)
         context.inherited = {**context.inherited, semconv.EVALUATION_ID: random_source.token_hex(8)}
         attributes: Attributes = {semconv.PROGRAM_NAME: state.program_name}
@@ -332,6 +334,13 @@ class ExampleOperation(Operation):
             with _CONTENT:
                 attributes[semconv.GEN_AI_EVALUATION_EXPLANATION] = self.telemetry.content.text(feedback)
         self.telemetry.emit_event(semconv.LOG_EVALUATION_RESULT, attributes, call.otel_context)
+
+
+def in_metric(context: CallContext | None) -> bool:
+    """Whether a metric makes the call: the program of the example around it has answered."""
+    while context is not None and context.role_after is None:
+        context = context.parent
+    return context is not None and context.role == context.role_after
 
 
 # --- pure mapping ------------------------------------------------------------------------------------------------

@@ -137,6 +137,7 @@ def evaluation_tags(record: Evaluation) -> Values:
         semconv.PROGRAM_ID: record.program_id,
         semconv.EVALUATION_ID: record.id,
         semconv.EVALUATION_METRIC_NAME: record.metric,
+        semconv.OPTIMIZER_RUN_ID: record.optimization,
     }
 
 
