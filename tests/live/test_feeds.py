@@ -9,12 +9,15 @@ from pathlib import Path
 
 import pytest
 
+from dspy_otel import semconv
 from dspy_otel.live import feeds
 from dspy_otel.live.feeds import FileFeed, SpanFeed, View, seconds_left
 from dspy_otel.live.page import content, page
+from dspy_otel.record.history import optimizations
 from dspy_otel.record.model import Optimization, Trial
 from dspy_otel.reports.markup import tag
 from tests.live.spans import Program
+from tests.reports.test_optimizations import otlp_json
 from tests.reports.test_page import HOSTILE, SOURCE, Page, hostile
 
 
@@ -37,6 +40,27 @@ def test_trials_of_this_process_appear_as_they_are_scored() -> None:
     view = feed.read()
     assert view.optimization is not None
     assert (view.optimization.outcome, view.optimization.gain) == ("finished", 0.75)
+
+
+def test_a_live_page_knows_the_models_that_a_report_knows(tmp_path: Path) -> None:
+    feed = SpanFeed()
+    program = Program(feed)
+    program.start()
+    program.trial(1, 0.25)
+    for operation in ("chat", "embeddings"):
+        about = {"gen_ai.operation.name": operation, "gen_ai.request.model": f"{operation}-model"}
+        program.provider.get_tracer(semconv.SCOPE_NAME).start_span(
+            f"{operation} m", attributes={**about, semconv.OPTIMIZER_RUN_ID: "r1"}
+        ).end()
+    program.end()
+    spans = program.memory.get_finished_spans()
+    (expected,) = optimizations(spans)
+    assert expected.models == {"task": ("chat-model", "embeddings-model")}
+    file = tmp_path / "spans.jsonl"
+    file.write_text(otlp_json(spans))
+    for view in (feed.read(), FileFeed(file).read()):
+        assert view.optimization is not None
+        assert view.optimization.models == expected.models
 
 
 def test_a_page_that_is_closed_follows_nothing_any_more() -> None:

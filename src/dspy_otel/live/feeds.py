@@ -26,7 +26,7 @@ from dspy_otel.reports import Source
 
 MAX_OVER: Final = 20
 """Most optimizations of this process that are kept after their end."""
-_IN_RECORDS: Final = frozenset({*Kind} - {Kind.OTHER, Kind.EMBEDDING})
+_IN_RECORDS: Final = frozenset({*Kind} - {Kind.OTHER})
 
 
 @dataclass(frozen=True, slots=True)
