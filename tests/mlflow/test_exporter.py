@@ -269,6 +269,11 @@ def test_a_busy_server_is_asked_again(fake: FakeMLflow, spans: list[ReadableSpan
         ("/v1/traces", (501, {"detail": "not supported by FileStore"}), "not supported by FileStore"),
         ("/v1/traces", (422, {"detail": "cannot convert"}), "422"),
         ("/v1/traces", (503, "busy"), "cannot be reached (503 busy)"),
+        (
+            "/v1/traces",
+            (400, {"error_code": "BAD_REQUEST", "message": "QueuePool limit of size 5 overflow 10 reached"}),
+            "is busy: it has no free connection",
+        ),
         ("/v1/traces", (302, ""), "redirects to https://elsewhere/v1/traces"),
         ("/api/2.0/mlflow/experiments/get", (200, "<html>"), "answers with a page (a login page of a proxy?)"),
         ("/v1/traces", (200, "<!doctype html>"), "answers with a page (a login page of a proxy?)"),

@@ -107,6 +107,35 @@ def test_where_a_run_is_shown_is_written_to_a_terminal_where_nobody_has_set_up_l
     assert "logged" not in screen.getvalue()
 
 
+def test_values_of_runs_are_written_one_after_the_other(
+    program: Program, store: Memory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Several programs with several such calls each take all of a server's connections, and wait for each other."""
+    log, writing = store.log, threading.Lock()
+    together = 0
+
+    def slow(*args: Any) -> None:
+        nonlocal together
+        if not writing.acquire(blocking=False):
+            together += 1
+            return
+        time.sleep(0.05)
+        log(*args)
+        writing.release()
+
+    monkeypatch.setattr(store, "log", slow)
+    store.failure = AWAY
+    span = program.compile()
+    for number in range(4):
+        program.trial(span, number, 1.0)
+    span.end()
+    program.provider.force_flush(100)
+    store.failure = None
+    assert program.provider.force_flush()
+    assert [run["status"] for run in store.runs.values()] == ["FINISHED"] * 5
+    assert not together
+
+
 def test_scores_are_curves_over_trials_and_examples_have_theirs(program: Program, store: Memory) -> None:
     span = program.compile()
     for number, score in ((1, 50.0), (2, 75.0)):

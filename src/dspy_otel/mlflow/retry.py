@@ -52,6 +52,8 @@ _GATEWAY: Final = frozenset({429, 502, 503, 504})
 _CREDENTIALS: Final = frozenset({401, 403, 407, 511})
 _DATABASE: Final = "BAD_REQUEST"
 """MLflow's error code for errors of its database: a value that does not fit, or no free connection for a while."""
+_NO_CONNECTION: Final = b"QueuePool limit"
+"""The words of SQLAlchemy for the second of these."""
 
 
 class Verdict(enum.Enum):
@@ -177,6 +179,10 @@ def explain(answer: Answer, verdict: Verdict, name: str, what: str = "") -> Expo
             f"MLflow at {name} cannot be reached ({words}): is the server running, and is MLFLOW_TRACKING_URI right?",
             unavailable=True,
             retry_after=seconds,
+        )
+    if answer.error_code == _DATABASE and _NO_CONNECTION in answer.body:
+        return ExportError(
+            "busy", f"MLflow at {name} is busy: it has no free connection to its database.", unavailable=True
         )
     prefix = f"{what}: " if what else ""
     return ExportError(f"status {status}", f"{prefix}MLflow at {name} refused: {words}.", verdict, retry_after=seconds)

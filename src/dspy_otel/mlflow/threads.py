@@ -22,9 +22,6 @@ _Item = TypeVar("_Item")
 HELPERS: Final = 8
 """Threads that put scores on traces of a server: it takes them one by one only, 80 ms each over one connection and 20
 over eight (measured with MLflow 3.17.2 on two cores)."""
-RUN_HELPERS: Final = 3
-"""Threads that write runs to a server. It has 15 connections to its database, and a call that logs values holds up to
-three: eight calls at once wait for each other until they fail, 30 s later (measured with MLflow 3.17.2)."""
 
 
 class Helpers:

@@ -120,7 +120,6 @@ class Worker:
             self._ids,
             self._items,
             self.account,
-            self._helpers,
             self.report,
             self._count_runs,
             journal.send_again,
