@@ -439,6 +439,21 @@ def test_what_cannot_be_read_is_named_and_stays(directory: Path, store: Memory, 
     assert "does not say where" in replay([directory]).left[0]
 
 
+@pytest.mark.parametrize("broken", ["starts.pb", "000009.pb"])
+def test_a_file_that_a_power_failure_left_broken_holds_up_no_other(
+    directory: Path, store: Memory, other: Memory, broken: str
+) -> None:
+    leave(directory, store)
+    (place,) = journal_directories(directory)
+    (place.path / broken).write_bytes(bytes(100))
+    for sent in (11, 0):  # the second time, what was delivered is not there any more
+        outcome = replay([directory])
+        assert outcome.sent["spans"] == sent
+        assert outcome.left == [f"{place.path / broken}: no OTLP request"]
+        assert {run["status"] for run in other.runs.values()} == {"FINISHED"}
+    assert [path.name for path in place.path.glob("*.pb")] == [broken]
+
+
 @pytest.mark.skipif(os.name != "posix", reason="owners and modes")
 def test_a_strangers_directory_is_named_and_not_read(directory: Path, store: Memory, other: Memory) -> None:
     leave(directory, store)

@@ -30,7 +30,7 @@ import stat
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -231,14 +231,20 @@ class JournalDirectory:
         """Segments that are not delivered, including refused ones."""
         return [path for path in self.files() if not is_sent(path)]
 
-    def starts(self) -> bytes:
-        """Spans as they started."""
-        path = self.path / _STARTS
-        return complete_messages(read_file(path)) if path.exists() else b""
+    @property
+    def starts(self) -> Path:
+        """The file of spans as they started."""
+        return self.path / _STARTS
 
     def empty(self) -> bool:
         """Whether nothing is left to deliver."""
-        return not self.files() and not (self.path / _STARTS).exists()
+        return not self.files() and not self.starts.exists()
+
+    def remove_all_but(self, kept: Collection[Path]) -> None:
+        """Remove what was delivered, and leave the files that cannot be."""
+        for path in (self.starts, *self.files()):
+            if path not in kept:
+                _remove(path)
 
     def discard(self) -> None:
         """Remove all of it. Other processes never see a part: it gets a hidden name first."""

@@ -173,10 +173,10 @@ def _attempt(
         delivery.close()
         written = delivery.worker.account.written
         outcome.sent.update({name: written[name] for name in KINDS if written[name]})
+    outcome.left += [f"{path}: {reason}" for path, reason in delivery.broken.items()]
     if delivery.left:
         outcome.left.append(f"{source.path}: {', '.join(delivery.left)} that MLflow refuses")
-        return False
-    return True
+    return not delivery.left and not delivery.broken
 
 
 class _Files:
@@ -217,6 +217,8 @@ class _Delivery:
             unkept="It stays in the file",
         )
         self.left: list[str] = []
+        self.broken: dict[Path, str] = {}
+        """Files of a journal that cannot be read, with the reasons: all others are delivered."""
         self._examples: set[int] = set()
         """Span ids of examples that were applied."""
         self._known: dict[str, bool] = {}
@@ -252,6 +254,8 @@ class _Delivery:
             self._settle()
         account = self.worker.account
         self.left += [f"{count} {name}" for name, count in account.refused.items() if count and name != SPANS]
+        if isinstance(self._source, JournalDirectory) and self.broken and not self.left:
+            self._source.remove_all_but(self.broken)
 
     def _begin(self) -> list[ReadableSpan]:
         """Start all that has started; what ended of it comes at the end.
@@ -288,7 +292,7 @@ class _Delivery:
         """Spans as they started, and the optimizations and evaluations that MLflow has in full."""
         begun: list[ReadableSpan] = []
         over: set[str] = set()
-        for span in decode(self._source.starts()) if isinstance(self._source, JournalDirectory) else ():
+        for span in self._starts():
             group = finished_group(span)
             if group is not None:
                 over.add(group)
@@ -298,13 +302,32 @@ class _Delivery:
                 begun.append(span)
         return begun, over
 
+    def _starts(self) -> list[ReadableSpan]:
+        if isinstance(self._source, _Files) or not os.path.lexists(self._source.starts):
+            return []
+        return self._read(self._source.starts)
+
+    def _read(self, path: Path) -> list[ReadableSpan]:
+        """The spans of a file of a journal; none if it is broken, as after a power failure.
+
+        Raises:
+            JournalError: it cannot be read now.
+        """
+        try:
+            return decode(complete_messages(read_file(path)))
+        except (JournalError, ValueError) as error:
+            if isinstance(error, JournalError) and error.passing:
+                raise
+            self.broken[path] = str(error)
+            return []
+
     def _batches(self) -> Iterator[tuple[Path | None, list[ReadableSpan]]]:
         if isinstance(self._source, _Files):
             for spans in self._source.batches():
                 yield None, spans
             return
         for path in self._source.files():
-            spans = decode(complete_messages(read_file(path)))
+            spans = self._read(path)
             lost = self._runs and is_sent(path) and self._is_lost(spans)
             yield unsent(path) if lost else path, spans
 
