@@ -108,7 +108,7 @@ class Memory:
 
     def link(self, run_id: str, trace_ids: Sequence[str]) -> None:
         self.answer()
-        assert len(trace_ids) <= 100
+        assert len(set(trace_ids)) == len(trace_ids) <= 100  # MLflow refuses all of them otherwise
         there = self.links.setdefault(run_id, [])
         there.extend(trace_id for trace_id in trace_ids if trace_id not in there)
 

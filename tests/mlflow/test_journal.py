@@ -13,6 +13,7 @@ import sys
 import textwrap
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -347,6 +348,18 @@ def test_a_replay_writes_what_the_program_would_have_written(directory: Path, st
     work(program)
     program.provider.shutdown()
     assert_same(other, direct)
+
+
+def test_a_file_that_has_a_batch_twice(directory: Path, store: Memory, other: Memory, tmp_path: Path) -> None:
+    """The Collector has exported it again, because it did not see the answer."""
+    leave(directory, store)
+    (place,) = journal_directories(directory)
+    file = tmp_path / "spans.pb"
+    file.write_bytes(2 * b"".join(path.read_bytes() for path in place.files()))
+    assert replay([file], to="sqlite:///x.db").left == []
+    assert replay([directory]).left == []
+    assert sorted(len(traces) for traces in other.links.values()) == [1, 3, 3]
+    assert len(other.scores) == 6
 
 
 def test_a_killed_program_loses_no_span_and_its_runs_are_ended(directory: Path, store: Memory, other: Memory) -> None:
@@ -705,16 +718,40 @@ def test_a_server_that_refuses_costs_one_line_and_nothing_is_lost(
     assert left_in(directory) == ["chat"]
 
 
-def test_a_server_that_asks_for_more_time_than_there_is_is_not_waited_for(
+def test_a_server_that_asks_for_more_time_than_a_person_waits_is_not_waited_for(
     directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("OTEL_DSPY_EXIT_SECONDS", "100")
+    monkeypatch.setenv("OTEL_DSPY_EXIT_SECONDS", "200")
     with fake_mlflow() as server:
-        server.faults.outage = Fault("status", 503, retry_after="200")
+        server.faults.outage = Fault("status", 503, retry_after="100")
         before = time.monotonic()
         one_span_to(server.url).shutdown()
         assert time.monotonic() - before < 100
     assert left_in(directory) == ["chat"]
+
+
+@pytest.mark.parametrize("endpoint", ["spans", "create", "log", "end"])
+def test_a_server_that_answers_all_but_one_request_is_given_up(
+    directory: Path, monkeypatch: pytest.MonkeyPatch, endpoint: str
+) -> None:
+    monkeypatch.setattr(processor, "HANGS_AFTER", 0.5)
+    monkeypatch.setenv("OTEL_DSPY_EXIT_SECONDS", "100")
+    with fake_mlflow() as server:
+        server.faults.once[endpoint] = deque([Fault("status", 500)] * 10_000)
+        provider = one_span_to(server.url)
+        tracer, at = (
+            provider.get_tracer(semconv.SCOPE_NAME),
+            {semconv.OPTIMIZER_RUN_ID: "r1", f"{semconv.OPTIMIZER_PARAMS_PREFIX}n": 3},
+        )
+        tracer.start_span("compile Best", attributes=at).end()
+        before = time.monotonic()
+        provider.shutdown()
+        assert time.monotonic() - before < 50
+        assert server.requests[endpoint] == 0
+        server.faults.mend()
+        assert replay([directory]).left == []
+        assert [run["status"] for run in server.runs.values()] == ["FINISHED"]
+        assert len(server.spans) == 2
 
 
 def test_ctrl_c_ends_the_wait_and_leaves_everything_in_the_journal(

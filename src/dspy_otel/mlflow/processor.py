@@ -53,7 +53,7 @@ ENV_EXIT_SECONDS: Final = "OTEL_DSPY_EXIT_SECONDS"
 EXIT_SECONDS: Final = 180.0
 """Most time that the end of the program waits for the delivery."""
 HANGS_AFTER: Final = 20.0
-"""Seconds without any answer after which :meth:`MLflowProcessor.shutdown` stops waiting."""
+"""Seconds in which MLflow takes nothing, after which :meth:`MLflowProcessor.shutdown` stops waiting."""
 _CACHED_SPANS: Final = 20_000
 """Most spans that stay in memory beside the journal; others are read back from disk."""
 _LAST_SECONDS: Final = 0.5
@@ -421,7 +421,10 @@ class MLflowProcessor(SpanProcessor):
         backoff = self.worker.backoff
         if not self._stop.is_set() or backoff.error is None or backoff.error.cause == "slow":
             return self._stop.is_set() and (self.worker.failed or self.worker.only_versions_fail)
-        return self.worker.failed or backoff.failures >= EXIT_ATTEMPTS or backoff.due > self._deadline
+        asked_for = backoff.error.retry_after or 0.0
+        if asked_for > HANGS_AFTER or backoff.due > self._deadline:
+            return True
+        return self.worker.failed or backoff.failures >= EXIT_ATTEMPTS
 
     def _recover(self) -> None:
         """Deliver the journals that earlier processes left for the same target."""
@@ -518,19 +521,16 @@ class MLflowProcessor(SpanProcessor):
         self._join(self._threads[-1], deadline)
 
     def _join(self, thread: threading.Thread, deadline: float) -> None:
-        """Wait for the worker while it makes progress. A server that has answered before is slow, not down."""
+        """Wait for the worker while MLflow takes something. A server that has answered before is slow, not down."""
         progress, since = -1, time.monotonic()
         while thread.is_alive() and (left := deadline - time.monotonic()) > 0:
             thread.join(min(left, 0.2))
-            backend = self.worker.backend
-            now = 0 if backend is None else backend.answered
-            if now != progress:
-                progress, since = now, time.monotonic()
-            hangs = self._target.is_server and not now
-            failed = self.worker.backoff.error
-            locked = failed is not None and failed.cause == LOCKED
-            stuck = any(segment.failures for segment in self.journal.segments)
-            if (hangs or locked or stuck) and time.monotonic() - since > HANGS_AFTER:
+            worker, backend = self.worker, self.worker.backend
+            if worker.progress != progress:
+                progress, since = worker.progress, time.monotonic()
+            hangs = self._target.is_server and not (backend is not None and backend.answered)
+            locked = worker.backoff.error is not None and worker.backoff.error.cause == LOCKED
+            if (hangs or locked or worker.failures) and time.monotonic() - since > HANGS_AFTER:
                 return
 
     def _close(self) -> None:

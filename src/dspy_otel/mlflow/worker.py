@@ -145,6 +145,11 @@ class Worker:
         return max([*segments, *(item.failures for item in self._items.failing)], default=0)
 
     @property
+    def progress(self) -> int:
+        """A number that grows with everything that MLflow takes."""
+        return sum(list(self._items.successes.values())) + self.account.written[RUNS]
+
+    @property
     def only_versions_fail(self) -> bool:
         """Whether nothing is pending but models, prompts and datasets that have failed several times."""
         if self._starts or self.journal.segments or self.failures < EXIT_ATTEMPTS:
@@ -393,7 +398,7 @@ class Worker:
     def _together(self, segment: Segment) -> tuple[dict[str, list[str]], list[tuple[Assessment, str | None]]] | None:
         """Links and scores of a segment; None when one of their runs does not exist yet."""
         links: dict[str, list[str]] = {}
-        for key, trace_id in segment.links:
+        for key, trace_id in dict.fromkeys(segment.links):  # a file of the Collector's may have a span twice
             run = self._ids.get(key)
             if run is not None:
                 links.setdefault(run.run_id, []).append(trace_id)
@@ -447,7 +452,7 @@ class Worker:
     # --- links and scores -------------------------------------------------------------------------------------------
     def _link(self, backend: Backend, segment: Segment) -> None:
         by_run: dict[str, list[str]] = {}
-        for key, trace_id in segment.links:
+        for key, trace_id in dict.fromkeys(segment.links):
             by_run.setdefault(key, []).append(trace_id)
         for key, trace_ids in by_run.items():
             run = self._ids.get(key)
