@@ -111,6 +111,25 @@ def test_where_the_spool_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
         assert spool_directory() == Path("/state/dspy-otel/spool")
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="users without a home")
+@pytest.mark.parametrize("raises", [True, False])
+def test_a_user_without_a_home_has_a_spool_and_locks(
+    directory: Path, store: Memory, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, raises: bool
+) -> None:
+    def without_home(*_: object, **__: object) -> str:
+        if raises:
+            raise RuntimeError("could not determine the home directory")  # platformdirs 4.14
+        return "~/.local/state/dspy-otel"
+
+    monkeypatch.setattr("platformdirs.user_state_dir", without_home)
+    monkeypatch.setattr("tempfile.gettempdir", lambda: str(tmp_path))
+    monkeypatch.delenv("OTEL_DSPY_SPOOL")
+    assert spool_directory() == tmp_path / f"dspy-otel-{os.getuid()}" / "spool"
+    leave(directory, store)
+    assert left_in(tmp_path / f"dspy-otel-{os.getuid()}" / "spool")
+    assert not Path("~").exists()
+
+
 def test_while_mlflow_is_away_spans_are_on_disk_and_are_sent_in_order(
     directory: Path, store: Memory, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -36,10 +36,9 @@ from pathlib import Path
 from typing import Any, Final
 
 import filelock
-import platformdirs
 from opentelemetry.sdk.trace import ReadableSpan
 
-from dspy_otel.mlflow.locks import lock_for
+from dspy_otel.mlflow.locks import lock_for, state_directory
 from dspy_otel.mlflow.runs import Assessment
 from dspy_otel.mlflow.translate import finished
 from dspy_otel.record.otlp import encode
@@ -83,7 +82,7 @@ def spool_directory() -> Path | None:
         return None
     if named:
         return Path(os.path.abspath(os.path.expanduser(named)))  # the program may change its directory later
-    return Path(platformdirs.user_state_dir("dspy-otel", appauthor=False)) / "spool"
+    return state_directory() / "spool"
 
 
 def spool_limit(warn: Callable[..., object]) -> int:

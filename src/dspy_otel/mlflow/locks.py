@@ -39,6 +39,22 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(before=_before_fork, after_in_parent=_after_fork, after_in_child=_after_fork)
 
 
+def state_directory() -> Path:
+    """The directory for what this user's programs keep; below that for temporary files for a user without a home.
+
+    A container may run as a number that no user has. ``platformdirs`` raises then, or returns ``~`` as it stands.
+    """
+    with contextlib.suppress(RuntimeError):
+        found = Path(platformdirs.user_state_dir("dspy-otel", appauthor=False))
+        if found.is_absolute():
+            return found
+    return Path(tempfile.gettempdir()) / f"dspy-otel-{_user()}"
+
+
+def _user() -> int:
+    return os.getuid() if os.name == "posix" else 0
+
+
 def lock_for(what: str, seconds: float) -> filelock.FileLock | None:
     """A lock for a path or address.
 
@@ -50,9 +66,8 @@ def lock_for(what: str, seconds: float) -> filelock.FileLock | None:
         The lock, not yet taken; None where no file can be made.
     """
     name = hashlib.sha256(what.encode("utf-8", "replace")).hexdigest()[:32] + ".lock"
-    user = os.getuid() if os.name == "posix" else 0
-    state = Path(platformdirs.user_state_dir("dspy-otel", appauthor=False))
-    for place in (state / "locks", Path(tempfile.gettempdir()) / f"dspy-otel-locks-{user}"):
+    user = _user()
+    for place in (state_directory() / "locks", Path(tempfile.gettempdir()) / f"dspy-otel-locks-{user}"):
         with contextlib.suppress(OSError):
             place.mkdir(mode=0o700, parents=True, exist_ok=True)
             own = place.lstat().st_uid == user if os.name == "posix" else True
