@@ -183,11 +183,11 @@ def _mlflow(uri: str | None, experiment: str | None) -> _Found:
     if missing:
         raise RuntimeError(f"traces to MLflow need {', '.join(missing)}: pip install 'dspy-otel[mlflow]'")
     from dspy_otel.mlflow import MLflowSpanExporter
-    from dspy_otel.mlflow.target import Target, absolute
+    from dspy_otel.mlflow.target import Target, absolute, working_directory
 
     target = Target(uri, experiment)
     # MLflow's own set_experiment() sets the variable: without an experiment of its own, the next call follows it.
-    key = ("mlflow", absolute(target.raw_uri, os.getcwd()), target.named_experiment)
+    key = ("mlflow", absolute(target.raw_uri, working_directory()), target.named_experiment)
     return key, lambda: MLflowSpanExporter(tracking_uri=uri, experiment=experiment)
 
 

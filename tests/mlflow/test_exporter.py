@@ -21,7 +21,7 @@ from opentelemetry.sdk.trace import ReadableSpan, SpanProcessor, TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor, SimpleSpanProcessor, SpanExportResult
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
-from dspy_otel import semconv
+from dspy_otel import semconv, setup
 from dspy_otel.mlflow import MLflowSpanExporter, processor, retry, target
 from dspy_otel.mlflow.exporter import track_runs
 from dspy_otel.mlflow.target import public_uri
@@ -440,6 +440,24 @@ def test_log_lines_carry_no_password(uri: str, public: str) -> None:
 )
 def test_relative_stores(uri: str, expected: str) -> None:
     assert target.absolute(uri, "/work") == expected
+
+
+@pytest.mark.skipif(os.name != "posix", reason="a working directory can be removed")
+@pytest.mark.parametrize("spool", [None, "relative"])
+def test_a_working_directory_that_was_removed_does_no_harm(
+    fake: FakeMLflow, spans: list[ReadableSpan], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spool: str | None
+) -> None:
+    if spool is not None:
+        monkeypatch.setenv("OTEL_DSPY_SPOOL", spool)
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    assert setup._mlflow(fake.url, None)[0][1] == fake.url
+    mlflow = MLflowSpanExporter(fake.url)
+    assert mlflow.export(spans) is OK
+    mlflow.shutdown()
+    assert fake.batches() == [["a", "b", "c", "d"]]
 
 
 def test_a_server_needs_no_mlflow_and_the_import_is_light(fake: FakeMLflow) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import os
 import time
 from collections.abc import Sequence
 from typing import Any, Final
@@ -13,7 +12,7 @@ from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
 
 from dspy_otel.mlflow.processor import MLflowProcessor
-from dspy_otel.mlflow.target import DEFAULT_TIMEOUT, Target
+from dspy_otel.mlflow.target import DEFAULT_TIMEOUT, Target, working_directory
 
 WAIT: Final = 30.0
 """Most seconds that :meth:`MLflowSpanExporter.export` waits for delivery. The batch is in the journal by then."""
@@ -60,7 +59,7 @@ class MLflowSpanExporter(SpanExporter):
         self.target = Target(
             tracking_uri,
             None if experiment is None else str(experiment),
-            directory=os.getcwd(),  # a relative path starts here, even if the program changes its directory
+            directory=working_directory(),  # a relative path starts here, even if the program changes its directory
             timeout=timeout if timeout is not None and timeout > 0 else DEFAULT_TIMEOUT,
         )
         # MLflow imports these when it is first used. In a short program that is at exit, which is too late: they start

@@ -40,6 +40,7 @@ from opentelemetry.sdk.trace import ReadableSpan
 
 from dspy_otel.mlflow.locks import lock_for, state_directory
 from dspy_otel.mlflow.runs import Assessment
+from dspy_otel.mlflow.target import working_directory
 from dspy_otel.mlflow.translate import finished
 from dspy_otel.record.otlp import encode
 
@@ -81,7 +82,8 @@ def spool_directory() -> Path | None:
     if named.lower() in _OFF:
         return None
     if named:
-        return Path(os.path.abspath(os.path.expanduser(named)))  # the program may change its directory later
+        # The program may change its directory later.
+        return Path(os.path.normpath(os.path.join(working_directory(), os.path.expanduser(named))))
     return state_directory() / "spool"
 
 

@@ -88,7 +88,7 @@ class Target:
             return uri.rstrip("/")
         scheme = _scheme(uri)
         if scheme in _SQL_SCHEMES:
-            return absolute(uri, self.directory or os.getcwd())
+            return absolute(uri, self.directory or working_directory())
         if uri.partition(":")[0] in _DATABRICKS:
             raise ExportError(
                 "databricks",
@@ -126,7 +126,7 @@ class Target:
 
     def is_at(self, tracking_uri: str) -> bool:
         """Whether another tracking URI is this one."""
-        return absolute(tracking_uri, self.directory or os.getcwd()).rstrip("/") == self.uri
+        return absolute(tracking_uri, self.directory or working_directory()).rstrip("/") == self.uri
 
     def about(self) -> dict[str, Any]:
         """The part that is stored in the journal: no credentials."""
@@ -154,6 +154,14 @@ class Target:
             raise ValueError("about.json does not say where its spans were to go")
         ours = os.environ.get("MLFLOW_TRACKING_URI", "")
         return cls(ours if ours and public_uri(ours).rstrip("/") == uri.rstrip("/") else uri, experiment, is_id)
+
+
+def working_directory() -> str:
+    """The working directory; empty if it was removed, as under a notebook: absolute paths do not need it."""
+    try:
+        return os.getcwd()
+    except OSError:
+        return ""
 
 
 def public_uri(uri: str) -> str:
