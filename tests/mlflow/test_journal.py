@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import select
+import shutil
 import socket
 import subprocess
 import sys
@@ -627,6 +628,20 @@ def test_a_full_disk_does_no_harm(tmp_path: Path, kind: str) -> None:
     assert result.stderr.count(full) == 1
     assert "lost" in result.stderr.splitlines()[-1]
     assert 0 not in left  # no half of a file
+
+
+def test_a_spool_that_was_removed_is_made_again(directory: Path, store: Memory, other: Memory) -> None:
+    program = Program(store)
+    program.worker.busy.acquire()  # it does not close the segment
+    program.start("before").end()
+    program.exporter.processor.record()
+    shutil.rmtree(directory)
+    program.start("after").end()
+    program.exporter.processor.record()
+    program.journal.place.release()  # as if killed
+    assert left_in(directory) == ["after"]
+    assert replay([directory]).sent["spans"] == 1
+    program.worker.busy.release()
 
 
 def test_a_limit_that_is_none_is_named_once(

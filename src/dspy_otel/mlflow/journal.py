@@ -339,6 +339,7 @@ class Journal:
             The segment that has them; None when there was no room.
         """
         with self._lock:
+            self._leave_removed()
             last = self.segments[-1] if self.segments else None
             if (
                 last is None
@@ -511,7 +512,16 @@ class Journal:
             return False
         return True
 
+    def _leave_removed(self) -> None:
+        """Begin anew when the directory was removed, as by a program that cleans up ``/tmp``."""
+        if self.place is not None and not self.place.path.exists():
+            self.place.release()
+            self.place = None
+            for segment in self.segments:
+                segment.closed = True
+
     def _open(self) -> JournalDirectory | None:
+        self._leave_removed()
         if self.place is None and self.directory is not None and not self._closed:
             self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
             _check(self.directory, directory=True, private=False)
