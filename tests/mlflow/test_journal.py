@@ -788,6 +788,16 @@ def test_a_server_that_answers_all_but_one_request_is_given_up(
         assert len(server.spans) == 2
 
 
+def test_spans_that_are_all_refused_do_not_show_that_mlflow_works(directory: Path) -> None:
+    with fake_mlflow() as server:
+        server.faults.once["spans"] = deque([Fault("status", 422)])
+        provider = one_span_to(server.url)
+        (exporter,) = exporters_of(provider)
+        provider.shutdown()
+        assert exporter.processor.worker.account.refused["spans"] == 1
+        assert exporter.processor.worker.progress == 0
+
+
 def test_ctrl_c_ends_the_wait_and_leaves_everything_in_the_journal(
     directory: Path, store: Memory, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -390,7 +390,7 @@ class Worker:
 
     def _sent(self, segment: Segment, count: int, roots: int) -> None:
         segment.delivered, segment.failures = True, 0
-        self._items.successes[SPANS] += 1
+        self._items.successes[SPANS] += count > 0
         self.account.written[SPANS] += count
         self.account.written[TRACES] += roots
         self._count_spans(count, None)
