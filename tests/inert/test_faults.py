@@ -975,7 +975,7 @@ def some(places: set[str]) -> list[Any]:
     """
 
     def mark(index: int, place: str) -> Any:
-        if NEVER_CALLED.search(place) or AT_TIMES.search(place):
+        if NEVER_CALLED.search(place) or AT_TIMES.search(place) or ".completion_hook." in place:
             return pytest.mark.nightly
         return (
             [] if index % 12 == 0 and not place.startswith(("optimizers.", "core.deferred_spans.")) else seldom(index)

@@ -206,6 +206,7 @@ def test_what_is_not_there_is_one_sentence(store: Store, reference: str, reason:
     assert error.count("\n") == 1
 
 
+@pytest.mark.parametrize("uri", ["sqlite", *at_night("server")], indirect=True)
 def test_runs_and_one_of_them(store: Store, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dspy_otel.mlflow.backends.rest._RUNS", 2)  # so that an answer does not have all of them
     lm = scripted_lm()

@@ -83,7 +83,7 @@ def well(proxy: FaultProxy) -> None:
     proxy.up()
 
 
-@pytest.mark.parametrize("fault", [broken, *at_night(unavailable, refused), deaf])
+@pytest.mark.parametrize("fault", [broken, *at_night(unavailable, refused, deaf)])
 def test_a_fault_in_the_middle_of_a_compile_loses_nothing_and_stores_nothing_twice(
     store: Store, proxy: FaultProxy, fault: Callable[[FaultProxy], None]
 ) -> None:

@@ -15,6 +15,7 @@ import pytest
 from dspy_otel.mlflow.replay import replay
 from tests.support.fault_proxy import FaultProxy
 from tests.support.mlflow_store import Store
+from tests.support.nightly import at_night
 from tests.support.waiting import wait_for, wait_for_exit
 
 MlflowException = pytest.importorskip("mlflow").MlflowException
@@ -160,8 +161,10 @@ def test_a_handler_of_the_programs_own_stays(server_uri: str, tmp_path: Path) ->
     assert found(server_uri, "handled")[0] == 20
 
 
-@pytest.mark.parametrize("away", [False, True])
-@pytest.mark.parametrize("by", ["replay", "the next program"])
+@pytest.mark.parametrize(
+    ("away", "by"),
+    [(False, "replay"), (True, "the next program"), *at_night((True, "replay"), (False, "the next program"))],
+)
 def test_kill_in_a_compile(server_uri: str, proxy: FaultProxy, tmp_path: Path, away: bool, by: str) -> None:
     experiment = f"killed {away} {by}"
     if away:

@@ -38,7 +38,7 @@ from tests.support.waiting import wait_for, wait_for_exit
 pytest.importorskip("mlflow")
 pytestmark = pytest.mark.integration
 
-OPTIMIZERS = ["MIPROv2", "GEPA", "BootstrapFewShotWithRandomSearch", *at_night("SIMBA", "COPRO", "BetterTogether")]
+OPTIMIZERS = ["MIPROv2", "GEPA", *at_night("BootstrapFewShotWithRandomSearch", "SIMBA", "COPRO", "BetterTogether")]
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
@@ -260,7 +260,7 @@ def test_without_content_there_is_all_that_is_no_content(store: Store, tmp_path:
         load_best(ColourFamily(), experiment=store.experiment, tracking_uri=store.uri)
 
 
-@pytest.mark.parametrize("uri", ["server", *at_night("sqlite")], indirect=True)
+@pytest.mark.nightly
 def test_every_one_of_a_thousand_scores_arrives(store: Store) -> None:
     scripted_lm()
     store.instrument(capture_content="no_content")

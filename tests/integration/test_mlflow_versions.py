@@ -16,6 +16,7 @@ from dspy_otel.mlflow.replay import replay
 from tests.integration.test_mlflow_ends import line, start
 from tests.optimizers.common import RUNS, quietly, scripted_lm
 from tests.support.mlflow_store import Store
+from tests.support.nightly import at_night
 from tests.support.waiting import wait_for_exit
 
 pytest.importorskip("mlflow")
@@ -178,6 +179,7 @@ KILLED = """
 """
 
 
+@pytest.mark.parametrize("uri", ["server", *at_night("sqlite")], indirect=True)
 def test_a_model_that_was_pending_at_a_kill_is_ready_after_replay_and_not_twice(uri: str, tmp_path: Path) -> None:
     process = start(tmp_path, KILLED, uri, "killed with a model")
     assert line(process) == "pending"

@@ -66,7 +66,7 @@ def test_mlflow_logs_errors_of_the_users_calls_and_not_of_ours(tmp_path: Path) -
         logger.removeHandler(kept)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_store_that_another_program_holds_is_waited_for_once(telemetry: Recorder, tmp_path: Path) -> None:
     """MLflow waits for 20 s itself: a second call, span by span, would wait as long and find the same."""
     from dspy_otel.mlflow.backends.embedded import EmbeddedBackend

@@ -104,7 +104,7 @@ def test_metrics_switched_off_by_environment():
     assert "dspy." not in done.output
 
 
-@pytest.mark.parametrize("exporter", ["mlflow", "dspy_mlflow"])
+@pytest.mark.parametrize("exporter", ["mlflow", *at_night("dspy_mlflow")])
 def test_mlflow_without_a_server(tmp_path: Path, exporter: str):
     mlflow = pytest.importorskip("mlflow", reason="needs the extra mlflow")
     store = f"sqlite:///{tmp_path / 'mlflow.db'}"

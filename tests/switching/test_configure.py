@@ -228,7 +228,7 @@ def test_settings_of_instrument_are_left_alone():
 
 @pytest.mark.integration
 @pytest.mark.parametrize(
-    "how", ["another experiment", "set_experiment and the cell again", *at_night("set_experiment alone", "and calls")]
+    "how", ["another experiment", *at_night("set_experiment and the cell again", "set_experiment alone", "and calls")]
 )
 def test_another_experiment_of_mlflow(tmp_path: Path, how: str):
     mlflow = pytest.importorskip("mlflow", reason="needs the extra mlflow")
