@@ -461,6 +461,9 @@ AT_TIMES = re.compile(
 )
 """Called when something has changed since the last time, or once in a process: which may not be so at the next."""
 
+LATE = re.compile(r"\.completion_hook\.|\.native_tracing\.")
+"""In one of the last scenarios only."""
+
 AT_INSTRUMENT = ("wrap", "watch", "patch", "guarded", "__init_subclass__", "with_system_ids", "hook")
 """What makes the wrappers; what is made there is tested."""
 
@@ -975,7 +978,7 @@ def some(places: set[str]) -> list[Any]:
     """
 
     def mark(index: int, place: str) -> Any:
-        if NEVER_CALLED.search(place) or AT_TIMES.search(place) or ".completion_hook." in place:
+        if any(those.search(place) for those in (NEVER_CALLED, AT_TIMES, LATE)):
             return pytest.mark.nightly
         return (
             [] if index % 12 == 0 and not place.startswith(("optimizers.", "core.deferred_spans.")) else seldom(index)
