@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import logging
@@ -15,7 +16,7 @@ import textwrap
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -642,6 +643,35 @@ def test_a_spool_that_was_removed_is_made_again(directory: Path, store: Memory, 
     assert left_in(directory) == ["after"]
     assert replay([directory]).sent["spans"] == 1
     program.worker.busy.release()
+
+
+@contextlib.contextmanager
+def without_rights(directory: Path) -> Iterator[None]:
+    """This process may not look into a directory."""
+    mode, user = directory.stat().st_mode, os.geteuid()
+    directory.chmod(0)
+    if user == 0:
+        os.seteuid(65534)  # whom root's rights do not help
+    try:
+        yield
+    finally:
+        os.seteuid(user)
+        directory.chmod(mode)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="rights are those of POSIX")
+def test_a_spool_that_may_not_be_looked_into_for_a_while_loses_nothing(directory: Path, store: Memory) -> None:
+    program = Program(store)
+    store.failure = AWAY
+    for name in ("before", "meanwhile", "after"):
+        with without_rights(directory) if name == "meanwhile" else contextlib.nullcontext():
+            program.start(name).end()
+            program.exporter.processor.record()
+    (journal,) = journal_directories(directory)  # not a second one
+    assert journal.path == program.journal.place.path
+    store.failure = None
+    assert program.exporter.force_flush()
+    assert sorted(span.name for span in store.spans.values()) == ["after", "before", "meanwhile"]
 
 
 def test_a_limit_that_is_none_is_named_once(

@@ -49,6 +49,41 @@ CONFIGURED: dict[str, Callable[[], Any]] = {
 }
 
 
+def test_without_content_no_text_of_a_task_leaves(telemetry: Any, asking: Callable[..., Any]) -> None:
+    telemetry.instrument(capture_content="no_content")
+    canary = "a canary of a text"  # one word may be the choice of an option
+    task = {"seed_candidate": canary, "objective": canary, "background": canary, "test_set": [canary]}
+    engine = Asks(
+        ("/evaluate", {"candidate": f"{canary} 1", "example_id": "train_1"}), ("/validate", {"candidate": canary})
+    )
+    config = oa.OptimizeAnythingConfig(engine=engine, max_evals=40)
+    given = {"dataset": [f"{canary} {n}" for n in range(3)], "valset": [f"{canary} v"], **task}
+    common.quietly(oa.optimize_anything, evaluator=asking, config=config, **given)
+    assert telemetry.named("compile Asks")
+    assert telemetry.named("example")
+    assert canary not in telemetry.everything()
+
+
+def test_a_server_without_a_run_is_asked_for_nothing_more(telemetry: Any) -> None:
+    asked: list[str] = []
+
+    class Asked(oa.EvalServer):
+        def iter_split(self, split: str) -> Any:
+            asked.append(split)
+            return super().iter_split(split)
+
+    def evaluated() -> list[str]:
+        asked.clear()
+        task = oa.Task(name="task", train_set=ROWS[:3])
+        server = Asked(task, rate, oa.BudgetTracker(max_evals=10))
+        server.evaluate_examples("Answer.")
+        return list(asked)
+
+    bare = evaluated()
+    telemetry.instrument()
+    assert evaluated() == bare
+
+
 @pytest.mark.parametrize("configured", CONFIGURED)
 def test_the_engine_gets_what_it_gets_unwatched(
     telemetry: Any, monkeypatch: pytest.MonkeyPatch, configured: str

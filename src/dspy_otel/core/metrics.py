@@ -241,8 +241,9 @@ class Metrics:
         # A workflow is an agent since version 0.1.0 of the GenAI conventions.
         self.agent_duration: Recording | None = None
         if opt_in != "default":
-            told = "Duration of calls of programs and agents"
-            self.agent_duration = seconds(semconv.METRIC_INVOKE_AGENT_DURATION, told)
+            self.agent_duration = seconds(
+                semconv.METRIC_INVOKE_AGENT_DURATION, "Duration of calls of programs and agents"
+            )
         self.tool_duration = seconds(semconv.METRIC_TOOL_DURATION, "Duration of tool calls")
         self.module_duration = seconds(semconv.METRIC_MODULE_DURATION, "Duration of DSPy module calls")
         self.lm_cost = count(semconv.METRIC_LM_COST, "{USD}", "Billed cost of LM calls, as DSPy prices them")

@@ -514,7 +514,7 @@ class Journal:
 
     def _leave_removed(self) -> None:
         """Begin anew when the directory was removed, as by a program that cleans up ``/tmp``."""
-        if self.place is not None and not self.place.path.exists():
+        if self.place is not None and _is_gone(self.place.path):
             self.place.release()
             self.place = None
             for segment in self.segments:
@@ -688,6 +688,17 @@ def _check(path: Path, *, directory: bool, private: bool = True) -> None:
             raise JournalError(f"{path} belongs to another user: it is not read")
         if private and found.st_mode & 0o077:
             raise JournalError(f"{path} can be reached by other users (mode {found.st_mode & 0o777:o}): it is not read")
+
+
+def _is_gone(path: Path) -> bool:
+    """Whether nothing is there; not so where that cannot be looked up, for rights were taken or a disk fails."""
+    try:
+        path.lstat()
+    except FileNotFoundError:
+        return True
+    except OSError:
+        return False
+    return False
 
 
 def _remove(path: Path) -> None:

@@ -277,6 +277,8 @@ class Engines:
             detach(token)
 
     def _evaluate_examples(self, server: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Leave | None:
+        if id(server) not in self._runs:
+            return None
         candidate = argument(args, kwargs, 0, "candidate")
         rows = _rows(server, argument(args, kwargs, 1, "example_ids"), argument(args, kwargs, 2, "split"))
         entered = self._enter(server, len(rows)) if rows else None  # Without rows it asks `evaluate`.
