@@ -158,6 +158,8 @@ def items(value: Any) -> Iterator[Any]:
 
 def text(value: Any, most: int = 1024) -> str | None:
     """At most the first ``most`` characters of a string, of class ``str`` itself; ``None`` for anything else."""
+    if type(value) is str:
+        return value if len(value) <= most else value[:most]
     return str.__getitem__(value, slice(0, most)) if issubclass(type(value), str) else None
 
 
@@ -166,12 +168,14 @@ def whole(value: Any) -> int | None:
     kind = type(value)
     if kind is bool or not issubclass(kind, int):
         return None
-    number = int.__int__(value)
+    number: int = value if kind is int else int.__int__(value)
     return number if -(2**63) <= number < 2**63 else None
 
 
 def real(value: Any) -> float | None:
     """A number (also a boolean) of class ``float`` itself; ``None`` for anything else and what has no room in one."""
+    if value is None:
+        return None
     kind = type(value)
     if issubclass(kind, float):
         return float.__float__(value)

@@ -241,6 +241,9 @@ def remember(value: Any) -> None:
     remembered += 1
 
 
+_MAY_HOLD_SECRETS: Final = frozenset(map(id, (str, dict)))
+
+
 def remember_settings(settings: Mapping[Any, Any], depth: int = _NESTED) -> None:
     """Remember each value whose name says that it holds a secret, among an LM's settings and in its headers.
 
@@ -248,6 +251,8 @@ def remember_settings(settings: Mapping[Any, Any], depth: int = _NESTED) -> None
         settings: parameters by name, with dictionaries in them (headers, credentials).
         depth: how many levels of dictionaries to look into.
     """
+    if _MAY_HOLD_SECRETS.isdisjoint(map(id, map(type, tuple(settings.values())))):
+        return
     for name, value in tuple(islice(settings.items(), _MOST_SETTINGS)):
         kind = type(value)
         if kind is str:

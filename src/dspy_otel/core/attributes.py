@@ -42,12 +42,16 @@ _LINES: Final = re.compile(r"[\t\r\n\u2028\u2029]")
 _NUMBERS: Final = frozenset({int, float, bool})
 
 
-def repair(attributes: Attributes) -> None:
+def repair(attributes: Attributes) -> bool:
     """Make each text among ``attributes``, in place, one that every exporter can send and every store keep.
 
     Half a character in one value would cost its whole batch in OTLP, and NUL in a SQL store. What :func:`sendable`
     replaces is replaced.
+
+    Returns:
+        Whether all values are texts, numbers and booleans of Python's own classes, which the SDK keeps as they are.
     """
+    scalar = True
     # For each span, and most texts are ASCII: one look at each.
     for key, value in attributes.items():
         kind = type(value)
@@ -56,9 +60,21 @@ def repair(attributes: Attributes) -> None:
             if not text.isprintable() if len(text) <= _SHORT else not text.isascii() or "\0" in text or "\x1b" in text:
                 attributes[key] = sendable(text)
         elif kind not in _NUMBERS:
+            scalar = False
             mended = _mended(value)
             if mended is not value:
                 attributes[key] = mended
+    return scalar
+
+
+def set_repaired(span: Span, attributes: Attributes) -> None:
+    """Set attributes that :func:`repair` has gone over, and that the SDK keeps as they are, on a span.
+
+    Args:
+        span: the span.
+        attributes: texts, numbers, booleans, and tuples of one of these. Never changed.
+    """
+    getattr(span, "set_kept", span.set_attributes)(attributes)
 
 
 def _mended(value: AttributeValue) -> AttributeValue:
@@ -66,7 +82,7 @@ def _mended(value: AttributeValue) -> AttributeValue:
         return sendable(value)
     if isinstance(value, (list, tuple)):
         mended = [sendable(each) if isinstance(each, str) else each for each in value]
-        return value if mended == list(value) else mended
+        return value if mended == list(value) else tuple(mended) if isinstance(value, tuple) else mended
     return value
 
 

@@ -25,7 +25,7 @@ from bisect import bisect_left
 from collections import deque
 from collections.abc import Sequence
 from itertools import islice
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, TypeAlias
 
 from opentelemetry.context import Context, get_current
 from opentelemetry.trace import NonRecordingSpan, SpanContext, TraceFlags, set_span_in_context
@@ -52,6 +52,7 @@ _MOST_WAITING: Final = 128
 _LONGEST_WAIT: Final = 5.0
 """Seconds. Counting takes a fraction of a millisecond."""
 _NOWHERE: Final = Context({"dspy_otel.nowhere": True})  # not empty: the SDK takes an empty context for none
+_SAMPLED: Final = int(TraceFlags.SAMPLED)
 _NO_LOCK: Final = contextlib.nullcontext()  # An older SDK's reservoirs have none.
 
 
@@ -88,19 +89,23 @@ class BoundSeries:
         storages: of the readers that there are.
         counted: where it is counted.
         measurement: the SDK's class of measurements.
+
+    Attributes:
+        stale: whether a reader has forgotten it, so that its next measurement goes the public way.
     """
 
     __slots__ = (
         "_attributes",
         "_consumer",
         "_counted",
-        "_enabled",
         "_exemplars",
         "_filter",
         "_instrument",
         "_measurement",
+        "_meter",
         "_storages",
         "_waiting",
+        "stale",
     )
 
     def __init__(
@@ -113,7 +118,8 @@ class BoundSeries:
     ) -> None:
         self._instrument = instrument
         self._consumer = instrument._measurement_consumer
-        self._enabled = getattr(instrument, "_is_enabled", None)  # A configurator of meters may change it at any time.
+        self._meter = getattr(instrument, "_meter_config", None)  # from 1.41; may be switched off at any time
+        self.stale = False
         self._attributes = attributes
         self._storages = storages
         self._counted = counted
@@ -129,6 +135,8 @@ class BoundSeries:
             each.match._view._attribute_keys is None and (each.buckets is not None or each.sums) for each in counted
         )
         self._waiting = waiting_of(self._consumer) if batched else None
+        if self._waiting is not None and any(each.lock is not None for each in counted):
+            self._waiting.begin_anew.append(self)
 
     def record(self, amount: float, context: Context | None = None) -> bool:
         """Record ``amount`` in ``context``, as the instrument would, unless the SDK no longer has the series as it was.
@@ -137,87 +145,90 @@ class BoundSeries:
             Whether it is recorded. If not, the caller records it with the instrument itself.
         """
         waiting = self._waiting
-        if self._consumer._reader_storages is not self._storages or not (self._enabled is None or self._enabled()):
+        if (
+            self.stale
+            or self._consumer._reader_storages is not self._storages
+            or not (self._meter is None or self._meter.is_enabled)
+        ):
             if waiting is not None:
                 waiting.count()  # as long as it is the readers' that there were
             return False
-        for counted in self._counted:
-            if counted.match._attributes_aggregation is not counted.series:
-                return False
         if waiting is None:
-            context = context or get_current()
-            now = time.time_ns()
-            made = self._made(amount, now, context)
-            sampled = self._filter.should_sample(amount, now, self._attributes, context)
-            for counted in self._counted:
-                if counted.lock is None:
-                    counted.aggregation.aggregate(made, sampled)
-                else:
-                    counted.match.consume_measurement(made, sampled)
-            return True
+            return self._record_now(amount, context or get_current())
         within: Any = None
         if self._exemplars:
             span: Any = (context or get_current()).get(SPAN_KEY)
-            within = None if span is None else span.get_span_context()
-            # The flags by their place, without the calls of two properties.
-            if type(within) is not SpanContext or not within[3] & TraceFlags.SAMPLED:
-                within = None
+            if span is not None:
+                within = span.get_span_context()
+                # The flags by their place, without the calls of two properties.
+                if type(within) is not SpanContext or not within[3] & _SAMPLED:
+                    within = None
         measured = waiting.measured
-        measured.append((self, amount, None if within is None else (time.time_ns(), within)))
+        measured.append((self, amount, 0 if within is None else time.time_ns(), within))
         if len(measured) >= _MOST_WAITING:
             waiting.count(wait=False)
         return True
 
-    def count(self, amounts: Sequence[tuple[float, Any]]) -> None:
-        """Count measurements that have waited, as the SDK's ``aggregate`` does.
-
-        Args:
-            amounts: each with the context of its span and the time, where it may be an exemplar; else with ``None``.
-        """
+    def _record_now(self, amount: float, context: Context) -> bool:
+        for counted in self._counted:
+            if counted.match._attributes_aggregation is not counted.series:
+                return False
+        now = time.time_ns()
+        made = self._made(amount, now, context)
+        sampled = self._filter.should_sample(amount, now, self._attributes, context)
         for counted in self._counted:
             if counted.lock is None:
-                self._count(counted, amounts)
+                counted.aggregation.aggregate(made, sampled)
+            else:
+                counted.match.consume_measurement(made, sampled)
+        return True
+
+    def count(self, waited: Sequence[_Measured]) -> None:
+        """Count measurements of this series that have waited, as the SDK's ``aggregate`` does."""
+        for counted in self._counted:
+            if counted.lock is None:
+                self._count(counted, waited)
                 continue
             with counted.lock:
                 same = counted.match._attributes_aggregation is counted.series
                 if same:
-                    self._count(counted, amounts)
+                    self._count(counted, waited)
             if not same:  # It has been collected meanwhile.
-                for amount, exemplar in amounts:
-                    when, context = (time.time_ns(), _NOWHERE) if exemplar is None else _around(exemplar)
-                    counted.match.consume_measurement(self._made(amount, when, context), exemplar is not None)
+                self.stale = True
+                for _, amount, when, within in waited:
+                    made = self._made(amount, when or time.time_ns(), _around(within))
+                    counted.match.consume_measurement(made, within is not None)
 
-    def _count(self, counted: _Counted, amounts: Sequence[tuple[float, Any]]) -> None:
+    def _count(self, counted: _Counted, waited: Sequence[_Measured]) -> None:
         aggregation, buckets = counted.aggregation, counted.buckets
         if buckets is None:
             with aggregation._lock:
-                for amount, _ in amounts:
+                for _, amount, _, _ in waited:
                     value = aggregation._value
                     aggregation._value = amount if value is None else value + amount
-            for amount, exemplar in amounts:
-                if exemplar is not None:
-                    when, context = _around(exemplar)
-                    aggregation._sample_exemplar(self._made(amount, when, context), True)
+            for _, amount, when, within in waited:
+                if within is not None:
+                    aggregation._sample_exemplar(self._made(amount, when, _around(within)), True)
             return
-        exemplars: dict[int, tuple[float, Any]] = {}
+        exemplars: dict[int, _Measured] = {}
         with aggregation._lock:
             counts = aggregation._value
             if counts is None:
                 counts = aggregation._value = [0] * (len(buckets) + 1)
-            for each in amounts:
-                amount = each[0]
+            for each in waited:
+                amount = each[1]
                 place = bisect_left(buckets, amount)
                 counts[place] += 1
                 aggregation._sum += amount
-                if aggregation._record_min_max:
-                    aggregation._min = min(aggregation._min, amount)
-                    aggregation._max = max(aggregation._max, amount)
-                if each[1] is not None:
+                if each[3] is not None:
                     exemplars[place] = each  # The last one of a bucket stays.
+            if aggregation._record_min_max:
+                amounts = [each[1] for each in waited]
+                aggregation._min = min(aggregation._min, *amounts)
+                aggregation._max = max(aggregation._max, *amounts)
         with counted.guard:
-            for place, (amount, exemplar) in exemplars.items():
-                when, context = _around(exemplar)
-                counted.exemplars[place].offer(amount, when, self._attributes, context)
+            for place, (_, amount, when, within) in exemplars.items():
+                counted.exemplars[place].offer(amount, when, self._attributes, _around(within))
 
     def _made(self, amount: float, now: int, context: Context) -> Any:
         """The SDK's measurement. Its constructor cleans the attributes, and sets each field past a frozen class."""
@@ -228,10 +239,13 @@ class BoundSeries:
         return measurement
 
 
-def _around(exemplar: tuple[int, SpanContext]) -> tuple[int, Context]:
-    """When an exemplar was measured, and a context with its span."""
-    when, within = exemplar
-    return when, Context({SPAN_KEY: NonRecordingSpan(within)})
+_Measured: TypeAlias = tuple[BoundSeries, float, int, SpanContext | None]
+"""One that waits: its series, the amount, and where it may be an exemplar, its time and the context of its span."""
+
+
+def _around(within: SpanContext | None) -> Context:
+    """A context with the span that an exemplar was measured in."""
+    return _NOWHERE if within is None else Context({SPAN_KEY: NonRecordingSpan(within)})
 
 
 class Waiting:
@@ -240,12 +254,13 @@ class Waiting:
     The SDK calls it before a reader collects, as one of the instruments that are asked for their measurements then.
 
     Attributes:
-        measured: what has not been counted: the series, the amount, and where it may be an exemplar, its time and the
-            context of its span.
+        measured: what has not been counted.
+        begin_anew: series that a reader forgets when it collects.
     """
 
     def __init__(self) -> None:
-        self.measured: deque[tuple[BoundSeries, float, Any]] = deque()
+        self.measured: deque[_Measured] = deque()
+        self.begin_anew: list[BoundSeries] = []
         self._counting = threading.Lock()
         if hasattr(os, "register_at_fork"):
             after_fork = weakref.WeakMethod(self._after_fork)
@@ -263,12 +278,12 @@ class Waiting:
         if not self._counting.acquire(timeout=_LONGEST_WAIT if wait else 0):
             return
         try:
-            found: dict[BoundSeries, list[tuple[float, Any]]] = {}
+            found: dict[BoundSeries, list[_Measured]] = {}
             for _ in range(len(self.measured)):
-                series, amount, exemplar = self.measured.popleft()
-                found.setdefault(series, []).append((amount, exemplar))
-            for series, amounts in found.items():
-                series.count(amounts)
+                measured = self.measured.popleft()
+                found.setdefault(measured[0], []).append(measured)
+            for series, waited in found.items():
+                series.count(waited)
         except Exception as error:
             failed("metrics", error)
         finally:
@@ -277,6 +292,9 @@ class Waiting:
     def callback(self, _: Any) -> tuple[()]:
         """Called by the SDK before a reader collects; gives no measurements of its own."""
         self.count()
+        forgotten, self.begin_anew = self.begin_anew, []
+        for series in forgotten:
+            series.stale = True
         return ()
 
 

@@ -30,7 +30,7 @@ from opentelemetry.trace import (
 )
 
 from dspy_otel import semconv
-from dspy_otel.core.attributes import Attributes, repair, restore_dropped, sendable_name
+from dspy_otel.core.attributes import Attributes, repair, restore_dropped, sendable_name, set_repaired
 from dspy_otel.core.call_context import (
     CALL_CONTEXT_KEY,
     CallContext,
@@ -341,8 +341,10 @@ class Operation:
                 failed(f"result of {self.kind}", problem)
         try:
             if call.attributes:
-                repair(call.attributes)
-                call.span.set_attributes(call.attributes)
+                if repair(call.attributes):
+                    set_repaired(call.span, call.attributes)
+                else:
+                    call.span.set_attributes(call.attributes)
             if call.identity and call.recording and getattr(call.span, "dropped_attributes", None):
                 # What is set a second time becomes the newest.
                 started = call.started_with

@@ -70,15 +70,19 @@ _FREEZES: Final = "_immutable" in Span.end.__code__.co_names  # from 1.44
 
 # What the SDK's constructor of a container of attributes sets.
 _CONTAINER: Final = vars(BoundedAttributes(None, None, immutable=False))
+_FIELDS: Final = frozenset({"_dict", "maxlen", "dropped", "max_value_len", "_lock", "_immutable"})
+_FURTHER: Final = tuple((name, value) for name, value in _CONTAINER.items() if name not in _FIELDS)  # before 1.45
 _LOCK: Final[Any] = threading.Lock if type(_CONTAINER["_lock"]) is type(threading.Lock()) else threading.RLock
 
 # What light spans leave out, as it was when this module was imported.
-_START: Final[Any] = sdk_trace.Tracer.start_span
-_INIT: Final = Span.__init__
-_BEGIN: Final = Span.start
-_END: Final = Span.end
-_SET: Final = Span.set_attributes
-_READABLE: Final = Span._readable_span
+_LEFT_OUT: Final[tuple[Any, ...]] = (
+    sdk_trace.Tracer.start_span,
+    Span.__init__,
+    Span.start,
+    Span.end,
+    Span.set_attributes,
+    Span._readable_span,
+)
 
 
 def _as_kept(attributes: Any, longest: int | None) -> dict[str, Any] | None:
@@ -113,10 +117,16 @@ def _uniform(values: Sequence[Any], longest: int | None) -> bool:
 class LightSpan(_Span):
     """A span of the SDK whose containers are made when somebody looks for them. :class:`LightTracer` makes it."""
 
-    # Set on the instance as soon as there is one.
+    # Set on the instance as soon as there is another one.
     _bounded: Any = None
     _events_list: Any = None
     _links_list: Any = None
+    _status: Any = _UNSET
+    _end_time: Any = None
+    _trace_config: Any = None
+    _record_exception: bool = False
+    _set_status_on_exception: bool = False
+    _record_end_metrics: Any = None
     _plain: dict[str, Any]
     _maker: LightTracer
 
@@ -138,12 +148,14 @@ class LightSpan(_Span):
         """The SDK's container, around the attributes."""
         limits = self._limits
         bounded: Any = _new(BoundedAttributes)
-        fields = vars(bounded)
-        fields.update(_CONTAINER)
-        fields["maxlen"] = limits.max_span_attributes
-        fields["max_value_len"] = limits.max_span_attribute_length
-        fields["_dict"] = self._plain
-        fields["_lock"] = _LOCK()
+        bounded._dict = self._plain
+        bounded.maxlen = limits.max_span_attributes
+        bounded.dropped = 0
+        bounded.max_value_len = limits.max_span_attribute_length
+        bounded._lock = _LOCK()
+        bounded._immutable = False
+        for name, value in _FURTHER:
+            setattr(bounded, name, value)
         made: BoundedAttributes = bounded
         return made
 
@@ -193,6 +205,25 @@ class LightSpan(_Span):
                     plain.update(kept)
                     return
         super().set_attributes(attributes)
+
+    def set_kept(self, attributes: dict[str, Any]) -> None:
+        """Set attributes that are as the SDK keeps them, but for its limits.
+
+        Args:
+            attributes: by non-empty names: texts, numbers, booleans, and tuples of one of these.
+        """
+        limits, plain = self._limits, self._plain
+        most = limits.max_span_attributes
+        if (
+            self._end_time is None
+            and self._bounded is None
+            and limits.max_span_attribute_length is None
+            and (most is None or len(plain) + len(attributes) <= most)
+            and plain.keys().isdisjoint(attributes)
+        ):
+            plain.update(attributes)
+        else:
+            self.set_attributes(attributes)
 
     def end(self, end_time: int | None = None) -> None:
         """End the span, and hand it to the processors, as the SDK does."""
@@ -302,15 +333,15 @@ class LightTracer(Tracer):
         else:
             parent = get_current_span(context).get_span_context()
         # Also where another package has meanwhile replaced what light spans leave out.
-        if not (
-            type(parent) is SpanContext
-            and Span.__init__ is _INIT
-            and Span.start is _BEGIN
-            and Span.end is _END
-            and Span.set_attributes is _SET
-            and Span._readable_span is _READABLE
-            and sdk_trace.Tracer.start_span is _START
-        ):
+        left_out = (
+            sdk_trace.Tracer.start_span,
+            Span.__init__,
+            Span.start,
+            Span.end,
+            Span.set_attributes,
+            Span._readable_span,
+        )
+        if type(parent) is not SpanContext or left_out != _LEFT_OUT:
             made: AnySpan = tracer.start_span(
                 name, context, kind, attributes, links, start_time, record_exception, set_status_on_exception
             )
@@ -357,17 +388,16 @@ class LightTracer(Tracer):
         span._instrumentation_info = tracer.instrumentation_info
         span._instrumentation_scope = tracer._instrumentation_scope
         span._parent = parent
-        span._end_time = None
         span._resource = tracer.resource
-        span._status = _UNSET
         span._sampler = sampler
-        span._trace_config = None
-        span._record_exception = record_exception
-        span._set_status_on_exception = set_status_on_exception
+        if record_exception or set_status_on_exception:
+            span._record_exception = record_exception
+            span._set_status_on_exception = set_status_on_exception
         span._span_processor = tracer.span_processor
         span._limits = limits = tracer._span_limits
         span._lock = threading.Lock()
-        span._record_end_metrics = finish
+        if finish is not None:
+            span._record_end_metrics = finish
         span._maker = self
         kept = _as_kept(attributes, limits.max_span_attribute_length) if attributes else {}
         most = limits.max_span_attributes
@@ -439,11 +469,7 @@ def lightened(tracer: Tracer) -> Tracer:
 def same_spans() -> bool:
     """Whether a light span is, to all who look, the span that the SDK itself makes. Checked once for each process."""
     try:
-        return (
-            all(map(_is_the_sdks, (_START, _INIT, _BEGIN, _END, _SET, _READABLE)))
-            and bool(public := _seen(light=False))
-            and _seen(light=True) == public
-        )
+        return all(map(_is_the_sdks, _LEFT_OUT)) and bool(public := _seen(light=False)) and _seen(light=True) == public
     except Exception:  # an SDK that is not known
         return False
 

@@ -223,18 +223,19 @@ class Totals:
         with self._lock:
             if not self.calls:
                 return {}
-            known: dict[str, int | float | None] = {
-                semconv.USAGE_LM_CALLS: self.calls,
-                semconv.USAGE_CACHE_HITS: self.cache_hits,
-                semconv.USAGE_INPUT_TOKENS: self.input_tokens,
-                semconv.USAGE_OUTPUT_TOKENS: self.output_tokens,
-                semconv.USAGE_COST: self.cost if self.priced else None,
-                semconv.USAGE_UNPRICED_CALLS: self.unpriced or None,
-            }
+            result: Attributes = {semconv.USAGE_LM_CALLS: self.calls, semconv.USAGE_CACHE_HITS: self.cache_hits}
+            if self.input_tokens is not None:
+                result[semconv.USAGE_INPUT_TOKENS] = self.input_tokens
+            if self.output_tokens is not None:
+                result[semconv.USAGE_OUTPUT_TOKENS] = self.output_tokens
+            if self.priced:
+                result[semconv.USAGE_COST] = self.cost
+            if self.unpriced:
+                result[semconv.USAGE_UNPRICED_CALLS] = self.unpriced
         if prefix == semconv.USAGE_PREFIX:
-            return {key: value for key, value in known.items() if value is not None}
+            return result
         own = len(semconv.USAGE_PREFIX)
-        return {prefix + key[own:]: value for key, value in known.items() if value is not None}
+        return {prefix + key[own:]: value for key, value in result.items()}
 
 
 class UsageOfTask(Totals):

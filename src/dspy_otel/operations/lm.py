@@ -16,7 +16,7 @@ from opentelemetry.trace import SpanKind
 
 from dspy_otel import semconv
 from dspy_otel.content import introspection, redaction
-from dspy_otel.core.attributes import Attributes, Labels, repair, sendable_name
+from dspy_otel.core.attributes import Attributes, Labels, repair, sendable_name, set_repaired
 from dspy_otel.core.call_context import (
     BAGGAGE_KEY,
     BudgetAround,
@@ -41,11 +41,12 @@ from dspy_otel.operations.lm_request import (
 )
 from dspy_otel.operations.lm_response import (
     LMResponse,
+    answer_attributes,
     combined,
     error_attributes,
     lm_usage,
-    response_attributes,
     response_of_call_result,
+    usage_attributes,
 )
 from dspy_otel.operations.messages import described, input_messages, output_messages, tool_definitions
 from dspy_otel.patching import argument
@@ -105,6 +106,7 @@ class LMDescription:
     request: Attributes
     stop: Any
     _labels: dict[tuple[str | None, str | None], LMLabels] = field(default_factory=dict)
+    _answered: dict[tuple[Any, ...], Attributes] = field(default_factory=dict)
 
     def labels(self, provider: str | None = None, model: str | None = None) -> LMLabels:
         """Low-cardinality attributes of a call's metrics. Not to be changed: they are made once.
@@ -131,6 +133,30 @@ class LMDescription:
         if len(self._labels) < _MOST_LABELS:
             self._labels[key] = made
         return made
+
+    def answered(self, engine: str | None, provider: str | None, response: LMResponse | None) -> Attributes:
+        """Attributes that a span shares with those of other calls with such an answer. Not to be changed.
+
+        Args:
+            engine: what DSPy runs the call on.
+            provider: who serves it, if the model's name has no provider.
+            response: what came back, if anything did.
+        """
+        key: tuple[Any, ...] = engine, provider
+        if response is not None:
+            key = engine, provider, response.cache_hit, response.model, *response.finish_reasons
+        kept = self._answered.get(key)
+        if kept is not None:
+            return kept
+        attributes = {} if response is None else answer_attributes(response)
+        if engine is not None:
+            attributes[semconv.LM_ENGINE] = engine
+        if provider is not None:
+            attributes[semconv.GEN_AI_PROVIDER_NAME] = provider
+        repair(attributes)
+        if len(self._answered) < _MOST_LABELS:
+            self._answered[key] = attributes
+        return attributes
 
 
 @dataclass(slots=True)
@@ -300,11 +326,9 @@ class LMOperation(Operation):
 
     def end_attributes(self, call: Call, result: Any, error: BaseException | None) -> Attributes:
         state: LMCallState = call.context.state
+        response = state.response
+        set_repaired(call.span, state.description.answered(state.engine, state.provider, response))
         attributes: Attributes = {}
-        if state.engine is not None:
-            attributes[semconv.LM_ENGINE] = state.engine
-        if state.provider is not None:
-            attributes[semconv.GEN_AI_PROVIDER_NAME] = state.provider
         if state.retries:
             attributes[semconv.LM_RETRIES] = state.retries
         if state.chunks:
@@ -313,10 +337,9 @@ class LMOperation(Operation):
             attributes[semconv.GEN_AI_RESPONSE_TIME_TO_FIRST_CHUNK] = state.first_chunk - call.started
         if error is not None:
             attributes.update(error_attributes(error))
-        response = state.response
         if response is not None:
             host = state.description.request.get(semconv.SERVER_ADDRESS)
-            attributes.update(response_attributes(response, state.usage or lm_usage(response), host))
+            attributes.update(usage_attributes(response, state.usage or lm_usage(response), host))
             if self.telemetry.config.content_on_spans:
                 messages = output_messages(response.outputs, response.finish_reasons)
                 self.telemetry.put_content(attributes, semconv.GEN_AI_OUTPUT_MESSAGES, messages)
@@ -386,7 +409,8 @@ class LMOperation(Operation):
         response = state.response
         if response is not None:
             host = state.description.request.get(semconv.SERVER_ADDRESS)
-            attributes.update(response_attributes(response, lm_usage(response), host))
+            attributes.update(answer_attributes(response))
+            attributes.update(usage_attributes(response, lm_usage(response), host))
             messages = output_messages(response.outputs, response.finish_reasons)
             attributes.update(self._rendered([(semconv.GEN_AI_OUTPUT_MESSAGES, messages)]))
         self.telemetry.emit_event(semconv.LOG_INFERENCE_DETAILS, attributes, call.otel_context)

@@ -240,21 +240,27 @@ def lm_tokens(counters: Mapping[str, Any]) -> tuple[int | None, int | None]:
     return (inputs, outputs) if inputs or outputs else (None, None)
 
 
-def response_attributes(response: LMResponse, usage: LMUsage, host: Any = None) -> Attributes:
-    """What came back, with usage and cost of this very call.
+def answer_attributes(response: LMResponse) -> Attributes:
+    """What answers of the same kind share: where they come from, and why they ended."""
+    attributes: Attributes = {semconv.LM_CACHE_HIT: response.cache_hit}
+    if response.model is not None:
+        attributes[semconv.GEN_AI_RESPONSE_MODEL] = response.model
+    if response.finish_reasons:
+        attributes[semconv.GEN_AI_RESPONSE_FINISH_REASONS] = tuple(response.finish_reasons)
+    return attributes
+
+
+def usage_attributes(response: LMResponse, usage: LMUsage, host: Any = None) -> Attributes:
+    """The id of this very answer, with its usage and cost.
 
     Args:
         response: of the call.
         usage: of it.
         host: name or address of the server, if that is known.
     """
-    attributes: Attributes = {semconv.LM_CACHE_HIT: response.cache_hit}
-    if response.model is not None:
-        attributes[semconv.GEN_AI_RESPONSE_MODEL] = response.model
+    attributes: Attributes = {}
     if response.response_id is not None:
         attributes[semconv.GEN_AI_RESPONSE_ID] = response.response_id
-    if response.finish_reasons:
-        attributes[semconv.GEN_AI_RESPONSE_FINISH_REASONS] = response.finish_reasons
     if usage.cost is not None:
         attributes[semconv.LM_COST] = usage.cost
         if host is not None and is_loopback(host):

@@ -328,7 +328,9 @@ class Observer:
         method = getattr(type(tracker), name, None) if name.startswith("on_") else None
         if method is None:
             raise AttributeError(name)
-        return lambda event: guard(f"GEPA {name}")(method)(tracker, event)
+        observe = functools.partial(guard(f"GEPA {name}")(method), tracker)
+        setattr(self, name, observe)  # GEPA asks for it at each event
+        return observe
 
 
 @hooks
