@@ -71,9 +71,10 @@ _EXAMPLES: Final = ("dspy.primitives.example", "dspy.primitives.prediction")
 _MOST_HARMLESS: Final = 2**18
 """Characters of all texts that are known to be harmless."""
 _LONG: Final = 4096
-_MOST_LONG: Final = 4
-"""So many of the texts of at least that length are looked for in others, by their first characters."""
 _HEAD: Final = 256
+"""Texts of at least that length are known by so many of their first characters, and looked for in others by those."""
+_MOST_LINES: Final = 64
+"""At the beginnings of so many lines."""
 _BASE64_LENGTH: Final = 256
 _LINE_LENGTH: Final = 56
 _BEGINNING: Final = 512
@@ -631,43 +632,59 @@ class _Harmless:
         self.remembered = remembered
         self.shapes: dict[tuple[str, ...], bool] = {}
         self._texts: dict[str, None] = {}
-        self._long: tuple[str, ...] = ()
+        # To hash a long one would take as long as to search it for some sign: by beginning and length, and of each
+        # beginning the newest.
+        self._long: dict[tuple[str, int], str] = {}
+        self._newest: dict[str, str] = {}
         self._room = _MOST_HARMLESS
 
     def are(self, texts: list[str]) -> bool:
         """Whether none of these texts, of class ``str`` itself, needs to be masked or described."""
         known = self._texts
-        new = [text for text in texts if text not in known]
+        new = [text for text in texts if (text not in known if len(text) < _LONG else not self._knows(text))]
         if not new:
             return True
         together = "\n".join([text if len(text) < _LONG else self._unseen(text) for text in new])
-        if _has_media(together) or redaction.suspect(together):
+        looked = redaction.look(together)
+        if looked.suspect or _has_data_url(together):
             return False
-        size = sum(map(len, new))
-        self._room -= size
+        # Base64 is a long run, unless one of two signs breaks it.
+        if (looked.runs or "/" in together or "+" in together) and _has_base64(together):
+            return False
+        self._room -= sum(map(len, new))
         if self._room < 0:
-            known = self._texts = {}
-            self._long = ()
-            self._room = _MOST_HARMLESS - size
-        known.update(dict.fromkeys(new))
-        if long := [text for text in new if len(text) >= _LONG]:
-            self._long = (*self._long, *long)[-_MOST_LONG:]
+            self._texts, self._long, self._newest = {}, {}, {}
+            self._room = _MOST_HARMLESS - sum(map(len, new))
+        for text in new:
+            if len(text) < _LONG:
+                self._texts[text] = None
+            else:
+                head = text[:_HEAD]
+                self._long[head, len(text)] = self._newest[head] = text
         return True
+
+    def _knows(self, text: str) -> bool:
+        return self._long.get((text[:_HEAD], len(text))) == text
 
     def _unseen(self, text: str) -> str:
         """A text without the inside of long ones that are known: a prompt has the long input of a module in it.
 
-        As far from the ends of a known text as :func:`redaction.lookahead` tells, nothing around it makes it a secret.
+        They are looked for at the beginnings of lines. As far from their ends as :func:`redaction.lookahead` tells,
+        nothing around them makes them secrets.
         """
         around = redaction.lookahead()
-        pieces = [text]
-        for known in self._long:
-            for place, piece in enumerate(pieces):
-                start = piece.find(known[:_HEAD])
-                if start >= 0 and piece.startswith(known, start) and len(known) > 2 * around:
-                    pieces[place : place + 1] = piece[: start + around], piece[start + len(known) - around :]
-                    break
-        return "\n".join(pieces)
+        pieces: list[str] = []
+        start = done = 0
+        for _ in range(_MOST_LINES):
+            known = self._newest.get(text[start : start + _HEAD])
+            if known is not None and len(known) > 2 * around and text.startswith(known, start):
+                pieces.append(text[done : start + around])
+                start += len(known)
+                done = start - around
+            start = text.find("\n", start) + 1
+            if not start:
+                break
+        return "\n".join((*pieces, text[done:]))
 
     def add_shape(self, keys: tuple[str, ...]) -> bool | None:
         """What is to be kept in ``shapes``; ``None`` if one of the keys is long, or no harmless name."""

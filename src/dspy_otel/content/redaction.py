@@ -380,7 +380,7 @@ def mask(text: str) -> str:
     for known in tuple(_known):
         if known in text:
             text = text.replace(known, MASK)
-    spans = _secrets(text)
+    spans, _ = _secrets(text)
     if not spans:
         return text
     pieces: list[str] = []
@@ -392,19 +392,28 @@ def mask(text: str) -> str:
     return "".join((*pieces, text[done:]))
 
 
-def suspect(text: str) -> bool:
-    """Whether :func:`mask` might change one of several texts; sometimes ``True`` when it would not.
+class Look(NamedTuple):
+    """What several texts look like.
 
-    Args:
-        text: the texts, a line break between each two: one look at all of them.
+    Attributes:
+        suspect: whether :func:`mask` might change one of them; sometimes true when it would not.
+        runs: whether there may be a long run of letters, digits, ``_`` and ``-`` without a blank.
     """
+
+    suspect: bool
+    runs: bool
+
+
+def look(text: str) -> Look:
+    """Look at several texts, a line break between each two."""
     if any(known in text for known in tuple(_known)):
-        return True
-    return bool(_secrets(text))
+        return Look(True, True)
+    found, runs = _secrets(text)
+    return Look(bool(found), runs)
 
 
-def _secrets(text: str) -> list[tuple[int, int]]:
-    """Where secrets are in ``text``: in no order, and they may overlap."""
+def _secrets(text: str) -> tuple[list[tuple[int, int]], bool]:
+    """Where secrets are in ``text``, in no order, and they may overlap; and whether it has long runs."""
     # One byte for each character, so that positions are the same; a whole text is searched much faster so.
     raw = text.encode("ascii", "replace")
     rules = _rules()
@@ -435,8 +444,7 @@ def _secrets(text: str) -> list[tuple[int, int]]:
             found += ((m.end(1), m.start(3)) for m in element.finditer(raw) if _text_kind(m[2]) >= 2)
     if _DASH in raw:
         _under_flags(raw, rules, found)
-    _in_runs(raw, rules, found)
-    return found
+    return found, _in_runs(raw, rules, found)
 
 
 def _inner(match: re.Match[bytes]) -> tuple[int, int]:
@@ -530,11 +538,17 @@ def _under_name(raw: bytes, position: int, rules: _Rules) -> tuple[int, int] | N
     return None
 
 
-def _in_runs(raw: bytes, rules: _Rules, found: list[tuple[int, int]]) -> None:
-    """Keys among the long unbroken runs: much cheaper than a search for each of their beginnings."""
+def _in_runs(raw: bytes, rules: _Rules, found: list[tuple[int, int]]) -> bool:
+    """Keys among the long unbroken runs: much cheaper than a search for each of their beginnings.
+
+    Returns:
+        Whether there are such runs.
+    """
     runs = raw.translate(_RUN_TABLE)
     start = runs.find(_RUN_BYTES)
-    if start >= 0 and (_BACKSLASH in raw or _PERCENT in raw or _ESCAPE in raw):
+    if start < 0:
+        return False
+    if _BACKSLASH in raw or _PERCENT in raw or _ESCAPE in raw:
         # A key may begin right behind the letter of an escape.
         raw = rules.escape.sub(lambda escape: b" " * len(escape[0]), raw)
         runs = raw.translate(_RUN_TABLE)
@@ -545,6 +559,7 @@ def _in_runs(raw: bytes, rules: _Rules, found: list[tuple[int, int]]) -> None:
             end = len(raw)
         end = _in_run(raw, start, end, rules, found)
         start = runs.find(_RUN_BYTES, end)
+    return True
 
 
 def _in_run(raw: bytes, start: int, end: int, rules: _Rules, found: list[tuple[int, int]]) -> int:
