@@ -23,8 +23,8 @@ def sdk() -> tuple[Any, InMemorySpanExporter]:
 def test_what_is_kept_is_as_it_was() -> None:
     tracer, spans = sdk()
     hold = DeferredTrace(tracer)
-    outer = hold.start_span("outer", Context(), attributes={"a": 1})
-    inner = hold.start_span("inner", set_span_in_context(outer))
+    outer = hold.begin_span("outer", Context(), attributes={"a": 1})
+    inner = hold.begin_span("inner", set_span_in_context(outer))
     inner.add_event("happened", {"b": 2})
     inner.set_status(Status(StatusCode.ERROR, "why"))
     inner.end()
@@ -51,9 +51,9 @@ def test_what_is_kept_is_as_it_was() -> None:
 def test_what_is_dropped_is_gone_and_so_is_what_comes_later() -> None:
     tracer, spans = sdk()
     hold = DeferredTrace(tracer)
-    outer = hold.start_span("outer", Context())
+    outer = hold.begin_span("outer", Context())
     hold.drop()
-    late = hold.start_span("late", set_span_in_context(outer))
+    late = hold.begin_span("late", set_span_in_context(outer))
     assert not outer.is_recording()
     assert not late.is_recording()
     for span in (late, outer):
@@ -66,11 +66,11 @@ def test_what_is_dropped_is_gone_and_so_is_what_comes_later() -> None:
 def test_what_is_still_open_when_it_is_kept_goes_on() -> None:
     tracer, spans = sdk()
     hold = DeferredTrace(tracer)
-    outer = hold.start_span("outer", Context())
-    open_ = hold.start_span("open", set_span_in_context(outer))
+    outer = hold.begin_span("outer", Context())
+    open_ = hold.begin_span("open", set_span_in_context(outer))
     outer.end()
     hold.keep()
-    late = hold.start_span("late", set_span_in_context(open_))
+    late = hold.begin_span("late", set_span_in_context(open_))
     for span in (late, open_):
         assert span.is_recording()
         span.set_attribute("a", 1)
@@ -87,7 +87,7 @@ def test_what_is_still_open_when_it_is_kept_goes_on() -> None:
 def test_others_inside_see_a_trace_that_is_not_sampled() -> None:
     tracer, spans = sdk()
     for around in (DeferredTrace(tracer), DroppedTrace()):
-        parent = around.start_span("ours", Context())
+        parent = around.begin_span("ours", Context())
         assert parent.get_span_context().is_valid
         theirs = tracer.start_span("theirs", set_span_in_context(parent))
         assert not theirs.is_recording()
@@ -99,7 +99,7 @@ def test_others_inside_see_a_trace_that_is_not_sampled() -> None:
 def test_a_name_is_all_that_is_said_of_an_exception_before_it_is_kept() -> None:
     tracer, spans = sdk()
     hold = DeferredTrace(tracer)
-    span = hold.start_span("one", Context())
+    span = hold.begin_span("one", Context())
     span.record_exception(ValueError("secret"))
     span.end()
     hold.keep()

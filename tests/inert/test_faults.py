@@ -912,7 +912,7 @@ NEVER_CALLED = re.compile(
     r"|formatting_without|propagation\._typed|\.DeferredSpan\.|Asking\.of|\.__init__$|\.Telemetry\.(_make|_after_fork|__)|Waiting\._after_fork"
     r"|worker_tasks\._after_fork$|UsageOfTask\.add_sums$|Sums\.as_one_call$"
     r"|NativeTracing\.(starting|ending)$"
-    r"|telemetry\._stands_alone$|DroppedTrace\.start_span$"
+    r"|telemetry\._stands_alone$|DroppedTrace\.begin_span$"
     r"|(GEPA|Engine)Tracker\.copied$|is_trace_id_random|parent_of_process|gepa\.(GEPAWithoutEvents|OldGEPA)Tracker|gepa\._takes"
     r"|\.((Enclosed)?Operation|Tracker|Blob|SpanFactory)\.\w+$|_Pending|_moment|moment$"
     r"|secret_rules\._with_digit|redaction\._inner|lineage\.optimization$"

@@ -7,7 +7,7 @@ written here are not public: the public helpers show them, and copy a context fo
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextvars import ContextVar, Token
 from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
 
@@ -15,7 +15,7 @@ from opentelemetry import context as otel_context
 from opentelemetry.baggage import set_baggage
 from opentelemetry.context import Context
 from opentelemetry.instrumentation.utils import suppress_instrumentation
-from opentelemetry.trace import INVALID_SPAN, Span, SpanContext, set_span_in_context
+from opentelemetry.trace import INVALID_SPAN, Link, Span, SpanContext, SpanKind, set_span_in_context
 
 from dspy_otel.core.attributes import EMPTY, Attributes
 from dspy_otel.core.usage import Totals
@@ -63,7 +63,9 @@ class SpanFactory(Protocol):
     def dropped(self) -> Span | None:
         """The one span of a trace that is dropped; ``None`` where it may be kept."""
 
-    def start_span(self, name: str, context: Context, /, *args: Any, **kwargs: Any) -> Span:
+    def begin_span(
+        self, name: str, context: Context, kind: SpanKind, attributes: Attributes, links: Sequence[Link]
+    ) -> Span:
         """Start a span, as ``Tracer.start_span`` does."""
 
 

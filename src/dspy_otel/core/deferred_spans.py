@@ -25,7 +25,7 @@ from opentelemetry.trace import (
     set_span_in_context,
 )
 
-from dspy_otel.core.attributes import restore_dropped
+from dspy_otel.core.attributes import EMPTY, restore_dropped
 from dspy_otel.core.call_context import without_call_context
 from dspy_otel.core.id_generator import SystemIds
 from dspy_otel.core.internal_errors import guard
@@ -49,7 +49,7 @@ class DroppedTrace:
     def __init__(self) -> None:
         self.dropped: Span = NonRecordingSpan(_unsampled())
 
-    def start_span(self, *args: Any, **kwargs: Any) -> Span:
+    def begin_span(self, *_: Any) -> Span:
         """The span."""
         return self.dropped
 
@@ -72,20 +72,17 @@ class DeferredTrace:
     def __len__(self) -> int:
         return len(self.spans)
 
-    def start_span(
+    def begin_span(
         self,
         name: str,
         context: Context,
         kind: SpanKind = SpanKind.INTERNAL,
-        attributes: Mapping[str, Any] | None = None,
-        links: Sequence[Link] | None = None,
-        **options: Any,
+        attributes: Mapping[str, Any] = EMPTY,
+        links: Sequence[Link] = (),
     ) -> Span:
         """A span that waits; once the trace is decided, a real one or one that records nothing."""
         parent = get_current_span(context)
-        span = DeferredSpan(
-            self, name, without_call_context(context), kind, dict(attributes or {}), list(links or ()), options
-        )
+        span = DeferredSpan(self, name, without_call_context(context), kind, dict(attributes), list(links))
         with self._lock:
             if not self.decided:
                 self.spans.append(span)
@@ -123,7 +120,6 @@ class DeferredSpan(Span):
         kind: SpanKind,
         attributes: dict[str, Any],
         links: list[Link],
-        options: dict[str, Any],
     ) -> None:
         self._trace = deferred
         self._name = name
@@ -131,7 +127,6 @@ class DeferredSpan(Span):
         self._kind = kind
         self._attributes = attributes
         self._links = links
-        self._options = options
         self._context = _unsampled(deferred.trace_id)
         self._events: list[tuple[str, Any, int]] = []
         self._once_real: list[Callable[[Span], None]] = []
@@ -150,7 +145,7 @@ class DeferredSpan(Span):
                 return
             around = set_span_in_context(parent.real, around)
         real = self._trace.tracer.start_span(
-            self._name, around, self._kind, self._attributes, self._links, self._started, **self._options
+            self._name, around, self._kind, self._attributes, self._links, self._started, False, False
         )
         restore_dropped(real, self._attributes)
         for name, attributes, when in self._events:

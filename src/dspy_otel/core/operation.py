@@ -24,7 +24,6 @@ from opentelemetry.trace import (
     SpanKind,
     Status,
     StatusCode,
-    Tracer,
     get_current_span,
     set_span_in_context,
 )
@@ -34,7 +33,6 @@ from dspy_otel.core.attributes import Attributes, repair, restore_dropped, senda
 from dspy_otel.core.call_context import (
     CALL_CONTEXT_KEY,
     CallContext,
-    SpanFactory,
     attach,
     current_context,
     inside,
@@ -272,7 +270,8 @@ class Operation:
         call.on_closed = start.on_closed
         call.closed = False
         call.token = None
-        dropped = None if context.deferred is None else context.deferred.dropped
+        deferred = context.deferred
+        dropped = None if deferred is None else deferred.dropped
         if dropped is not None:
             call.span = dropped
         else:
@@ -282,20 +281,8 @@ class Operation:
                 repair(attributes)
             if inherited:
                 attributes.update(inherited)
-            tracer: SpanFactory | Tracer | None = context.deferred
-            if tracer is None:
-                tracer = telemetry.settled_tracer
-            if tracer is None:
-                tracer = telemetry.tracer
-            call.span = tracer.start_span(
-                name,
-                outside,
-                start.kind,
-                attributes,
-                start.links,
-                record_exception=False,
-                set_status_on_exception=False,
-            )
+            begin = telemetry.begin_span if deferred is None else deferred.begin_span
+            call.span = begin(name, outside, start.kind, attributes, start.links)
         context.span = call.span
         call.recording = dropped is None and call.span.is_recording()
         call.otel_context = inside(outside, call.span, context)

@@ -326,6 +326,22 @@ class LightTracer(Tracer):
         set_status_on_exception: bool = True,
     ) -> AnySpan:
         """A new span, as from the SDK's tracer."""
+        return self.begin_span(
+            name, context, kind, attributes, links, start_time, record_exception, set_status_on_exception
+        )
+
+    def begin_span(
+        self,
+        name: str,
+        context: Context | None,
+        kind: SpanKind,
+        attributes: Any,
+        links: Sequence[Link] | None,
+        start_time: int | None = None,
+        record_exception: bool = False,
+        set_status_on_exception: bool = False,
+    ) -> AnySpan:
+        """A new span as :meth:`start_span` makes it; by default, a ``with`` block records no exception on it."""
         tracer = self._tracer
         current = None if context is None else context.get(SPAN_KEY)
         if type(current) is LightSpan:
@@ -399,12 +415,10 @@ class LightTracer(Tracer):
         if finish is not None:
             span._record_end_metrics = finish
         span._maker = self
-        kept = _as_kept(attributes, limits.max_span_attribute_length) if attributes else {}
-        most = limits.max_span_attributes
+        longest, most = limits.max_span_attribute_length, limits.max_span_attributes
+        kept = _as_kept(attributes, longest) if attributes else {}
         if kept is None or (most is not None and len(kept) > most):
-            span._bounded = BoundedAttributes(
-                most, attributes, immutable=False, max_value_len=limits.max_span_attribute_length
-            )
+            span._bounded = BoundedAttributes(most, attributes, immutable=False, max_value_len=longest)
             kept = span._bounded._dict
         span._plain = kept
         if links:

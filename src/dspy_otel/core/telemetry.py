@@ -7,14 +7,23 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from opentelemetry import _logs, metrics, trace
 from opentelemetry._logs import NoOpLogger, SeverityNumber
 from opentelemetry.context import Context, get_current
 from opentelemetry.metrics import Meter, MeterProvider, NoOpMeter, NoOpMeterProvider
-from opentelemetry.trace import NoOpTracer, ProxyTracer, Span, Tracer, TracerProvider, set_span_in_context
+from opentelemetry.trace import (
+    Link,
+    NoOpTracer,
+    ProxyTracer,
+    Span,
+    SpanKind,
+    Tracer,
+    TracerProvider,
+    set_span_in_context,
+)
 
 from dspy_otel import semconv
 from dspy_otel.config import Config, EventSignal
@@ -130,6 +139,14 @@ class Telemetry:
             return not (has_meter and self.measuring) and not (self.config.content_on_events and self.keeps_events)
         return self._discards
 
+    def begin_span(
+        self, name: str, context: Context, kind: SpanKind, attributes: Attributes, links: Sequence[Link]
+    ) -> Span:
+        """Start a span. A light tracer does so in place of this method, as soon as there is one."""
+        return self.tracer.start_span(
+            name, context, kind, attributes, links, record_exception=False, set_status_on_exception=False
+        )
+
     def _settle(self, tracer: Tracer) -> Tracer:
         """Keep ``tracer``, and call ``on_provider``. Other threads wait, or it would miss their span."""
         with self._settling:
@@ -140,6 +157,7 @@ class Telemetry:
                 with guard("sampler"):
                     self.keeps_attributes = keeps_attributes(tracer)
                 self.settled_tracer = self._lightened(with_system_ids(tracer))
+                self.begin_span = getattr(self.settled_tracer, "begin_span", self.begin_span)  # type: ignore[method-assign]
                 events = self.config.content_on_events and not isinstance(self.logger, NoOpLogger)
                 self._discards = isinstance(tracer, NoOpTracer) and isinstance(self._meter, NoOpMeter) and not events
             return self.settled_tracer

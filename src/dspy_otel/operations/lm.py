@@ -159,7 +159,6 @@ class LMDescription:
         return attributes
 
 
-@dataclass(slots=True)
 class LMCallState:
     """What is known of an LM call so far. Written in the thread or task of the call, unless a field has another writer.
 
@@ -179,12 +178,10 @@ class LMCallState:
         first_chunk: when the first one came, by ``time.perf_counter()``.
     """
 
-    description: LMDescription
     asked: Attributes | None = None
     response: LMResponse | None = None
     earlier: LMResponse | None = None
     usage: LMUsage | None = None
-    inner: list[LMUsage] = field(default_factory=list)
     engine: str | None = None
     provider: str | None = None
     retries: int = 0
@@ -192,6 +189,10 @@ class LMCallState:
     usage_requested: bool = False
     chunks: int = 0
     first_chunk: float = 0.0
+
+    def __init__(self, description: LMDescription) -> None:
+        self.description = description
+        self.inner: list[LMUsage] = []
 
     def combine(self) -> None:
         """Make one response of all the requests that an override made by calling what it overrides."""

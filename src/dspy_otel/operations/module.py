@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import weakref
-from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
 
 from dspy_otel import semconv
@@ -29,7 +28,6 @@ AGENT_CLASSES: Final = frozenset({"ReAct", "ReActV2", "CodeAct", "RLM"})
 """DSPy modules in which an LM chooses what to do next."""
 
 
-@dataclass(slots=True)
 class ModuleState:
     """What is known of a module's call so far. Written in the thread or task of the call.
 
@@ -43,13 +41,15 @@ class ModuleState:
         asked: inputs of a program or agent as JSON, for a completion hook; they may change during the call.
     """
 
-    description: ModuleDescription
-    totals: Totals | None = None
     adapter: str | None = None
     fallback_adapter: str | None = None
     failed_adapter: str | None = None
     parse_errors: int = 0
     asked: str | None = None
+
+    def __init__(self, description: ModuleDescription, totals: Totals | None) -> None:
+        self.description = description
+        self.totals = totals
 
 
 class ModuleOperation(Operation):
