@@ -735,7 +735,7 @@ class Content:
         length = sum(map(len, strings))
         if plain is _UNUSUAL or length > self.limit or not harmless.are(strings):
             plain = _ContentWalker(self).run(value)
-        text = encode(plain, length)
+        text = encode(plain)
         # A character of ASCII takes one byte, and no other more than four.
         size = len(text) if text.isascii() else 4 * len(text)
         if size > self.limit and size_of(text) > self.limit:
