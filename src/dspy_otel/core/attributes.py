@@ -74,7 +74,11 @@ def set_repaired(span: Span, attributes: Attributes) -> None:
         span: the span.
         attributes: texts, numbers, booleans, and tuples of one of these. Never changed.
     """
-    getattr(span, "set_kept", span.set_attributes)(attributes)
+    set_kept = getattr(span, "set_kept", None)  # of light spans
+    if set_kept is None:
+        span.set_attributes(attributes)
+    else:
+        set_kept(attributes)
 
 
 def _mended(value: AttributeValue) -> AttributeValue:
