@@ -231,7 +231,8 @@ class LMOperation(Operation):
         if budget is not None:
             budget.admit(context, self.telemetry)
             settle = functools.partial(self._settle, budget, context)
-        own = own_settings(instance)
+        stored = introspection.instance_dict(instance)
+        own = own_settings(instance, stored)
         try:  # For each call, and without the two calls of a guard.
             if own:
                 redaction.remember_settings(own)
@@ -239,7 +240,7 @@ class LMOperation(Operation):
                 redaction.remember_settings(kwargs)
         except Exception as error:
             failed("LM settings", error)
-        description = self._description(instance, request_settings(own, args, kwargs, self._kept), context)
+        description = self._description(instance, stored, request_settings(own, args, kwargs, self._kept), context)
         context.state = LMCallState(description)
         return SpanStart(
             description.span, context, description.attributes.copy(), SpanKind.CLIENT, repaired=True, on_closed=settle
@@ -248,9 +249,11 @@ class LMOperation(Operation):
     def _settle(self, budget: BudgetAround, context: CallContext, result: Any, error: BaseException | None) -> None:
         budget.settle(context, self.telemetry, error)
 
-    def _description(self, lm: Any, settings: dict[str, Any], context: CallContext) -> LMDescription:
+    def _description(
+        self, lm: Any, stored: dict[str, Any], settings: dict[str, Any], context: CallContext
+    ) -> LMDescription:
         """Of this call. It is kept for the next ones like it."""
-        key = request_key(lm, settings)
+        key = request_key(stored, settings)
         if key is None:
             return self._describe(lm, settings, context)
         program = context.program
@@ -420,7 +423,7 @@ class LMOperation(Operation):
     def remember_settings(self, lm: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: None) -> None:
         """After ``BaseLM.__init__``: an LM's keys are known before anything quotes them, and before its first call."""
         if self.telemetry.active and self.telemetry.config.content:
-            redaction.remember_settings(own_settings(lm))
+            redaction.remember_settings(own_settings(lm, introspection.instance_dict(lm)))
 
     def record_result(self, _: None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Before ``execution.finalize(lm, call, result)`` (3.4): the call's own result, which histories share later."""

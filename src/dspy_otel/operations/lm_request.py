@@ -74,9 +74,14 @@ def explicit_request(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     return request
 
 
-def own_settings(lm: Any) -> dict[str, Any]:
-    """The parameters that an LM was made with. Never to be changed."""
-    own = introspection.instance_dict(lm).get("kwargs")
+def own_settings(lm: Any, stored: Mapping[str, Any]) -> dict[str, Any]:
+    """The parameters that an LM was made with. Never to be changed.
+
+    Args:
+        lm: the LM.
+        stored: what it holds, by :func:`dspy_otel.content.introspection.instance_dict`.
+    """
+    own = stored.get("kwargs")
     if type(own) is dict:
         return own
     own = field(lm, "kwargs")
@@ -109,12 +114,15 @@ def request_settings(
     return settings
 
 
-def request_key(lm: Any, settings: Mapping[str, Any]) -> tuple[Any, ...] | None:
+def request_key(stored: Mapping[str, Any], settings: Mapping[str, Any]) -> tuple[Any, ...] | None:
     """What :func:`request_attributes` depends on: equal for two calls only if those are.
 
     ``None`` where that is more than short texts and numbers: to compare it might run code of a user's class.
+
+    Args:
+        stored: what the LM holds.
+        settings: of the call.
     """
-    stored = introspection.instance_dict(lm)
     model, kind = stored.get("model"), stored.get("model_type", "chat")
     if type(model) is not str or type(kind) is not str:
         return None
