@@ -31,10 +31,10 @@ from tests.support.spans import Recorder
 OURS = os.path.dirname(dspy_otel.__file__) + os.sep
 GROWTH = 1.05
 MOST = {
-    ("predict", "no_content"): 170,
-    ("predict", "span_only"): 242,
-    ("nested", "no_content"): 290,
-    ("nested", "span_only"): 420,
+    ("predict", "no_content"): 163,
+    ("predict", "span_only"): 237,
+    ("nested", "no_content"): 280,
+    ("nested", "span_only"): 418,
 }
 if DSPY >= (3, 5):  # Instructions are a text of their own.
     MOST.update({("predict", "span_only"): 256, ("nested", "span_only"): 434})
