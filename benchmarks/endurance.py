@@ -101,7 +101,7 @@ def look(done: int, waiting: Callable[[], int]) -> dict[str, Any]:
     moment["open"] = alive[Call] + alive[CallContext]
     kept = sum(len(each._kept) for each in gc.get_objects() if type(each) is IdentityCache)
     moment["kept"] = (
-        kept + len(redaction._known) + len(internal_errors._seen) + redaction._name_kind.cache_info().currsize
+        kept + len(redaction._known) + len(internal_errors._seen) + redaction.name_kind.cache_info().currsize
     )
     return moment
 

@@ -36,8 +36,8 @@ PARTS: list[tuple[Any, str]] = [
     *((lm.LMOperation, name) for name in ("start", "start_attributes", "end_attributes", "measure")),
     *((lm.LMOperation, name) for name in ("record_engine", "record_result")),
     (AdapterOperation, "serves"),
-    (spans.LightTracer, "start_span"),
-    (spans.LightSpan, "set_attributes"),
+    (spans.LightTracer, "begin_span"),
+    (spans.LightSpan, "set_kept"),
     (spans.LightSpan, "end"),
     (BoundedInstrument, "record"),
     (Content, "json"),
@@ -72,24 +72,18 @@ def lowest(function: Callable[[], Any], context: contextvars.Context) -> float:
 
 def span_parts(calls: dict[str, list[tuple[Callable[[], Any], contextvars.Context]]]) -> dict[str, float]:
     """Microseconds of the parts that change a span, each time on a new one."""
-    took: dict[str, float] = {}
-    starts = calls.pop("LightTracer.start_span", [])
-    changes = [calls.pop(f"LightSpan.{name}", []) for name in ("set_attributes", "end")]
-    took["LightTracer.start_span"] = sum(lowest(*start) for start in starts)
-    # Inner spans end first; the attributes of each are those that it had.
-    for (start, context), (change, _) in zip(starts, reversed(changes[0]), strict=True):
+    starts = calls.pop("LightTracer.begin_span")
+    changes, ends = calls.pop("LightSpan.set_kept"), calls.pop("LightSpan.end")
+    begun = [lowest(*start) for start in starts]
+    took = {"LightTracer.begin_span": sum(begun), "LightSpan.set_kept": 0.0, "LightSpan.end": 0.0}
+    start, context = starts[0]
+    for key, found in ("LightSpan.set_kept", changes), ("LightSpan.end", ends):
+        for change, _ in found:
 
-        def with_attributes(start: Any = start, change: Any = change) -> None:
-            change.func(start(), *change.args[1:])
+            def changed(change: Any = change) -> None:
+                change.func(start(), *change.args[1:])
 
-        def whole(start: Any = start, change: Any = change) -> None:
-            span = start()
-            change.func(span, *change.args[1:])
-            span.end()
-
-        begun, changed, ended = (lowest(function, context) for function in (start, with_attributes, whole))
-        took["LightSpan.set_attributes"] = took.get("LightSpan.set_attributes", 0.0) + changed - begun
-        took["LightSpan.end"] = took.get("LightSpan.end", 0.0) + ended - changed
+            took[key] += lowest(changed, context) - begun[0]
     return took
 
 

@@ -57,16 +57,20 @@ class Program:
 
 
 class SpanFactory(Protocol):
-    """What makes the spans of a call in place of OpenTelemetry's tracer, in a trace that is dropped or deferred."""
-
-    @property
-    def dropped(self) -> Span | None:
-        """The one span of a trace that is dropped; ``None`` where it may be kept."""
+    """What makes spans: a light tracer, or the public way."""
 
     def begin_span(
         self, name: str, context: Context, kind: SpanKind, attributes: Attributes, links: Sequence[Link]
     ) -> Span:
         """Start a span, as ``Tracer.start_span`` does."""
+
+
+class DeferredFactory(SpanFactory, Protocol):
+    """What makes the spans of a call in place of OpenTelemetry's tracer, in a trace that is dropped or deferred."""
+
+    @property
+    def dropped(self) -> Span | None:
+        """The one span of a trace that is dropped; ``None`` where it may be kept."""
 
 
 class BudgetAround(Protocol):
@@ -161,7 +165,7 @@ class CallContext:
     inherited: Attributes
     role: str | None
     totals: tuple[Totals, ...]
-    deferred: SpanFactory | None
+    deferred: DeferredFactory | None
     budget: BudgetAround | None
 
     def __init__(self, kind: str, owner: Any, parent: CallContext | None, state: Any = None) -> None:

@@ -33,6 +33,7 @@ from dspy_otel.core.attributes import Attributes, repair, restore_dropped, senda
 from dspy_otel.core.call_context import (
     CALL_CONTEXT_KEY,
     CallContext,
+    SpanFactory,
     attach,
     current_context,
     inside,
@@ -281,8 +282,10 @@ class Operation:
                 repair(attributes)
             if inherited:
                 attributes.update(inherited)
-            begin = telemetry.begin_span if deferred is None else deferred.begin_span
-            call.span = begin(name, outside, start.kind, attributes, start.links)
+            factory: SpanFactory = telemetry.light_tracer or telemetry
+            if deferred is not None:
+                factory = deferred
+            call.span = factory.begin_span(name, outside, start.kind, attributes, start.links)
         context.span = call.span
         call.recording = dropped is None and call.span.is_recording()
         call.otel_context = inside(outside, call.span, context)

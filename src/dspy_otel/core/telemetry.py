@@ -29,7 +29,7 @@ from dspy_otel import semconv
 from dspy_otel.config import Config, EventSignal
 from dspy_otel.content.encoder import Content
 from dspy_otel.core.attributes import EMPTY, Attributes, keeps_attributes, repair
-from dspy_otel.core.call_context import current_call_context, suppressed, without_call_context
+from dspy_otel.core.call_context import SpanFactory, current_call_context, suppressed, without_call_context
 from dspy_otel.core.deferred_spans import DeferredSpan
 from dspy_otel.core.errors import exception_attributes
 from dspy_otel.core.id_generator import with_system_ids
@@ -61,6 +61,7 @@ class Telemetry:
         tracer_provider: the one that was given; ``None`` for the global one.
         completions: hands content to a completion hook, if there is one.
         settled_tracer: our tracer, as soon as there is a provider.
+        light_tracer: the same, if it is one that makes light spans.
         keeps_attributes: whether no sampler can drop the attributes that a span is started with.
     """
 
@@ -83,6 +84,7 @@ class Telemetry:
         self.on_outermost = on_outermost
         self.tracer_provider = tracer_provider
         self.settled_tracer: Tracer | None = None
+        self.light_tracer: SpanFactory | None = None
         self._settling = threading.RLock()
         if hasattr(os, "register_at_fork"):
             after_fork = weakref.WeakMethod(self._after_fork)
@@ -142,7 +144,7 @@ class Telemetry:
     def begin_span(
         self, name: str, context: Context, kind: SpanKind, attributes: Attributes, links: Sequence[Link]
     ) -> Span:
-        """Start a span. A light tracer does so in place of this method, as soon as there is one."""
+        """Start a span the public way."""
         return self.tracer.start_span(
             name, context, kind, attributes, links, record_exception=False, set_status_on_exception=False
         )
@@ -157,7 +159,6 @@ class Telemetry:
                 with guard("sampler"):
                     self.keeps_attributes = keeps_attributes(tracer)
                 self.settled_tracer = self._lightened(with_system_ids(tracer))
-                self.begin_span = getattr(self.settled_tracer, "begin_span", self.begin_span)  # type: ignore[method-assign]
                 events = self.config.content_on_events and not isinstance(self.logger, NoOpLogger)
                 self._discards = isinstance(tracer, NoOpTracer) and isinstance(self._meter, NoOpMeter) and not events
             return self.settled_tracer
@@ -166,9 +167,10 @@ class Telemetry:
         """``tracer``, or one that makes its spans at a lower cost, if it is the SDK's."""
         if self.config.light_spans and type(tracer).__module__ == "opentelemetry.sdk.trace":
             with contextlib.suppress(Exception):  # an SDK that is not known
-                from dspy_otel.core.spans import lightened  # needs the SDK
+                from dspy_otel.core.spans import LightTracer, lightened  # needs the SDK
 
-                return lightened(tracer)
+                tracer = lightened(tracer)
+                self.light_tracer = tracer if isinstance(tracer, LightTracer) else None
         return tracer
 
     @property
