@@ -37,7 +37,7 @@ PARTS: list[tuple[Any, str]] = [
     *((lm.LMOperation, name) for name in ("record_engine", "record_result")),
     (AdapterOperation, "serves"),
     (spans.LightTracer, "begin_span"),
-    (spans.LightSpan, "set_kept"),
+    (spans.LightSpan, "set_light_attributes"),
     (spans.LightSpan, "end"),
     (BoundedInstrument, "record"),
     (Content, "json"),
@@ -73,11 +73,11 @@ def lowest(function: Callable[[], Any], context: contextvars.Context) -> float:
 def span_parts(calls: dict[str, list[tuple[Callable[[], Any], contextvars.Context]]]) -> dict[str, float]:
     """Microseconds of the parts that change a span, each time on a new one."""
     starts = calls.pop("LightTracer.begin_span")
-    changes, ends = calls.pop("LightSpan.set_kept"), calls.pop("LightSpan.end")
+    changes, ends = calls.pop("LightSpan.set_light_attributes"), calls.pop("LightSpan.end")
     begun = [lowest(*start) for start in starts]
-    took = {"LightTracer.begin_span": sum(begun), "LightSpan.set_kept": 0.0, "LightSpan.end": 0.0}
+    took = {"LightTracer.begin_span": sum(begun), "LightSpan.set_light_attributes": 0.0, "LightSpan.end": 0.0}
     start, context = starts[0]
-    for key, found in ("LightSpan.set_kept", changes), ("LightSpan.end", ends):
+    for key, found in ("LightSpan.set_light_attributes", changes), ("LightSpan.end", ends):
         for change, _ in found:
 
             def changed(change: Any = change) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import collections
 import dataclasses
 import datetime
@@ -521,6 +522,25 @@ def test_a_text_that_was_harmless_is_masked_as_soon_as_it_is_known_as_a_secret()
     assert render(value) == value
     redaction.remember("nosuchpattern-9")
     assert render(value) == {"question": f"is {redaction.MASK} harmless?", redaction.MASK: 1}
+
+
+def test_what_is_around_a_known_text_is_searched_with_it() -> None:
+    known = "the answer of the model " * 300
+    assert render(known, 10**6) == known
+    for text in (f"<password>\n{known}\n</password>", f"<password>{known}</password>", f"password = '{known}'"):
+        warm = render(text, 10**6)
+        module._harmless = module._Harmless(redaction.remembered)
+        assert warm == render(text, 10**6)
+        assert render(known, 10**6) == known
+    assert redaction.MASK in render(f"<password>\n{known}\n</password>", 10**6)
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\\n"])
+def test_four_lines_of_base64_are_enough(end: str) -> None:
+    data = base64.b64encode(bytes(range(180))).decode()
+    lines = end.join(data[start : start + 60] for start in range(0, 240, 60))
+    assert render(lines) == "<180 bytes>"
+    assert render(f"photo: {lines}{end}of a cat") == f"photo: <180 bytes>{end}of a cat"
 
 
 def test_texts_that_are_kept_hold_no_secret_and_are_bounded() -> None:

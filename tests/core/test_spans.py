@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
 import pytest
+import wrapt
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from opentelemetry.context import Context
@@ -42,6 +43,7 @@ from opentelemetry.trace import (
 )
 
 from dspy_otel.core import spans
+from dspy_otel.core.attributes import set_repaired
 from dspy_otel.core.spans import LightSpan, LightTracer, lightened
 
 
@@ -413,6 +415,54 @@ def test_an_sdk_that_another_package_has_patched_is_left_alone(monkeypatch: pyte
         assert lightened(tracer) is tracer
     finally:
         spans.same_spans.cache_clear()
+
+
+def counted(calls: list[str]) -> Callable[..., Any]:
+    """A wrapper of wrapt's, as most instrumentations make them: it says that it equals what it wraps."""
+
+    def wrapper(wrapped: Any, _: Any, args: Any, kwargs: Any) -> Any:
+        calls.append(wrapped.__name__)
+        return wrapped(*args, **kwargs)
+
+    return wrapper
+
+
+def test_what_wrapt_has_patched_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+    patched = (sdk_trace.Tracer, "start_span"), (sdk_trace.Span, "set_attributes"), (sdk_trace.Span, "end")
+    for late in (True, False):
+        tracer = TracerProvider(shutdown_on_exit=False).get_tracer("test")
+        light = lightened(tracer)
+        for owner, name in patched:
+            monkeypatch.setattr(owner, name, wrapt.FunctionWrapper(vars(owner)[name], counted(calls)))
+        if not late:
+            monkeypatch.setattr(spans, "_LEFT_OUT", (sdk_trace.Tracer.start_span, *spans._LEFT_OUT[1:]))
+            spans.same_spans.cache_clear()
+            light = lightened(tracer)
+            assert light is tracer
+        calls.clear()
+        span = light.start_span("span")
+        span.set_attributes({"key": "value"})
+        span.end()
+        assert [*dict.fromkeys(calls)] == ["start_span", "set_attributes", "end"]
+        monkeypatch.undo()
+        spans.same_spans.cache_clear()
+
+
+def test_a_processor_may_put_itself_before_what_sets_attributes() -> None:
+    seen: list[Any] = []
+
+    class Watching(SpanProcessor):
+        def on_start(self, span: Any, parent_context: Any = None) -> None:
+            original = span.set_attributes
+            span.set_attributes = lambda attributes: (seen.append(attributes), original(attributes))
+
+    provider = TracerProvider(shutdown_on_exit=False)
+    provider.add_span_processor(Watching())
+    span: Any = lightened(provider.get_tracer("test")).start_span("span")
+    set_repaired(span, {"key": "value"})
+    assert seen == [{"key": "value"}]
+    assert span.attributes == {"key": "value"}
 
 
 def test_an_sdk_of_an_unknown_version_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:

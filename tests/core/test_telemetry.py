@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from opentelemetry import trace
+from opentelemetry.context import Context
 from opentelemetry.metrics import NoOpMeterProvider
 from opentelemetry.sdk.metrics import MeterProvider
 from opentelemetry.sdk.trace import TracerProvider
@@ -102,3 +103,22 @@ def test_a_completion_hook_without_the_package_that_has_its_types_is_not_used(
     assert Telemetry(config, TracerProvider(shutdown_on_exit=False)).completions is None
     (warning,) = [record.getMessage() for record in caplog.records]
     assert "pip install 'dspy-otel[upload]'" in warning
+
+
+def test_a_tracer_of_somebody_elses_may_have_methods_by_our_names() -> None:
+    class Theirs(TracerProvider):
+        def get_tracer(self, *args: Any, **kwargs: Any) -> Any:
+            tracer: Any = super().get_tracer(*args, **kwargs)
+
+            class Wrapping(trace.Tracer):
+                start_span = staticmethod(tracer.start_span)
+                start_as_current_span = staticmethod(tracer.start_as_current_span)
+
+                def begin_span(self, name: str) -> None:
+                    raise AssertionError(name)
+
+            return Wrapping()
+
+    telemetry = Telemetry(Config(), Theirs(shutdown_on_exit=False))
+    assert telemetry.begin_span("a", Context(), trace.SpanKind.INTERNAL, {}, ()).is_recording()
+    assert telemetry.light_tracer is None

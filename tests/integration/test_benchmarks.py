@@ -1,4 +1,4 @@
-"""Each benchmark runs: nobody runs them with each change, and what they reach into is not theirs. Numbers are not read."""
+"""Each benchmark runs: nobody runs all with each change, and what they reach into changes. Numbers are not read."""
 
 from __future__ import annotations
 

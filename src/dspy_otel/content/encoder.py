@@ -77,6 +77,7 @@ _MOST_LINES: Final = 64
 """At the beginnings of so many lines."""
 _BASE64_LENGTH: Final = 256
 _LINE_LENGTH: Final = 56
+_LINES_LENGTH: Final = 4 * 60 + 3
 _BEGINNING: Final = 512
 """Binary data in a text is recognised by so many characters of it."""
 _MOST_DASHES: Final = 24
@@ -136,8 +137,9 @@ def _has_base64(text: str) -> bool:
     """Whether a run of at least ``_BASE64_LENGTH`` characters of base64, or some lines of it, may be in a text."""
     start, length = 0, len(text)
     in_lines = "\n" in text or "\\" in text
-    while start + _BASE64_LENGTH <= length:
-        end = start + _BASE64_LENGTH
+    least = _LINES_LENGTH if in_lines else _BASE64_LENGTH
+    while start + least <= length:
+        end = start + least
         # Behind the last character that belongs to no such run; a space is found faster.
         space = text.rfind(" ", start, end)
         if space >= 0:
@@ -154,7 +156,7 @@ def _has_base64(text: str) -> bool:
 
 
 def _has_media(text: str) -> bool:
-    return _has_data_url(text) or (len(text) >= _BASE64_LENGTH and _has_base64(text))
+    return _has_data_url(text) or _has_base64(text)
 
 
 def _has_data_url(text: str) -> bool:
@@ -670,8 +672,10 @@ class _Harmless:
         """A text without the inside of long ones that are known: a prompt has the long input of a module in it.
 
         They are looked for at the beginnings of lines. As far from their ends as :func:`redaction.lookahead` tells,
-        nothing around them makes them secrets.
+        nothing around them makes them secrets, but for an element of XML, which ends as it has begun.
         """
+        if "</" in text:
+            return text
         around = redaction.lookahead()
         pieces: list[str] = []
         start = done = 0

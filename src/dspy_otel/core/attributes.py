@@ -74,11 +74,11 @@ def set_repaired(span: Span, attributes: Attributes) -> None:
         span: the span.
         attributes: texts, numbers, booleans, and tuples of one of these. Never changed.
     """
-    set_kept = getattr(span, "set_kept", None)  # of light spans
-    if set_kept is None:
+    set_light_attributes = getattr(span, "set_light_attributes", None)  # of light spans
+    if set_light_attributes is None:
         span.set_attributes(attributes)
     else:
-        set_kept(attributes)
+        set_light_attributes(attributes)
 
 
 def _mended(value: AttributeValue) -> AttributeValue:

@@ -127,7 +127,7 @@ class DeferredSpan(Span):
         self._kind = kind
         self._attributes = attributes
         self._links = links
-        self._until_real = _unsampled(deferred.trace_id)
+        self._context = _unsampled(deferred.trace_id)
         self._events: list[tuple[str, Any, int]] = []
         self._once_real: list[Callable[[Span], None]] = []
         self._status: Status | StatusCode | None = None
@@ -169,7 +169,7 @@ class DeferredSpan(Span):
     # --- the interface of a span ------------------------------------------------------------------------------------
     def get_span_context(self) -> SpanContext:
         """Of the real span; before there is one, of a trace that is not sampled."""
-        return self._until_real if self.real is None else self.real.get_span_context()
+        return self._context if self.real is None else self.real.get_span_context()
 
     def is_recording(self) -> bool:
         """Whether it has not ended, and what is set on it may still be kept."""

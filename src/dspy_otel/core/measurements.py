@@ -159,10 +159,8 @@ class BoundSeries:
         if self._exemplars:
             span: Any = (context or get_current()).get(SPAN_KEY)
             if span is not None:
-                # Where the SDK's spans keep it, and the flags by their place, without the calls of two properties.
-                within = getattr(span, "_context", None)
-                if type(within) is not SpanContext:
-                    within = span.get_span_context()
+                within = span.get_span_context()
+                # The flags by their place, without the calls of two properties.
                 if type(within) is not SpanContext or not within[3] & _SAMPLED:
                     within = None
         measured = waiting.measured

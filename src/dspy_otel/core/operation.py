@@ -29,7 +29,7 @@ from opentelemetry.trace import (
 )
 
 from dspy_otel import semconv
-from dspy_otel.core.attributes import Attributes, repair, restore_dropped, sendable_name, set_repaired
+from dspy_otel.core.attributes import EMPTY, Attributes, repair, restore_dropped, sendable_name, set_repaired
 from dspy_otel.core.call_context import (
     CALL_CONTEXT_KEY,
     CallContext,
@@ -89,6 +89,7 @@ class Call:
         otel_context: OpenTelemetry context with the span and that; for metrics (exemplars) and events.
         recording: whether anything set on the span is kept.
         attributes: collected since the start and set together at the end, which costs a span least.
+        shared: further ones to be set at the end, which several calls share. Never changed; by :func:`repair` sendable.
         started: when, by ``time.perf_counter()``.
         token: undoes the attaching of ``otel_context``; ``None`` when that is not attached.
         outside: OpenTelemetry context around the call.
@@ -111,6 +112,7 @@ class Call:
         "otel_context",
         "outside",
         "recording",
+        "shared",
         "span",
         "started",
         "started_with",
@@ -126,6 +128,7 @@ class Call:
     otel_context: Context
     recording: bool
     attributes: Attributes
+    shared: Attributes
     identity: tuple[str, ...]
     started_with: Attributes
     started: float
@@ -290,6 +293,7 @@ class Operation:
         call.recording = dropped is None and call.span.is_recording()
         call.otel_context = inside(outside, call.span, context)
         call.attributes = {}
+        call.shared = EMPTY
         call.identity = start.identity
         call.started_with = attributes
         if call.recording:
@@ -335,6 +339,8 @@ class Operation:
                     set_repaired(call.span, call.attributes)
                 else:
                     call.span.set_attributes(call.attributes)
+            if call.shared:
+                set_repaired(call.span, call.shared)
             if call.identity and call.recording and getattr(call.span, "dropped_attributes", None):
                 # What is set a second time becomes the newest.
                 started = call.started_with

@@ -18,8 +18,10 @@ import this module.
 from __future__ import annotations
 
 import functools
+import operator
 import threading
 import time
+import types
 from collections.abc import Sequence
 from typing import Any, Final, NamedTuple
 
@@ -206,7 +208,7 @@ class LightSpan(_Span):
                     return
         super().set_attributes(attributes)
 
-    def set_kept(self, attributes: dict[str, Any]) -> None:
+    def set_light_attributes(self, attributes: dict[str, Any]) -> None:
         """Set attributes that are as the SDK keeps them, but for its limits.
 
         Args:
@@ -217,6 +219,7 @@ class LightSpan(_Span):
         if (
             self._end_time is None
             and self._bounded is None
+            and not self._maker.processors.starting  # One of those may have put itself before `set_attributes`.
             and limits.max_span_attribute_length is None
             and (most is None or len(plain) + len(attributes) <= most)
             and plain.keys().isdisjoint(attributes)
@@ -357,7 +360,8 @@ class LightTracer(Tracer):
             Span.set_attributes,
             Span._readable_span,
         )
-        if type(parent) is not SpanContext or left_out != _LEFT_OUT:
+        # By identity: a wrapper may say that it equals what it wraps.
+        if type(parent) is not SpanContext or not all(map(operator.is_, left_out, _LEFT_OUT)):
             made: AnySpan = tracer.start_span(
                 name, context, kind, attributes, links, start_time, record_exception, set_status_on_exception
             )
@@ -490,6 +494,8 @@ def same_spans() -> bool:
 
 def _is_the_sdks(function: Any) -> bool:
     """Whether this is a function of the SDK, and not another package's wrapper around it."""
+    if type(function) is not types.FunctionType:
+        return False
     module = function.__globals__
     return (
         module["__name__"] == "opentelemetry.sdk.trace"

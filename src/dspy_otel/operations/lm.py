@@ -16,7 +16,7 @@ from opentelemetry.trace import SpanKind
 
 from dspy_otel import semconv
 from dspy_otel.content import introspection, redaction
-from dspy_otel.core.attributes import Attributes, Labels, repair, sendable_name, set_repaired
+from dspy_otel.core.attributes import Attributes, Labels, repair, sendable_name
 from dspy_otel.core.call_context import (
     BAGGAGE_KEY,
     BudgetAround,
@@ -69,6 +69,7 @@ _OF_REQUEST: Final = (
 _OF_PROGRAM: Final = (semconv.PROGRAM_NAME, semconv.LM_ROLE)
 _MOST_DESCRIPTIONS: Final = 512
 _MOST_LABELS: Final = 32
+_LONGEST_KEY: Final = 12
 _INPUT: Final = guard("LM input content")
 _CONTENT: Final = guard("content")
 _EVENT: Final = guard("LM content event")
@@ -154,7 +155,7 @@ class LMDescription:
         if provider is not None:
             attributes[semconv.GEN_AI_PROVIDER_NAME] = provider
         repair(attributes)
-        if len(self._answered) < _MOST_LABELS:
+        if len(self._answered) < _MOST_LABELS and len(key) <= _LONGEST_KEY:  # A server may give a thousand reasons.
             self._answered[key] = attributes
         return attributes
 
@@ -331,7 +332,7 @@ class LMOperation(Operation):
     def end_attributes(self, call: Call, result: Any, error: BaseException | None) -> Attributes:
         state: LMCallState = call.context.state
         response = state.response
-        set_repaired(call.span, state.description.answered(state.engine, state.provider, response))
+        call.shared = state.description.answered(state.engine, state.provider, response)
         attributes: Attributes = {}
         if state.retries:
             attributes[semconv.LM_RETRIES] = state.retries
@@ -445,7 +446,8 @@ class LMOperation(Operation):
         backend, *_, provider = chosen
         name = introspection.short_name_of(type(backend))
         state.engine = _ENGINES.get(name, name)
-        if isinstance(provider, str) and semconv.GEN_AI_PROVIDER_NAME not in state.description.request:
+        provider = introspection.text(provider)
+        if provider and semconv.GEN_AI_PROVIDER_NAME not in state.description.request:
             state.provider = PROVIDERS.get(provider, provider)
 
     def record_retry(self, _: None, args: tuple[Any, ...], kwargs: dict[str, Any], seconds: Any) -> None:

@@ -324,11 +324,10 @@ class Observer:
         self._tracker = tracker
 
     def __getattr__(self, name: str) -> Any:
-        tracker = self._tracker
-        method = getattr(type(tracker), name, None) if name.startswith("on_") else None
+        method = getattr(type(self._tracker), name, None) if name.startswith("on_") else None
         if method is None:
             raise AttributeError(name)
-        observe = functools.partial(guard(f"GEPA {name}")(method), tracker)
+        observe = functools.partial(guard(f"GEPA {name}")(method), self._tracker)
         setattr(self, name, observe)  # GEPA asks for it at each event
         return observe
 
