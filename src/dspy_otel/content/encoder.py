@@ -674,7 +674,7 @@ class _Harmless:
         They are looked for at the beginnings of lines. As far from their ends as :func:`redaction.lookahead` tells,
         nothing around them makes them secrets, but for an element of XML, which ends as it has begun.
         """
-        if "</" in text:
+        if "<" in text and "</" in text:  # One character is found faster than two.
             return text
         around = redaction.lookahead()
         pieces: list[str] = []
