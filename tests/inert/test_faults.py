@@ -453,11 +453,11 @@ MACHINERY = {
     "optimizers.trackers.load",
 }
 AT_TIMES = re.compile(
-    r"\.redaction\.(\w*environment\w*|_Pattern\.__(getattr|init)__|_in_any_case|_kind|_names|_remember_setting|_rules)$"
-    r"|\.module_tree\._kind$|\.digest\.(_has_functions|_is_known)$|\.measurements\.(_collected|_shown|BoundSeries\._made)$"
-    r"|\.spans\.(_(Witness|Ids)\.\w+|_seen|_view|_is_the_sdks|LightTracer\.look|_acting|_decisions|_static)$"
+    r"\.redaction\.(\w*environment\w*|_Pattern\.__(getattr|init)__|_in_any_case|_kind|_names|remember|_remember_setting|_rules)$"
+    r"|\.module_tree\._kind$|\.digest\.(_has_functions|_is_known)$|\.measurements\.(_collected|_shown|BoundSeries\._(made|record_now))$"
+    r"|\.spans\.(_(Witness|Ids)\.\w+|_seen|_view|_is_the_sdks|LightTracer\.(look|start_span)|_uniform|_acting|_decisions|_static)$"
     r"|LightSpan\.(_attributes|_events|_links|dropped_attributes)$"
-    r"|is_secret_name$|_kept_encoder$|give_exporters_a_generator$|given_ids|\.uploads\.Writers\._(run|next|count)$"
+    r"|is_secret_name$|give_exporters_a_generator$|given_ids|\.uploads\.Writers\._(run|next|count)$"
 )
 """Called when something has changed since the last time, or once in a process: which may not be so at the next."""
 
@@ -917,7 +917,7 @@ NEVER_CALLED = re.compile(
     r"|\.((Enclosed)?Operation|Tracker|Blob|SpanFactory)\.\w+$|_Pending|_moment|moment$"
     r"|secret_rules\._with_digit|redaction\._inner|lineage\.optimization$"
     r"|\.id_key\.|_row_id$|introspection\._looks_up_itself$"
-    r"|\.Walker\.(text|integer|real|other|entry|cut|stop)$|_Canonical\.cut|_Harmless\._unseen$"
+    r"|\.Walker\.(text|integer|real|other|entry|cut|stop)$|_Canonical\.cut|_Harmless\._(unseen|knows)$"
     + ("" if GEPA_ALONE else r"|\.doors\.|\.texts\.")
     + ("" if GEPA_ENGINES else r"|\.engines\.")
     + (
