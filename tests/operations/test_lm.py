@@ -11,8 +11,10 @@ import dspy
 import pytest
 
 import dspy_otel
+from dspy_otel import semconv
+from dspy_otel.operations.lm import LMDescription
 from dspy_otel.operations.lm_request import is_loopback
-from dspy_otel.operations.lm_response import id_of_litellm, response_of_call_result, without_provider
+from dspy_otel.operations.lm_response import LMResponse, id_of_litellm, response_of_call_result, without_provider
 from tests.operations.common import NATIVE, VERSION, dummy, only_native
 from tests.support.chat import chat
 from tests.support.openai_server import Reply
@@ -458,3 +460,23 @@ def test_stop_sequences_are_content(telemetry, content, shown):
     telemetry.instrument(capture_content=content)
     dummy({"answer": "b"})("hi", stop=["CANARY", "sk-" + "a" * 30])
     assert telemetry.only("chat").attributes.get("gen_ai.request.stop_sequences") == shown
+
+
+def test_what_answers_share_is_made_once_unless_it_is_long():
+    description = LMDescription("chat m", "m", {}, {}, None)
+    usual = LMResponse([], {}, None, False, "m-1", "id", ["stop"])
+    first = description.answered("litellm", None, usual)
+    assert first == {
+        semconv.LM_CACHE_HIT: False,
+        semconv.GEN_AI_RESPONSE_MODEL: "m-1",
+        semconv.GEN_AI_RESPONSE_FINISH_REASONS: ("stop",),
+        semconv.LM_ENGINE: "litellm",
+    }
+    assert description.answered("litellm", None, usual._replace(response_id="other")) is first
+    assert description.answered("lm15", "openai", usual)[semconv.GEN_AI_PROVIDER_NAME] == "openai"
+    long = usual._replace(finish_reasons=["stop"] * 1000)
+    assert len(description.answered("litellm", None, long)[semconv.GEN_AI_RESPONSE_FINISH_REASONS]) == 1000
+    assert description.answered("litellm", None, long) is not description.answered("litellm", None, long)
+    for number in range(100):
+        description.answered("litellm", None, usual._replace(model=f"m-{number}"))
+    assert len(description._answered) <= 32

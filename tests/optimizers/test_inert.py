@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from dspy_otel import program_id
 from dspy_otel.optimizers import trackers
 from dspy_otel.optimizers.tracker import registered
+from dspy_otel.optimizers.trackers.gepa import Observer
 from tests.optimizers import common
 from tests.optimizers.common import quietly, scripted_lm
 from tests.support.spans import Recorder
@@ -197,3 +198,10 @@ def test_strategies_of_simba_are_the_same_list_again(telemetry: Any) -> None:
     quietly(optimizer.compile, common.ColourFamily(), trainset=common.load_examples("train", 8))
     assert optimizer.strategies is strategies
     assert strategies == kept
+
+
+def test_what_observes_gepa_can_be_copied() -> None:
+    tracker: Any = object()
+    copied = copy.copy(Observer(tracker))
+    assert copied._tracker is tracker
+    assert not hasattr(copied, "on_no_such_event")
