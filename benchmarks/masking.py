@@ -41,11 +41,11 @@ def cost(call: Callable[[str], object], text: str) -> float:
 
 
 def main() -> None:
-    print(f"{'':24}{'20 kB: mask':>14}{'look':>10}{'200 kB: mask':>14}   us")
+    print(f"{'':24}{'20 kB: mask':>14}{'scan':>10}{'200 kB: mask':>14}   us")
     longer = texts(10 * SIZE)
     for kind, text in texts(SIZE).items():
-        mask, looked = cost(redaction.mask, text), cost(redaction.look, text)
-        print(f"{kind:24}{mask:14.0f}{looked:10.0f}{cost(redaction.mask, longer[kind]):14.0f}")
+        mask, scanned = cost(redaction.mask, text), cost(redaction.scan, text)
+        print(f"{kind:24}{mask:14.0f}{scanned:10.0f}{cost(redaction.mask, longer[kind]):14.0f}")
 
 
 if __name__ == "__main__":

@@ -447,14 +447,14 @@ FRAGMENTS = st.one_of(
 
 @given(st.lists(FRAGMENTS, max_size=4).map("".join).flatmap(lambda text: st.tuples(st.just(text), FRAGMENTS)))
 def test_nothing_is_masked_in_what_is_not_suspect(texts: tuple[str, str]) -> None:
-    if not redaction.look("\n".join(texts)).suspect:
+    if not redaction.scan("\n".join(texts)).suspect:
         assert tuple(map(redaction.mask, texts)) == texts
 
 
 @pytest.mark.parametrize("name", sorted(KEYS))
 @pytest.mark.parametrize("around", ["{}", "key {}", "before\n{}", "{} after"])
 def test_a_key_is_suspect_wherever_it_stands(name: str, around: str) -> None:
-    assert redaction.look(f"one\n{around.format(KEYS[name])}\ntwo").suspect
+    assert redaction.scan(f"one\n{around.format(KEYS[name])}\ntwo").suspect
 
 
 def test_what_load_dotenv_sets_later_is_masked_too(monkeypatch: pytest.MonkeyPatch) -> None:

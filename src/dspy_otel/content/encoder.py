@@ -647,11 +647,11 @@ class _Harmless:
         if not new:
             return True
         together = "\n".join([text if len(text) < _LONG else self._unseen(text) for text in new])
-        looked = redaction.look(together)
-        if looked.suspect or _has_data_url(together):
+        scanned = redaction.scan(together)
+        if scanned.suspect or _has_data_url(together):
             return False
         # Base64 is a long run, unless one of two signs breaks it.
-        if (looked.runs or "/" in together or "+" in together) and _has_base64(together):
+        if (scanned.runs or "/" in together or "+" in together) and _has_base64(together):
             return False
         self._room -= sum(map(len, new))
         if self._room < 0:

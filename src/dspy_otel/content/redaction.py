@@ -241,9 +241,6 @@ def remember(value: Any) -> None:
     remembered += 1
 
 
-_MAY_HOLD_SECRETS: Final = frozenset(map(id, (str, dict)))
-
-
 def remember_settings(settings: Mapping[Any, Any], depth: int = _NESTED) -> None:
     """Remember each value whose name says that it holds a secret, among an LM's settings and in its headers.
 
@@ -251,8 +248,6 @@ def remember_settings(settings: Mapping[Any, Any], depth: int = _NESTED) -> None
         settings: parameters by name, with dictionaries in them (headers, credentials).
         depth: how many levels of dictionaries to look into.
     """
-    if _MAY_HOLD_SECRETS.isdisjoint(map(id, map(type, tuple(settings.values())))):
-        return
     for name, value in tuple(islice(settings.items(), _MOST_SETTINGS)):
         kind = type(value)
         if kind is str:
@@ -392,8 +387,8 @@ def mask(text: str) -> str:
     return "".join((*pieces, text[done:]))
 
 
-class Look(NamedTuple):
-    """What several texts look like.
+class Scan(NamedTuple):
+    """What there is in several texts.
 
     Attributes:
         suspect: whether :func:`mask` might change one of them; sometimes true when it would not.
@@ -404,12 +399,12 @@ class Look(NamedTuple):
     runs: bool
 
 
-def look(text: str) -> Look:
-    """Look at several texts, a line break between each two."""
+def scan(text: str) -> Scan:
+    """Search several texts at once, a line break between each two."""
     if any(known in text for known in tuple(_known)):
-        return Look(True, True)
+        return Scan(True, True)
     found, runs = _secrets(text)
-    return Look(bool(found), runs)
+    return Scan(bool(found), runs)
 
 
 def _secrets(text: str) -> tuple[list[tuple[int, int]], bool]:

@@ -76,7 +76,7 @@ def set_repaired(span: Span, attributes: Attributes) -> None:
     """
     set_light_attributes = getattr(span, "set_light_attributes", None)  # of light spans
     if set_light_attributes is None:
-        span.set_attributes(attributes)
+        span.set_attributes(attributes.copy())  # A span of another SDK may keep, or change, what it gets.
     else:
         set_light_attributes(attributes)
 

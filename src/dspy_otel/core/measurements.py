@@ -136,7 +136,7 @@ class BoundSeries:
         )
         self._waiting = waiting_of(self._consumer) if batched else None
         if self._waiting is not None and any(each.lock is not None for each in counted):
-            self._waiting.begin_anew.append(self)
+            self._waiting.reset_on_collect.append(self)
 
     def record(self, amount: float, context: Context | None = None) -> bool:
         """Record ``amount`` in ``context``, as the instrument would, unless the SDK no longer has the series as it was.
@@ -255,12 +255,12 @@ class Waiting:
 
     Attributes:
         measured: what has not been counted.
-        begin_anew: series that a reader forgets when it collects.
+        reset_on_collect: series that a reader forgets when it collects.
     """
 
     def __init__(self) -> None:
         self.measured: deque[_Measured] = deque()
-        self.begin_anew: list[BoundSeries] = []
+        self.reset_on_collect: list[BoundSeries] = []
         self._counting = threading.Lock()
         if hasattr(os, "register_at_fork"):
             after_fork = weakref.WeakMethod(self._after_fork)
@@ -292,7 +292,7 @@ class Waiting:
     def callback(self, _: Any) -> tuple[()]:
         """Called by the SDK before a reader collects; gives no measurements of its own."""
         self.count()
-        forgotten, self.begin_anew = self.begin_anew, []
+        forgotten, self.reset_on_collect = self.reset_on_collect, []
         for series in forgotten:
             series.stale = True
         return ()

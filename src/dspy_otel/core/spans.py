@@ -77,14 +77,8 @@ _FURTHER: Final = tuple((name, value) for name, value in _CONTAINER.items() if n
 _LOCK: Final[Any] = threading.Lock if type(_CONTAINER["_lock"]) is type(threading.Lock()) else threading.RLock
 
 # What light spans leave out, as it was when this module was imported.
-_LEFT_OUT: Final[tuple[Any, ...]] = (
-    sdk_trace.Tracer.start_span,
-    Span.__init__,
-    Span.start,
-    Span.end,
-    Span.set_attributes,
-    Span._readable_span,
-)
+_methods_of: Final = operator.attrgetter("__init__", "start", "end", "set_attributes", "_readable_span")
+_LEFT_OUT: Final[tuple[Any, ...]] = (sdk_trace.Tracer.start_span, *_methods_of(Span))
 
 
 def _as_kept(attributes: Any, longest: int | None) -> dict[str, Any] | None:
@@ -212,7 +206,7 @@ class LightSpan(_Span):
         """Set attributes that are as the SDK keeps them, but for its limits.
 
         Args:
-            attributes: by non-empty names: texts, numbers, booleans, and tuples of one of these.
+            attributes: by non-empty names: texts, numbers, booleans, and tuples of one of these. Never changed.
         """
         limits, plain = self._limits, self._plain
         most = limits.max_span_attributes
@@ -226,7 +220,7 @@ class LightSpan(_Span):
         ):
             plain.update(attributes)
         else:
-            self.set_attributes(attributes)
+            self.set_attributes(attributes.copy())  # It may be somebody else's, who changes them.
 
     def end(self, end_time: int | None = None) -> None:
         """End the span, and hand it to the processors, as the SDK does."""
@@ -352,14 +346,7 @@ class LightTracer(Tracer):
         else:
             parent = get_current_span(context).get_span_context()
         # Also where another package has meanwhile replaced what light spans leave out.
-        left_out = (
-            sdk_trace.Tracer.start_span,
-            Span.__init__,
-            Span.start,
-            Span.end,
-            Span.set_attributes,
-            Span._readable_span,
-        )
+        left_out = (sdk_trace.Tracer.start_span, *_methods_of(Span))
         # By identity: a wrapper may say that it equals what it wraps.
         if type(parent) is not SpanContext or not all(map(operator.is_, left_out, _LEFT_OUT)):
             made: AnySpan = tracer.start_span(
