@@ -68,12 +68,15 @@ class Outer(Inner):
 
 
 def by_hand(cls: type, opener: Opener) -> type:
-    """Subclass of ``cls`` whose ``__call__`` goes through ``opener``."""
+    """Subclass of ``cls`` whose ``__call__`` goes through ``opener``; its source, which optimizers show, is that of
+    ``cls``.
+    """
 
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
         return opener(cls.__call__, self, *args, **kwargs)
 
-    return type(cls.__name__, (cls,), {"__call__": __call__})
+    own = {name: getattr(cls, name) for name in ("__module__", "__qualname__", "__doc__")}
+    return type(cls.__name__, (cls,), {**own, "__call__": __call__})
 
 
 class Workload:

@@ -10,6 +10,8 @@ from typing import Any
 import dspy
 import pydantic
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from dspy_otel import program_id
 from dspy_otel.content import redaction
@@ -122,6 +124,92 @@ def test_every_change_is_seen_through_the_cache(change):
     after = programs.find(program).id
     assert after == program_id(program)
     assert after != before
+
+
+class Many(dspy.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = dspy.Predict("question -> query")
+        self.rest = [dspy.Predict("query -> answer"), dspy.ChainOfThought("query -> answer")]
+        self.named = {"a": dspy.Predict("query -> title"), ("b", 1): dspy.Predict("query -> title")}
+        self.first.demos = [dspy.Example(question="q", query="a"), {"question": "p", "query": "b"}]
+
+
+class Other(Many):
+    pass
+
+
+def mutate(program: Any, how: str, which: int) -> None:
+    predictors = [each for _, each in program.named_predictors()]
+    predictor = predictors[which % len(predictors)]
+    if how == "demo":
+        predictor.demos = [*predictor.demos, dspy.Example(question=f"{which}")]
+    elif how == "demo in place" and predictor.demos:
+        predictor.demos[0]["question"] = f"{which}"
+    elif how == "demo with a list":
+        predictor.demos = [dspy.Example(question=["q"])]
+    elif how == "instructions":
+        predictor.signature = predictor.signature.with_instructions(f"{which}")
+    elif how == "another predictor":
+        program.first = dspy.Predict("question -> query")
+    elif how == "shared":
+        program.rest[0] = program.first
+    elif how == "more":
+        program.rest = [*program.rest, dspy.Predict("query -> answer")]
+    elif how == "attribute":
+        program.again = predictor
+    elif how == "frozen":
+        program.rest[1]._compiled = True
+    elif how == "key":
+        program.named = {"c": program.named.pop("a", program.first), **program.named}
+    elif how == "class":
+        program.__class__ = Other
+
+
+HOW = (
+    *("nothing", "demo", "demo in place", "demo with a list", "instructions", "another predictor"),
+    *("shared", "more", "attribute", "frozen", "key", "class"),
+)
+mutations = st.tuples(st.sampled_from(HOW), st.integers(0, 5))
+
+
+@settings(deadline=None)
+@given(
+    st.lists(st.tuples(st.sampled_from(["original", "copy", "copy of copy", "find"]), mutations), max_size=8),
+    st.sampled_from([lambda program: program.deepcopy(), copy.deepcopy, lambda program: program.reset_copy()]),
+)
+def test_what_is_known_of_a_copy_is_what_would_be_found(steps: list[Any], copied: Any) -> None:
+    programs, original = Programs(), Many()
+    existing = [original]
+    for what, mutation in steps:
+        if what == "find":
+            programs.find(existing[mutation[1] % len(existing)])
+            continue
+        program = original if what == "original" else copied(existing[0 if what == "copy" else -1])
+        existing.append(program)
+        if program is not original or mutation[0] != "class":  # No program changes the class of what it has called.
+            mutate(program, *mutation)
+    for program in existing:
+        found, anew = programs.find(program), Programs().find(program)
+        assert (found.name, found.id, found.paths) == (anew.name, anew.id, anew.paths)
+        assert found.origins == anew.origins
+
+
+def test_a_copy_is_known_by_its_original(monkeypatch: pytest.MonkeyPatch) -> None:
+    described: list[Any] = []
+    describe = Programs._describe
+    monkeypatch.setattr(
+        Programs, "_describe", lambda self, root, *more: described.append(root) or describe(self, root, *more)
+    )
+    programs, original = Programs(), Many()
+    copies = [original.deepcopy() for _ in range(3)]
+    found = [programs.find(each) for each in (original, *copies, *copies)]
+    assert described == [original]
+    assert len({each.id for each in found}) == 1
+    assert found[1].descriptions is found[0].descriptions
+    del original, described[:], found, copies[1:]
+    programs.find(copies[0].deepcopy())
+    assert len(described) == 1  # Nothing was kept alive.
 
 
 def test_settings_that_are_no_state_do_not_count(telemetry):

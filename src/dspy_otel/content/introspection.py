@@ -72,12 +72,31 @@ def library(kind: type) -> str:
 
 def instance_dict(value: Any) -> dict[Any, Any]:
     """What ``vars(value)`` gives, read past any ``__dict__`` or ``__getattribute__`` of the user's."""
-    for base in bases_of(type(value)):
+    kind = type(value)
+    kept = _readers.get(id(kind))
+    read = kept[1] if kept is not None and kept[0]() is kind else _reader_of(kind)
+    stored = read(value)
+    return stored if type(stored) is dict else {}
+
+
+_readers: Final[dict[int, tuple[weakref.ref[type], Callable[[Any], Any]]]] = {}
+"""What reads the dictionary of a class's instances, as :class:`ByClass` keeps it: often, and so without its call."""
+
+
+def _reader_of(kind: type) -> Callable[[Any], Any]:
+    identity, read = id(kind), _reads_nothing
+    for base in bases_of(kind):
         found = members_of(base).get("__dict__")
         if found is not None:
-            stored = found.__get__(value) if id(type(found)) in _DICT_SLOTS else None
-            return stored if type(stored) is dict else {}
-    return {}
+            if id(type(found)) in _DICT_SLOTS:
+                read = found.__get__
+            break
+    _readers[identity] = weakref.ref(kind, lambda _: _readers.pop(identity, None)), read
+    return read
+
+
+def _reads_nothing(_: Any) -> None:
+    return None
 
 
 def slot(value: Any, name: str) -> tuple[Any, ...]:

@@ -37,7 +37,7 @@ class Program:
         id: ``dspy.program.id``, when it has predictors.
         paths: ``id(module)`` to the module's path from this program.
         origins: how copies of its modules are known; see :func:`dspy_otel.operations.module_tree.origins`.
-        descriptions: span name and attributes of its modules' calls, by ``id(module)``; made once.
+        descriptions: span name and attributes of its modules' calls, by path; made once, also for its copies.
     """
 
     __slots__ = ("descriptions", "id", "name", "origins", "paths")
@@ -53,7 +53,13 @@ class Program:
         self.id = program_id
         self.paths = paths or {}
         self.origins = origins or {}
-        self.descriptions: dict[int, Any] = {}
+        self.descriptions: dict[str, Any] = {}
+
+    def copy(self, paths: dict[int, str]) -> Program:
+        """The same program for a copy of its modules, which have these paths. They share their descriptions."""
+        made = Program(self.name, self.id, paths, self.origins)
+        made.descriptions = self.descriptions
+        return made
 
 
 class SpanFactory(Protocol):
@@ -271,13 +277,13 @@ current_context, attach = _runtime()
 CALL_CONTEXT_KEY: Final = otel_context.create_key("dspy_otel.call_context")
 SPAN_KEY: Final = next(iter(set_span_in_context(INVALID_SPAN, Context())))
 BAGGAGE_KEY: Final = next(iter(set_baggage("key", "value", Context())))
-_SUPPRESSION_KEYS: Final = _suppression_keys()
+SUPPRESSION_KEYS: Final = _suppression_keys()
+"""Keys of the contexts inside ``suppress_instrumentation()``. Most contexts have none of them."""
 
 
 def suppressed(context: Context) -> bool:
     """Whether ``context`` was made inside ``suppress_instrumentation()``."""
-    # Both: most contexts have no such key, and that is known without a call of Python's.
-    return not _SUPPRESSION_KEYS.isdisjoint(context) and any(map(context.get, _SUPPRESSION_KEYS))
+    return any(map(context.get, SUPPRESSION_KEYS))
 
 
 def inside(context: Context, span: Span, call_context: CallContext) -> Context:

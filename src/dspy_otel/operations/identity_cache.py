@@ -34,19 +34,25 @@ class IdentityCache:
         """
         key = id(owner)
         kept = self._kept.get(key)
-        if (
-            kept is not None
-            and kept[0]() is owner
-            and kept[1] == shape
-            and len(kept[2]) == len(objects)
-            and (all(map(operator.is_, kept[2], objects)) or all(map(_stands_for, kept[2], objects)))
-        ):
+        if kept is not None and kept[0]() is owner and kept[1] == shape and _are_same(kept[2], objects):
             return kept[3]
         result = make()
         with contextlib.suppress(TypeError):  # The result for an object without weak references is made each time.
             handle = weakref.ref(owner, lambda _: self._kept.pop(key, None))
             self._kept[key] = (handle, shape, [_handle(each) for each in objects], result)
         return result
+
+    def of_same(self, owner: Any, objects: list[Any]) -> Any:
+        """The result kept for ``owner``, if it was worked out with these very objects; else ``None``."""
+        kept = self._kept.get(id(owner))
+        return kept[3] if kept is not None and kept[0]() is owner and _are_same(kept[2], objects) else None
+
+
+def _are_same(handles: list[Any], found: list[Any]) -> bool:
+    """Whether what is found are the very objects that the handles stand for."""
+    return len(handles) == len(found) and (
+        all(map(operator.is_, handles, found)) or all(map(_stands_for, handles, found))
+    )
 
 
 class _Identity(int):

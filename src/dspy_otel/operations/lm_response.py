@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from itertools import islice
 from typing import Any, Final, NamedTuple
 
 from dspy_otel import semconv
@@ -84,15 +85,7 @@ def response_of_call_result(result: Any, requested: Any, stream: Any = None, by_
         model, usage = reported_in_stream(stream)
         model = without_provider(model, requested)
         cost = cost if lm_tokens(usage) != (None, None) else None
-    return LMResponse(
-        outputs=list(result.outputs),
-        usage=usage,
-        cost=cost,
-        cache_hit=cache_hit,
-        model=short_text(model),
-        response_id=short_text(response_id),
-        finish_reasons=reasons,
-    )
+    return LMResponse(list(result.outputs), usage, cost, cache_hit, short_text(model), short_text(response_id), reasons)
 
 
 def _model_of_lm15(response: Any) -> Any:
@@ -201,7 +194,7 @@ def choice_reasons(response: Any) -> list[str]:
             return ["stop"]
         reason = finish_reason(field(field(response, "incomplete_details"), "reason"))
         return [reason] if reason else []
-    first, _ = introspection.bounded(choices, _MOST_CHOICES)
+    first = islice(introspection.items(choices), _MOST_CHOICES)
     return [reason for choice in first if (reason := finish_reason(field(choice, "finish_reason")))]
 
 

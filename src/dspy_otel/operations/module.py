@@ -73,9 +73,10 @@ class ModuleOperation(Operation):
             known = None if parent is None or parent.owner is not instance else parent.evaluated
             program = known or self.programs.find(instance) or Program(class_name(type(instance)))
             context.program, context.paths = program, program.paths
-            # Each program keeps its own totals, beside those of an evaluation or compile around it.
-            totals = Totals()
-            context.totals = (*context.totals, totals)
+            # Each program keeps its own totals, beside those of an evaluation or compile around it, for its span.
+            if context.deferred is None or context.deferred.dropped is None:
+                totals = Totals()
+                context.totals = (*context.totals, totals)
             here = current_context()
             if BAGGAGE_KEY in here:
                 context.inherited = {**context.inherited, **attributes_from_baggage(CALLER, here)}
@@ -93,16 +94,16 @@ class ModuleOperation(Operation):
 
     def _description(self, instance: Any, program: Program, path: str | None, outermost: bool) -> ModuleDescription:
         """Of this module. It is kept with the program, if the module is one of its own."""
-        placed = outermost or id(instance) in program.paths
-        description: ModuleDescription | None = program.descriptions.get(id(instance)) if placed else None
+        placed = "" if outermost else program.paths.get(id(instance))
+        description: ModuleDescription | None = None if placed is None else program.descriptions.get(placed)
         if description is None or description.outermost is not outermost:
             description = describe(instance, program, path, outermost, self.telemetry.config.semconv_opt_in)
             openinference(
                 description.attributes, self.telemetry, semconv.KIND_AGENT if is_agent(instance) else semconv.KIND_CHAIN
             )
             repair(description.attributes)
-            if placed:
-                program.descriptions[id(instance)] = description
+            if placed is not None:
+                program.descriptions[placed] = description
         return description
 
     def start_attributes(self, call: Call) -> Attributes:

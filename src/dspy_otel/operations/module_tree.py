@@ -28,6 +28,8 @@ _MAX_NUMBER: Final = 1_000_000
 # Containers without modules that may be long: of every module, and of predictors.
 _LOGS: Final = frozenset({"history", "callbacks"})
 _PREDICTOR_STATE: Final = frozenset({"traces", "train", "demos", "config", "fields", *_LOGS})
+_OF_PREDICTOR: Final = frozenset({"_compiled", "stage", "signature", "lm", *_PREDICTOR_STATE})
+"""All attributes of a ``dspy.Predict``."""
 
 _HEAP: Final = 1 << 9  # Py_TPFLAGS_HEAPTYPE: a class that can be freed
 _flags_of: Final[Callable[[type], int]] = type.__dict__["__flags__"].__get__
@@ -78,22 +80,33 @@ def attributes(module: Any) -> dict[str, Any]:
     return stored
 
 
-def survey(root: Any) -> tuple[list[Any], list[Any]]:
+class Survey(NamedTuple):
+    """What a program is made of.
+
+    Attributes:
+        modules: the program, and those inside.
+        structure: plain values that stay equal as long as the paths do.
+        places: by identity of each module and container, which of them it is: other numbers in a copy's structure.
+    """
+
+    modules: list[Any]
+    structure: list[Any]
+    places: dict[int, int]
+
+
+def survey(root: Any) -> Survey:
     """The modules of a program, and its structure. It runs on each outermost call, and so makes no paths.
 
     At most 2,000 modules are found, in 500 containers, of which the first 256 items count.
 
     Args:
         root: the program.
-
-    Returns:
-        The modules, ``root`` first; and plain values that stay equal as long as the paths do.
     """
     modules: list[Any] = []
     structure: list[Any] = []
     containers = 0
     items = [(root, _kind_of(root))]
-    seen = {id(root)}
+    places = {id(root): 0}
     lasting, kinds = _LASTING.get, _kinds.of
     for item, of in items:  # Grows meanwhile: breadth first.
         without: frozenset[str] = _NONE
@@ -111,8 +124,14 @@ def survey(root: Any) -> tuple[list[Any], list[Any]]:
             stored = attributes(item)
             if stored.get("_compiled") is True:
                 structure.append(True)
-            without = _PREDICTOR_STATE if "signature" in stored else _LOGS
-            pairs = list(stored.items())
+            if "signature" not in stored:
+                without = _LOGS
+                pairs = list(stored.items())
+            elif stored.keys() <= _OF_PREDICTOR:
+                pairs = [("lm", stored.get("lm"))]  # The rest is known to be neither modules nor containers of them.
+            else:
+                without = _PREDICTOR_STATE
+                pairs = list(stored.items())
         for key, value in pairs:
             kind = lasting(id(type(value)))
             if kind is None:
@@ -120,11 +139,11 @@ def survey(root: Any) -> tuple[list[Any], list[Any]]:
             if kind and (kind != _CONTAINER or type(key) is not str or key not in without):
                 identity = id(value)
                 structure += (key if type(key) is str or type(key) is int else id(key), identity)
-                if identity not in seen:
-                    seen.add(identity)
+                if identity not in places:
+                    places[identity] = len(items)
                     items.append((value, kind))
         structure.append(None)
-    return modules, structure
+    return Survey(modules, structure, places)
 
 
 def _pairs(container: Any) -> list[tuple[Any, Any]]:

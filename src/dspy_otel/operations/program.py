@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import weakref
 from itertools import islice
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from dspy_otel.content import introspection
 from dspy_otel.content.digest import digest
@@ -26,6 +28,8 @@ from dspy_otel.operations.texts import Texts
 
 _MAX_ITEMS: Final = 256
 _MAX_OBJECTS: Final = 4096
+_MOST_ORIGINALS: Final = 8
+"""How many of the programs that were met last are looked at for the original of a copy."""
 
 
 def _add_state(module: Any, shape: list[Any], objects: list[Any]) -> None:
@@ -96,7 +100,7 @@ def program_digest(program: Any) -> str | None:
         16 hex digits, or ``None`` for a program with neither.
     """
     state: dict[str, Any] = {name: _predictor_state(predictor) for name, predictor in named_predictors(program)}
-    if any("_module_src" in attributes(module) for module in survey(program)[0]):
+    if any("_module_src" in attributes(module) for module in survey(program).modules):
         for place, module in places_in_digest(program):
             source = attributes(module).get("_module_src")
             if is_a(source, str):  # dspy.Flex: its predictors are in its source.
@@ -140,6 +144,7 @@ class Programs:
         self._programs = IdentityCache()
         self._examples = IdentityCache()
         self._signatures = IdentityCache()
+        self._newest: list[weakref.ref[Any]] = []
 
     @guard("program")
     def find(self, root: Any) -> Program:
@@ -148,13 +153,48 @@ class Programs:
         Reads the program's structure and the identity of its state on each call, because both may change between
         calls; paths and digest are only worked out anew when they did.
         """
-        modules, shape = survey(root)
+        modules, shape, places = survey(root)
         objects: list[Any] = []
         for module in modules:
             _add_state(module, shape, objects)
             shape.append(len(objects))
-        found: Program = self._programs.get(root, shape, objects, lambda: _describe(root))
-        return found
+
+        def make() -> _Known:
+            form = [places.get(each, each) if type(each) is int else each for each in shape]
+            kinds = [_kind(module) for module in modules]
+            return self._copy_of_known(form, kinds, modules, objects) or self._describe(
+                root, form, kinds, modules, objects
+            )
+
+        known: _Known = self._programs.get(root, shape, objects, make)
+        return known.program
+
+    def _copy_of_known(
+        self, form: list[Any], kinds: list[Any], modules: list[Any], objects: list[Any]
+    ) -> _Known | None:
+        """What is known of a program, if one of the newest is its original, or another copy of that.
+
+        Optimizers copy a program for each example. A deep copy has the very texts and signatures of its original.
+        """
+        for handle in self._newest:
+            original = handle()
+            known: _Known | None = None if original is None else self._programs.of_same(original, objects)
+            if known is not None and known.form == form and known.kinds == kinds:
+                paths = dict(zip(map(id, modules), known.paths, strict=True))
+                return known._replace(program=known.program.copy(paths))
+        return None
+
+    def _describe(self, root: Any, form: list[Any], kinds: list[Any], modules: list[Any], objects: list[Any]) -> _Known:
+        named = named_modules(root)
+        paths = {id(module): path for path, module in named}
+        name = without_secrets(root.name[:LONGEST]) if type(root) is Texts else class_name(type(root))
+        program = Program(name, _id_of(root), paths, origins(named))
+        if type(root) is Texts or paths.keys() != set(map(id, modules)) or not all(map(_stays, objects)):
+            return _Known(program, form, kinds, [])
+        with contextlib.suppress(TypeError):  # It cannot be weakly referenced.
+            others = [each for each in self._newest if not ((of := each()) is None or of is root)]
+            self._newest = [weakref.ref(root), *others][:_MOST_ORIGINALS]
+        return _Known(program, form, kinds, [paths[id(module)] for module in modules])
 
     @guard("module paths")
     def place(self, module: Any, program: Program, caller: str | None) -> tuple[str | None, dict[int, str]]:
@@ -199,11 +239,31 @@ class Programs:
         return found
 
 
-def _describe(root: Any) -> Program:
-    modules = named_modules(root)
-    paths = {id(module): path for path, module in modules}
-    name = without_secrets(root.name[:LONGEST]) if type(root) is Texts else class_name(type(root))
-    return Program(name, _id_of(root), paths, origins(modules))
+class _Known(NamedTuple):
+    """A program, and by what its copies are known.
+
+    Attributes:
+        program: what the inner operations need of it.
+        form: the values that its structure and state consist of, without identities.
+        kinds: of each of its modules, see :func:`_kind`.
+        paths: of each of its modules; none where its copies are not to be known by it.
+    """
+
+    program: Program
+    form: list[Any]
+    kinds: list[Any]
+    paths: list[str]
+
+
+def _kind(module: Any) -> tuple[int, str | None]:
+    """Class of a module, and the random text by which DSPy knows a predictor, which a copy keeps."""
+    stage = attributes(module).get("stage")
+    return id(type(module)), stage if type(stage) is str else None
+
+
+def _stays(part: Any) -> bool:
+    """Whether a part of a program's state is what it is for as long as it is the same object: a text, a signature."""
+    return id(type(part)) in LEAVES or issubclass(type(part), type)
 
 
 @guard("program id")
