@@ -8,12 +8,14 @@ import dataclasses
 import datetime
 import decimal
 import enum
+import gc
 import json
 import re
 import threading
 import tracemalloc
 import types
 import uuid
+import weakref
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,11 +25,27 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dspy_otel.content import encoder as module
-from dspy_otel.content import redaction, truncation
+from dspy_otel.content import introspection, redaction, truncation
 from dspy_otel.content.encoder import MAX_DEPTH, MAX_ITEMS, MAX_NODES, MIN_LIMIT, Content
 
 LIMIT = 4096
 MARK = re.compile(r"…\[cut \d+ (characters|items|bytes)\]")
+
+
+def test_classes_are_not_kept() -> None:
+    """A program may make one for each request. Where it says that it comes from does not matter."""
+    ended: list[weakref.ref[type]] = []
+    for number in range(5):
+        for kind in (
+            dataclasses.make_dataclass("Row", ["x"]),
+            type("Plain", (), {"__init__": lambda self, x: setattr(self, "x", x)}),
+            type("Own", (dspy.Example,), {"__module__": "dspy.primitives.example"}),
+        ):
+            assert introspection.instance_dict(kind(x=number)).get("x", number) == number
+            ended.append(weakref.ref(kind))
+    del kind
+    gc.collect()
+    assert [each() for each in ended if each() is not None] == []
 
 
 def render(value: Any, limit: int = LIMIT, **options: Any) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import datetime
+import gc
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +96,11 @@ def change_number_in_nested_demo(program):
     program.check.demos[0]["n"][1]["a"] = 3
 
 
+def rename_key_in_nested_demo(program):
+    nested = program.check.demos[0]["n"][1]
+    nested["b"] = nested.pop("a")
+
+
 def change_field_description(program):
     program.check.signature = program.check.signature.with_updated_fields("good", desc="whether it is good")
 
@@ -111,6 +117,7 @@ def change_field_description(program):
         change_model_in_demo,
         change_list_in_model_in_demo,
         change_number_in_nested_demo,
+        rename_key_in_nested_demo,
         change_field_description,
     ],
     ids=lambda change: change.__name__,
@@ -132,6 +139,7 @@ class Many(dspy.Module):
         self.first = dspy.Predict("question -> query")
         self.rest = [dspy.Predict("query -> answer"), dspy.ChainOfThought("query -> answer")]
         self.named = {"a": dspy.Predict("query -> title"), ("b", 1): dspy.Predict("query -> title")}
+        self.empty: list[Any] = []
         self.first.demos = [dspy.Example(question="q", query="a"), {"question": "p", "query": "b"}]
 
 
@@ -141,6 +149,8 @@ class Other(Many):
 
 def mutate(program: Any, how: str, which: int) -> None:
     predictors = [each for _, each in program.named_predictors()]
+    if not predictors:  # All are in something frozen.
+        return
     predictor = predictors[which % len(predictors)]
     if how == "demo":
         predictor.demos = [*predictor.demos, dspy.Example(question=f"{which}")]
@@ -148,27 +158,41 @@ def mutate(program: Any, how: str, which: int) -> None:
         predictor.demos[0]["question"] = f"{which}"
     elif how == "demo with a list":
         predictor.demos = [dspy.Example(question=["q"])]
+    elif how == "demo with a tuple":  # A deep copy has the very same one.
+        predictor.demos = [dspy.Example(question=("q", "r"))]
     elif how == "instructions":
         predictor.signature = predictor.signature.with_instructions(f"{which}")
     elif how == "another predictor":
         program.first = dspy.Predict("question -> query")
     elif how == "shared":
-        program.rest[0] = program.first
+        program.rest = [program.first, *program.rest]
     elif how == "more":
         program.rest = [*program.rest, dspy.Predict("query -> answer")]
     elif how == "attribute":
         program.again = predictor
     elif how == "frozen":
-        program.rest[1]._compiled = True
+        program.named["frozen"] = dspy.ChainOfThought("query -> answer")
+        program.named["frozen"]._compiled = True
     elif how == "key":
         program.named = {"c": program.named.pop("a", program.first), **program.named}
+    elif how == "dictionary" and type(program.rest) is list:
+        program.rest = dict(enumerate(program.rest))
+    elif how == "moved" and type(program.rest) is type(program.empty) is list and program.rest:
+        program.empty.append(program.rest.pop())
+    elif how == "swapped":
+        program.first, program.empty = program.empty, program.first
+    elif how == "frozen by a number":
+        predictor._compiled = program.__dict__["_compiled"] = 1
+    elif how == "many":
+        program.rest = [dspy.Predict("query -> answer") for _ in range(300)]
     elif how == "class":
         program.__class__ = Other
 
 
 HOW = (
-    *("nothing", "demo", "demo in place", "demo with a list", "instructions", "another predictor"),
-    *("shared", "more", "attribute", "frozen", "key", "class"),
+    *("nothing", "demo", "demo in place", "demo with a list", "demo with a tuple", "instructions", "another predictor"),
+    *("shared", "more", "attribute", "frozen", "key", "dictionary", "moved", "swapped", "frozen by a number", "many"),
+    "class",
 )
 mutations = st.tuples(st.sampled_from(HOW), st.integers(0, 5))
 
@@ -191,6 +215,8 @@ def test_what_is_known_of_a_copy_is_what_would_be_found(steps: list[Any], copied
             mutate(program, *mutation)
     for program in existing:
         found, anew = programs.find(program), Programs().find(program)
+        assert found is not None
+        assert anew is not None
         assert (found.name, found.id, found.paths) == (anew.name, anew.id, anew.paths)
         assert found.origins == anew.origins
 
@@ -210,6 +236,26 @@ def test_a_copy_is_known_by_its_original(monkeypatch: pytest.MonkeyPatch) -> Non
     del original, described[:], found, copies[1:]
     programs.find(copies[0].deepcopy())
     assert len(described) == 1  # Nothing was kept alive.
+
+
+def test_modules_of_classes_that_come_and_go_have_their_own_names(telemetry: Any) -> None:
+    telemetry.instrument()
+
+    def module(name: str) -> Any:
+        return type(name, (dspy.Module,), {"forward": lambda self, **_: None})()
+
+    class Host(dspy.Module):
+        def forward(self) -> Any:
+            return self.sub() if self.sub is not None else None
+
+    names = [f"Number{number}" for number in range(20)]
+    programs = [Host() for _ in names]
+    for program, name in zip(programs, names, strict=True):
+        program.sub = module(name)
+        program()
+        program.sub = None  # Python gives the place of its class in memory to one of the next.
+        gc.collect()
+    assert [span.name for span in telemetry.spans if span.name.endswith(" sub")] == [f"{name} sub" for name in names]
 
 
 def test_settings_that_are_no_state_do_not_count(telemetry):

@@ -148,7 +148,7 @@ class BoundSeries:
         if (
             self.stale
             or self._consumer._reader_storages is not self._storages
-            or not (self._meter is None or self._meter._config.is_enabled)
+            or not (self._meter is None or self._meter.is_enabled)
         ):
             if waiting is not None:
                 waiting.count()  # as long as it is the readers' that there were

@@ -32,7 +32,6 @@ from dspy_otel import semconv
 from dspy_otel.core.attributes import EMPTY, Attributes, repair, restore_dropped, sendable_name, set_repaired
 from dspy_otel.core.call_context import (
     CALL_CONTEXT_KEY,
-    SUPPRESSION_KEYS,
     CallContext,
     SpanFactory,
     attach,
@@ -216,7 +215,7 @@ class Operation:
         telemetry = self.telemetry
         try:
             surrounding = current_context()
-            if not telemetry.active or (not SUPPRESSION_KEYS.isdisjoint(surrounding) and suppressed(surrounding)):
+            if not telemetry.active or suppressed(surrounding):
                 return None
             parent = surrounding.get(CALL_CONTEXT_KEY)
             if parent.__class__ is not CallContext:

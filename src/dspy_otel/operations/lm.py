@@ -23,6 +23,7 @@ from dspy_otel.core.call_context import (
     CallContext,
     current_call_context,
     current_state,
+    enclosing_state,
 )
 from dspy_otel.core.errors import error_type
 from dspy_otel.core.internal_errors import failed, guard
@@ -490,8 +491,6 @@ def _exceeds(usage: LMUsage, inner: LMUsage) -> bool:
 
 def _report_to_outer(context: CallContext, usage: LMUsage) -> None:
     """Add what this call used to the LM call around it, if there is one (an LM that asks other LMs)."""
-    around = context.parent
-    while around is not None and around.kind != LMOperation.kind:
-        around = around.parent
-    if around is not None and isinstance(around.state, LMCallState):
-        around.state.inner.append(usage)
+    outer = enclosing_state(context.parent, LMCallState)
+    if outer is not None:
+        outer.inner.append(usage)

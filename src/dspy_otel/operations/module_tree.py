@@ -28,8 +28,6 @@ _MAX_NUMBER: Final = 1_000_000
 # Containers without modules that may be long: of every module, and of predictors.
 _LOGS: Final = frozenset({"history", "callbacks"})
 _PREDICTOR_STATE: Final = frozenset({"traces", "train", "demos", "config", "fields", *_LOGS})
-_OF_PREDICTOR: Final = frozenset({"_compiled", "stage", "signature", "lm", *_PREDICTOR_STATE})
-"""All attributes of a ``dspy.Predict``."""
 
 _HEAP: Final = 1 << 9  # Py_TPFLAGS_HEAPTYPE: a class that can be freed
 _flags_of: Final[Callable[[type], int]] = type.__dict__["__flags__"].__get__
@@ -86,7 +84,8 @@ class Survey(NamedTuple):
     Attributes:
         modules: the program, and those inside.
         structure: plain values that stay equal as long as the paths do.
-        places: by identity of each module and container, which of them it is: other numbers in a copy's structure.
+        places: by identity of each module and container, when it was found. Of a copy, the identities in the structure
+            are others, and these places the same.
     """
 
     modules: list[Any]
@@ -112,11 +111,8 @@ def survey(root: Any) -> Survey:
         without: frozenset[str] = _NONE
         if of == _CONTAINER:
             containers += 1
-            if containers > _MAX_CONTAINERS:
-                continue
-            pairs = _pairs(item)
-            if not pairs:
-                continue
+            structure.append("{}" if introspection.is_a(item, dict) else "[]")
+            pairs = _pairs(item) if containers <= _MAX_CONTAINERS else []
         else:
             if len(modules) >= _MAX_MODULES:
                 break
@@ -124,14 +120,8 @@ def survey(root: Any) -> Survey:
             stored = attributes(item)
             if stored.get("_compiled") is True:
                 structure.append(True)
-            if "signature" not in stored:
-                without = _LOGS
-                pairs = list(stored.items())
-            elif stored.keys() <= _OF_PREDICTOR:
-                pairs = [("lm", stored.get("lm"))]  # The rest is known to be neither modules nor containers of them.
-            else:
-                without = _PREDICTOR_STATE
-                pairs = list(stored.items())
+            without = _PREDICTOR_STATE if "signature" in stored else _LOGS
+            pairs = list(stored.items())
         for key, value in pairs:
             kind = lasting(id(type(value)))
             if kind is None:

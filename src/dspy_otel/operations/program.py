@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import operator
 import weakref
-from itertools import islice
+from itertools import chain, islice
 from typing import Any, Final, NamedTuple
 
 from dspy_otel.content import introspection
@@ -18,6 +19,7 @@ from dspy_otel.operations.identity_cache import IdentityCache
 from dspy_otel.operations.module_tree import (
     attributes,
     named_modules,
+    named_parameters,
     named_predictors,
     origin,
     origins,
@@ -29,7 +31,7 @@ from dspy_otel.operations.texts import Texts
 _MAX_ITEMS: Final = 256
 _MAX_OBJECTS: Final = 4096
 _MOST_ORIGINALS: Final = 8
-"""How many of the programs that were met last are looked at for the original of a copy."""
+"""Among how many programs, those that were described last, the original of a copy is looked for."""
 
 
 def _add_state(module: Any, shape: list[Any], objects: list[Any]) -> None:
@@ -70,6 +72,7 @@ def _add_state(module: Any, shape: list[Any], objects: list[Any]) -> None:
             shape.append(len(objects))
     decisions = stored.get("fields")
     if decisions:
+        objects.append(decisions)
         _add_parts(decisions, objects, 3)
         shape.append(len(objects))
 
@@ -78,8 +81,9 @@ def _add_parts(value: Any, objects: list[Any], depth: int) -> None:
     """Add the parts of a list, dictionary or model: it may be changed in place."""
     parts: Any = introspection.items(value)
     if introspection.length(value) is None:
-        parts = dict.values(value if is_a(value, dict) else introspection.instance_dict(value))
-    for part in islice(parts, _MAX_ITEMS):
+        entries = value if is_a(value, dict) else introspection.instance_dict(value)
+        parts = chain.from_iterable(dict.items(entries))
+    for part in islice(parts, 2 * _MAX_ITEMS):
         if len(objects) >= _MAX_OBJECTS:  # Looked at on each call.
             return
         objects.append(part)
@@ -144,7 +148,7 @@ class Programs:
         self._programs = IdentityCache()
         self._examples = IdentityCache()
         self._signatures = IdentityCache()
-        self._newest: list[weakref.ref[Any]] = []
+        self._originals: list[weakref.ref[Any]] = []
 
     @guard("program")
     def find(self, root: Any) -> Program:
@@ -161,40 +165,52 @@ class Programs:
 
         def make() -> _Known:
             form = [places.get(each, each) if type(each) is int else each for each in shape]
-            kinds = [_kind(module) for module in modules]
-            return self._copy_of_known(form, kinds, modules, objects) or self._describe(
-                root, form, kinds, modules, objects
+            for module in modules:
+                form += _kept_by_copies(module)
+            classes = [weakref.ref(type(module)) for module in modules]
+            return self._copy_of_known(form, classes, modules, objects) or self._describe(
+                root, form, classes, modules, objects
             )
 
         known: _Known = self._programs.get(root, shape, objects, make)
         return known.program
 
     def _copy_of_known(
-        self, form: list[Any], kinds: list[Any], modules: list[Any], objects: list[Any]
+        self, form: list[Any], classes: list[weakref.ref[type]], modules: list[Any], objects: list[Any]
     ) -> _Known | None:
-        """What is known of a program, if one of the newest is its original, or another copy of that.
+        """What is known of a program, if it is a copy of one that was described lately.
 
         Optimizers copy a program for each example. A deep copy has the very texts and signatures of its original.
         """
-        for handle in self._newest:
+        for handle in self._originals:
             original = handle()
             known: _Known | None = None if original is None else self._programs.of_same(original, objects)
-            if known is not None and known.form == form and known.kinds == kinds:
+            # There is one weak reference without a callback to each class.
+            if known is not None and known.form == form and all(map(operator.is_, known.classes, classes)):
                 paths = dict(zip(map(id, modules), known.paths, strict=True))
                 return known._replace(program=known.program.copy(paths))
         return None
 
-    def _describe(self, root: Any, form: list[Any], kinds: list[Any], modules: list[Any], objects: list[Any]) -> _Known:
+    def _describe(
+        self,
+        root: Any,
+        form: list[Any],
+        classes: list[weakref.ref[type]],
+        modules: list[Any],
+        objects: list[Any],
+    ) -> _Known:
         named = named_modules(root)
         paths = {id(module): path for path, module in named}
         name = without_secrets(root.name[:LONGEST]) if type(root) is Texts else class_name(type(root))
         program = Program(name, _id_of(root), paths, origins(named))
-        if type(root) is Texts or paths.keys() != set(map(id, modules)) or not all(map(_stays, objects)):
-            return _Known(program, form, kinds, [])
-        with contextlib.suppress(TypeError):  # It cannot be weakly referenced.
-            others = [each for each in self._newest if not ((of := each()) is None or of is root)]
-            self._newest = [weakref.ref(root), *others][:_MOST_ORIGINALS]
-        return _Known(program, form, kinds, [paths[id(module)] for module in modules])
+        others = [each for each in self._originals if not ((of := each()) is None or of is root)]
+        known = _Known(program, None, [], [])
+        if type(root) is not Texts and all(map(_stays, objects)) and _are_all(modules, paths, root):
+            with contextlib.suppress(TypeError):  # It cannot be weakly referenced.
+                others = [weakref.ref(root), *others][:_MOST_ORIGINALS]
+                known = _Known(program, form, classes, [paths[id(module)] for module in modules])
+        self._originals = others
+        return known
 
     @guard("module paths")
     def place(self, module: Any, program: Program, caller: str | None) -> tuple[str | None, dict[int, str]]:
@@ -244,26 +260,41 @@ class _Known(NamedTuple):
 
     Attributes:
         program: what the inner operations need of it.
-        form: the values that its structure and state consist of, without identities.
-        kinds: of each of its modules, see :func:`_kind`.
-        paths: of each of its modules; none where its copies are not to be known by it.
+        form: of its structure and state what copies share, besides the objects of the state; ``None`` where its copies
+            are not to be known by it.
+        classes: of its modules.
+        paths: likewise.
     """
 
     program: Program
-    form: list[Any]
-    kinds: list[Any]
+    form: list[Any] | None
+    classes: list[weakref.ref[type]]
     paths: list[str]
 
 
-def _kind(module: Any) -> tuple[int, str | None]:
-    """Class of a module, and the random text by which DSPy knows a predictor, which a copy keeps."""
-    stage = attributes(module).get("stage")
-    return id(type(module)), stage if type(stage) is str else None
+def _kept_by_copies(module: Any) -> tuple[Any, Any]:
+    """What a copy of a module keeps: the random text by which DSPy knows a predictor, and whether it is frozen."""
+    stored = attributes(module)
+    stage, frozen = stored.get("stage"), stored.get("_compiled", False)
+    return stage if type(stage) is str else None, frozen if type(frozen) is bool else object()
 
 
 def _stays(part: Any) -> bool:
-    """Whether a part of a program's state is what it is for as long as it is the same object: a text, a signature."""
+    """Whether a part of a program's state is what it is as long as it is the same object, as a text is.
+
+    Of a signature, which may be changed in place, the texts are parts, too.
+    """
     return id(type(part)) in LEAVES or issubclass(type(part), type)
+
+
+def _are_all(modules: list[Any], paths: dict[int, str], root: Any) -> bool:
+    """Whether these are all modules of a program: the search for them has an end, which its digest has not."""
+    if paths.keys() != set(map(id, modules)):
+        return False
+    try:
+        return all(id(each) in paths for _, each in named_parameters(root))
+    except RecursionError:  # It contains itself.
+        return False
 
 
 @guard("program id")

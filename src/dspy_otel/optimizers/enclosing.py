@@ -36,9 +36,9 @@ class EnclosedOperation(Operation, safe=True):
                 around = current_call_context()
             except Exception as error:
                 failed("span around an optimizer's call", error)
-        # Nearly all calls of an optimization are inside of examples: without `super()`, which is an object each time.
+        # Nearly all calls of an optimization are inside of examples.
         if around is None or type(around.state) not in self.enclosed_by:
-            return Operation.open(self, instance, args, kwargs, override_of)
+            return super().open(instance, args, kwargs, override_of)
         return self._open_inside(instance, args, kwargs, override_of)
 
     @safe_open

@@ -38,8 +38,8 @@ class DirectModule(EnclosedOperation, ModuleOperation):
     def start(
         self, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any], parent: CallContext | None
     ) -> SpanStart | None:
-        start = ModuleOperation.start(self, instance, args, kwargs, parent)  # `super()` is an object each time.
-        caller = parent if Run.live else None
+        start = super().start(instance, args, kwargs, parent)
+        caller = parent
         if caller is not None and caller.kind == ParallelOperation.kind:
             caller = ParallelOperation.caller(caller)
         if start is not None and caller is not None and type(caller.state) is CompileState:
