@@ -9,6 +9,7 @@ of memory in one compile of 50,000 LM calls instead. See README.md in this folde
 from __future__ import annotations
 
 import argparse
+import math
 import random
 import statistics
 import subprocess
@@ -19,6 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from meter import before, count_instructions
 from overhead import (
     HERE,
     VENV,
@@ -75,7 +77,7 @@ def configurations() -> list[Row]:
 def start(row: Row, folder: Path) -> None:
     log = (folder / f"{row.tool}-{row.state.replace('/', '-')}.log").open("w")
     row.process = subprocess.Popen(
-        [sys.executable, str(HERE / "compile_worker.py"), row.tool, row.state],
+        [*before(), sys.executable, str(HERE / "compile_worker.py"), row.tool, row.state],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=log,
@@ -104,10 +106,17 @@ def ask(row: Row, task: dict[str, Any]) -> dict[str, Any]:
     return reply
 
 
-def run(rows: list[Row], options: argparse.Namespace) -> None:
-    """Ask every worker for every optimizer, in an order shuffled anew for each repetition."""
+def run(rows: list[Row], options: argparse.Namespace, folder: Path) -> None:
+    """Ask every worker for every optimizer, in an order shuffled anew for each repetition.
+
+    Of two processes of the same row, one may take a tenth more than the other for as long as they live, since their
+    memory lies otherwise: so each row is started several times.
+    """
     order = random.Random(options.seed)
     for repetition in range(options.repetitions):
+        if repetition and repetition % math.ceil(options.repetitions / options.processes) == 0:
+            end([row for row in rows if not row.skipped])
+            begin([row for row in rows if not row.skipped], folder)
         for optimizer in OPTIMIZERS:
             progress(f"repetition {repetition + 1} of {options.repetitions}: {optimizer}")
             for row in order.sample(rows, len(rows)):
@@ -217,17 +226,24 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="exit with 1 when a goal is missed")
     parser.add_argument("--repetitions", type=int, default=9, help="compiles of each cell (%(default)s)")
+    parser.add_argument(
+        "--processes", type=int, default=3, help="in so many processes, one after the other (%(default)s)"
+    )
     parser.add_argument("--size", type=float, default=1.0, help="size of the datasets, as a factor (%(default)s)")
     parser.add_argument("--memory", action="store_true", help="growth of memory in one large compile")
     parser.add_argument("--calls", type=int, default=50_000, help="LM calls for --memory (%(default)s)")
     parser.add_argument("--only", metavar="TOOL,TOOL", help="only bare and these, e.g. dspy-otel")
     parser.add_argument("--quick", action="store_true", help="a smoke run: 1 repetition of small compiles")
+    parser.add_argument("--instructions", action="store_true", help="count instructions under valgrind, not time")
     parser.add_argument("--markdown", action="store_true", help="print Markdown")
     parser.add_argument("--seed", type=int, default=int(time.time()), help="of the order of measurements")
     parser.add_argument("--here", action="store_true", help="use this Python instead of .venv-bench")
     options = parser.parse_args()
     if options.quick:
-        options.repetitions, options.size, options.calls = 1, 0.3, 2000
+        options.repetitions, options.processes, options.size, options.calls = 1, 1, 0.3, 2000
+    if options.instructions:
+        options.repetitions, options.processes, options.size = 1, 1, min(options.size, 0.4)
+        count_instructions()
     return options
 
 
@@ -251,7 +267,7 @@ def main() -> int:
                     end([row])
             else:
                 begin(rows, Path(folder))
-                run(rows, options)
+                run(rows, options, Path(folder))
         finally:
             end([row for row in rows if row.process is not None and row.process.poll() is None])
             progress("")
@@ -264,7 +280,9 @@ def main() -> int:
         about = [*machine(rows, f"RandomSearch of about {options.calls} LM calls, one run of each"), *judged]
     else:
         title, (header, lines) = "Whole compiles", times_table(rows)
-        what = f"{options.repetitions} compiles per cell, size {options.size:g}, LM of 1 ms; medians"
+        lm = "answers at once, instructions in billions" if options.instructions else "takes 1 ms, medians"
+        processes = f"{options.repetitions} compiles per cell in {options.processes} processes"
+        what = f"{processes}, size {options.size:g}, LM {lm}"
         judged, met = goals(rows)
         about = [*machine(rows, what), *remarks(rows), *judged]
     about += [f"skipped: {row.name}: {row.skipped}" for row in rows if row.skipped]

@@ -27,11 +27,15 @@ from typing import Any
 
 import dspy
 from dspy.clients import base_lm
+from meter import VARIABLE, Meter
 from programs import by_hand
 from worker import Pipeline, Skipped
 
 OPTIMIZERS = ("MIPROv2", "GEPA", "BootstrapFewShotWithRandomSearch", "SIMBA")
-THREADS = 4
+# Instructions are counted in one thread: which of several runs when is another each time, and nobody waits for the LM.
+COUNTS = VARIABLE in os.environ
+THREADS = 1 if COUNTS else 4
+SECONDS = 0.0 if COUNTS else 0.001
 _FIELDS = re.compile(r"`\[\[ ## (\w+) ## \]\]`")
 
 
@@ -41,7 +45,7 @@ class HashLM(dspy.LM):
     The same prompt (and rollout id) gets the same answer, so that every configuration does the same work.
     """
 
-    seconds = 0.001
+    seconds = SECONDS
 
     def __init__(self) -> None:
         super().__init__("openai/hash", cache=False)
@@ -218,7 +222,7 @@ def write_by_hand(pipeline: Pipeline) -> None:
     with dspy.context(lm=HashLM()):
         dspy.Evaluate(devset=rows(0, 1), metric=high, display_progress=False)(Digits())
     dspy_otel.uninstrument()
-    HashLM.seconds = 0.001
+    HashLM.seconds = SECONDS
     by_name = {span["name"].split(" ")[0]: span for span in recorder.spans.values()}
     tracer, meter = pipeline.tracer_provider.get_tracer("by_hand"), pipeline.meter_provider.get_meter("by_hand")
     written = {name: opener(by_name[name], tracer, meter) for name in ("example", "invoke_workflow", "Predict", "chat")}
@@ -239,15 +243,14 @@ def forget(lm: HashLM) -> None:
 
 
 def measure(work: Callable[[], Any], lm: HashLM, flush: Callable[[], Any]) -> dict[str, Any]:
-    """CPU seconds (of the whole process, what is exported included) and wall-clock seconds of one compile."""
+    """CPU (see ``meter.py``) of the whole process, what is exported included, and wall-clock seconds of one compile."""
     forget(lm)
     calls = lm.calls
-    wall, cpu = time.perf_counter(), time.process_time()
-    program = work()
-    flush()
-    spent = {"cpu": time.process_time() - cpu, "wall": time.perf_counter() - wall, "calls": lm.calls - calls}
+    with Meter() as meter:
+        program = work()
+        flush()
     state = json.dumps(program.dump_state(), sort_keys=True, default=str)
-    return {**spent, "program": zlib.crc32(state.encode())}
+    return {"cpu": meter.cpu, "wall": meter.wall, "calls": lm.calls - calls, "program": zlib.crc32(state.encode())}
 
 
 def resident() -> float:

@@ -26,6 +26,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from meter import VARIABLE, before, count_instructions
+
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 VENV = ROOT / ".venv-bench"
@@ -170,7 +172,7 @@ def start(configuration: Configuration, folder: Path) -> subprocess.Popen[str]:
     log = (folder / f"{configuration.tool}-{configuration.state}.log").open("w")
     tool = configuration.tool if configuration.source is None else "dspy-otel"
     return subprocess.Popen(
-        [sys.executable, str(HERE / "worker.py"), tool, configuration.state],
+        [*before(), sys.executable, str(HERE / "worker.py"), tool, configuration.state],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=log,
@@ -293,6 +295,8 @@ class Results:
 
     def spread(self) -> str:
         """How quiet the machine was."""
+        if VARIABLE in os.environ:
+            return "instructions, which do not depend on what else the machine does"
         low, _, high = statistics.quantiles(self.bare.cpu["predict"], n=4)
         return f"half of the bare Predicts took {low:.0f} to {high:.0f} us; a wide range means a busy machine"
 
@@ -304,7 +308,7 @@ class Results:
         """Header and rows: per program the CPU of a call, what was added, and that as multiple of the floor's."""
         header = ["configuration", "spans / measurements"]
         for title in PROGRAMS.values():
-            header += [f"{title}: us", "added", "x floor"]
+            header += [f"{title}: {unit()}", "added", "x floor"]
         lines = []
         for row in self.rows:
             if row.key not in self.by_key:
@@ -340,6 +344,11 @@ class Results:
                 met = met and good
             lines.append(line)
         return ["goal", "against", "limit", *PROGRAMS.values()], lines, met
+
+
+def unit() -> str:
+    """Of what is measured."""
+    return "thousand instructions" if VARIABLE in os.environ else "us of CPU"
 
 
 def machine(rows: Sequence[Configuration], what: str) -> list[str]:
@@ -400,12 +409,16 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--only", metavar="TOOL,TOOL", help="only bare and these, e.g. callback,floor,dspy-otel")
     parser.add_argument("--quick", action="store_true", help="a smoke run: 2 repetitions of 10 calls")
     parser.add_argument("--check", action="store_true", help="exit with 1 when a goal is missed")
+    parser.add_argument("--instructions", action="store_true", help="count instructions under valgrind, not time")
     parser.add_argument("--markdown", action="store_true", help="print Markdown")
     parser.add_argument("--seed", type=int, default=int(time.time()), help="of the order of measurements")
     parser.add_argument("--here", action="store_true", help="use this Python instead of .venv-bench")
     options = parser.parse_args()
     if options.quick:
         options.repetitions, options.calls = 2, 10
+    if options.instructions:
+        options.repetitions = 1
+        count_instructions()
     return options
 
 
@@ -433,7 +446,7 @@ def main() -> int:
     results = Results(rows)
     header, lines = results.table()
     goal_header, goal_lines, met = results.goals()
-    what = f"{options.repetitions} repetitions of {options.calls} calls per cell, medians; us of CPU per call"
+    what = f"{options.repetitions} repetitions of {options.calls} calls per cell, medians; {unit()} per call"
     about = machine(rows, what)
     about += [results.spread(), *results.skipped()]
     if options.markdown:

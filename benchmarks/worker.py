@@ -11,12 +11,12 @@ import json
 import os
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from meter import Meter
 from opentelemetry import metrics
 from opentelemetry.sdk.metrics import MeterProvider
 from opentelemetry.sdk.metrics.export import InMemoryMetricReader
@@ -175,15 +175,15 @@ def _null_mlflow_exporter(counter: NullExporter) -> None:
 
 
 def measure(workload: Any, calls: int, flush: Callable[[], Any]) -> dict[str, float]:
-    """CPU and wall-clock seconds per call. The process's CPU: export threads count, and all is flushed within."""
+    """CPU (see ``meter.py``) and wall-clock seconds per call. Export threads count, and all is flushed within."""
     workload.run(WARM_UP // 2)  # another process had the caches since this one's last turn
     flush()
     workload.forget()
     gc.collect()
-    wall, cpu = time.perf_counter(), time.process_time()
-    workload.run(calls)
-    flush()
-    return {"cpu": (time.process_time() - cpu) / calls, "wall": (time.perf_counter() - wall) / calls}
+    with Meter() as meter:
+        workload.run(calls)
+        flush()
+    return {"cpu": meter.cpu / calls, "wall": meter.wall / calls}
 
 
 def record(state: str) -> dict[str, Any]:

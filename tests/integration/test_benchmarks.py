@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -15,6 +16,7 @@ ROOT = Path(__file__).parent.parent.parent
 COMMANDS = (
     "overhead.py --here --quick --only floor,dspy-otel",
     "compile.py --here --quick --only floor,dspy-otel",
+    "overhead.py --here --quick --only dspy-otel --instructions",
     "growth.py --here --quick",
     "endurance.py --here --quick --only null",
     "imports.py --repeat 1",
@@ -33,6 +35,8 @@ COMMANDS = (
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_benchmark_runs(tmp_path: Path, command: str) -> None:
     script, *arguments = command.format(tmp_path).split()
+    if "--instructions" in arguments and shutil.which("valgrind") is None:
+        pytest.skip("there is no valgrind")
     kept = {key: value for key, value in os.environ.items() if not key.startswith(("OTEL_", "MLFLOW_"))}
     own = {"DSPY_CACHEDIR": str(tmp_path / "cache"), "LITELLM_LOCAL_MODEL_COST_MAP": "True"}
     done = run([sys.executable, str(ROOT / "benchmarks" / script), *arguments], cwd=tmp_path, env={**kept, **own})
