@@ -7,7 +7,6 @@ own methods (an override in a subclass is passed by), and fields are read where 
 from __future__ import annotations
 
 import datetime
-import sys
 import types
 import weakref
 from collections.abc import Callable, Iterator
@@ -73,34 +72,12 @@ def library(kind: type) -> str:
 
 def instance_dict(value: Any) -> dict[Any, Any]:
     """What ``vars(value)`` gives, read past any ``__dict__`` or ``__getattribute__`` of the user's."""
-    kind = type(value)
-    read = _readers.get(id(kind)) or _reader_of(kind)
-    stored = None if read is None else read(value)
-    return stored if type(stored) is dict else {}
-
-
-_readers: Final[dict[int, Callable[[Any], Any]]] = {}
-"""What reads the dictionary of an instance of a class that a module of Python's or DSPy's has: it never ends."""
-
-
-def _reader_of(kind: type) -> Callable[[Any], Any] | None:
-    for base in bases_of(kind):
+    for base in bases_of(type(value)):
         found = members_of(base).get("__dict__")
         if found is not None:
-            if id(type(found)) not in _DICT_SLOTS:
-                return None
-            read: Callable[[Any], Any] = found.__get__
-            if library(kind) in ("dspy", "types"):
-                module = sys.modules.get(module_of(kind))
-                # A class that is made in a function, or by one (`make_dataclass`), only says that it is from there.
-                if type(module) is types.ModuleType and vars(module).get(name_of(kind)) is kind:
-                    _readers[id(kind)] = read
-                    _kept_alive.append(kind)  # Its identity is never that of another class.
-            return read
-    return None
-
-
-_kept_alive: Final[list[type]] = []
+            stored = found.__get__(value) if id(type(found)) in _DICT_SLOTS else None
+            return stored if type(stored) is dict else {}
+    return {}
 
 
 def slot(value: Any, name: str) -> tuple[Any, ...]:

@@ -34,7 +34,16 @@ class IdentityCache:
         """
         key = id(owner)
         kept = self._kept.get(key)
-        if kept is not None and kept[0]() is owner and kept[1] == shape and _are_same(kept[2], objects):
+        if (
+            kept is not None
+            and kept[0]() is owner
+            and kept[1] == shape
+            # What _is_same() says, most times without that call: this is for each call of a program.
+            and (
+                (len(kept[2]) == len(objects) and all(map(operator.is_, kept[2], objects)))
+                or _is_same(kept[2], objects)
+            )
+        ):
             return kept[3]
         result = make()
         with contextlib.suppress(TypeError):  # The result for an object without weak references is made each time.
@@ -45,14 +54,12 @@ class IdentityCache:
     def of_same(self, owner: Any, objects: list[Any]) -> Any:
         """The result kept for ``owner``, if it was worked out with these very objects; else ``None``."""
         kept = self._kept.get(id(owner))
-        return kept[3] if kept is not None and kept[0]() is owner and _are_same(kept[2], objects) else None
+        return kept[3] if kept is not None and kept[0]() is owner and _is_same(kept[2], objects) else None
 
 
-def _are_same(handles: list[Any], found: list[Any]) -> bool:
+def _is_same(handles: list[Any], found: list[Any]) -> bool:
     """Whether what is found are the very objects that the handles stand for."""
-    return len(handles) == len(found) and (
-        all(map(operator.is_, handles, found)) or all(map(_stands_for, handles, found))
-    )
+    return len(handles) == len(found) and all(map(_stands_for, handles, found))
 
 
 class _Identity(int):
