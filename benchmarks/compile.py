@@ -126,9 +126,9 @@ def run(rows: list[Row], options: argparse.Namespace, folder: Path) -> None:
 
 def times_table(rows: list[Row]) -> tuple[list[str], list[list[str]]]:
     """Header and rows: for each optimizer CPU and wall-clock time, both as multiples of the bare compile's."""
-    header = ["configuration"]
+    header, cpu = ["configuration"], "billion instructions" if before() else "CPU s"
     for title in OPTIMIZERS.values():
-        header += [f"{title}: CPU s", "x bare", "wall s", "x bare", "spans"]
+        header += [f"{title}: {cpu}", "x bare", "wall s", "x bare", "spans"]
     lines = []
     for row in rows:
         line = [row.name]
