@@ -277,13 +277,13 @@ current_context, attach = _runtime()
 CALL_CONTEXT_KEY: Final = otel_context.create_key("dspy_otel.call_context")
 SPAN_KEY: Final = next(iter(set_span_in_context(INVALID_SPAN, Context())))
 BAGGAGE_KEY: Final = next(iter(set_baggage("key", "value", Context())))
-SUPPRESSION_KEYS: Final = _suppression_keys()
-"""Keys of the contexts inside ``suppress_instrumentation()``. Most contexts have none of them."""
+_SUPPRESSION_KEYS: Final = _suppression_keys()
 
 
 def suppressed(context: Context) -> bool:
     """Whether ``context`` was made inside ``suppress_instrumentation()``."""
-    return any(map(context.get, SUPPRESSION_KEYS))
+    # Both: most contexts have no such key, and that is known without a call of Python's.
+    return not _SUPPRESSION_KEYS.isdisjoint(context) and any(map(context.get, _SUPPRESSION_KEYS))
 
 
 def inside(context: Context, span: Span, call_context: CallContext) -> Context:

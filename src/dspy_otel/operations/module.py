@@ -33,7 +33,7 @@ class ModuleState:
 
     Attributes:
         description: span name and attributes that all calls of this module share.
-        totals: of the LM calls inside, if this is the outermost module.
+        totals: of the LM calls inside, if this is the outermost module, and its trace is not dropped.
         adapter: class of the adapter that served it first.
         fallback_adapter: class of the adapter that answered after the first one had failed.
         failed_adapter: class of the adapter whose parsing has failed last, until another one takes over.
