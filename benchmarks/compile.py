@@ -115,8 +115,11 @@ def run(rows: list[Row], options: argparse.Namespace, folder: Path) -> None:
     order = random.Random(options.seed)
     for repetition in range(options.repetitions):
         if repetition and repetition % math.ceil(options.repetitions / options.processes) == 0:
-            end([row for row in rows if not row.skipped])
-            begin([row for row in rows if not row.skipped], folder)
+            again = [
+                row for row in rows if not row.skipped and row.tool != "mlflow"
+            ]  # Its first compiles take minutes.
+            end(again)
+            begin(again, folder)
         for optimizer in OPTIMIZERS:
             progress(f"repetition {repetition + 1} of {options.repetitions}: {optimizer}")
             for row in order.sample(rows, len(rows)):

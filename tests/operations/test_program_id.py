@@ -364,6 +364,14 @@ def test_demo_keys_and_field_texts_changed_in_place_show() -> None:
     assert len({first, second, third}) == 3
 
 
+def test_the_last_of_many_parts_of_demos_shows() -> None:
+    program, programs = Research(), Programs()
+    program.check.demos = [dspy.Example(answer={str(n): n for n in range(250)}, good=True) for _ in range(16)]
+    before = programs.find(program).id
+    program.check.demos[-1]["answer"]["249"] = -1
+    assert programs.find(program).id == program_id(program) != before
+
+
 @pytest.mark.skipif(not hasattr(dspy.Predict("a -> b"), "fields"), reason="DSPy 3.3 has no decision settings")
 def test_decision_settings_changed_in_place_show(telemetry: Any) -> None:
     programs = Programs()

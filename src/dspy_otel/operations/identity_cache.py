@@ -38,11 +38,8 @@ class IdentityCache:
             kept is not None
             and kept[0]() is owner
             and kept[1] == shape
-            # What _is_same() says, most times without that call: this is for each call of a program.
-            and (
-                (len(kept[2]) == len(objects) and all(map(operator.is_, kept[2], objects)))
-                or _is_same(kept[2], objects)
-            )
+            and len(kept[2]) == len(objects)
+            and (all(map(operator.is_, kept[2], objects)) or all(map(_stands_for, kept[2], objects)))
         ):
             return kept[3]
         result = make()
@@ -52,14 +49,11 @@ class IdentityCache:
         return result
 
     def of_same(self, owner: Any, objects: list[Any]) -> Any:
-        """The result kept for ``owner``, if it was worked out with these very objects; else ``None``."""
+        """The result kept for ``owner``, if it was made with these very objects, all plain ones; else ``None``."""
         kept = self._kept.get(id(owner))
-        return kept[3] if kept is not None and kept[0]() is owner and _is_same(kept[2], objects) else None
-
-
-def _is_same(handles: list[Any], found: list[Any]) -> bool:
-    """Whether what is found are the very objects that the handles stand for."""
-    return len(handles) == len(found) and all(map(_stands_for, handles, found))
+        if kept is None or kept[0]() is not owner or len(kept[2]) != len(objects):
+            return None
+        return kept[3] if all(map(operator.is_, kept[2], objects)) else None
 
 
 class _Identity(int):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import operator
 import weakref
-from itertools import chain, islice
+from itertools import islice
 from typing import Any, Final, NamedTuple
 
 from dspy_otel.content import introspection
@@ -68,27 +68,27 @@ def _add_state(module: Any, shape: list[Any], objects: list[Any]) -> None:
                 shape.append(key if type(key) is str else id(key))
                 objects.append(value)
                 if id(type(value)) not in LEAVES:
-                    _add_parts(value, objects, 3)
+                    _add_parts(value, shape, objects, 3)
             shape.append(len(objects))
     decisions = stored.get("fields")
     if decisions:
-        objects.append(decisions)
-        _add_parts(decisions, objects, 3)
+        _add_parts(decisions, shape, objects, 3)
         shape.append(len(objects))
 
 
-def _add_parts(value: Any, objects: list[Any], depth: int) -> None:
-    """Add the parts of a list, dictionary or model: it may be changed in place."""
+def _add_parts(value: Any, shape: list[Any], objects: list[Any], depth: int) -> None:
+    """Add the parts of a list, dictionary or model, and the names of its entries: it may be changed in place."""
+    if len(objects) >= _MAX_OBJECTS:  # Looked at on each call.
+        return
     parts: Any = introspection.items(value)
     if introspection.length(value) is None:
         entries = value if is_a(value, dict) else introspection.instance_dict(value)
-        parts = chain.from_iterable(dict.items(entries))
-    for part in islice(parts, 2 * _MAX_ITEMS):
-        if len(objects) >= _MAX_OBJECTS:  # Looked at on each call.
-            return
+        shape += (key if type(key) is str else id(key) for key in islice(dict.keys(entries), _MAX_ITEMS))
+        parts = dict.values(entries)
+    for part in islice(parts, _MAX_ITEMS):
         objects.append(part)
         if depth and id(type(part)) not in LEAVES:
-            _add_parts(part, objects, depth - 1)
+            _add_parts(part, shape, objects, depth - 1)
 
 
 def program_digest(program: Any) -> str | None:
@@ -205,7 +205,7 @@ class Programs:
         program = Program(name, _id_of(root), paths, origins(named))
         others = [each for each in self._originals if not ((of := each()) is None or of is root)]
         known = _Known(program, None, [], [])
-        if type(root) is not Texts and all(map(_stays, objects)) and _are_all(modules, paths, root):
+        if type(root) is not Texts and all(map(_is_leaf_or_class, objects)) and _is_complete(modules, paths, root):
             with contextlib.suppress(TypeError):  # It cannot be weakly referenced.
                 others = [weakref.ref(root), *others][:_MOST_ORIGINALS]
                 known = _Known(program, form, classes, [paths[id(module)] for module in modules])
@@ -279,7 +279,7 @@ def _kept_by_copies(module: Any) -> tuple[Any, Any]:
     return stage if type(stage) is str else None, frozen if type(frozen) is bool else object()
 
 
-def _stays(part: Any) -> bool:
+def _is_leaf_or_class(part: Any) -> bool:
     """Whether a part of a program's state is what it is as long as it is the same object, as a text is.
 
     Of a signature, which may be changed in place, the texts are parts, too.
@@ -287,8 +287,8 @@ def _stays(part: Any) -> bool:
     return id(type(part)) in LEAVES or issubclass(type(part), type)
 
 
-def _are_all(modules: list[Any], paths: dict[int, str], root: Any) -> bool:
-    """Whether these are all modules of a program: the search for them has an end, which its digest has not."""
+def _is_complete(modules: list[Any], paths: dict[int, str], root: Any) -> bool:
+    """Whether these are all modules of a program. The search for them has limits, which its digest has not."""
     if paths.keys() != set(map(id, modules)):
         return False
     try:
